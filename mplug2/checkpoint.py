@@ -1,0 +1,156 @@
+"""Checkpoints: a folder that says by itself what it is.
+
+    model.safetensors    the weights
+    config.json          task, settings of the model, how media and text were prepared
+    tokenizer.json       the vocabulary
+    training.pt          optimizer, schedule, generators: what `--resume` needs and nothing else does
+
+A folder is written aside and renamed, so that one with its right name is whole; `last` points to the newest.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from mplug2.config import ModelConfig, from_dict
+from mplug2.model import MPLUG2
+from mplug2.tokenizer import Tokenizer
+
+FORMAT = 1
+HEADS_AND_MODULES = (
+    "vision_encoder", "vision_projection", "vision_norm", "text_encoder", "universal", "fusion", "decoder",
+    "contrastive_vision", "contrastive_text", "temperature", "matching_head", "masked_head",
+)
+
+
+class CheckpointError(ValueError):
+    """A folder that is no checkpoint, a damaged one, or one of another model. The message names the folder."""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How media and text have to be prepared for a model."""
+
+    frames: int = 4
+    """Frames that are taken of a clip."""
+    max_words: int = 30
+    """Words after which a text is cut."""
+
+
+def save_model(folder: Path | str, model: MPLUG2, tokenizer: Tokenizer, preparation: Preparation) -> None:
+    """Write the three files that inference needs into `folder`, which is made."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = {
+        "format": FORMAT, "task": model.task, "model": dataclasses.asdict(model.config),
+        "preparation": dataclasses.asdict(preparation),
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tokenizer.save(folder / "tokenizer.json")
+
+
+def read_config(folder: Path | str) -> tuple[str, ModelConfig, Preparation]:
+    """The task, the model's settings and the preparation that a checkpoint was saved with."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is not a checkpoint: there is no {path.name} in it; "
+                              "expected a folder such as runs/tiny/last")
+    try:
+        saved = json.loads(path.read_text())
+        found = saved["format"]
+        if found != FORMAT:
+            raise CheckpointError(f"{path}: format {found}, this version reads format {FORMAT}")
+        config = from_dict(ModelConfig, saved["model"], str(path))
+        return saved["task"], config, from_dict(Preparation, saved["preparation"], str(path))
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} does not describe a model ({type(error).__name__}: {error})") from error
+
+
+def load_model(
+    folder: Path | str, task: str | None = None, changes: dict | None = None
+) -> tuple[MPLUG2, Tokenizer, Preparation]:
+    """Load a checkpoint, as the task it was saved with or as another `task` whose modules it has.
+
+    `changes` are settings of the model that differ from the saved ones (dropout, say).
+    """
+    saved_task, config, preparation = read_config(folder)
+    if changes:
+        config = dataclasses.replace(config, **changes)
+    tokenizer = Tokenizer.load(Path(folder) / "tokenizer.json")
+    if len(tokenizer) > config.vocab_size:
+        raise CheckpointError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}")
+    model = MPLUG2(config, task or saved_task)
+    load_weights(model, Path(folder) / "model.safetensors", saved_task)
+    return model.eval(), tokenizer, preparation
+
+
+def load_weights(model: MPLUG2, path: Path, saved_task: str) -> None:
+    """Fill `model` from a file. Every parameter must be there in its shape; what is left over must belong to modules
+    that the model's task does not have."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; the checkpoint is not whole")
+    try:
+        weights = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read, it may be cut off ({error}); use an older checkpoint") from error
+    wanted = model.state_dict()
+    lines = [
+        f"  {name}: expected {tuple(tensor.shape)}, "
+        + (f"found {tuple(weights[name].shape)}" if name in weights else "not in the file")
+        for name, tensor in wanted.items() if name not in weights or weights[name].shape != tensor.shape
+    ]
+    absent = {part for part in HEADS_AND_MODULES if not hasattr(model, part)}
+    # A caption model has the universal layers, but not what only text or only vision needs of them.
+    lines += [
+        f"  {name}: not part of this model" for name in weights
+        if name not in wanted and name.split(".")[0] not in absent and not name.startswith("universal.")
+    ]
+    if lines:
+        shown = "\n".join(lines[:8]) + (f"\n  and {len(lines) - 8} more" if len(lines) > 8 else "")
+        raise CheckpointError(f"{path}, saved for the task {saved_task}, does not fit this model for {model.task}:\n{shown}")
+    model.load_state_dict({name: weights[name] for name in wanted})
+
+
+def save_checkpoint(
+    run: Path, name: str, model: MPLUG2, tokenizer: Tokenizer, preparation: Preparation, training: dict, keep: int
+) -> Path:
+    """Write `run/name` whole or not at all, let `run/last` point to it, and remove all but the newest `keep`."""
+    folder, aside = run / name, run / f".{name}.part"
+    shutil.rmtree(aside, ignore_errors=True)
+    save_model(aside, model, tokenizer, preparation)
+    torch.save(training, aside / "training.pt")
+    for file in aside.iterdir():
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.rename(aside, folder)
+    link = run / ".last.part"
+    link.unlink(missing_ok=True)
+    link.symlink_to(name)
+    os.replace(link, run / "last")
+    for old in sorted(run.glob("step_*"))[:-keep]:
+        shutil.rmtree(old)
+    return folder
+
+
+def load_training(folder: Path) -> dict:
+    """What `save_checkpoint` got as `training`."""
+    path = folder / "training.pt"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} holds no training.pt: it can be evaluated, or start a new run by --init, "
+                              "but not be resumed")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+

@@ -1,0 +1,283 @@
+"""Records: what a data set says about its media, one JSON object a line.
+
+A data set is a folder with one file a task and split, `<task>.<split>.jsonl`, such as `video_caption.train.jsonl`, and
+the pictures and clips that the lines name, relative to that folder:
+
+    {"video": "clips/0001.gif", "captions": ["a red three moves left", "a three, red, goes to the left"]}
+
+`TASK_FIELDS` says which fields each task must have; `OPTIONAL_FIELDS`, `GALLERY_TASKS` and `TASK_LABELS` say the rest.
+Reading is strict: a field that is missing, misspelt or of the wrong type stops it, at once, with the file and the line.
+The media are not looked at here: a picture that does not exist is reported when it is decoded (`media.py`).
+"""
+
+import difflib
+import json
+import os
+import re
+import reprlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+TASK_FIELDS: dict[str, tuple[str, ...]] = {
+    "image_caption": ("image", "captions"),
+    "video_caption": ("video", "captions"),
+    "image_retrieval": ("image", "captions"),
+    "video_retrieval": ("video", "captions"),
+    "image_qa": ("image", "qa"),
+    "video_qa": ("video", "qa"),
+    "text_only": ("text",),
+    "text_classification": ("text", "label"),
+    "text_pair_classification": ("texts", "label"),
+    "image_classification": ("image", "label"),
+    "video_classification": ("video", "label"),
+    "visual_entailment": ("image", "text", "label"),
+    "image_pair_reasoning": ("images", "text", "label"),
+    "grounding": ("image", "text", "box"),
+}
+"""Every task, and the fields that each of its lines must have."""
+
+OPTIONAL_FIELDS: tuple[str, ...] = ("id", "meaning")
+"""Fields that a line of any task may have."""
+
+GALLERY_TASKS: tuple[str, ...] = ("image_retrieval", "video_retrieval")
+"""Tasks whose lines may also name their `gallery`."""
+
+TASK_LABELS: dict[str, tuple[str, ...]] = {
+    "visual_entailment": ("entailment", "neutral", "contradiction"),
+    "image_pair_reasoning": ("true", "false"),
+}
+"""Tasks whose labels are given; those of the other tasks are whatever class names the files use."""
+
+FILE_NAME = re.compile(r"([a-z_]+)\.([A-Za-z0-9_-]+)\.jsonl")
+BOX_SLACK = 1e-3  # how far a box may stick out of its image, in image sizes: what rounding to three digits can cause
+
+
+class RecordError(ValueError):
+    """A line of a data file is not a record. The message names file, line and field, what was found and expected."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about a picture or clip."""
+
+    question: str
+    answers: tuple[str, ...]
+    """Every answer that counts as right; at least one. Repeats are kept: they are votes."""
+    kind: str | None = None
+    """What is asked for ("colour", "order", ...), to score each kind by itself."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of a data file. What its task does not have is None, or () for the fields that are lists."""
+
+    id: str
+    """Unique in its file. The default is "<file name>:<line>", so that it does not depend on where the folder lies."""
+    meaning: str
+    """Records of equal meaning are positives of each other. The default is `id`: equal to no other."""
+    where: str
+    """"<file path>:<line>", for messages."""
+    image: Path | None = None
+    """Absolute, like every path of a record."""
+    video: Path | None = None
+    images: tuple[Path, ...] = ()
+    """Two images."""
+    captions: tuple[str, ...] = ()
+    """Paraphrases of each other; at least one."""
+    qa: tuple[Question, ...] = ()
+    text: str | None = None
+    texts: tuple[str, ...] = ()
+    """Two texts."""
+    label: str | None = None
+    """The name of a class."""
+    box: tuple[float, float, float, float] | None = None
+    """Centre x, centre y, width and height, in widths and heights of the image: 0 to 1 from its top left corner."""
+    gallery: str | None = None
+    """In retrieval tasks: records of the same value are ranked against each other; the default is "all"."""
+
+
+def read_records(root: Path | str, task: str, split: str) -> list[Record]:
+    """Read `root/<task>.<split>.jsonl`: the records, in the order of the file. Blank lines are passed over.
+
+    Raises RecordError for a line that is not a record of the task and for a file without any, ValueError for an unknown
+    task, and FileNotFoundError, with a list of what there is, if there is no such file.
+    """
+    if task not in TASK_FIELDS:
+        hint = _did_you_mean(task, TASK_FIELDS)
+        raise ValueError(f"unknown task {task!r}{hint}; the tasks are {_listing(TASK_FIELDS)}")
+    root = Path(os.path.abspath(root))
+    path = root / f"{task}.{split}.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no file {path.name} in {root}: split {split!r} of task {task!r} is not there. The folder has:\n"
+            + "\n".join(f"  {t}.{s}.jsonl" for t, splits in available(root).items() for s in splits)
+        )
+    parsers = _field_parsers(root, task)
+    records: list[Record] = []
+    lines_by_id: dict[str, int] = {}
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            record = _parse_line(f"{path}:{number}", f"{path.name}:{number}", line, task, parsers)
+            if record.id in lines_by_id:
+                first = lines_by_id[record.id]
+                _fail(f"{record.where}: id", record.id, f"an id that line {first} does not have already")
+            lines_by_id[record.id] = number
+            records.append(record)
+    if not records:
+        raise RecordError(f"{path}: expected one JSON object a line, found no line at all; fill the file or remove it")
+    return records
+
+
+def available(root: Path | str) -> dict[str, list[str]]:
+    """The splits that the folder `root` has of each task, tasks in the order of `TASK_FIELDS`, splits by name.
+
+    Files that are not named `<task>.<split>.jsonl` are passed over. Raises FileNotFoundError if no file is, or if the
+    folder does not exist.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is not a folder; expected one with files named <task>.<split>.jsonl")
+    matches = [match for match in map(FILE_NAME.fullmatch, sorted(os.listdir(root))) if match]
+    splits = {task: [match[2] for match in matches if match[1] == task] for task in TASK_FIELDS}
+    found = {task: names for task, names in splits.items() if names}
+    if not found:
+        raise FileNotFoundError(
+            f"no file in {root} is named <task>.<split>.jsonl, such as video_caption.train.jsonl; "
+            f"the tasks are {_listing(TASK_FIELDS)}"
+        )
+    return found
+
+
+def _parse_line(where: str, default_id: str, line: bytes, task: str, parsers: dict[str, Callable]) -> Record:
+    try:
+        fields = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or brackets nested thousands deep
+        raise RecordError(
+            f"{where}: expected one JSON object in UTF-8, found {_short(line.decode(errors='replace'))}: {error}"
+        ) from error
+    if not isinstance(fields, dict):
+        _fail(where, fields, "a JSON object")
+    _check_names(where, f"task {task!r}", fields, TASK_FIELDS[task], tuple(parsers))
+    values = {name: parsers[name](f"{where}: {name}", value) for name, value in fields.items()}
+    record_id = values.setdefault("id", default_id)
+    values.setdefault("meaning", record_id)
+    if task in GALLERY_TASKS:
+        values.setdefault("gallery", "all")
+    return Record(where=where, **values)
+
+
+def _field_parsers(root: Path, task: str) -> dict[str, Callable[[str, Any], Any]]:
+    """How each field of the task's lines is checked: (where it stands, JSON value) -> value in the record."""
+    path = partial(_path, root)
+    parsers = {
+        "id": _string,
+        "meaning": _string,
+        "image": path,
+        "video": path,
+        "images": partial(_pair, path),
+        "captions": partial(_strings, "paraphrases"),
+        "qa": _questions,
+        "text": _string,
+        "texts": partial(_pair, _string),
+        "label": partial(_label, TASK_LABELS.get(task, ())),
+        "box": _box,
+        "gallery": _string,
+    }
+    names = OPTIONAL_FIELDS + TASK_FIELDS[task] + (("gallery",) if task in GALLERY_TASKS else ())
+    return {name: parsers[name] for name in names}
+
+
+def _check_names(where: str, owner: str, fields: dict, required: tuple[str, ...], known: tuple[str, ...]) -> None:
+    for name in fields:
+        if name not in known:
+            raise RecordError(
+                f"{where}: {owner} has no field {name!r}{_did_you_mean(name, known)}; its fields are {_listing(known)}"
+            )
+    for name in required:
+        if name not in fields:
+            raise RecordError(f"{where}: field {name!r} is missing; {owner} needs {_listing(required)}")
+
+
+def _string(at: str, value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        _fail(at, value, "a string that is not empty")
+    if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+        _fail(at, value, "text without lone surrogates (halves of \\u escapes)")
+    return value
+
+
+def _strings(what: str, at: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value:
+        _fail(at, value, f"a list of one or more strings ({what})")
+    return tuple(_string(f"{at}[{k}]", item) for k, item in enumerate(value))
+
+
+def _pair(parse: Callable[[str, Any], Any], at: str, value: Any) -> tuple[Any, Any]:
+    if not isinstance(value, list) or len(value) != 2:
+        _fail(at, value, "a list of two strings")
+    return parse(f"{at}[0]", value[0]), parse(f"{at}[1]", value[1])
+
+
+def _path(root: Path, at: str, value: Any) -> Path:
+    name = os.path.normpath(_string(at, value))
+    if os.path.isabs(name) or name.split(os.sep)[0] in ("..", "."):
+        _fail(at, value, f"the path of a file inside {root}, relative to that folder")
+    return root / name
+
+
+def _questions(at: str, value: Any) -> tuple[Question, ...]:
+    if not isinstance(value, list) or not value:
+        _fail(at, value, 'a list of one or more {"question": ..., "answers": [...]}')
+    return tuple(_question(f"{at}[{k}]", item) for k, item in enumerate(value))
+
+
+def _question(at: str, value: Any) -> Question:
+    if not isinstance(value, dict):
+        _fail(at, value, 'an object {"question": ..., "answers": [...]}')
+    _check_names(at, "a question", value, ("question", "answers"), ("question", "answers", "kind"))
+    return Question(
+        question=_string(f"{at}.question", value["question"]),
+        answers=_strings("the right answers", f"{at}.answers", value["answers"]),
+        kind=_string(f"{at}.kind", value["kind"]) if "kind" in value else None,
+    )
+
+
+def _label(labels: tuple[str, ...], at: str, value: Any) -> str:
+    if labels and value not in labels:
+        _fail(at, value, f"one of {_listing(labels)}")
+    return _string(at, value)
+
+
+def _box(at: str, value: Any) -> tuple[float, float, float, float]:
+    numbers = value if isinstance(value, list) and len(value) == 4 else ()
+    if not numbers or any(isinstance(n, bool) or not isinstance(n, int | float) or not 0 <= n <= 1 for n in numbers):
+        _fail(at, value, "[centre x, centre y, width, height], four numbers from 0 to 1")
+    cx, cy, width, height = map(float, numbers)
+    for centre, size in ((cx, width), (cy, height)):
+        if size == 0 or centre - size / 2 < -BOX_SLACK or centre + size / 2 > 1 + BOX_SLACK:
+            _fail(at, value, "[centre x, centre y, width, height] of a box that has an area and lies inside its image")
+    return cx, cy, width, height
+
+
+def _fail(at: str, found: Any, expected: str) -> NoReturn:
+    raise RecordError(f"{at}: expected {expected}; found {_short(found)}")
+
+
+def _short(value: Any) -> str:
+    shortener = reprlib.Repr()
+    shortener.maxstring = shortener.maxother = 80
+    return shortener.repr(value)
+
+
+def _listing(names: Any) -> str:
+    return ", ".join(names)
+
+
+def _did_you_mean(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,149 @@
+"""A trained model for scripts: files and texts in, texts and numbers out.
+
+    model = mplug2.load("runs/tiny/last")
+    model.caption(["clip.mp4"])                          # ["a red seven moving left"]
+    model.answer(["clip.mp4"], ["which digit is it"])    # ["seven"]
+    model.similarity(["clip.mp4"], ["a red seven"])      # tensor of cosines, media by texts
+
+Axes: b inputs, v visual tokens, l text tokens, e contrastive width.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mplug2.checkpoint import Preparation, load_model
+from mplug2.data.loader import PROMPTS
+from mplug2.data.media import is_media, read_media, to_pixels
+from mplug2.generation import Special, beam_search, best_texts, greedy
+from mplug2.model import MPLUG2, answer_memory
+from mplug2.tokenizer import Tokenizer, clean
+
+
+def load(checkpoint: str | Path, device: str = "cpu", task: str | None = None) -> "Predictor":
+    """Open a checkpoint folder, such as runs/tiny/last, for inference (`task`: as a smaller model than it was saved)."""
+    model, tokenizer, preparation = load_model(checkpoint, task)
+    return Predictor(model.to(device), tokenizer, preparation)
+
+
+class Predictor:
+    """A model with its tokenizer and preparation. Methods raise ValueError if the model's task lacks the modules."""
+
+    def __init__(self, model: MPLUG2, tokenizer: Tokenizer, preparation: Preparation, batch_size: int = 64):
+        self.model, self.tokenizer, self.preparation, self.batch_size = model, tokenizer, preparation, batch_size
+        self.special = Special(tokenizer.cls, tokenizer.sep, tokenizer.pad)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def caption(self, paths: Sequence[str | Path], beams: int = 1, max_length: int = 20) -> list[str]:
+        """What each picture or clip shows, continued from the prompt of its kind; `beams` of 1 is greedy."""
+        def write(vision: Tensor, kind: str, _) -> list[str]:
+            start = self.start(len(vision), PROMPTS[kind])
+            if beams == 1:
+                ids = greedy(self.model, vision, start, self.special, max_length)
+            else:
+                ids = best_texts(
+                    beam_search(self.model, vision, start, self.special, beams, max_length=max_length), self.special
+                )
+            return self.tokenizer.decode(ids)
+
+        return self.on_media(paths, write)
+
+    def answer(self, paths: Sequence[str | Path], questions: Sequence[str], max_length: int = 10) -> list[str]:
+        """The answer to each question about the picture or clip of the same place in the list."""
+        if len(paths) != len(questions):
+            raise ValueError(f"{len(paths)} paths, but {len(questions)} questions: expected one question for each path")
+
+        def write(vision: Tensor, kind: str, places: list[int]) -> list[str]:
+            text, mask = self.encode_text([questions[place] for place in places])
+            vision, fused = self.model.fuse(vision, text, mask)
+            memory, memory_mask = answer_memory(vision, fused, mask)
+            start = self.start(len(vision))
+            return self.tokenizer.decode(
+                greedy(self.model, memory, start, self.special, max_length, memory_mask)
+            )
+
+        return self.on_media(paths, write)
+
+    def embed(self, inputs: Sequence[str | Path]) -> Tensor:
+        """Unit vectors `b e` of media and texts, which may be mixed: a path, or a string that ends like a media file
+        (.gif, .mp4, .png, ...), is opened; any other string is a text."""
+        media = [i for i, item in enumerate(inputs) if isinstance(item, Path) or is_media(item)]
+        texts = [i for i in range(len(inputs)) if i not in set(media)]
+        vectors: dict[int, Tensor] = {}
+        if media:
+            found = self.on_media([inputs[i] for i in media], lambda vision, *_: list(self.model.project_vision(vision)))
+            vectors |= zip(media, found)
+        for first in range(0, len(texts), self.batch_size):
+            places = texts[first : first + self.batch_size]
+            with torch.no_grad():
+                text, _ = self.encode_text([str(inputs[i]) for i in places])
+                vectors |= zip(places, self.model.project_text(text))
+        return torch.stack([vectors[i] for i in range(len(inputs))])
+
+    def similarity(self, media: Sequence[str | Path], texts: Sequence[str]) -> Tensor:
+        """Cosines, media by texts."""
+        return self.embed([Path(path) for path in media]) @ self.embed(list(texts)).T
+
+    @torch.no_grad()
+    def match(self, vision: Tensor, texts: Sequence[str]) -> Tensor:
+        """How likely each V' (`b v d`) and the text of the same place belong together, by the matching head: `b`."""
+        text, mask = self.encode_text(list(texts))
+        _, fused = self.model.fuse(vision, text, mask)
+        return self.model.match(fused).softmax(dim=-1)[:, 1]
+
+    def encode_media(self, paths: Sequence[str | Path]) -> list[Tensor]:
+        """V' of each picture or clip, `v d`."""
+        return self.on_media(paths, lambda vision, *_: list(vision))
+
+    def encode_text(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Texts -> `b l d` and their mask `b l`."""
+        cleaned = [clean(text, self.preparation.max_words) for text in texts]
+        ids, mask = (x.to(self.device) for x in self.tokenizer.encode(cleaned, self.model.config.max_positions))
+        return self.model.encode_text(ids, mask), mask
+
+    def start(self, b: int, prompt: str = "") -> Tensor:
+        """[CLS] and the prompt, `b` times."""
+        ids = torch.full((1, 1), self.tokenizer.cls)
+        if prompt:
+            ids = torch.cat([ids, self.tokenizer.encode([prompt], special=False)[0]], dim=1)
+        return ids.expand(b, -1).to(self.device)
+
+    @torch.no_grad()
+    def on_media(self, paths: Sequence[str | Path], function: Callable[[Tensor, str, list[int]], Iterable]) -> list:
+        """Decode and encode the media in batches, pictures and clips apart; `function(V', kind, places)` is called on
+        each batch, and its results come back in the order of `paths`."""
+        if isinstance(paths, (str, Path)):
+            raise TypeError(f"expected a list of paths, found the single path {str(paths)!r}")
+        # What waits for its batch, by kind: the pixels of each file, and the places that ask for it (a clip with
+        # several questions is decoded and encoded once).
+        waiting: dict[str, dict[str, tuple[Tensor, list[int]]]] = {"image": {}, "video": {}}
+        results: dict[int, object] = {}
+
+        def flush(kind: str) -> None:
+            pixels, places = zip(*waiting[kind].values())
+            waiting[kind].clear()
+            vision = self.model.encode_vision(torch.stack(pixels).to(self.device))
+            each = torch.tensor([i for i, askers in enumerate(places) for _ in askers], device=self.device)
+            asked = [place for askers in places for place in askers]
+            results.update(zip(asked, function(vision[each], kind, asked), strict=True))
+
+        for place, path in enumerate(map(str, paths)):
+            known = [kind for kind in waiting if path in waiting[kind]]
+            if known:
+                kind = known[0]
+            else:
+                frames = read_media(path, self.preparation.frames)
+                kind = "image" if len(frames) == 1 else "video"
+                waiting[kind][path] = to_pixels(frames, self.model.config.image_size), []
+            waiting[kind][path][1].append(place)
+            if sum(len(askers) for _, askers in waiting[kind].values()) == self.batch_size:
+                flush(kind)
+        for kind in waiting:
+            if waiting[kind]:
+                flush(kind)
+        return [results[place] for place in range(len(paths))]

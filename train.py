@@ -1,0 +1,420 @@
+"""Train mPLUG-2. By default: pre-training of the tiny preset on the tiny world, in minutes, on a laptop's CPU.
+
+    torchrun train.py                                  # or: python train.py
+    torchrun train.py --max-steps 20                   # a smoke run, within a minute
+    torchrun --nproc-per-node 8 train.py --preset base --data DIR --name web
+    torchrun train.py --resume                         # go on where runs/tiny/last stopped
+
+It writes runs/tiny/: settings.json, metrics.jsonl, curves.png and checkpoints, of which `last` is the newest. Then
+
+    python eval.py --checkpoint runs/tiny/last
+
+prints what was learned. All flags: python train.py --help
+"""
+
+import dataclasses
+import json
+import math
+import random
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import tiny_data
+from mplug2 import distributed, optim
+from mplug2.checkpoint import Preparation, load_model, load_training, read_config, save_checkpoint
+from mplug2.config import PRESETS, ModelConfig
+from mplug2.data.loader import (
+    INSTRUCTIONS, KINDS, PROMPTS, Collate, MixedBatches, Samples, check_texts, make_loader, read_samples,
+)
+from mplug2.data.records import available
+from mplug2.evaluation import evaluate
+from mplug2.flags import Parser
+from mplug2.inference import Predictor
+from mplug2.model import MPLUG2
+from mplug2.objectives import Objectives
+from mplug2.plots import curves
+from mplug2.tokenizer import Tokenizer, clean
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    task: str = "pretrain"
+    """What to train: pretrain, video_caption, image_caption, video_qa, image_qa, video_retrieval, image_retrieval."""
+    preset: str = "tiny"
+    """Size of the model: tiny, base, large; single settings of the model can be changed by the flags below."""
+    data: str = ""
+    """Folder with <task>.<split>.jsonl files; without it the tiny world, which is written to a cache when first used."""
+    init: str = ""
+    """Checkpoint folder to start from: its weights, model settings and tokenizer."""
+    tokenizer: str = ""
+    """A vocab.txt or tokenizer.json of BERT; without it a small vocabulary is trained on the training texts."""
+    out: str = "runs"
+    """Folder of all runs."""
+    name: str = ""
+    """Name of this run, a folder in `out`; without it the name of the preset."""
+    resume: bool = False
+    """Go on from the newest checkpoint of this run, with its settings."""
+    max_steps: int = 1400
+    """Training steps; the learning rate falls over them."""
+    batch_size: int = 32
+    """Samples a step, over all processes together."""
+    frames: int = 4
+    """Frames taken of each clip."""
+    questions: int = 2
+    """Questions asked about each sample in a step."""
+    max_words: int = 30
+    """Words after which a text is cut."""
+    video_weight: float = 0.7
+    """Share of the steps that are of clips, in proportion to the other two."""
+    image_weight: float = 0.25
+    """Share of the steps that are of pictures."""
+    text_weight: float = 0.05
+    """Share of the steps that are of text only."""
+    vtc_weight: float = 1.0
+    """Weight of the contrastive loss."""
+    vtm_weight: float = 1.0
+    """Weight of the matching loss."""
+    mlm_weight: float = 1.0
+    """Weight of the masked language modelling loss."""
+    caption_weight: float = 1.0
+    """Weight of the captioning loss."""
+    answer_weight: float = 1.0
+    """Weight of the loss on answers to questions and instructions."""
+    lr: float = 1e-3
+    """Highest learning rate."""
+    vision_lr: float = 0.0
+    """Highest learning rate of the vision encoder; 0: the same as `lr`."""
+    min_lr: float = 0.01
+    """Share of the learning rates that is left at the end."""
+    warmup: float = 0.05
+    """Share of the steps over which the learning rates rise."""
+    weight_decay: float = 0.05
+    """AdamW's weight decay, on matrices only."""
+    beta2: float = 0.98
+    """AdamW's second beta."""
+    clip_grad: float = 1.0
+    """Largest norm of the gradient; longer ones are scaled down."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: forward passes under autocast."""
+    device: str = "auto"
+    """cpu, cuda, mps; auto: cuda where there is one."""
+    workers: int = 1
+    """Processes that decode media, for each training process; 0: the training process itself."""
+    seed: int = 0
+    """Seed of everything random."""
+    log_every: int = 20
+    """Steps between two lines of metrics.jsonl."""
+    eval_every: int = 350
+    """Steps between two validations."""
+    eval_limit: int = 120
+    """Records of each kind in a validation on the way; the table at the end takes all."""
+    save_every: int = 350
+    """Steps between two checkpoints; there is always one at the end."""
+    keep: int = 2
+    """Checkpoints that are kept, the newest ones."""
+    max_skipped: float = 0.02
+    """Share of media files that may fail to decode before the run stops."""
+
+    def __post_init__(self):
+        if self.task not in KINDS:
+            raise ValueError(f"task={self.task!r}: expected one of {', '.join(KINDS)}")
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset={self.preset!r}: expected one of {', '.join(PRESETS)}")
+        for name in ("max_steps", "batch_size", "frames", "max_words", "log_every", "eval_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
+        for field in dataclasses.fields(self):
+            if field.type in (int, float) and getattr(self, field.name) < 0:
+                raise ValueError(f"{field.name}={getattr(self, field.name)}: expected no negative number")
+        if self.max_skipped > 1 or self.warmup > 1 or self.min_lr > 1:
+            raise ValueError("max_skipped, warmup and min_lr are shares: expected at most 1")
+        if not sum(self.kind_weights().values()):
+            raise ValueError("video_weight, image_weight and text_weight are all 0: there is nothing to train on")
+        if Path(self.run_name).name != self.run_name:
+            raise ValueError(f"name={self.name!r}: expected a folder name, without slashes; --out names the folder above")
+
+    @property
+    def run_name(self) -> str:
+        return self.name or self.preset
+
+    def kind_weights(self) -> dict[str, float]:
+        return {"video": self.video_weight, "image": self.image_weight, "text": self.text_weight}
+
+
+MAY_CHANGE = ("resume", "max_steps", "out", "name", "device", "workers", "log_every", "eval_every", "eval_limit",
+              "save_every", "keep", "max_skipped")
+"""Settings that a resumed run may be given anew; any other is refused."""
+
+
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    # ---- settings: all of them known, and refused if they do not fit, before any work starts
+    parser = Parser(__doc__)
+    parser.add(TrainConfig, "training")
+    parser.add(ModelConfig, "model", defaults="default: the preset's, or that of --init")
+    given = parser.read(arguments)
+    try:
+        config, changes = resolve(given["TrainConfig"], given["ModelConfig"])
+        process = distributed.start(config.device)
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+    try:
+        return run(config, changes, process)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"\ntrain.py: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+    finally:
+        distributed.stop()
+
+
+def resolve(given: dict, changes: dict) -> tuple[TrainConfig, dict]:
+    """The settings of this run and the changed settings of its model; those of the run itself if it is resumed."""
+    config = TrainConfig(**given)
+    folder = Path(config.out) / config.run_name
+    saved_file = folder / "settings.json"
+    if config.resume:
+        if not (folder / "last").exists():
+            raise FileNotFoundError(f"{folder} has no checkpoint to resume from; start it without --resume")
+        saved = json.loads(saved_file.read_text())
+        refused = [name for name in given if name not in MAY_CHANGE and given[name] != saved["train"][name]]
+        refused += [name for name in changes if changes[name] != saved["model"][name]]
+        if refused:
+            raise ValueError(f"{', '.join(refused)}: a resumed run keeps its settings ({saved_file}); leave them out, or "
+                             "start another run with --init and --name")
+        kept = {name: value for name, value in given.items() if name in MAY_CHANGE}
+        return TrainConfig(**{**saved["train"], **kept}), {}
+    if saved_file.exists():
+        raise ValueError(f"{folder} holds a run already; go on with it by --resume, or choose another --name or --out")
+    if config.init:
+        if "preset" in given:
+            raise ValueError("--preset and --init exclude each other: the model's settings come from the checkpoint")
+        read_config(config.init)
+    else:
+        PRESETS[config.preset](**changes)
+    return config, changes
+
+
+def run(config: TrainConfig, changes: dict, process: distributed.Process) -> dict[str, float]:
+    started = time.time()
+    folder = Path(config.out) / config.run_name
+    if config.batch_size % process.world:
+        raise ValueError(f"batch_size={config.batch_size} cannot be shared by {process.world} processes evenly")
+    random.seed(config.seed)
+    np.random.seed(config.seed)
+    torch.manual_seed(config.seed)  # the same weights on every process
+
+    # ---- data
+    if config.data:
+        root = Path(config.data)
+    else:
+        if process.is_main:
+            tiny_data.ensure()
+        distributed.barrier()
+        root = tiny_data.ensure()
+    samples = read_samples(root, config.task, "train")
+    weights = {kind: weight for kind, weight in config.kind_weights().items() if kind in samples and weight}
+    if not weights:
+        raise ValueError(f"{root} has training data of {', '.join(samples)} only, whose weights are 0")
+    samples = {kind: samples[kind] for kind in weights}
+
+    # ---- model and tokenizer
+    resumed = load_training(folder / "last") if config.resume else None
+    if config.resume or config.init:
+        model, tokenizer, saved = load_model(folder / "last" if config.resume else config.init, config.task, changes)
+        if saved.frames != config.frames and process.is_main:
+            print(f"frames: trained with {saved.frames} a clip so far, now {config.frames}")
+    else:
+        tokenizer = make_tokenizer(config, samples, changes)
+        model = MPLUG2(PRESETS[config.preset](**{**changes, "vocab_size": len(tokenizer)}), config.task)
+    check_texts(samples, tokenizer, model.config.max_positions, config.max_words)
+    preparation = Preparation(config.frames, config.max_words)
+    model.to(process.device).train()
+    optimizer = optim.make_optimizer(
+        model, config.lr, config.vision_lr or config.lr, config.weight_decay, (0.9, config.beta2)
+    )
+    first_step = 0
+    torch.manual_seed(config.seed + process.rank)  # but dropout and negatives of its own
+    if resumed:
+        first_step = resumed["step"]
+        optimizer.load_state_dict(resumed["optimizer"])
+        if process.rank < len(resumed["generators"]):
+            torch.set_rng_state(resumed["generators"][process.rank])
+    objectives = Objectives(model)
+    if process.world > 1:
+        objectives = DistributedDataParallel(objectives, find_unused_parameters=True)
+
+    dataset = Samples(
+        samples, model.config.image_size, config.frames, config.questions, model.config.max_positions,
+        config.max_words, config.seed,
+    )
+    batches = MixedBatches(
+        {kind: len(of_kind) for kind, of_kind in samples.items()}, weights, config.batch_size, config.max_steps,
+        config.seed, first_step, process.rank, process.world,
+    )
+    collate = Collate(tokenizer, PARTS[config.task])
+    loader = make_loader(dataset, batches, collate, config.workers, pin=process.device.type == "cuda")
+    loss_weights = {name: getattr(config, f"{name}_weight") for name in ("vtc", "vtm", "mlm", "caption", "answer")}
+
+    if process.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = {"train": dataclasses.asdict(config), "model": dataclasses.asdict(model.config), "data": str(root)}
+        (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
+        count = sum(parameter.numel() for parameter in model.parameters())
+        sizes = ", ".join(f"{len(of_kind):,} {kind}" for kind, of_kind in samples.items())
+        print(f"{config.task}: {count:,} parameters, vocabulary {len(tokenizer)}, samples: {sizes}, {process.device}")
+
+    # ---- the loop
+    log = Log(folder, process)
+    predictor = Predictor(model, tokenizer, preparation)
+    bar = tqdm(total=config.max_steps, initial=first_step, disable=not process.is_main, unit="step", mininterval=0.5)
+    fetched = time.time()
+    for step, batch in enumerate(loader, start=first_step):
+        log.waited(time.time() - fetched)
+        log.skipped(batch["errors"], sum(map(len, samples.values())), config.max_skipped)
+        batch = {name: value.to(process.device, non_blocking=True) if torch.is_tensor(value) else value
+                 for name, value in batch.items()}
+        warmup = math.ceil(config.warmup * config.max_steps)
+        optim.set_rates(optimizer, optim.schedule(step, config.max_steps, warmup, config.min_lr))
+        with torch.autocast(process.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            losses = objectives(batch)
+            loss = sum(loss_weights[name] * value for name, value in losses.items())
+        if not torch.isfinite(loss):
+            raise ValueError(f"the loss is {loss.item()} at step {step}: " + ", ".join(
+                f"{name} {value.item():.3g}" for name, value in losses.items()
+            ) + f"; the batch: {', '.join(batch['where'])}")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
+        optimizer.step()
+        log.step(losses, loss, norm, len(batch["where"]) * process.world)
+        bar.update()
+
+        done = step + 1
+        if done % config.log_every == 0 or done == config.max_steps:
+            log.write(done, {"lr": optimizer.param_groups[0]["lr"]}, bar)
+        if done % config.eval_every == 0 and done != config.max_steps and process.is_main:
+            validate(predictor, root, "val", config.eval_limit, done, log)
+        if done % config.save_every == 0 or done == config.max_steps:
+            generators = distributed.collect(torch.get_rng_state())
+            if process.is_main:
+                training = {"step": done, "optimizer": optimizer.state_dict(), "generators": generators}
+                save_checkpoint(folder, f"step_{done:07d}", model, tokenizer, preparation, training, config.keep)
+                curves(folder / "metrics.jsonl", folder / "curves.png")
+            distributed.barrier()
+        fetched = time.time()
+    bar.close()
+
+    # ---- what was learned
+    results: dict[str, float] = {}
+    if process.is_main:
+        split = "test" if any("test" in splits for splits in available(root).values()) else "val"
+        results = validate(predictor, root, split, None, config.max_steps, log)
+        curves(folder / "metrics.jsonl", folder / "curves.png")
+        print(table(split, results))
+        print(f"{folder / 'last'}: {(time.time() - started) / 60:.1f} minutes in all; "
+              f"python eval.py --checkpoint {folder / 'last'} evaluates every split")
+    distributed.barrier()
+    return results
+
+
+PARTS = {
+    "pretrain": frozenset({"caption", "prompted", "question"}),
+    "video_caption": frozenset({"prompted"}), "image_caption": frozenset({"prompted"}),
+    "video_qa": frozenset({"question"}), "image_qa": frozenset({"question"}),
+    "video_retrieval": frozenset({"caption"}), "image_retrieval": frozenset({"caption"}),
+}
+"""Which texts of a sample each task trains on."""
+
+
+def make_tokenizer(config: TrainConfig, samples: dict, changes: dict) -> Tokenizer:
+    """The tokenizer that was asked for, or a vocabulary trained on the texts of the training samples."""
+    if config.tokenizer:
+        return Tokenizer.load(config.tokenizer)
+    texts = [text for of_kind in samples.values() for sample in of_kind for text in sample.captions]
+    texts += [
+        text for of_kind in samples.values() for sample in of_kind for question in sample.qa
+        for text in (question.question, *question.answers)
+    ]
+    texts += [*PROMPTS.values(), *INSTRUCTIONS.values()]
+    size = PRESETS[config.preset](**changes).vocab_size
+    return Tokenizer.train((clean(text, config.max_words) for text in texts), size)
+
+
+def validate(predictor: Predictor, root: Path, split: str, limit: int | None, step: int, log: "Log") -> dict[str, float]:
+    """Evaluate on a split, if the data has it, and write what was found to metrics.jsonl."""
+    predictor.model.eval()
+    state = torch.get_rng_state()
+    metrics, _ = evaluate(predictor, root, split, limit)
+    torch.set_rng_state(state)
+    predictor.model.train()
+    if metrics:
+        log.line({"step": step, **{f"{split}/{name}": value for name, value in metrics.items()}})
+    return metrics
+
+
+def table(split: str, metrics: dict[str, float]) -> str:
+    """Metrics in aligned columns; shares in per cent."""
+    lines = [f"{name:<24} {value:8.3f}" if name.endswith("cider") else f"{name:<24} {100 * value:7.1f} %"
+             for name, value in metrics.items()]
+    return "\n".join([f"results on {split}", *lines])
+
+
+class Log:
+    """metrics.jsonl and the progress bar, by the main process; sums since the last line."""
+
+    def __init__(self, folder: Path, process: distributed.Process):
+        self.path, self.process = folder / "metrics.jsonl", process
+        self.failed: set[str] = set()
+        self.reset()
+
+    def reset(self) -> None:
+        self.losses: dict[str, list[torch.Tensor]] = {}
+        self.samples, self.waiting, self.since = 0, 0.0, time.time()
+
+    def waited(self, seconds: float) -> None:
+        self.waiting += seconds
+
+    def skipped(self, errors: list[str], files: int, allowed: float) -> None:
+        """Count files that could not be decoded, by name; too many of them stop the run."""
+        for error in sorted(set(errors) - self.failed):
+            tqdm.write(f"skipped: {error}", file=sys.stderr)
+        self.failed |= set(errors)
+        if len(self.failed) > allowed * files:
+            raise ValueError(f"{len(self.failed)} of {files} media files cannot be decoded, more than max_skipped="
+                             f"{allowed} allows; mend the data (the files are named above), or raise --max-skipped")
+
+    def step(self, losses: dict, loss: torch.Tensor, norm: torch.Tensor, samples: int) -> None:
+        for name, value in {**{f"loss/{name}": value for name, value in losses.items()}, "loss": loss,
+                            "grad_norm": norm}.items():
+            self.losses.setdefault(name, []).append(value.detach())
+        self.samples += samples
+
+    def write(self, step: int, values: dict, bar: tqdm) -> None:
+        """One line: means since the last one."""
+        seconds = time.time() - self.since
+        means = {name: torch.stack(found).mean().item() for name, found in self.losses.items()}
+        bar.set_postfix_str(
+            " ".join(f"{name.removeprefix('loss/')} {value:.2f}" for name, value in means.items() if "/" in name)
+            + f" {self.samples / seconds:.0f} samples/s"
+        )
+        self.line({
+            "step": step, **means, **values, "samples_per_second": self.samples / seconds,
+            "waiting_for_data": self.waiting / seconds, "skipped_files": len(self.failed),
+        })
+        self.reset()
+
+    def line(self, values: dict) -> None:
+        if self.process.is_main:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(values) + "\n")
+
+
+if __name__ == "__main__":
+    main()
