@@ -55,7 +55,11 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of a sequence to another one, the memory."""
+    """Multi-head attention of a sequence to another one, the memory.
+
+    r sequences in a row may share a memory (the questions about a clip, the beams of a search): its keys and values
+    are then computed once, and never copied.
+    """
 
     def __init__(self, width: int, heads: int, dropout: float = 0.0):
         super().__init__()
@@ -65,10 +69,12 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x `b l d`, memory `b m d`, mask broadcastable to `b c l m` -> `b l d`."""
-        b, l = x.shape[:2]
-        m = check(memory, "b m d", b=b, d=self.width)["m"]
-        query = rearrange(self.query(x), "b l (c e) -> b c l e", b=b, l=l, c=self.heads)
+        """x `(b r) l d`, memory `b m d`, mask broadcastable to `b c 1 m` -> `(b r) l d`."""
+        l, (b, m) = x.shape[1], memory.shape[:2]
+        check(memory, "b m d", d=self.width)
+        if x.shape[0] % b:
+            raise ValueError(f"{x.shape[0]} sequences cannot share {b} memories evenly")
+        query = rearrange(self.query(x), "(b r) l (c e) -> b c (r l) e", b=b, l=l, c=self.heads)
         key, value = rearrange(self.key_value(memory), "b m (two c e) -> two b c m e", b=b, m=m, two=2, c=self.heads)
         mixed = scaled_dot_product_attention(query, key, value, mask, self.dropout if self.training else 0.0)
-        return self.out(rearrange(mixed, "b c l e -> b l (c e)", b=b, l=l, c=self.heads))
+        return self.out(rearrange(mixed, "b c (r l) e -> (b r) l (c e)", b=b, l=l, c=self.heads))

@@ -1,9 +1,10 @@
 """Fusion: text looks at vision (section 3.1 of the paper; connected-attention layers come from mPLUG, EMNLP 2022).
 
-Axes: b batch, v visual tokens, l text tokens, d width.
+Axes: b batch, r texts for each image or video, v visual tokens, l text tokens, d width.
 """
 
 import torch
+from einops import repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,10 +28,18 @@ class Fusion(nn.Module):
         self.layers = nn.ModuleList(BertLayer(config, cross=not connected) for connected in self.connected)
 
     def forward(self, vision: Tensor, text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """vision V' `b v d`, text `b l d`, text_mask `b l` (true = real token) -> vision `b v d`, fused text `b l d`."""
-        sizes = check(text, "b l d", **check(vision, "b v d", d=self.width))
-        check(text_mask, "b l", **sizes)
-        v, l = sizes["v"], sizes["l"]
+        """vision V' `b v d`, text `(b r) l d`, text_mask `(b r) l` (true = real token) -> vision, fused text.
+
+        r texts in a row share the visual tokens. These come back as they are, `b v d`, unless connected-attention
+        layers change them, for each text in its own way: `(b r) v d`.
+        """
+        sizes = check(vision, "b v d", d=self.width)
+        shape = check(text_mask, "br l", **check(text, "br l d", d=self.width))
+        if shape["br"] % sizes["b"]:
+            raise ValueError(f"{shape['br']} texts cannot share {sizes['b']} images or videos evenly")
+        v, l, r = sizes["v"], shape["l"], shape["br"] // sizes["b"]
+        if any(self.connected):
+            vision = repeat(vision, "b v d -> (b r) v d", r=r)
         attend, attend_joint = padding_mask(text_mask), padding_mask(F.pad(text_mask, (v, 0), value=True))
         for layer, connected in zip(self.layers, self.connected):
             if connected:
@@ -38,6 +47,5 @@ class Fusion(nn.Module):
                 vision = vision + change
             else:
                 text = layer(text, attend, memory=vision)
-        check(vision, "b v d", **sizes)
-        check(text, "b l d", **sizes)
+        check(text, "br l d", **shape)
         return vision, text

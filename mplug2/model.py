@@ -10,6 +10,7 @@ Axes: b batch, t frames, v = 1 + t*n visual tokens, l text tokens, d width, s vo
 from dataclasses import dataclass
 
 import torch
+from einops import repeat
 from torch import Tensor, nn
 
 from mplug2.config import ModelConfig
@@ -101,7 +102,10 @@ class MPLUG2(nn.Module):
         return self.universal.text(self._part("text_encoder")(ids, mask), mask)
 
     def fuse(self, vision: Tensor, text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """V' `b v d`, text `b l d`, text_mask `b l` -> vision `b v d`, fused text `b l d`."""
+        """V' `b v d`, text `b l d`, text_mask `b l` -> vision `b v d`, fused text `b l d`.
+
+        r texts in a row may share an image or a video: text `(b r) l d`, see `Fusion`.
+        """
         return self._part("fusion")(vision, text, text_mask)
 
     def decode(self, ids: Tensor, mask: Tensor, memory: Tensor, memory_mask: Tensor | None = None) -> Tensor:
@@ -131,7 +135,11 @@ class MPLUG2(nn.Module):
 
 
 def answer_memory(vision: Tensor, text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """What the decoder attends to when it answers: [vision, fused text] `b (v+l) d`, and the joined mask `b (v+l)`."""
+    """What the decoder attends to when it answers: [vision, fused text] and the joined mask.
+
+    vision `b v d` or `(b r) v d`, text `(b r) l d`, text_mask `(b r) l` -> `(b r) (v+l) d`, `(b r) (v+l)`.
+    """
+    vision = repeat(vision, "b v d -> (b r) v d", r=text.shape[0] // vision.shape[0])
     return torch.cat([vision, text], dim=1), nn.functional.pad(text_mask, (vision.shape[1], 0), value=True)
 
 

@@ -7,7 +7,7 @@ s vocabulary.
 """
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -58,15 +58,16 @@ def matching_loss(
     check(similarity, "b b", **sizes)
     other_text, has_text = hard_negatives(similarity, meaning)
     other_vision, has_vision = hard_negatives(similarity.T, meaning)
-    _, fused = model.fuse(
-        torch.cat([vision, vision, vision[other_vision]]),
-        torch.cat([text, text[other_text], text]),
-        torch.cat([text_mask, text_mask[other_text], text_mask]),
-    )
+    # Each vision with its own and with another text, which share its keys and values; then each text with another vision.
+    both = rearrange(torch.stack([text, text[other_text]]), "r b l d -> (b r) l d")
+    both_mask = rearrange(torch.stack([text_mask, text_mask[other_text]]), "r b l -> (b r) l")
+    matched, unmatched = rearrange(model.match(model.fuse(vision, both, both_mask)[1]), "(b r) y -> r b y", r=2, y=2)
+    other = model.match(model.fuse(vision[other_vision], text, text_mask)[1])
+    logits = torch.cat([matched, unmatched, other])
     matches = torch.zeros(3 * sizes["b"], dtype=torch.long, device=text.device)
     matches[: sizes["b"]] = 1
     valid = torch.cat([torch.ones_like(has_text), has_text, has_vision])
-    return global_mean(F.cross_entropy(model.match(fused), matches, reduction="none"), valid)
+    return global_mean(F.cross_entropy(logits, matches, reduction="none"), valid)
 
 
 def masked_loss(model: MPLUG2, hidden: Tensor, ids: Tensor, masked: Tensor) -> Tensor:
@@ -139,9 +140,7 @@ class Objectives(nn.Module):
 
     def answers(self, batch: dict, vision: Tensor) -> Tensor:
         """r questions about each clip share its visual tokens."""
-        b, mask = vision.shape[0], batch["question_mask"]
-        each = repeat(vision, "b v d -> (b r) v d", b=b, r=mask.shape[0] // b)
-        text = self.model.encode_text(batch["question_ids"], mask)
-        seen, fused = self.model.fuse(each, text, mask)
+        mask = batch["question_mask"]
+        seen, fused = self.model.fuse(vision, self.model.encode_text(batch["question_ids"], mask), mask)
         memory, memory_mask = answer_memory(seen, fused, mask)
         return language_loss(self.model, batch["answer_ids"], batch["answer_mask"], memory, memory_mask)

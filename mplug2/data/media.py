@@ -71,7 +71,7 @@ def read_image(path: Path | str) -> np.ndarray:
     if _suffix(path) in VIDEO_SUFFIXES:
         raise MediaError(f"{path} is a video, where an image was expected; name it as `video` in its record")
     with _decoding(path), _open_image(path) as image:
-        return _to_rgb(image)[None]
+        return np.stack([_to_rgb(image)])  # a copy that may be written to
 
 
 def read_video(path: Path | str, frames: int | None, rng: np.random.Generator | None = None) -> np.ndarray:
@@ -175,7 +175,7 @@ def _read_stream(path: Path | str, frames: int | None, rng: np.random.Generator 
     Where fewer can be decoded, the promise was wrong: pick again, of those.
     """
     with _decoding(path), _open_video(path) as (_, stream):
-        promised = stream.frames
+        promised = max(0, stream.frames)  # a broken header may say anything
     if frames is None:
         kept, decoded = _decode(path, None)
         _check_promise(path, decoded, promised)

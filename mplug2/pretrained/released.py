@@ -1,0 +1,243 @@
+"""Released mPLUG-2 checkpoints: their settings, the names of their entries, and which of these a task uses."""
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from mplug2.config import ModelConfig
+from mplug2.model import MPLUG2, TASKS
+from mplug2.pretrained.entries import (
+    BERT_CROSS_ATTENTION, BERT_EMBEDDINGS, BERT_HEAD, BERT_LAYER, CLIP_BLOCK, CLIP_VISION, Names, alternatives,
+    check_bert_settings, check_entries, check_shape, entries_of, kernel_from_linear, linear_from_kernel, listed,
+    resize_positions, setting, stack_entries, weights_and_biases, within,
+)
+
+SOURCE = "released checkpoint"
+
+CLIP_SIZES = {"ViT-B-32": (32, 12), "ViT-B-16": (16, 12), "ViT-L-14": (14, 24)}
+"""Patch size and number of blocks of CLIP's ViTs, by the `clip_name` of the run settings."""
+
+LARGE_RUN = {"clip_name": "ViT-L-14", "image_res": 224, "vision_width": 1024}
+LARGE_BERT = {
+    "hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096, "num_hidden_layers": 24,
+    "text_encoder_layers": 24, "num_uni_layer": 2, "fusion_layers": 6, "stride_layer": 1000, "text_decode_layers": 12,
+    "vocab_size": 30522, "max_position_embeddings": 512, "hidden_dropout_prob": 0.1,
+}
+"""Settings of the released large runs, as far as the model is concerned."""
+
+VISION, TEXT, FUSION, DECODER = "visual_encoder.visual", "text_encoder", "fusion_encoder", "text_decoder.bert"
+HEAD = "text_decoder.cls.predictions"
+LATENTS = "text_encoder.encoder.layer.{}.latents"
+KERNEL, POSITION = f"{VISION}.conv1.weight", f"{VISION}.positional_embedding"
+REPEATED = {
+    f"{HEAD}.decoder.weight": f"{DECODER}.embeddings.word_embeddings.weight",
+    f"{HEAD}.decoder.bias": f"{HEAD}.bias",
+}
+"""Entries of the language-model head -> the entries that they repeat. If the two differ, the head's is used."""
+
+PROJECTIONS = weights_and_biases({
+    "vision_projection": "visn_fc", "vision_norm": "visn_layer_norm", "universal.vision_norm": "visn_emb_norm",
+})
+LOCAL_TEMPORAL = weights_and_biases({"norm": "ln", "down": "down_proj", "conv": "conv", "up": "up_proj"})
+
+MOMENTUM_COPIES = (
+    r"(visual_encoder|text_encoder|fusion_encoder|text_decoder|visn_fc|visn_layer_norm|visn_emb_norm|vision_proj|"
+    r"text_proj)_m\..+"
+)
+PRETRAINING_HEADS = (
+    r"temp|(vision_proj|text_proj|itm_head)\.(weight|bias)|(image|text|idx)_queue|queue_ptr|ptr_queue|"
+    r"(text_encoder|fusion_encoder)\.cls\.predictions\.\w+(\.\w+)*"
+)
+"""Contrastive, matching and masked heads, in the usual names of mPLUG's family; only pre-training uses them."""
+
+
+def from_released(
+    state_dict: Mapping, run_config: Mapping, bert_config: Mapping, task: str = "video_caption"
+) -> MPLUG2:
+    """The model of `task` with the weights of a released state dict, in evaluation mode.
+
+    The state dict may stand under `model` or `module`, and its keys may carry the prefixes of pre-training;
+    `run_config` and `bert_config` are the settings of its run. The model gets copies of the entries that it uses, one
+    after the other, and no other entry is read: with a memory-mapped state dict this is all the memory that it takes.
+    Entries on the meta device give a model on the meta device.
+
+    Raises ValueError if entries are missing, left over, or of another shape than the settings say (naming them), for a
+    setting that this model cannot follow, and for a task with a head that released checkpoints do not have.
+    """
+    state = plain_names(unnested(state_dict))
+    config = released_config(run_config, bert_config, state)
+    with torch.device("meta"):
+        model = MPLUG2(config, task)
+    model.released_stack = setting(bert_config, "num_hidden_layers", "BERT settings")
+    if model.released_stack < config.fusion_layers:
+        raise ValueError(f"BERT settings: fusion_layers={config.fusion_layers} is more than num_hidden_layers="
+                         f"{model.released_stack}, which they are the last of")
+    names, parameters = _names(model), dict(model.named_parameters())
+    used = {entry for entries in names.values() for entry in entries}
+    check_entries(state, used.union(REPEATED.values()), never_used(model), SOURCE)
+
+    taps = model.vision_encoder.patch_embed.span
+    check_shape(KERNEL, state[KERNEL], (config.vision_width, 3, taps, config.patch_size, config.patch_size), SOURCE)
+    state[KERNEL] = linear_from_kernel(state[KERNEL])
+    state[POSITION] = resize_positions(state[POSITION], config.patches, f"{SOURCE}: the entry {POSITION}")
+    model.load_state_dict(stack_entries(parameters, names, state, _shapes(parameters), SOURCE), assign=True)
+    for kept, repeated in REPEATED.items():
+        check_shape(repeated, state[repeated], state[kept].shape, SOURCE)
+    return model.eval()
+
+
+def to_released(model: MPLUG2) -> dict[str, Tensor]:
+    """The inverse of `from_released` for the entries in use: copies of the parameters, under the released names.
+
+    Fusion layers are numbered as in the checkpoint that the model came from; for a model from elsewhere, as the last
+    of as many layers as the text encoder has. Raises ValueError for parameters that released checkpoints do not have.
+    """
+    parameters = dict(model.named_parameters())
+    names, shapes, state = _names(model), _shapes(parameters), {}
+    for name, parameter in parameters.items():
+        for part, entry in zip(parameter.detach().chunk(len(names[name])), names[name]):
+            state[entry] = part.reshape(shapes.get(name, part.shape)).clone()
+    state[KERNEL] = kernel_from_linear(state[KERNEL], model.vision_encoder.patch_embed.span, model.config.patch_size)
+    return state | {repeated: state[kept].clone() for kept, repeated in REPEATED.items()}
+
+
+def released_config(run_config: Mapping, bert_config: Mapping, state: Mapping[str, Tensor]) -> ModelConfig:
+    """Our settings from the two dictionaries of a released run; the number of latents stands only in the weights.
+
+    Raises ValueError that names a setting which is missing, or which asks for what this model does not compute.
+    """
+    def run(name: str):
+        return setting(run_config, name, "run settings")
+
+    def bert(name: str):
+        return setting(bert_config, name, "BERT settings")
+
+    check_bert_settings(bert_config, "BERT settings")
+    if "clip_dims" in run_config:
+        patch_size, blocks = (setting(run("clip_dims"), name, "clip_dims") for name in ("vision_patch_size", "vision_layers"))
+    elif run("clip_name") in CLIP_SIZES:
+        patch_size, blocks = CLIP_SIZES[run("clip_name")]
+    else:
+        raise ValueError(f"run settings: clip_name={run('clip_name')!r} is unknown; known are {', '.join(CLIP_SIZES)}; "
+                         "give the sizes of another one as clip_dims (vision_patch_size and vision_layers)")
+    first_universal = bert("text_encoder_layers") - bert("num_uni_layer")
+    latents = state.get(LATENTS.format(first_universal))
+    downsampling = run_config.get("temporal_downsampling", False)
+    return ModelConfig(
+        image_size=run("image_res"), patch_size=patch_size, vision_width=run("vision_width"), vision_layers=blocks,
+        temporal_downsampling=downsampling, temporal_stride=run("temporal_stride") if downsampling else 2,
+        width=bert("hidden_size"), heads=bert("num_attention_heads"), ff_width=bert("intermediate_size"),
+        text_layers=bert("text_encoder_layers"), universal_layers=bert("num_uni_layer"),
+        latents=50 if latents is None else len(latents), fusion_layers=bert("fusion_layers"),
+        fusion_stride=bert("stride_layer") if bert("stride_layer") < bert("fusion_layers") else 0,
+        decoder_layers=bert("text_decode_layers"), vocab_size=bert("vocab_size"),
+        max_positions=bert("max_position_embeddings"), dropout=bert("hidden_dropout_prob"),
+    )
+
+
+def unnested(state_dict: Mapping) -> Mapping[str, Tensor]:
+    """The state dict itself, out of the `model` or `module` of a training checkpoint. ValueError if there is none."""
+    while nested := [name for name in ("model", "module") if isinstance(state_dict.get(name), Mapping)]:
+        state_dict = state_dict[nested[0]]
+    if others := [str(name) for name, entry in state_dict.items() if not isinstance(entry, Tensor)]:
+        raise ValueError(f"{SOURCE}: expected a state dict, or one under the key 'model' or 'module', but these entries "
+                         f"are no tensors: {listed(others)}")
+    return state_dict
+
+
+def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names without the prefixes `fusion.` and `bert.` of pre-training checkpoints, which only the decoder keeps."""
+    plain = {}
+    for name, entry in state.items():
+        parts = name.split(".")
+        if not parts[0].startswith("text_decoder"):
+            parts = [part for part in parts if part not in ("fusion", "bert")]
+        if ".".join(parts) in plain:
+            raise ValueError(f"{SOURCE}: {'.'.join(parts)} is there twice, with and without the prefixes of pre-training")
+        plain[".".join(parts)] = entry
+    return plain
+
+
+def never_used(model: MPLUG2) -> list[str]:
+    """Patterns of all entries that a released checkpoint may hold and that the task of `model` never uses."""
+    config, parts, stack = model.config, TASKS[model.task], model.released_stack
+    universal = range(config.text_layers - config.universal_layers, config.text_layers)
+    layer, embeddings = entries_of(BERT_LAYER), entries_of(BERT_EMBEDDINGS)
+    layer_with_cross = entries_of(BERT_LAYER, BERT_CROSS_ATTENTION)
+    vision_feed_forward = r"(intermediate_vision\.dense|output_vision\.(dense|LayerNorm))\.(weight|bias)"
+    patterns = [
+        # CLIP's text tower, and the projection that ends its vision tower
+        r"visual_encoder\.(positional_embedding|text_projection|logit_scale|token_embedding\.weight|visual\.proj)",
+        rf"visual_encoder\.(transformer\.resblocks\.\d+\.{entries_of(CLIP_BLOCK)}|ln_final\.(weight|bias))",
+        # what the universal layers, and those of the decoder's, are built with and never run
+        rf"{TEXT}\.encoder\.layer\.{alternatives(universal)}\.{vision_feed_forward}",
+        rf"{DECODER}\.encoder\.layer\.{alternatives(range(config.decoder_layers))}\.(latents|{vision_feed_forward})",
+        rf"({TEXT}|{FUSION}|{DECODER})\.embeddings\.position_ids",
+        rf"{FUSION}\.embeddings\.{embeddings}",
+        MOMENTUM_COPIES,
+        PRETRAINING_HEADS,
+    ]
+    if parts.fusion:  # of the stack of layers only the last run, and those on the joint sequence without cross-attention
+        first = stack - config.fusion_layers
+        connected = [first + i for i, connected in enumerate(model.fusion.connected) if connected]
+        patterns += [
+            rf"{FUSION}\.encoder\.layer\.{alternatives(range(first))}\.{layer_with_cross}",
+            rf"{FUSION}\.encoder\.layer\.{alternatives(connected)}\.{entries_of(BERT_CROSS_ATTENTION)}",
+        ]
+    else:
+        patterns += [rf"{FUSION}\.encoder\.layer\.{alternatives(range(stack))}\.{layer_with_cross}"]
+    if not parts.text:
+        patterns += [
+            rf"{TEXT}\.embeddings\.{embeddings}",
+            rf"{TEXT}\.encoder\.layer\.{alternatives(range(universal.start))}\.{layer}",
+        ]
+    return patterns
+
+
+def _names(model: MPLUG2) -> Names:
+    """The released entries that make each parameter. ValueError for parameters that no released checkpoint has."""
+    config = model.config
+    stack = getattr(model, "released_stack", config.text_layers)
+    names = {
+        **within("vision_encoder", CLIP_VISION, VISION),
+        **PROJECTIONS,
+        **within("text_encoder.embeddings", BERT_EMBEDDINGS, f"{TEXT}.embeddings"),
+        **within("decoder.embeddings", BERT_EMBEDDINGS, f"{DECODER}.embeddings"),
+        **within("decoder.head", BERT_HEAD, HEAD),
+        "universal.latents": (LATENTS.format(config.text_layers - config.universal_layers),),
+        "decoder.embeddings.word.weight": (f"{HEAD}.decoder.weight",),
+        "decoder.head.bias": (f"{HEAD}.decoder.bias",),
+    }
+    for i in range(config.vision_layers):
+        block, theirs = f"vision_encoder.blocks.{i}", f"{VISION}.transformer.resblocks.{i}"
+        names |= within(block, CLIP_BLOCK, theirs)
+        names |= within(f"{block}.lt1", LOCAL_TEMPORAL, f"{theirs}.lmhra1")
+        names |= within(f"{block}.lt2", LOCAL_TEMPORAL, f"{theirs}.lmhra2")
+    universal, fused = config.text_layers - config.universal_layers, stack - config.fusion_layers
+    for ours, theirs, first, count in (
+        ("text_encoder", TEXT, 0, universal),
+        ("universal", TEXT, universal, config.universal_layers),
+        ("fusion", FUSION, fused, config.fusion_layers),
+        ("decoder", DECODER, 0, config.decoder_layers),
+    ):
+        for i in range(count):
+            layer = within(f"{ours}.layers.{i}", BERT_LAYER | BERT_CROSS_ATTENTION, f"{theirs}.encoder.layer.{first + i}")
+            names |= layer
+    parameters = [name for name, _ in model.named_parameters()]
+    if unknown := [name for name in parameters if name not in names]:
+        raise ValueError(f"{SOURCE}: it holds no weights for these parameters of the task {model.task!r}: "
+                         f"{listed(unknown)}; it can be loaded for captioning and question answering")
+    return {name: names[name] for name in parameters}
+
+
+def _shapes(parameters: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Shapes of entries that differ from ours: the linear layers of local temporal modules are convolutions there."""
+    ones = {"down.weight": (1, 1, 1), "up.weight": (1, 1, 1), "conv.weight": (1, 1)}
+    return {
+        name: (*parameter.shape, *more)
+        for name, parameter in parameters.items()
+        for module, more in ones.items()
+        if re.search(rf"\.lt[12]\.{re.escape(module)}$", name)
+    }
