@@ -35,7 +35,7 @@ from mplug2.data.loader import (
     INSTRUCTIONS, KINDS, PROMPTS, Collate, MixedBatches, Samples, check_texts, make_loader, read_samples,
 )
 from mplug2.data.records import available
-from mplug2.evaluation import evaluate
+from mplug2.evaluation import evaluate, table
 from mplug2.flags import Parser
 from mplug2.inference import Predictor
 from mplug2.model import MPLUG2
@@ -317,7 +317,7 @@ def run(config: TrainConfig, changes: dict, process: distributed.Process) -> dic
         split = "test" if any("test" in splits for splits in available(root).values()) else "val"
         results = validate(predictor, root, split, None, config.max_steps, log)
         curves(folder / "metrics.jsonl", folder / "curves.png")
-        print(table(split, results))
+        print(table({split: results}))
         print(f"{folder / 'last'}: {(time.time() - started) / 60:.1f} minutes in all; "
               f"python eval.py --checkpoint {folder / 'last'} evaluates every split")
     distributed.barrier()
@@ -357,13 +357,6 @@ def validate(predictor: Predictor, root: Path, split: str, limit: int | None, st
     if metrics:
         log.line({"step": step, **{f"{split}/{name}": value for name, value in metrics.items()}})
     return metrics
-
-
-def table(split: str, metrics: dict[str, float]) -> str:
-    """Metrics in aligned columns; shares in per cent."""
-    lines = [f"{name:<24} {value:8.3f}" if name.endswith("cider") else f"{name:<24} {100 * value:7.1f} %"
-             for name, value in metrics.items()]
-    return "\n".join([f"results on {split}", *lines])
 
 
 class Log:

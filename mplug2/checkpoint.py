@@ -118,7 +118,7 @@ def load_weights(model: MPLUG2, path: Path, saved_task: str) -> None:
     ]
     if lines:
         shown = "\n".join(lines[:8]) + (f"\n  and {len(lines) - 8} more" if len(lines) > 8 else "")
-        raise CheckpointError(f"{path}, saved for the task {saved_task}, does not fit this model for {model.task}:\n{shown}")
+        raise CheckpointError(f"{path}, saved for {saved_task}, does not fit this model for {model.task}:\n{shown}")
     model.load_state_dict({name: weights[name] for name in wanted})
 
 

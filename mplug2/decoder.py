@@ -24,7 +24,7 @@ class Decoder(nn.Module):
         self.head = LanguageModelHead(config)
 
     def forward(self, ids: Tensor, mask: Tensor, memory: Tensor, memory_mask: Tensor | None = None) -> Tensor:
-        """mask `b l`, memory_mask `b m`: true = real token. Memory_mask may be left out if all of the memory is real."""
+        """mask `b l`, memory_mask `b m`: true = real token; without a memory_mask all of the memory is real."""
         logits = self.head(self.hidden(ids, mask, memory, memory_mask), self.embeddings.word.weight)
         check(logits, "b l s", b=ids.shape[0], l=ids.shape[1], s=self.vocab_size)
         return logits

@@ -32,7 +32,7 @@ class Prediction:
 def evaluate(
     predictor: Predictor, root: Path, split: str, limit: int | None = None
 ) -> tuple[dict[str, float], list[Prediction]]:
-    """All that the model has the modules for and the folder `root` the files. `limit`: the first records of each only."""
+    """All that the model has the modules for and the folder `root` the files. `limit`: only the first records."""
     parts, there = TASKS[predictor.model.task], available(root)
     metrics: dict[str, float] = {}
     predictions: list[Prediction] = []
@@ -116,3 +116,15 @@ def gallery_metrics(predictor: Predictor, records: list[Record], rerank: int) ->
                 ).cpu()
         metrics[f"{name}_r1_rerank"] = float(retrieval(again.numpy(), positives)["r1"])
     return metrics
+
+
+def table(by_split: dict[str, dict[str, float]]) -> str:
+    """A row for each metric, a column for each split; shares in per cent, CIDEr as it is."""
+    names = list(dict.fromkeys(name for metrics in by_split.values() for name in metrics))
+    lines = [f"{'':<24}" + "".join(f"{split:>10}" for split in by_split)]
+    for name in names:
+        scale, digits = (1, 3) if name.endswith("cider") else (100, 1)
+        cells = [f"{metrics[name] * scale:>10.{digits}f}" if name in metrics else f"{'':>10}"
+                 for metrics in by_split.values()]
+        lines.append(f"{name:<24}" + "".join(cells))
+    return "\n".join(lines)

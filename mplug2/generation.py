@@ -135,7 +135,7 @@ def _room(model: MPLUG2, first: int, max_length: int) -> int:
         raise ValueError(f"max_length={max_length}: expected at least 1 token")
     room = model.config.max_positions - first
     if room < 1:
-        raise ValueError(f"a prompt of {first} tokens leaves no room: the model has {model.config.max_positions} positions")
+        raise ValueError(f"a prompt of {first} tokens leaves no room in the {model.config.max_positions} positions")
     return min(max_length, room)
 
 

@@ -23,7 +23,7 @@ from mplug2.tokenizer import Tokenizer, clean
 
 
 def load(checkpoint: str | Path, device: str = "cpu", task: str | None = None) -> "Predictor":
-    """Open a checkpoint folder, such as runs/tiny/last, for inference (`task`: as a smaller model than it was saved)."""
+    """Open a checkpoint folder, such as runs/tiny/last; `task`: as a smaller model than it was saved."""
     model, tokenizer, preparation = load_model(checkpoint, task)
     return Predictor(model.to(device), tokenizer, preparation)
 
@@ -76,7 +76,7 @@ class Predictor:
         texts = [i for i in range(len(inputs)) if i not in set(media)]
         vectors: dict[int, Tensor] = {}
         if media:
-            found = self.on_media([inputs[i] for i in media], lambda vision, *_: list(self.model.project_vision(vision)))
+            found = self.on_media([inputs[i] for i in media], lambda vision, *_: self.model.project_vision(vision))
             vectors |= zip(media, found)
         for first in range(0, len(texts), self.batch_size):
             places = texts[first : first + self.batch_size]

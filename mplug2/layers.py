@@ -16,7 +16,7 @@ EPS = 1e-12
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training, drop a whole residual branch for a sample with chance `rate` (Huang et al. 2016)."""
+    """Stochastic depth (Huang et al. 2016): in training, a residual branch is left out with chance `rate`."""
 
     def __init__(self, rate: float):
         super().__init__()
@@ -91,7 +91,7 @@ class TextEmbeddings(nn.Module):
 
 
 class LanguageModelHead(nn.Module):
-    """Hidden states to vocabulary logits: linear, GELU, LayerNorm, then the word embedding it is tied to, plus a bias."""
+    """Hidden states to vocabulary logits: linear, GELU, LayerNorm, then the tied word embedding, plus a bias."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()

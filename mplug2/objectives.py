@@ -52,13 +52,13 @@ def hard_negatives(similarity: Tensor, meaning: Tensor) -> tuple[Tensor, Tensor]
 def matching_loss(
     model: MPLUG2, vision: Tensor, text: Tensor, text_mask: Tensor, similarity: Tensor, meaning: Tensor
 ) -> Tensor:
-    """VTM: do vision `b v d` and text `b l d` belong together? Each pair is asked as it is, with one hard negative text,
-    and with one hard negative vision; `similarity` (`b b`, vision by text, without gradients) draws them."""
+    """VTM: do vision `b v d` and text `b l d` belong together? Each pair is asked as it is, with one hard negative
+    text, and with one hard negative vision; `similarity` (`b b`, vision by text, without gradients) draws them."""
     sizes = check(text, "b l d", **check(vision, "b v d"))
     check(similarity, "b b", **sizes)
     other_text, has_text = hard_negatives(similarity, meaning)
     other_vision, has_vision = hard_negatives(similarity.T, meaning)
-    # Each vision with its own and with another text, which share its keys and values; then each text with another vision.
+    # Each vision with its own and with another text, which share its keys and values; each text with another vision.
     both = rearrange(torch.stack([text, text[other_text]]), "r b l d -> (b r) l d")
     both_mask = rearrange(torch.stack([text_mask, text_mask[other_text]]), "r b l -> (b r) l")
     matched, unmatched = rearrange(model.match(model.fuse(vision, both, both_mask)[1]), "(b r) y -> r b y", r=2, y=2)
@@ -96,7 +96,8 @@ def language_loss(
 
 class Objectives(nn.Module):
     """The losses of a batch, by name: `vtc`, `vtm`, `mlm`, `caption` and `answer`, as far as the model has the
-    modules for them and the batch (see data/loader.py) the texts. A module, so that a distributed wrapper sees one forward.
+    modules for them and the batch (see data/loader.py) the texts. A module, so that a distributed wrapper sees one
+    forward.
     """
 
     def __init__(self, model: MPLUG2):

@@ -55,7 +55,7 @@ def read_samples(root: Path, task: str, split: str) -> dict[str, list[Sample]]:
             samples[kind] = _merge([record for file in found for record in read_records(root, file, split)])
     if not samples:
         wanted = ", ".join(f"{file}.{split}.jsonl" for files in KINDS[task].values() for file in files)
-        raise FileNotFoundError(f"{root} has no data for the task {task}, split {split}: expected one or more of {wanted}")
+        raise FileNotFoundError(f"{root} has no data for {task}, split {split}: expected one or more of {wanted}")
     return samples
 
 
@@ -94,8 +94,8 @@ def check_texts(samples: dict[str, list[Sample]], tokenizer: Tokenizer, limit: i
                     continue
                 if (count := tokenizer.lengths([cleaned])[0] + extra) > limit:
                     raise RecordError(
-                        f"{sample.where}: the text {text!r} has {count} tokens (with [CLS], [SEP] and prompt), the model "
-                        f"takes {limit}; shorten it, lower max_words ({max_words}), or raise max_positions"
+                        f"{sample.where}: the text {text!r} has {count} tokens (with [CLS], [SEP] and prompt), the "
+                        f"model takes {limit}; shorten it, lower max_words ({max_words}), or raise max_positions"
                     )
 
 
