@@ -48,7 +48,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x `b l d`, mask broadcastable to `b c l l` -> `b l d`."""
-        b, l = x.shape[:2]
+        sizes = check(x, "b l d", d=self.width)
+        b, l = sizes["b"], sizes["l"]
         query, key, value = rearrange(self.qkv(x), "b l (three c e) -> three b c l e", b=b, l=l, three=3, c=self.heads)
         mixed = scaled_dot_product_attention(query, key, value, mask, self.dropout if self.training else 0.0)
         return self.out(rearrange(mixed, "b c l e -> b l (c e)", b=b, l=l, c=self.heads))
@@ -70,10 +71,10 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
         """x `(b r) l d`, memory `b m d`, mask broadcastable to `b c 1 m` -> `(b r) l d`."""
-        l, (b, m) = x.shape[1], memory.shape[:2]
-        check(memory, "b m d", d=self.width)
-        if x.shape[0] % b:
-            raise ValueError(f"{x.shape[0]} sequences cannot share {b} memories evenly")
+        sizes = check(memory, "b m d", **check(x, "br l d", d=self.width))
+        b, m, l = sizes["b"], sizes["m"], sizes["l"]
+        if sizes["br"] % b:
+            raise ValueError(f"{sizes['br']} sequences cannot share {b} memories evenly")
         query = rearrange(self.query(x), "(b r) l (c e) -> b c (r l) e", b=b, l=l, c=self.heads)
         key, value = rearrange(self.key_value(memory), "b m (two c e) -> two b c m e", b=b, m=m, two=2, c=self.heads)
         mixed = scaled_dot_product_attention(query, key, value, mask, self.dropout if self.training else 0.0)

@@ -140,7 +140,9 @@ def save_checkpoint(
     link.unlink(missing_ok=True)
     link.symlink_to(name)
     os.replace(link, run / "last")
-    for old in sorted(run.glob("step_*"))[:-keep]:
+    # Never the one just written, though it may be of an earlier step than others, where `last` was turned back by hand.
+    others = sorted((other for other in run.glob("step_*") if other != folder), reverse=True)
+    for old in others[keep - 1 :]:
         shutil.rmtree(old)
     return folder
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mplug2.checkpoint import Preparation, load_model
 from mplug2.data.loader import PROMPTS
-from mplug2.data.media import is_media, read_media, to_pixels
+from mplug2.data.media import is_media, kind_of, read_image, read_video, to_pixels
 from mplug2.generation import Special, beam_search, best_texts, greedy
 from mplug2.model import MPLUG2, answer_memory
 from mplug2.tokenizer import Tokenizer, clean
@@ -26,6 +26,12 @@ def load(checkpoint: str | Path, device: str = "cpu", task: str | None = None) -
     """Open a checkpoint folder, such as runs/tiny/last; `task`: as a smaller model than it was saved."""
     model, tokenizer, preparation = load_model(checkpoint, task)
     return Predictor(model.to(device), tokenizer, preparation)
+
+
+def check_list(inputs: Sequence[str | Path]) -> None:
+    """A string is a sequence too, of letters: refuse it where a list of paths or texts is expected."""
+    if isinstance(inputs, (str, Path)):
+        raise TypeError(f"expected a list of paths or texts, found the single one {str(inputs)!r}")
 
 
 class Predictor:
@@ -55,6 +61,8 @@ class Predictor:
 
     def answer(self, paths: Sequence[str | Path], questions: Sequence[str], max_length: int = 10) -> list[str]:
         """The answer to each question about the picture or clip of the same place in the list."""
+        check_list(paths)
+        check_list(questions)
         if len(paths) != len(questions):
             raise ValueError(f"{len(paths)} paths, but {len(questions)} questions: expected one question for each path")
 
@@ -72,6 +80,7 @@ class Predictor:
     def embed(self, inputs: Sequence[str | Path]) -> Tensor:
         """Unit vectors `b e` of media and texts, which may be mixed: a path, or a string that ends like a media file
         (.gif, .mp4, .png, ...), is opened; any other string is a text."""
+        check_list(inputs)
         media = [i for i, item in enumerate(inputs) if isinstance(item, Path) or is_media(item)]
         texts = [i for i in range(len(inputs)) if i not in set(media)]
         vectors: dict[int, Tensor] = {}
@@ -87,6 +96,8 @@ class Predictor:
 
     def similarity(self, media: Sequence[str | Path], texts: Sequence[str]) -> Tensor:
         """Cosines, media by texts."""
+        check_list(media)
+        check_list(texts)
         return self.embed([Path(path) for path in media]) @ self.embed(list(texts)).T
 
     @torch.no_grad()
@@ -117,8 +128,7 @@ class Predictor:
     def on_media(self, paths: Sequence[str | Path], function: Callable[[Tensor, str, list[int]], Iterable]) -> list:
         """Decode and encode the media in batches, pictures and clips apart; `function(V', kind, places)` is called on
         each batch, and its results come back in the order of `paths`."""
-        if isinstance(paths, (str, Path)):
-            raise TypeError(f"expected a list of paths, found the single path {str(paths)!r}")
+        check_list(paths)
         # What waits for its batch, by kind: the pixels of each file, and the places that ask for it (a clip with
         # several questions is decoded and encoded once).
         waiting: dict[str, dict[str, tuple[Tensor, list[int]]]] = {"image": {}, "video": {}}
@@ -137,8 +147,8 @@ class Predictor:
             if known:
                 kind = known[0]
             else:
-                frames = read_media(path, self.preparation.frames)
-                kind = "image" if len(frames) == 1 else "video"
+                kind = kind_of(path)
+                frames = read_image(path) if kind == "image" else read_video(path, self.preparation.frames)
                 waiting[kind][path] = to_pixels(frames, self.model.config.image_size), []
             waiting[kind][path][1].append(place)
             if sum(len(askers) for _, askers in waiting[kind].values()) == self.batch_size:

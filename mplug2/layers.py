@@ -48,7 +48,6 @@ class BertLayer(nn.Module):
     def __init__(self, config: ModelConfig, cross: bool = False):
         super().__init__()
         width, heads, dropout = config.width, config.heads, config.dropout
-        self.width = width
         self.self_attention = SelfAttention(width, heads, dropout)
         self.self_norm = nn.LayerNorm(width, eps=EPS)
         if cross:
@@ -61,7 +60,7 @@ class BertLayer(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor | None = None, memory: Tensor | None = None, memory_mask: Tensor | None = None
     ) -> Tensor:
-        """x `b l d`, mask broadcastable to `b c l l`, memory `b m d`, memory_mask to `b c l m` -> `b l d`."""
+        """x `b l d`, mask broadcastable to `b c l l`, memory `b m d`, memory_mask to `b c 1 m` -> `b l d`."""
         x = self.self_norm(x + self.dropout(self.self_attention(x, mask)))
         if memory is not None:
             x = self.cross_norm(x + self.dropout(self.cross_attention(x, memory, memory_mask)))

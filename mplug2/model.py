@@ -18,6 +18,7 @@ from mplug2.decoder import Decoder
 from mplug2.fusion import Fusion
 from mplug2.layers import EPS, LanguageModelHead
 from mplug2.local_temporal import LocalTemporal
+from mplug2.patch_embed import PatchEmbed
 from mplug2.shapes import check
 from mplug2.text_encoder import TextEncoder
 from mplug2.universal import UniversalLayers
@@ -114,14 +115,17 @@ class MPLUG2(nn.Module):
 
     def project_vision(self, vision: Tensor) -> Tensor:
         """V' `b v d` -> unit vectors `b e` to compare with those of texts."""
+        check(vision, "b v d", d=self.config.width)
         return nn.functional.normalize(self._part("contrastive_vision")(vision[:, 0]), dim=-1)
 
     def project_text(self, text: Tensor) -> Tensor:
         """Text `b l d` -> unit vectors `b e` to compare with those of images and videos."""
+        check(text, "b l d", d=self.config.width)
         return nn.functional.normalize(self._part("contrastive_text")(text[:, 0]), dim=-1)
 
     def match(self, fused: Tensor) -> Tensor:
         """Fused text `b l d` -> logits `b 2`: (no match, match)."""
+        check(fused, "b l d", d=self.config.width)
         return self._part("matching_head")(fused[:, 0])
 
     def unmask(self, hidden: Tensor) -> Tensor:
@@ -145,7 +149,8 @@ def answer_memory(vision: Tensor, text: Tensor, text_mask: Tensor) -> tuple[Tens
 
 def init_weights(model: MPLUG2) -> None:
     """From scratch: zero biases, and normal weights, as BERT and CLIP have them: of deviation 0.02 at a width of 768,
-    and more in narrower models, in proportion to 1 / sqrt(width). Local temporal modules keep their zero start."""
+    and more in narrower models, in proportion to 1 / sqrt(width). Patches start at deviation 1 / sqrt(their pixels),
+    and local temporal modules keep their zero start."""
     std = 0.02 * (768 / model.config.width) ** 0.5
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -155,6 +160,8 @@ def init_weights(model: MPLUG2) -> None:
         for name, parameter in module.named_parameters(recurse=False):
             if name in ("class_token", "position", "latents"):
                 nn.init.normal_(parameter, std=std)
-    for module in model.modules():
+    for module in model.modules():  # what differs from the rule above
         if isinstance(module, LocalTemporal):
             module.reset_up()
+        if isinstance(module, PatchEmbed):
+            nn.init.normal_(module.linear.weight, std=module.linear.in_features**-0.5)

@@ -26,7 +26,7 @@ def patchify(pixels: Tensor, patch: int) -> Tensor:
 
 def unpatchify(patches: Tensor, patch: int, rows: int) -> Tensor:
     """The inverse of `patchify`, for pictures: `b t n (3 p p)` -> `b 3 t H W`, with `rows` patch rows."""
-    sizes = check(patches, "b t n _", _=3 * patch**2)
+    sizes = check(patches, "b t n values", values=3 * patch**2)
     if sizes["n"] % rows:
         raise ValueError(f"{sizes['n']} patches cannot stand in {rows} rows")
     return rearrange(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mplug2.data.media import MediaError, read_media, to_pixels
+from mplug2.data.media import MediaError, read_image, read_video, to_pixels
 from mplug2.data.records import Question, Record, RecordError, available, read_records
 from mplug2.tokenizer import Tokenizer, clean
 
@@ -47,12 +47,22 @@ class Sample:
 
 
 def read_samples(root: Path, task: str, split: str) -> dict[str, list[Sample]]:
-    """The samples of a task by kind. Questions about a clip join its captions; kinds without a file are left out."""
+    """The samples of a task by kind. Questions about a clip join its captions; kinds without a file are left out.
+
+    Raises FileNotFoundError if there is no file at all, RecordError for a clip in pre-training that has no captions: a
+    process whose clips lack them would have other losses than the next process, which waits for it.
+    """
     there, samples = available(root), {}
     for kind, files in KINDS[task].items():
         found = [file for file in files if split in there.get(file, ())]
         if found:
             samples[kind] = _merge([record for file in found for record in read_records(root, file, split)])
+            for sample in samples[kind]:
+                if task == "pretrain" and not sample.captions:
+                    raise RecordError(
+                        f"{sample.where}: questions about {sample.media}, but no captions of it, as pre-training needs; "
+                        f"add them to {kind}_caption.{split}.jsonl, take this line out, or train --task {kind}_qa"
+                    )
     if not samples:
         wanted = ", ".join(f"{file}.{split}.jsonl" for files in KINDS[task].values() for file in files)
         raise FileNotFoundError(f"{root} has no data for {task}, split {split}: expected one or more of {wanted}")
@@ -128,7 +138,8 @@ class Samples(torch.utils.data.Dataset):
     def pixels(self, sample: Sample, kind: str, rng: np.random.Generator) -> Tensor | None:
         if sample.media is None:
             return None
-        return to_pixels(read_media(sample.media, self.frames if kind == "video" else 1, rng), self.image_size)
+        frames = read_video(sample.media, self.frames, rng) if kind == "video" else read_image(sample.media)
+        return to_pixels(frames, self.image_size)
 
     def texts(self, sample: Sample, kind: str, rng: np.random.Generator) -> dict:
         """One caption, r questions with an answer each, and the random numbers that choose the masked words."""
@@ -245,7 +256,9 @@ class MixedBatches(torch.utils.data.Sampler):
 
 
 def make_loader(dataset: Samples, batches: MixedBatches, collate: Collate, workers: int, pin: bool) -> DataLoader:
+    # A generator of its own: else every new loader would draw from torch's, and a resumed run would go on with other
+    # random numbers than the run that never stopped.
     return DataLoader(
         dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin,
-        persistent_workers=False, prefetch_factor=4 if workers else None,
+        persistent_workers=False, prefetch_factor=4 if workers else None, generator=torch.Generator(),
     )

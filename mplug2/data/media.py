@@ -5,20 +5,22 @@ Axes: `t` frames, `H W` rows and columns, 3 colours (red, green, blue). A pictur
     file --read_image, read_video--> uint8 (t, H, W, 3) --to_pixels--> float32 (3, t, size, size)
 
 GIF, WebP and PNG, still or animated, and JPEG and BMP are decoded by Pillow; MP4, WebM, MKV, AVI and MOV by FFmpeg
-through PyAV, in one thread: the workers of a loader are what runs in parallel. Whatever is wrong with a file, the error
-is a `MediaError` that names it.
+through imageio's PyAV plugin, in one thread: the workers of a loader are what runs in parallel. Whatever is wrong with
+a file, the error is a `MediaError` that names it.
 """
 
 import io
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import av
+import imageio.v3 as iio
 import numpy as np
 import torch
+from av import FFmpegError  # imageio passes it on
 from einops import rearrange
+from imageio.core.v3_plugin_api import PluginV3
 from PIL import Image, ImageOps
 
 STILL_SUFFIXES = (".jpg", ".jpeg", ".bmp")
@@ -29,7 +31,7 @@ MEDIA_SUFFIXES = STILL_SUFFIXES + ANIMATION_SUFFIXES + VIDEO_SUFFIXES
 
 PILLOW_FORMATS = ("JPEG", "BMP", "GIF", "WEBP", "PNG")  # by content: many a ".jpg" of the web is a PNG
 
-ADVICE = "it may be damaged or cut off: fetch it again, or take its record out"
+ADVICE = "it may be damaged, cut off, or not what its suffix says: fetch it again, or take its record out"
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -77,9 +79,12 @@ def read_image(path: Path | str) -> np.ndarray:
 def read_video(path: Path | str, frames: int | None, rng: np.random.Generator | None = None) -> np.ndarray:
     """Read the frames of a clip that `segment_indices` picks, or all of them for None. Returns uint8 (t, H, W, 3).
 
-    Only the wanted frames are kept in memory. A GIF, WebP or PNG of one frame is a clip of one frame. A video file that
-    ends early, or is damaged on the way, is the clip up to there, as long as that is half of what it promised or more.
-    Raises MediaError.
+    Only the wanted frames are converted to RGB and kept. A GIF, WebP or PNG of one frame is a clip of one frame. Raises
+    MediaError. A video file
+
+    - that ends early, or is damaged on the way, is the clip up to there, if that is half of what it promised or more;
+    - that changes its size on the way has the size of its first frame;
+    - that is to be shown turned (phones film on their side) is not turned: the frames come as they are stored.
     """
     if frames is not None and frames < 1:
         raise ValueError(f"expected to read 1 frame or more, or None for all of them, found {frames}")
@@ -106,6 +111,10 @@ def segment_indices(total: int, frames: int, rng: np.random.Generator | None = N
     if rng is None:
         return (bounds[:-1] + bounds[1:] - 1) // 2
     return rng.integers(bounds[:-1], bounds[1:])
+
+
+def _numbers(total: int, frames: int | None, rng: np.random.Generator | None) -> list[int]:
+    return list(range(total)) if frames is None else segment_indices(total, frames, rng).tolist()
 
 
 def to_pixels(frames: np.ndarray, size: int) -> torch.Tensor:
@@ -145,7 +154,7 @@ def _frame_count(image: Image.Image) -> int:
 
 def _read_animation(image: Image.Image, frames: int | None, rng: np.random.Generator | None) -> np.ndarray:
     total = _frame_count(image)
-    numbers = range(total) if frames is None else segment_indices(total, frames, rng).tolist()
+    numbers = _numbers(total, frames, rng)
     kept: dict[int, np.ndarray] = {}
     for number in numbers:
         if number not in kept:
@@ -172,73 +181,51 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
 def _read_stream(path: Path | str, frames: int | None, rng: np.random.Generator | None) -> np.ndarray:
     """Pick by the number of frames that the file promises, or, where it promises none (WebM, MKV), by a count of them.
 
-    Where fewer can be decoded, the promise was wrong: pick again, of those.
+    Where fewer can be decoded, the promise was wrong: count, and pick again, of those.
     """
-    with _decoding(path), _open_video(path) as (_, stream):
-        promised = max(0, stream.frames)  # a broken header may say anything
-    if frames is None:
-        kept, decoded = _decode(path, None)
-        _check_promise(path, decoded, promised)
-        return _stack(path, list(kept.values()))
-    numbers = segment_indices(promised or _decode(path, ())[1], frames, rng)
-    kept, decoded = _decode(path, numbers.tolist())
-    if decoded <= numbers[-1]:
-        _check_promise(path, decoded, promised)
-        numbers = segment_indices(decoded, frames, rng)
-        kept, _ = _decode(path, numbers.tolist())
-    return _stack(path, [kept[number] for number in numbers.tolist()])
+    with _decoding(path):
+        with _open_video(path) as file:
+            promised = max(0, file.properties().n_images)  # a broken header may say anything
+            total = promised or _count(path)
+            with suppress(EOFError, FFmpegError):
+                return _pick(file, total, frames, rng)
+        total = _count(path)
+        if 2 * total < promised:
+            raise MediaError(f"{path} promises {promised} frames, but only {total} could be decoded; {ADVICE}")
+        with _open_video(path) as file:
+            return _pick(file, total, frames, rng)
 
 
-def _decode(path: Path | str, wanted: Sequence[int] | None) -> tuple[dict[int, np.ndarray], int]:
-    """Decode up to the last of the `wanted` frame numbers; to the end for None, which keeps all, and for (), none.
-
-    Returns the kept frames by number, and how many frames were decoded, at least one. Damage after the first frame ends
-    the clip.
-    """
-    kept: dict[int, np.ndarray] = {}
-    decoded = 0
-    with _decoding(path), _open_video(path) as (container, stream):
-        try:
-            for frame in container.decode(stream):
-                if wanted is None or decoded in wanted:
-                    kept[decoded] = _upright(frame)
-                decoded += 1
-                if wanted and decoded > wanted[-1]:
-                    break
-        except av.FFmpegError:
-            if decoded == 0:
-                raise
-    if decoded == 0:
-        raise MediaError(f"{path} has a video stream without any frame; {ADVICE}")
-    return kept, decoded
+def _pick(file: PluginV3, total: int, frames: int | None, rng: np.random.Generator | None) -> np.ndarray:
+    """Decode up to the last wanted frame. Raises EOFError or FFmpegError if there are fewer than `total` promised."""
+    numbers = _numbers(total, frames, rng)
+    wanted = sorted(set(numbers))
+    select = "1" if frames is None else "+".join(f"eq(n,{number})" for number in wanted)
+    kept = dict(zip(wanted, _decode(file, "rgb24", select), strict=False))
+    if len(kept) < len(wanted):
+        raise EOFError(f"{len(kept)} of {len(wanted)} wanted frames were found")
+    return np.stack([kept[number] for number in numbers])
 
 
-@contextmanager
-def _open_video(path: Path | str) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    with av.open(os.path.abspath(path)) as container:  # absolute: FFmpeg takes "a:b.mp4" for an address
-        stream = container.streams.best("video")
-        if stream is None:
-            raise MediaError(f"{path} has no video stream; {ADVICE}")
-        stream.codec_context.thread_count = 1
-        yield container, stream
+def _count(path: Path | str) -> int:
+    """How many frames can be decoded, up to the end or to the first damage. In grey, as that costs least."""
+    total = 0
+    with _open_video(path) as file, suppress(FFmpegError):
+        for _ in _decode(file, "gray"):
+            total += 1
+    if total == 0:
+        raise MediaError(f"{path} has no frame that can be decoded; {ADVICE}")
+    return total
 
 
-def _upright(frame: av.VideoFrame) -> np.ndarray:
-    """uint8 (H, W, 3), turned as the file says it is to be shown (phones film on their side)."""
-    pixels = frame.to_ndarray(format="rgb24", threads=1)
-    return np.rot90(pixels, k=round(frame.rotation / 90))  # both count counter-clockwise
+def _open_video(path: Path | str) -> PluginV3:
+    return iio.imopen(os.path.abspath(path), "r", plugin="pyav")  # absolute: FFmpeg takes "a:b.mp4" for an address
 
 
-def _check_promise(path: Path | str, decoded: int, promised: int) -> None:
-    if 2 * decoded < promised:
-        raise MediaError(f"{path} promises {promised} frames, but only {decoded} could be decoded; {ADVICE}")
-
-
-def _stack(path: Path | str, frames: list[np.ndarray]) -> np.ndarray:
-    shapes = sorted({frame.shape[:2] for frame in frames})
-    if len(shapes) > 1:
-        raise MediaError(f"{path} changes its frame size on the way, (H, W) = {shapes}; encode it anew at one size")
-    return np.stack(frames)
+def _decode(file: PluginV3, colours: str, select: str = "1") -> Iterator[np.ndarray]:
+    """Convert only the frames, numbered `n`, for which `select`, an expression of FFmpeg's, is not 0."""
+    filters = [("select", select), ("scale", "threads=1"), ("format", colours)]
+    return file.iter(filter_sequence=filters, format=colours, thread_count=1)
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ FILE or in FOLDER, if --tokenizer does not say where it is.
 
 import argparse
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
 from mplug2.checkpoint import Preparation, save_model
@@ -30,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("file", nargs="?", help="a released mPLUG-2 checkpoint")
-    parser.add_argument("--task", choices=list(TASKS), help="default: video_caption, or pretrain with --clip and --bert")
+    parser.add_argument("--task", choices=TASKS, help="default: video_caption, or pretrain with --clip and --bert")
     parser.add_argument("--settings", help="JSON object with the settings of the released run as `config` and "
                         "`bert_config`; default: the run's own in FILE, and those of the large model")
     parser.add_argument("--clip", help="file or folder of a CLIP ViT, with its settings beside it")
@@ -59,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def convert_released(given: argparse.Namespace) -> tuple[MPLUG2, Tokenizer, Preparation]:
-    """A released checkpoint for one task. ValueError for a prompt, an end token or a tokenizer that is not its own."""
+    """A released checkpoint for one task. ValueError for another prompt, end token or tokenizer than its own."""
     contents, task = open_weights(given.file), given.task or "video_caption"
     if given.settings:
         settings = read_json(given.settings)
@@ -68,12 +67,15 @@ def convert_released(given: argparse.Namespace) -> tuple[MPLUG2, Tokenizer, Prep
         run, bert = contents.get("config", LARGE_RUN), LARGE_BERT
     if run.get("eos", "[SEP]") != "[SEP]":
         raise ValueError(f"run settings: eos={run['eos']!r}, but our texts end in [SEP]")
-    ours = PROMPTS[task.split("_")[0]]
-    if task.endswith("caption") and clean(run.get("prompt", ours)) != ours:
-        raise ValueError(f"run settings: prompt={run['prompt']!r}, but captions of the task {task} start with {ours!r}: "
-                         "a model that was trained with another prompt writes garbled ones; choose the task that fits")
+    if task.endswith("_caption"):
+        ours = PROMPTS[task.removesuffix("_caption")]
+        if clean(run.get("prompt", ours)) != ours:
+            raise ValueError(f"run settings: prompt={run['prompt']!r}, but captions of the task {task} start with "
+                             f"{ours!r}; from another prompt than its own a model writes garbled ones: choose the "
+                             "other captioning task, or question answering")
     model = from_released(contents, run, bert, task)
-    return model, tokenizer_of(model.config, given, Path(given.file).parent), Preparation(run.get("test_num_frames", 16))
+    tokenizer = tokenizer_of(model.config, given, Path(given.file).parent)
+    return model, tokenizer, Preparation(run.get("test_num_frames", 16))
 
 
 def start(given: argparse.Namespace) -> tuple[MPLUG2, Tokenizer, Preparation]:
@@ -102,7 +104,7 @@ def start(given: argparse.Namespace) -> tuple[MPLUG2, Tokenizer, Preparation]:
 def tokenizer_of(config: ModelConfig, given: argparse.Namespace, folder: Path) -> Tokenizer:
     """The tokenizer, which must have exactly the tokens of the model: another one makes nonsense of every text."""
     if not given.tokenizer and not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
-        raise ValueError(f"{folder}: there is no vocab.txt or tokenizer.json beside the weights; give the one of the BERT "
+        raise ValueError(f"{folder}: there is no vocab.txt or tokenizer.json beside the weights; give that of the BERT "
                          "that the model was trained with (released: bert-large-uncased) as --tokenizer")
     tokenizer = Tokenizer.load(given.tokenizer or folder)
     if len(tokenizer) != config.vocab_size:

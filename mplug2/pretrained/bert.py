@@ -9,8 +9,16 @@ from torch import Tensor
 
 from mplug2.model import MPLUG2
 from mplug2.pretrained.entries import (
-    BERT_EMBEDDINGS, BERT_HEAD, BERT_LAYER, Names, check_bert_settings, check_entries, entries_of, setting,
-    stack_entries, within,
+    BERT_EMBEDDINGS,
+    BERT_HEAD,
+    BERT_LAYER,
+    Names,
+    check_bert_settings,
+    check_entries,
+    entries_of,
+    setting,
+    stack_entries,
+    within,
 )
 from mplug2.pretrained.files import open_settings, open_weights
 
@@ -22,10 +30,10 @@ def from_bert(model: MPLUG2, source: str | Path | Mapping[str, Tensor], settings
     """Fill the text parts of `model` with the weights of a BERT: `source` is a file, a folder or a state dict.
 
     `settings` is Hugging Face's `config.json`, by default the one beside the weights. Text encoder and universal layers
-    are BERT's first layers, the decoder's too; fusion is its last ones. Both language-model heads are BERT's, unless the
-    source comes without one. What BERT does not have keeps its values: all cross-attention, the latents, the
-    projection of vision, the other heads. Raises ValueError if the sizes, heads or settings are not the model's, or if
-    entries are missing or left over.
+    are BERT's first layers, and so is the decoder; fusion is its last ones. Both language-model heads are BERT's,
+    unless the source comes without one. What BERT does not have keeps its values: all cross-attention, the latents,
+    the projection of vision, the other heads. Raises ValueError if the sizes, heads or settings are not the model's,
+    or if entries are missing or left over.
     """
     state = plain_names(source if isinstance(source, Mapping) else open_weights(source))
     if settings is None and not isinstance(source, Mapping):
@@ -41,7 +49,7 @@ def from_bert(model: MPLUG2, source: str | Path | Mapping[str, Tensor], settings
                          f"heads={config.heads}")
     for name in ("text_layers", "fusion_layers", "decoder_layers"):
         if getattr(config, name) > depth:
-            raise ValueError(f"{SOURCE}: num_hidden_layers={depth} is less than {name}={getattr(config, name)} of the model")
+            raise ValueError(f"{SOURCE}: num_hidden_layers={depth}, but the model has {name}={getattr(config, name)}")
 
     has_head = any(name.startswith("cls.predictions.") for name in state)
     names = bert_names(model, depth, has_head)
@@ -71,7 +79,7 @@ def bert_names(model: MPLUG2, depth: int, has_head: bool) -> Names:
 
 
 def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names without the prefix `bert.`, and with the LayerNorm parameters of the first files under their later names."""
+    """Names without the prefix `bert.`; the LayerNorm parameters of the first files get their later names."""
     renamed = {}
     for name, entry in state.items():
         name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))

@@ -13,8 +13,16 @@ from torch import Tensor
 from mplug2.local_temporal import LocalTemporal
 from mplug2.model import MPLUG2
 from mplug2.pretrained.entries import (
-    CLIP_BLOCK, CLIP_VISION, Names, check_entries, check_shape, linear_from_kernel, resize_positions,
-    stack_entries, weights_and_biases, within,
+    CLIP_BLOCK,
+    CLIP_VISION,
+    Names,
+    check_entries,
+    check_shape,
+    linear_from_kernel,
+    resize_positions,
+    stack_entries,
+    weights_and_biases,
+    within,
 )
 from mplug2.pretrained.files import open_settings, open_weights
 
@@ -65,7 +73,8 @@ def from_clip(model: MPLUG2, source: str | Path | Mapping[str, Tensor], settings
     taps = torch.zeros(len(kernel), 3, encoder.patch_embed.span, *kernel.shape[2:])
     taps[:, :, encoder.patch_embed.span // 2] = kernel
     state[kernel_name] = linear_from_kernel(taps)
-    state[position_name] = resize_positions(state[position_name], config.patches, f"{SOURCE}: the entry {position_name}")
+    position = state[position_name]
+    state[position_name] = resize_positions(position, config.patches, f"{SOURCE}: the entry {position_name}")
     for name, value in stack_entries(parameters, names, state, {}, SOURCE).items():
         parameters[name].copy_(value)
     for module in encoder.modules():
@@ -81,8 +90,8 @@ def clip_names(state: Mapping[str, Tensor], blocks: int) -> Names:
         vision, block, stack = HF_VISION, HF_BLOCK, "encoder.layers"
         prefix = "vision_model." if "vision_model.embeddings.class_embedding" in state else ""
     else:
-        raise ValueError(f"{SOURCE}: no class embedding of a ViT found, under the names of CLIP's first release, open_clip "
-                         "or Hugging Face; only their ViT models can be loaded")
+        raise ValueError(f"{SOURCE}: no class embedding of a ViT found, under the names of CLIP's first release, "
+                         "open_clip or Hugging Face; only their ViT models can be loaded")
     names = {ours: tuple(f"{prefix}{entry}" for entry in entries) for ours, entries in vision.items()}
     for i in range(blocks):
         names |= within(f"blocks.{i}", block, f"{prefix}{stack}.{i}")
@@ -115,7 +124,8 @@ def check_settings(settings: Mapping, width: int, heads: int) -> None:
         computed = {"quick_gelu": True, "head_width": width // heads}
         if "quick_gelu" not in settings and "vision_cfg" not in settings:
             raise ValueError(f"{SOURCE}: no settings say which activation these weights were trained with; if it is "
-                             'QuickGELU, as in all files of CLIP\'s first release, give the settings {"quick_gelu": True}')
+                             "QuickGELU, as in all files of CLIP's first release, say so: the settings "
+                             '{"quick_gelu": True}, or --quick-gelu')
     for name, value in computed.items():
         if found[name] != value:
             raise ValueError(f"{SOURCE}: {name}={found[name]!r} cannot be followed: the vision encoder of this model "

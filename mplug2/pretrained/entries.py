@@ -48,7 +48,9 @@ BERT_EMBEDDINGS: Names = {
     "token_type.weight": ("token_type_embeddings.weight",),
     **weights_and_biases({"norm": "LayerNorm"}),
 }
-BERT_HEAD: Names = {"bias": ("bias",), **weights_and_biases({"dense": "transform.dense", "norm": "transform.LayerNorm"})}
+BERT_HEAD: Names = {
+    "bias": ("bias",), **weights_and_biases({"dense": "transform.dense", "norm": "transform.LayerNorm"}),
+}
 """The language-model head, `cls.predictions`, without the word embedding that it is tied to."""
 
 CLIP_VISION: Names = {
@@ -125,8 +127,8 @@ def check_entries(state: Iterable[str], used: Collection[str], never_used: Itera
 def check_shape(name: str, entry: Tensor, expected: Iterable[int], source: str) -> None:
     """Raise ValueError that names the entry, its shape and the expected one."""
     if tuple(entry.shape) != tuple(expected):
-        raise ValueError(f"{source}: the entry {name} has shape {tuple(entry.shape)}, but by the settings it should have "
-                         f"{tuple(expected)}; check that settings and weights belong together")
+        raise ValueError(f"{source}: the entry {name} has shape {tuple(entry.shape)}, but by the settings it should "
+                         f"have {tuple(expected)}; check that settings and weights belong together")
 
 
 @torch.no_grad()
@@ -154,9 +156,9 @@ def resize_positions(position: Tensor, patches: int, source: str) -> Tensor:
 
     ValueError if they are not those of a class token and a square of patches.
     """
-    places = position.shape[0] - 1
-    side, wanted = isqrt(max(places, 0)), isqrt(patches)
-    if position.dim() != 2 or places != side**2:
+    places = position.shape[0] - 1 if position.dim() == 2 else 0
+    side, wanted = isqrt(max(0, places)), isqrt(patches)
+    if not side or places != side**2:
         raise ValueError(f"{source} has shape {tuple(position.shape)}: expected a class token and a square of patches")
     if side == wanted:
         return position

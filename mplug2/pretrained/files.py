@@ -15,7 +15,7 @@ SETTINGS = ("open_clip_config.json", "config.json")
 
 
 def open_weights(path: str | Path) -> Mapping:
-    """The contents of a `.safetensors` file, or of a file of `torch.save` (`.pth`, `.pt`, `.bin`), or of one in a folder.
+    """The contents of a `.safetensors` file or a file of `torch.save` (`.pth`, `.pt`, `.bin`), or of one in a folder.
 
     Raises FileNotFoundError, and ValueError for a file that is damaged or of another kind, or a pickle that holds more
     than tensors, containers, strings and numbers: unpickling anything else could run the code of a stranger.
@@ -29,8 +29,8 @@ def open_weights(path: str | Path) -> Mapping:
     # Files of torch before 1.6 are no zip archives, and cannot be mapped.
     archive = zipfile.is_zipfile(path)
     if archive and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
-        raise ValueError(f"{path}: this is a TorchScript program, not a state dict; write its weights to a file of their "
-                         "own: torch.save(torch.jit.load(FILE, map_location='cpu').state_dict(), NEW_FILE)")
+        raise ValueError(f"{path}: this is a TorchScript program, not a state dict; write its weights to a file of "
+                         "their own: torch.save(torch.jit.load(FILE, map_location='cpu').state_dict(), NEW_FILE)")
     try:
         contents = torch.load(path, map_location="cpu", mmap=archive, weights_only=True)
     except pickle.UnpicklingError as error:
@@ -68,7 +68,7 @@ def weights_file(path: str | Path) -> Path:
     path = Path(path)
     files = [path / name for name in WEIGHTS if (path / name).is_file()] if path.is_dir() else [path]
     if not files or not files[0].is_file():
-        raise FileNotFoundError(f"{path}: expected a file of weights, or a folder that holds one of {', '.join(WEIGHTS)}")
+        raise FileNotFoundError(f"{path}: expected a file of weights, or a folder with one of {', '.join(WEIGHTS)}")
     return files[0]
 
 

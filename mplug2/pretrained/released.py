@@ -9,9 +9,26 @@ from torch import Tensor
 from mplug2.config import ModelConfig
 from mplug2.model import MPLUG2, TASKS
 from mplug2.pretrained.entries import (
-    BERT_CROSS_ATTENTION, BERT_EMBEDDINGS, BERT_HEAD, BERT_LAYER, CLIP_BLOCK, CLIP_VISION, Names, alternatives,
-    check_bert_settings, check_entries, check_shape, entries_of, kernel_from_linear, linear_from_kernel, listed,
-    resize_positions, setting, stack_entries, weights_and_biases, within,
+    BERT_CROSS_ATTENTION,
+    BERT_EMBEDDINGS,
+    BERT_HEAD,
+    BERT_LAYER,
+    CLIP_BLOCK,
+    CLIP_VISION,
+    Names,
+    alternatives,
+    check_bert_settings,
+    check_entries,
+    check_shape,
+    entries_of,
+    kernel_from_linear,
+    linear_from_kernel,
+    listed,
+    resize_positions,
+    setting,
+    stack_entries,
+    weights_and_biases,
+    within,
 )
 
 SOURCE = "released checkpoint"
@@ -106,6 +123,7 @@ def to_released(model: MPLUG2) -> dict[str, Tensor]:
 def released_config(run_config: Mapping, bert_config: Mapping, state: Mapping[str, Tensor]) -> ModelConfig:
     """Our settings from the two dictionaries of a released run; the number of latents stands only in the weights.
 
+    There is one dropout: `hidden_dropout_prob`, for attention as well.
     Raises ValueError that names a setting which is missing, or which asks for what this model does not compute.
     """
     def run(name: str):
@@ -116,7 +134,8 @@ def released_config(run_config: Mapping, bert_config: Mapping, state: Mapping[st
 
     check_bert_settings(bert_config, "BERT settings")
     if "clip_dims" in run_config:
-        patch_size, blocks = (setting(run("clip_dims"), name, "clip_dims") for name in ("vision_patch_size", "vision_layers"))
+        names = "vision_patch_size", "vision_layers"
+        patch_size, blocks = (setting(run("clip_dims"), name, "run settings, clip_dims") for name in names)
     elif run("clip_name") in CLIP_SIZES:
         patch_size, blocks = CLIP_SIZES[run("clip_name")]
     else:
@@ -130,7 +149,7 @@ def released_config(run_config: Mapping, bert_config: Mapping, state: Mapping[st
         temporal_downsampling=downsampling, temporal_stride=run("temporal_stride") if downsampling else 2,
         width=bert("hidden_size"), heads=bert("num_attention_heads"), ff_width=bert("intermediate_size"),
         text_layers=bert("text_encoder_layers"), universal_layers=bert("num_uni_layer"),
-        latents=50 if latents is None else len(latents), fusion_layers=bert("fusion_layers"),
+        latents=len(latents) if latents is not None and latents.dim() else 50, fusion_layers=bert("fusion_layers"),
         fusion_stride=bert("stride_layer") if bert("stride_layer") < bert("fusion_layers") else 0,
         decoder_layers=bert("text_decode_layers"), vocab_size=bert("vocab_size"),
         max_positions=bert("max_position_embeddings"), dropout=bert("hidden_dropout_prob"),
@@ -142,8 +161,8 @@ def unnested(state_dict: Mapping) -> Mapping[str, Tensor]:
     while nested := [name for name in ("model", "module") if isinstance(state_dict.get(name), Mapping)]:
         state_dict = state_dict[nested[0]]
     if others := [str(name) for name, entry in state_dict.items() if not isinstance(entry, Tensor)]:
-        raise ValueError(f"{SOURCE}: expected a state dict, or one under the key 'model' or 'module', but these entries "
-                         f"are no tensors: {listed(others)}")
+        raise ValueError(f"{SOURCE}: expected a state dict, or one under the key 'model' or 'module', but these "
+                         f"entries are no tensors: {listed(others)}")
     return state_dict
 
 
@@ -154,9 +173,10 @@ def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         parts = name.split(".")
         if not parts[0].startswith("text_decoder"):
             parts = [part for part in parts if part not in ("fusion", "bert")]
-        if ".".join(parts) in plain:
-            raise ValueError(f"{SOURCE}: {'.'.join(parts)} is there twice, with and without the prefixes of pre-training")
-        plain[".".join(parts)] = entry
+        name = ".".join(parts)
+        if name in plain:
+            raise ValueError(f"{SOURCE}: {name} is there twice, with and without the prefixes of pre-training")
+        plain[name] = entry
     return plain
 
 
@@ -164,6 +184,7 @@ def never_used(model: MPLUG2) -> list[str]:
     """Patterns of all entries that a released checkpoint may hold and that the task of `model` never uses."""
     config, parts, stack = model.config, TASKS[model.task], model.released_stack
     universal = range(config.text_layers - config.universal_layers, config.text_layers)
+    decoder = range(max(0, config.decoder_layers - config.universal_layers), config.decoder_layers)
     layer, embeddings = entries_of(BERT_LAYER), entries_of(BERT_EMBEDDINGS)
     layer_with_cross = entries_of(BERT_LAYER, BERT_CROSS_ATTENTION)
     vision_feed_forward = r"(intermediate_vision\.dense|output_vision\.(dense|LayerNorm))\.(weight|bias)"
@@ -171,15 +192,15 @@ def never_used(model: MPLUG2) -> list[str]:
         # CLIP's text tower, and the projection that ends its vision tower
         r"visual_encoder\.(positional_embedding|text_projection|logit_scale|token_embedding\.weight|visual\.proj)",
         rf"visual_encoder\.(transformer\.resblocks\.\d+\.{entries_of(CLIP_BLOCK)}|ln_final\.(weight|bias))",
-        # what the universal layers, and those of the decoder's, are built with and never run
+        # what universal layers are built with and never run, in the decoder too, whose last layers are built like them
         rf"{TEXT}\.encoder\.layer\.{alternatives(universal)}\.{vision_feed_forward}",
-        rf"{DECODER}\.encoder\.layer\.{alternatives(range(config.decoder_layers))}\.(latents|{vision_feed_forward})",
+        rf"{DECODER}\.encoder\.layer\.{alternatives(decoder)}\.(latents|{vision_feed_forward})",
         rf"({TEXT}|{FUSION}|{DECODER})\.embeddings\.position_ids",
         rf"{FUSION}\.embeddings\.{embeddings}",
         MOMENTUM_COPIES,
         PRETRAINING_HEADS,
     ]
-    if parts.fusion:  # of the stack of layers only the last run, and those on the joint sequence without cross-attention
+    if parts.fusion:  # only the last layers of the stack run, those on the joint sequence without cross-attention
         first = stack - config.fusion_layers
         connected = [first + i for i, connected in enumerate(model.fusion.connected) if connected]
         patterns += [
@@ -215,16 +236,15 @@ def _names(model: MPLUG2) -> Names:
         names |= within(block, CLIP_BLOCK, theirs)
         names |= within(f"{block}.lt1", LOCAL_TEMPORAL, f"{theirs}.lmhra1")
         names |= within(f"{block}.lt2", LOCAL_TEMPORAL, f"{theirs}.lmhra2")
-    universal, fused = config.text_layers - config.universal_layers, stack - config.fusion_layers
+    layer, universal = BERT_LAYER | BERT_CROSS_ATTENTION, config.text_layers - config.universal_layers
     for ours, theirs, first, count in (
         ("text_encoder", TEXT, 0, universal),
         ("universal", TEXT, universal, config.universal_layers),
-        ("fusion", FUSION, fused, config.fusion_layers),
+        ("fusion", FUSION, stack - config.fusion_layers, config.fusion_layers),
         ("decoder", DECODER, 0, config.decoder_layers),
     ):
         for i in range(count):
-            layer = within(f"{ours}.layers.{i}", BERT_LAYER | BERT_CROSS_ATTENTION, f"{theirs}.encoder.layer.{first + i}")
-            names |= layer
+            names |= within(f"{ours}.layers.{i}", layer, f"{theirs}.encoder.layer.{first + i}")
     parameters = [name for name, _ in model.named_parameters()]
     if unknown := [name for name in parameters if name not in names]:
         raise ValueError(f"{SOURCE}: it holds no weights for these parameters of the task {model.task!r}: "

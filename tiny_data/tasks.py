@@ -1,0 +1,187 @@
+"""The records of every task: what each line of `<task>.<split>.jsonl` says of random scenes.
+
+Records are plain dictionaries without their media paths, which the writer adds. Labels are balanced: each is right as
+often as any other, up to one record.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import cycle, islice
+
+import numpy as np
+
+from tiny_data.scenes import SceneSource
+from tiny_data.world import (
+    AXES,
+    CELL,
+    COLOUR_NAMES,
+    DIGITS,
+    IMAGE_SIZE,
+    MOVING,
+    ORDER_AXES,
+    Scene,
+    Thing,
+    captions,
+    meaning,
+    pick,
+    questions,
+    reverse,
+    sentence,
+    swap_colours,
+    with_article,
+)
+
+Shown = tuple[dict, tuple[Scene, ...]]  # a record, and the scenes that its media show
+
+# --- captions, retrieval and questions about given scenes ------------------------------------------------------------
+
+
+def described(scenes: Sequence[Scene]) -> list[dict]:
+    """One record a scene, for captioning and for retrieval."""
+    return [{"captions": list(captions(scene)), "meaning": meaning(scene)} for scene in scenes]
+
+
+def questioned(scenes: Sequence[Scene], rng: np.random.Generator) -> list[dict]:
+    """One record a scene, for question answering.
+
+    "How many" is asked of equally many scenes of one digit and of two, and yes is as frequent an answer as no.
+    """
+    one = [i for i in rng.permutation(len(scenes)) if len(scenes[i].things) == 1]
+    two = [i for i in rng.permutation(len(scenes)) if len(scenes[i].things) == 2]
+    rarer = min(len(one), len(two))
+    counted = {*one[:rarer], *two[:rarer]}
+    yes = rng.permutation(len(scenes)) % 2 == 0
+    return [
+        {"qa": questions(scene, rng, yes=bool(yes[i]), count=i in counted), "meaning": meaning(scene)}
+        for i, scene in enumerate(scenes)
+    ]
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+def text_only(source: SceneSource, n: int) -> list[dict]:
+    """Sentences about clips, for language modelling."""
+    return [{"text": sentence(scene, source.rng)} for scene in source.training_clips(n)]
+
+
+def text_classification(source: SceneSource, n: int) -> list[dict]:
+    """A sentence about one digit; the label is its motion."""
+    scenes = [source.scene(motion) for motion in islice(cycle(MOVING), n)]
+    return [{"text": sentence(scene, source.rng), "label": scene.kind} for scene in scenes]
+
+
+def text_pair_classification(source: SceneSource, n: int) -> list[dict]:
+    """Two captions: "same" if they are paraphrases, "different" if they are of scenes that differ in one respect."""
+    records = []
+    for scene, label in zip(source.training_clips(n), cycle(("same", "different"))):
+        if label == "same":
+            a, b = source.rng.permutation(len(captions(scene)))[:2]
+            texts = [captions(scene)[a], captions(scene)[b]]
+        else:
+            texts = [pick(captions(each), source.rng) for each in (scene, _near_miss(scene, source))]
+        records.append({"texts": texts, "label": label})
+    return records
+
+
+def _near_miss(scene: Scene, source: SceneSource) -> Scene:
+    """A scene of another meaning: reversed in time, its colours swapped, or one digit or colour changed."""
+    while True:
+        index = int(source.rng.integers(len(scene.things)))
+        others = list(scene.things)
+        others[index] = _changed(scene.things[index], scene, source.rng)
+        candidates = [reverse(scene), replace(scene, things=tuple(others))]
+        if len(scene.things) == 2:
+            candidates.append(swap_colours(scene))
+        miss = pick(candidates, source.rng)
+        if meaning(miss) != meaning(scene) and source.mentions(miss):
+            return miss
+
+
+def _changed(thing: Thing, scene: Scene, rng: np.random.Generator) -> Thing:
+    """The thing in a colour, or as a digit, that the scene does not show."""
+    if rng.integers(2):
+        shown = {each.colour for each in scene.things}
+        return replace(thing, colour=pick([colour for colour in COLOUR_NAMES if colour not in shown], rng))
+    shown = {each.digit for each in scene.things}
+    return replace(thing, digit=pick([digit for digit in range(len(DIGITS)) if digit not in shown], rng))
+
+
+# --- images and clips ------------------------------------------------------------------------------------------------
+
+
+def image_classification(source: SceneSource, n: int) -> list[Shown]:
+    """An image of one digit; the label is its word."""
+    shown = []
+    for digit in islice(cycle(range(len(DIGITS))), n):
+        scene = source.picture()
+        while scene.things[0].digit != digit:
+            scene = source.picture()
+        shown.append(({"label": DIGITS[digit]}, (scene,)))
+    return shown
+
+
+def video_classification(source: SceneSource, n: int) -> list[Shown]:
+    """A clip of one digit; the label is its motion. Clips come in reversed twins: it takes the order of frames."""
+    motions = cycle(AXES[axis][0] for axis in ORDER_AXES if axis != "sequence")
+    scenes = [scene for motion in islice(motions, (n + 1) // 2) for scene in source.twins(motion)]
+    return [({"label": scene.kind}, (scene,)) for scene in scenes[:n]]
+
+
+def visual_entailment(source: SceneSource, n: int) -> list[Shown]:
+    """An image and a sentence: true of it, false of it, or true but for a motion that an image cannot tell.
+
+    Half of the false sentences speak of motion as well, so that the words alone do not give the answer away.
+    """
+    shown = []
+    for label in islice(cycle(("entailment", "contradiction", "neutral")), n):
+        while True:
+            scene = source.scene("pair") if source.rng.integers(2) else source.picture()
+            thing = pick(scene.things, source.rng)
+            if label == "contradiction":
+                thing = _changed(thing, scene, source.rng)
+            moves = label == "neutral" or (label == "contradiction" and source.rng.integers(2) == 1)
+            claim = Scene(pick(MOVING, source.rng) if moves else "picture", (thing,))
+            if source.mentions(claim):
+                break
+        shown.append(({"text": sentence(claim, source.rng), "label": label}, (scene,)))
+    return shown
+
+
+def image_pair_reasoning(source: SceneSource, n: int) -> list[Shown]:
+    """Two images of one digit each, and a statement about both: "true" or "false"."""
+    shown = []
+    for true in islice(cycle((True, False)), n):
+        by_digit = bool(source.rng.integers(2))
+        while True:
+            scenes = (source.picture(), source.picture())
+            one, two = (scene.things[0] for scene in scenes)
+            same = one.digit == two.digit if by_digit else one.colour == two.colour
+            if same == true:
+                break
+        named = pick((one, two), source.rng)
+        if by_digit:
+            statements = (f"both pictures show {with_article(named.word)}", "both pictures show the same digit")
+        else:
+            statements = (f"both digits are {named.colour}", "both digits have the same colour")
+        shown.append(({"text": pick(statements, source.rng), "label": "true" if true else "false"}, scenes))
+    return shown
+
+
+def grounding(source: SceneSource, n: int) -> list[Shown]:
+    """An image of two digits, words for one of them, and its box: centre x, y, width, height, as parts of it."""
+    shown = []
+    for _ in range(n):
+        scene = source.scene("pair")
+        thing = pick(scene.things, source.rng)
+        text = pick((f"the {thing.colour} {thing.word}", f"the {thing.word}", f"the {thing.colour} digit"), source.rng)
+        box = [side / IMAGE_SIZE for side in (thing.x + CELL / 2, thing.y + CELL / 2, CELL, CELL)]
+        shown.append(({"text": text, "box": box}, (scene,)))
+    return shown
+
+
+TEXT_TASKS = {task.__name__: task for task in (text_only, text_classification, text_pair_classification)}
+MEDIA_TASKS = {
+    task.__name__: task
+    for task in (image_classification, video_classification, visual_entailment, image_pair_reasoning, grounding)
+}

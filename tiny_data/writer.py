@@ -1,0 +1,238 @@
+"""Writing the world to a folder: PNG images, GIF clips, one JSON line a record, and `about.json`."""
+
+import json
+import os
+import shutil
+import struct
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from tiny_data import tasks
+from tiny_data.render import PALETTE, load_digits, render
+from tiny_data.scenes import SPLITS, STROKES, SceneSource
+from tiny_data.world import AXES, COLOURS, DIGITS, FRAMES, IMAGE_SIZE, Scene, held_out
+
+NAME = "tiny"
+VERSION = 1  # counts up whenever the same seed gives other files
+FRAME_MILLISECONDS = 250
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many of each to write. Test sizes hold for the splits "test" and "combos" alike."""
+
+    clips: int = 12000
+    """Training clips with captions and questions; the next three are for training too."""
+    images: int = 6000
+    texts: int = 4000
+    """Sentences for language modelling."""
+    labelled: int = 2000
+    """Records of each of the other tasks: classification, entailment, pair reasoning and grounding."""
+    val_clips: int = 240
+    val_images: int = 120
+    val_texts: int = 240
+    val_labelled: int = 120
+    test_clips: int = 600
+    test_images: int = 300
+    test_texts: int = 300
+    test_labelled: int = 300
+    galleries: int = 5
+    """Retrieval galleries of 100 clips and of 100 images."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            least = 1 if field.name == "galleries" else 16
+            if getattr(self, field.name) < least:
+                raise ValueError(f"{field.name} is {getattr(self, field.name)}: the world needs at least {least}")
+
+    def of(self, split: str) -> tuple[int, int, int, int]:
+        """The numbers of clips, images, texts and labelled records of a split."""
+        if split == "train":
+            return self.clips, self.images, self.texts, self.labelled
+        if split == "val":
+            return self.val_clips, self.val_images, self.val_texts, self.val_labelled
+        return self.test_clips, self.test_images, self.test_texts, self.test_labelled
+
+
+class SplitWriter:
+    """Writes the media and the records of one split under `root`."""
+
+    def __init__(self, root: Path, split: str, strokes: np.ndarray, labels: np.ndarray, rng: np.random.Generator):
+        self.root, self.split, self.strokes, self.rng = root, split, strokes, rng
+        self.source = SceneSource(split, labels, rng)
+
+    def write(self, sizes: Sizes) -> None:
+        clips, images, texts, labelled = sizes.of(self.split)
+        learning = self.split == "train"
+        self._described("video", self.source.training_clips(clips) if learning else self.source.testing_clips(clips))
+        self._described("image", self.source.images(images))
+        if self.split in ("test", "combos"):
+            self._galleries("video", [self.source.clip_gallery() for _ in range(sizes.galleries)])
+            self._galleries("image", [self.source.image_gallery() for _ in range(sizes.galleries)])
+        for task, make in tasks.TEXT_TASKS.items():
+            if task != "text_only":
+                self._records(task, make(self.source, labelled))
+            elif self.split != "combos":
+                self._records(task, make(self.source, texts))
+        for task, make in tasks.MEDIA_TASKS.items():
+            self._shown(task, make(self.source, labelled))
+
+    def _described(self, medium: str, scenes: list[Scene]) -> None:
+        """Captions of the scenes and questions about them; outside the test splits also retrieval among them."""
+        paths = [{medium: path} for path in self._media(medium, scenes)]
+        described = _joined(paths, tasks.described(scenes))
+        self._records(f"{medium}_caption", described)
+        self._records(f"{medium}_qa", _joined(paths, tasks.questioned(scenes, self.rng)))
+        if self.split in ("train", "val"):
+            self._records(f"{medium}_retrieval", described)
+
+    def _galleries(self, medium: str, galleries: list[list[Scene]]) -> None:
+        records = []
+        for i, scenes in enumerate(galleries):
+            paths = self._media(f"{medium}-gallery{i}", scenes)
+            records += _joined([{medium: path, "gallery": str(i)} for path in paths], tasks.described(scenes))
+        self._records(f"{medium}_retrieval", records)
+
+    def _shown(self, task: str, shown: list[tasks.Shown]) -> None:
+        """Records with media of their own."""
+        paths = iter(self._media(task, [scene for _, scenes in shown for scene in scenes]))
+        records = []
+        for record, scenes in shown:
+            own = [next(paths) for _ in scenes]
+            medium = "video" if task == "video_classification" else "image"
+            records.append(({"images": own} if len(own) == 2 else {medium: own[0]}) | record)
+        self._records(task, records)
+
+    def _media(self, name: str, scenes: Sequence[Scene]) -> list[str]:
+        """Draws the scenes into files named after `name`, and returns their paths relative to the root."""
+        ink = self.strokes[[thing.stroke for scene in scenes for thing in scene.things]]
+        (self.root / "media" / self.split).mkdir(parents=True, exist_ok=True)
+        paths, start = [], 0
+        for i, scene in enumerate(scenes):
+            stop = start + len(scene.things)
+            frames = render(scene, ink[start:stop])
+            start = stop
+            if name.startswith("video"):
+                data, suffix = gif(frames), "gif"
+            else:
+                data, suffix = png(frames[0]), "png"
+            paths.append(f"media/{self.split}/{name}-{i:05d}.{suffix}")
+            (self.root / paths[-1]).write_bytes(data)
+        return paths
+
+    def _records(self, task: str, records: Sequence[dict]) -> None:
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        (self.root / f"{task}.{self.split}.jsonl").write_text(lines, encoding="utf-8", newline="\n")
+
+
+def _joined(ones: Sequence[dict], others: Sequence[dict]) -> list[dict]:
+    return [one | other for one, other in zip(ones, others, strict=True)]
+
+
+def png(frame: np.ndarray) -> bytes:
+    """Encodes palette indices (h, w) as a PNG of `PALETTE[frame]`."""
+    file = BytesIO()
+    Image.fromarray(PALETTE[frame]).save(file, "PNG")
+    return file.getvalue()
+
+
+def gif(frames: np.ndarray) -> bytes:
+    """Encodes palette indices (t, h, w), with h * w a multiple of 96, as a GIF that decodes to exactly
+    `PALETTE[frames]`, all t frames of it, and repeats for ever.
+
+    The pixels are stored, not compressed, which is far faster and still a valid GIF: of its 8-bit codes 0..127 are the
+    palette, 128 clears the decoder's dictionary and 129 ends. A clear before every 96 pixels keeps the dictionary too
+    small for longer codes to begin, so each code is one byte.
+    """
+    t, h, w = frames.shape
+    codes = np.full((t, h * w // 96, 97), 128, np.uint8)
+    codes[:, :, 1:] = frames.reshape(t, -1, 96)
+    palette = PALETTE.tobytes().ljust(3 * 128, b"\0")
+    parts = [b"GIF89a", struct.pack("<HHBBB", w, h, 0xF6, 0, 0), palette]  # 0xF6: a palette of 128 colours follows
+    parts.append(b"!\xff\x0bNETSCAPE2.0\x03\x01\0\0\0")  # repeat for ever
+    for frame in codes:
+        parts.append(struct.pack("<3sBHBB", b"!\xf9\x04", 0, FRAME_MILLISECONDS // 10, 0, 0))
+        parts.append(struct.pack("<sHHHHBB", b",", 0, 0, w, h, 0, 7))  # 7: colours have 7 bits, codes 8
+        stream = frame.tobytes() + b"\x81"
+        for start in range(0, len(stream), 255):
+            block = stream[start : start + 255]
+            parts += (bytes([len(block)]), block)
+        parts.append(b"\0")
+    return b"".join(parts) + b";"
+
+
+def write(out: Path | str, seed: int = 0, sizes: Sizes = Sizes()) -> Path:
+    """Writes the world into the new folder `out` and returns it. Equal seeds and sizes give equal bytes.
+
+    The files are written aside and moved into place when complete, so `out` is never half a world.
+    Raises FileExistsError if `out` is there and not empty.
+    """
+    out = Path(out).absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} is there already and not an empty folder: remove it or choose another")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}")
+    aside.mkdir()
+    try:
+        rng = np.random.default_rng(seed)
+        strokes, labels = load_digits()
+        for split in SPLITS:
+            SplitWriter(aside, split, strokes, labels, rng).write(sizes)
+        (aside / "about.json").write_text(json.dumps(about(seed, sizes), indent=2) + "\n", encoding="utf-8")
+        os.rename(aside, out)
+    except BaseException:
+        shutil.rmtree(aside)
+        raise
+    return out
+
+
+def about(seed: int, sizes: Sizes) -> dict:
+    """What `about.json` says: what was written, and what was kept apart."""
+    return {
+        "name": NAME,
+        "version": VERSION,
+        "seed": seed,
+        "sizes": asdict(sizes),
+        "image_size": IMAGE_SIZE,
+        "frames": FRAMES,
+        "colours": COLOURS,
+        "strokes": STROKES,
+        "held_out": {
+            axis: [f"{c} {d}" for d in range(len(DIGITS)) for c in COLOURS if held_out(axis, d, c)] for axis in AXES
+        },
+    }
+
+
+def ensure(root: Path | str | None = None, seed: int = 0) -> Path:
+    """The folder of the default world, written first if it is not there.
+
+    `root` is that folder; by default it is `tiny-v1-seed0` (after the version and the seed) in the cache folder:
+    MPLUG2_CACHE, else mplug2 under XDG_CACHE_HOME, else ~/.cache/mplug2. Processes may race: the first to finish wins.
+    Raises ValueError if `root` holds the world of another version or seed, FileExistsError if it holds something else.
+    """
+    root = _cache() / f"tiny-v{VERSION}-seed{seed}" if root is None else Path(root)
+    if not (root / "about.json").exists():
+        try:
+            return write(root, seed)
+        except OSError:
+            if not (root / "about.json").exists():  # else another process was faster
+                raise
+    found = json.loads((root / "about.json").read_text(encoding="utf-8"))
+    for key, expected in (("name", NAME), ("version", VERSION), ("seed", seed)):
+        if found.get(key) != expected:
+            raise ValueError(
+                f"{root}/about.json: {key} is {found.get(key)!r}, expected {expected!r}; remove the folder"
+            )
+    return root
+
+
+def _cache() -> Path:
+    if "MPLUG2_CACHE" in os.environ:
+        return Path(os.environ["MPLUG2_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mplug2"
