@@ -62,19 +62,19 @@ class TrainConfig:
     """Name of this run, a folder in `out`; without it the name of the preset."""
     resume: bool = False
     """Go on from the newest checkpoint of this run, with its settings."""
-    max_steps: int = 1300
+    max_steps: int = 2300
     """Training steps; the learning rate falls over them."""
     batch_size: int = 32
     """Samples a step, over all processes together."""
     frames: int = 4
     """Frames taken of each clip."""
-    questions: int = 3
+    questions: int = 2
     """Questions asked about each sample in a step."""
     max_words: int = 30
     """Words after which a text is cut."""
-    video_weight: float = 0.55
+    video_weight: float = 0.6
     """Share of the steps that are of clips, in proportion to the other two."""
-    image_weight: float = 0.4
+    image_weight: float = 0.35
     """Share of the steps that are of pictures."""
     text_weight: float = 0.05
     """Share of the steps that are of text only."""
@@ -112,11 +112,11 @@ class TrainConfig:
     """Seed of everything random."""
     log_every: int = 20
     """Steps between two lines of metrics.jsonl."""
-    eval_every: int = 325
+    eval_every: int = 575
     """Steps between two validations."""
     eval_limit: int = 120
     """Records of each kind in a validation on the way; the table at the end takes all."""
-    save_every: int = 325
+    save_every: int = 575
     """Steps between two checkpoints; there is always one at the end."""
     keep: int = 2
     """Checkpoints that are kept, the newest ones."""

@@ -35,7 +35,10 @@ def start(device: str = "auto") -> Process:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         device = f"cuda:{local_rank}"
-    chosen = torch.device(device)
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r}: expected auto, cpu, cuda, cuda:N or mps") from error
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"device {device}: this machine or this build of torch has no CUDA; use --device cpu")

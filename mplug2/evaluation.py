@@ -112,7 +112,7 @@ def gallery_metrics(predictor: Predictor, records: list[Record], rerank: int) ->
                 again[query, candidates] = predictor.match(vision[candidates], [texts[query]] * len(candidates)).cpu()
             else:
                 again[query, candidates] = predictor.match(
-                    vision[query].expand(len(candidates), -1, -1), [texts[i] for i in candidates.tolist()]
+                    vision[query : query + 1], [texts[i] for i in candidates.tolist()]
                 ).cpu()
         metrics[f"{name}_r1_rerank"] = float(retrieval(again.numpy(), positives)["r1"])
     return metrics

@@ -102,7 +102,10 @@ class Predictor:
 
     @torch.no_grad()
     def match(self, vision: Tensor, texts: Sequence[str]) -> Tensor:
-        """How likely each V' (`b v d`) and the text of the same place belong together, by the matching head: `b`."""
+        """How likely each V' (`b v d`) and the text of the same place belong together, by the matching head: `b`.
+
+        One V' (`1 v d`) may serve all texts.
+        """
         text, mask = self.encode_text(list(texts))
         _, fused = self.model.fuse(vision, text, mask)
         return self.model.match(fused).softmax(dim=-1)[:, 1]

@@ -3,8 +3,8 @@
 The clips count: frame k shows k as two grey levels, left k // 20 and right k % 20, far enough apart for any codec here.
 """
 
+import gc
 import io
-import struct
 from fractions import Fraction
 from pathlib import Path
 
@@ -77,6 +77,14 @@ def cut(path: Path, fraction: float) -> Path:
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * fraction)])
     return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_closing():
+    """imageio collects garbage whenever it closes a video: spare it all that lives already."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 # ---- which frames ----------------------------------------------------------------------------------------------------
@@ -161,12 +169,25 @@ def test_four_frames_of_300(folder):
     assert numbers_of(read_video(folder / "long.mp4", 4)) == [37, 112, 187, 262]
 
 
-def test_decoding_stops_at_the_last_wanted_frame(folder, monkeypatch):
-    """And turns only the wanted frames into arrays."""
-    upright, converted = media._upright, []
-    monkeypatch.setattr(media, "_upright", lambda frame: converted.append(frame.pts) or upright(frame))
-    kept, decoded = media._decode(folder / "long.mp4", [10, 20])
-    assert sorted(kept) == [10, 20] and decoded == 21 and len(converted) == 2
+def test_decoding_stops_at_the_last_wanted_frame(tmp_path, monkeypatch):
+    """It never comes to the damage behind it. And only the wanted frames become arrays."""
+    path = write_video(tmp_path / "long.mp4", counter(300), movflags="faststart")
+    content = path.read_bytes()
+    keep = len(content) * 4 // 5
+    path.write_bytes(content[:keep] + b"\xff" * (len(content) - keep))
+    decode, converted = media._decode, []
+
+    def spy(*args):
+        for frame in decode(*args):
+            converted.append(frame)
+            yield frame
+
+    monkeypatch.setattr(media, "_decode", spy)
+    with media._open_video(path) as file:
+        media._pick(file, 40, 2, None)
+        assert numbers_of(np.stack(converted)) == [9, 29]
+    with media._open_video(path) as file, pytest.raises(av.FFmpegError):
+        media._pick(file, 300, 1, np.random.default_rng(2))  # frame 251
 
 
 def test_a_promise_of_too_many_frames_is_found_out(tmp_path):
@@ -178,7 +199,7 @@ def test_a_promise_of_too_many_frames_is_found_out(tmp_path):
     content = path.read_bytes()
     for fraction in (0.8, 0.3):
         path.write_bytes(content[: int(len(content) * fraction)])
-        _, decoded = media._decode(path, ())
+        decoded = media._count(path)
         assert 0 < decoded < 55
         if fraction == 0.8:
             assert numbers_of(read_video(path, 5)) == segment_indices(decoded, 5).tolist()
@@ -193,24 +214,9 @@ def test_a_promise_of_too_many_frames_is_found_out(tmp_path):
 
 def test_a_file_that_promises_nothing_is_counted_also_when_cut(tmp_path):
     path = cut(write_video(tmp_path / "cut.webm", counter(60)), 0.7)
-    _, decoded = media._decode(path, ())
+    decoded = media._count(path)
     assert 5 < decoded < 60
     assert numbers_of(read_video(path, 4)) == segment_indices(decoded, 4).tolist()
-
-
-def test_a_video_is_turned_as_its_matrix_says(tmp_path):
-    """A phone on its side: the track header (tkhd) of MP4 has a matrix, here a quarter turn clockwise."""
-    frames = np.zeros((3, 32, 48, 3), np.uint8)
-    frames[:, :8] = 240  # light at the top, hence at the right when turned
-    path = write_video(tmp_path / "turned.mp4", frames)
-    content = bytearray(path.read_bytes())
-    matrix = content.index(b"tkhd") + 44
-    assert struct.unpack(">9i", content[matrix : matrix + 36]) == (65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30)
-    content[matrix : matrix + 36] = struct.pack(">9i", 0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30)
-    path.write_bytes(content)
-    clip = read_video(path, 2)
-    assert clip.shape == (2, 48, 32, 3)
-    assert clip[:, :, -6:].min() > 200 and clip[:, :, :22].max() < 40
 
 
 def test_a_gif_of_one_frame_is_an_image_and_as_a_clip_repeats(tmp_path):
@@ -344,30 +350,23 @@ def test_a_file_of_sound_alone(tmp_path):
         sound.rate = 44100
         container.mux(stream.encode(sound))
         container.mux(stream.encode())
-    with pytest.raises(MediaError, match=r"sound\.mp4 has no video stream"):
+    with pytest.raises(MediaError, match=r"sound\.mp4 cannot be decoded \(.*not what its suffix says"):
         read_video(path, 4)
 
 
-def test_a_video_stream_without_frames(tmp_path):
-    """An index at the head that lists frames, and nothing behind it."""
-    path = write_video(tmp_path / "none.mp4", counter(10), movflags="faststart")
+@pytest.mark.parametrize("suffix, start", [(".mp4", b"mdat"), (".webm", b"\x1f\x43\xb6\x75")])
+@pytest.mark.parametrize("garbage", [0, 900])
+def test_a_video_stream_without_a_frame_that_can_be_decoded(tmp_path, suffix, start, garbage):
+    """A good head, and in MP4 an index of 10 frames, with nothing or garbage behind it."""
+    path = write_video(tmp_path / f"none{suffix}", counter(10), **{"movflags": "faststart"} if suffix == ".mp4" else {})
     content = path.read_bytes()
-    path.write_bytes(content[: content.index(b"mdat") + 4])
-    with pytest.raises(MediaError, match=r"none\.mp4 has a video stream without any frame"):
-        read_video(path, 4)
+    path.write_bytes(content[: content.index(start) + 4] + b"\xff" * garbage)
+    for frames in (4, None):
+        with pytest.raises(MediaError, match=rf"none{suffix} (cannot|has no frame that can) be decoded"):
+            read_video(path, frames)
 
 
-def test_a_video_that_is_damaged_from_its_first_frame_on(tmp_path):
-    """FFmpeg's own words are passed on."""
-    path = write_video(tmp_path / "zeros.mp4", counter(10), movflags="faststart")
-    content = path.read_bytes()
-    start = content.index(b"mdat") + 4
-    path.write_bytes(content[:start] + b"\xff" * (len(content) - start))
-    with pytest.raises(MediaError, match=r"zeros\.mp4 cannot be decoded \(InvalidDataError: .*Invalid data"):
-        read_video(path, 4)
-
-
-def test_a_video_that_changes_its_size(tmp_path):
+def test_a_video_that_changes_its_size_has_that_of_its_first_frame(tmp_path):
     """Two raw H.264 streams, one behind the other, in one file: FFmpeg tells by content."""
     path = tmp_path / "grows.mp4"
     parts = []
@@ -381,8 +380,9 @@ def test_a_video_that_changes_its_size(tmp_path):
             container.mux(stream.encode())
         parts.append(part.getvalue())
     path.write_bytes(b"".join(parts))
-    with pytest.raises(MediaError, match=r"grows\.mp4 changes its frame size on the way, .*\(32, 48\), \(64, 48\)"):
-        read_video(path, None)
+    assert numbers_of(read_video(path, None)) == [*range(8), *range(8)]
+    clip = read_video(path, 4)
+    assert clip.shape == (4, 32, 48, 3) and numbers_of(clip) == [1, 5, 1, 5]
 
 
 def test_a_decompression_bomb(tmp_path, monkeypatch):

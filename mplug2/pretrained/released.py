@@ -150,7 +150,7 @@ def released_config(run_config: Mapping, bert_config: Mapping, state: Mapping[st
         width=bert("hidden_size"), heads=bert("num_attention_heads"), ff_width=bert("intermediate_size"),
         text_layers=bert("text_encoder_layers"), universal_layers=bert("num_uni_layer"),
         latents=len(latents) if latents is not None and latents.dim() else 50, fusion_layers=bert("fusion_layers"),
-        fusion_stride=bert("stride_layer") if bert("stride_layer") < bert("fusion_layers") else 0,
+        fusion_stride=bert("stride_layer"),
         decoder_layers=bert("text_decode_layers"), vocab_size=bert("vocab_size"),
         max_positions=bert("max_position_embeddings"), dropout=bert("hidden_dropout_prob"),
     )
@@ -194,7 +194,8 @@ def never_used(model: MPLUG2) -> list[str]:
         rf"visual_encoder\.(transformer\.resblocks\.\d+\.{entries_of(CLIP_BLOCK)}|ln_final\.(weight|bias))",
         # what universal layers are built with and never run, in the decoder too, whose last layers are built like them
         rf"{TEXT}\.encoder\.layer\.{alternatives(universal)}\.{vision_feed_forward}",
-        rf"{DECODER}\.encoder\.layer\.{alternatives(decoder)}\.(latents|{vision_feed_forward})",
+        rf"{DECODER}\.encoder\.layer\.{alternatives(decoder)}\.{vision_feed_forward}",
+        rf"{DECODER}\.encoder\.layer\.{alternatives(decoder[:1])}\.latents",
         rf"({TEXT}|{FUSION}|{DECODER})\.embeddings\.position_ids",
         rf"{FUSION}\.embeddings\.{embeddings}",
         MOMENTUM_COPIES,

@@ -1,0 +1,251 @@
+"""Checkpoints: what is loaded is what was saved, whatever is wrong is named, and a folder with its name is whole."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import randomised, seeds, small
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from mplug2.checkpoint import (
+    CheckpointError,
+    Preparation,
+    load_model,
+    load_training,
+    read_config,
+    save_checkpoint,
+    save_model,
+)
+from mplug2.model import MPLUG2, TASKS
+from mplug2.tokenizer import Tokenizer
+
+PREPARATION = Preparation(frames=3, max_words=7)
+TOKENIZER = Tokenizer.train(["a red one", "a one"], 20)
+
+
+def make_model(task: str = "pretrain", seed: int = 0, **changes) -> MPLUG2:
+    """Float32, as it is saved."""
+    return randomised(MPLUG2(small(**changes), task), seed).float()
+
+
+def assert_same_weights(found: MPLUG2, expected: MPLUG2) -> None:
+    theirs = expected.state_dict()
+    for name, tensor in found.state_dict().items():
+        assert tensor.equal(theirs[name]), name
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    save_model(tmp_path / "model", make_model(), TOKENIZER, PREPARATION)
+    return tmp_path / "model"
+
+
+def change_weights(folder: Path, **changes) -> None:
+    """Rewrite the file with entries changed, or, where None, left out."""
+    weights = {**load_file(folder / "model.safetensors"), **changes}
+    save_file({name: tensor for name, tensor in weights.items() if tensor is not None}, folder / "model.safetensors")
+
+
+def change_config(folder: Path, part: str | None, **changes) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (config[part] if part else config).update(changes)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+# ---- saving and loading ----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.sampled_from(sorted(TASKS)), seeds, st.sampled_from(["released", "figure"]), st.sampled_from([16, 24]))
+def test_what_is_loaded_is_what_was_saved_to_the_bit(tmp_path_factory, task, seed, readout, width):
+    """With `vision_width` 24: with and without the layer that joins the two widths."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model = make_model(task, seed, universal_readout=readout, width=width)
+    save_model(folder, model, TOKENIZER, PREPARATION)
+    found, tokenizer, preparation = load_model(folder)
+    assert_same_weights(found, model)
+    assert (found.task, found.config, preparation) == (task, model.config, PREPARATION)
+    assert tokenizer.encode(["one red"])[0].equal(TOKENIZER.encode(["one red"])[0])
+    assert not found.training
+    assert read_config(folder) == (task, model.config, PREPARATION)
+    assert {file.name for file in folder.iterdir()} == {"model.safetensors", "config.json", "tokenizer.json"}
+
+
+@pytest.mark.parametrize("task", sorted(TASKS))
+def test_another_task_loads_the_part_that_it_needs(saved, task):
+    found, _, _ = load_model(saved, task)
+    assert found.task == task
+    assert_same_weights(found, make_model())
+
+
+def test_settings_that_do_not_touch_the_weights_can_be_changed(saved):
+    found, _, _ = load_model(saved, changes={"dropout": 0.25})
+    assert found.config == small(dropout=0.25)
+    with pytest.raises(ValueError, match="dropout=1.5: expected a share"):
+        load_model(saved, changes={"dropout": 1.5})
+
+
+# ---- what can be wrong -----------------------------------------------------------------------------------------------
+
+
+def test_a_task_whose_modules_the_checkpoint_lacks_is_refused(tmp_path):
+    save_model(tmp_path, make_model("video_caption"), TOKENIZER, PREPARATION)
+    with pytest.raises(CheckpointError) as refused:
+        load_model(tmp_path, "pretrain")
+    lines = str(refused.value).splitlines()
+    assert lines[0].endswith("video_caption, does not fit this model for pretrain:")
+    assert "  temperature: expected (), not in the file" in lines
+    assert lines[-1].startswith("  and ") and len(lines) == 10  # eight of them, and how many more
+
+
+def test_missing_misshapen_and_unknown_weights_are_named(saved):
+    change_weights(saved, **{
+        "fusion.layers.0.self_norm.bias": None, "matching_head.bias": torch.zeros(3), "decoder.extra": torch.zeros(1),
+        "surprise": torch.zeros(1),
+    })
+    with pytest.raises(CheckpointError) as refused:
+        load_model(saved)
+    assert set(str(refused.value).splitlines()[1:]) == {
+        "  fusion.layers.0.self_norm.bias: expected (16,), not in the file",
+        "  matching_head.bias: expected (2,), found (3,)",
+        "  decoder.extra: not part of this model",
+        "  surprise: not part of this model",
+    }
+    # For captions the fusion and the head are left out, so that nobody misses them; the other two are still too much.
+    with pytest.raises(CheckpointError) as refused:
+        load_model(saved, "image_caption")
+    assert {line.split(":")[0] for line in str(refused.value).splitlines()[1:]} == {"  decoder.extra", "  surprise"}
+
+
+def test_a_checkpoint_of_another_size_is_refused(saved):
+    change_config(saved, "model", ff_width=28, latents=4)
+    with pytest.raises(CheckpointError, match=r"universal.latents: expected \(4, 16\), found \(3, 16\)"):
+        load_model(saved)
+    with pytest.raises(CheckpointError, match=r"contrastive_text.weight: expected \(6, 16\), found \(5, 16\)"):
+        load_model(saved, changes={"contrastive_width": 6, "ff_width": 20, "latents": 3})
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.001, 0.5, 0.99])
+def test_weights_that_are_cut_off_are_reported(saved, kept):
+    file = saved / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: int(kept * file.stat().st_size)])
+    with pytest.raises(CheckpointError, match=r"model.safetensors cannot be read, it may be cut off .*an older"):
+        load_model(saved)
+
+
+def test_files_that_are_not_there_are_named(saved, tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere is not a checkpoint: there is no config.json in it; expected a"):
+        load_model(tmp_path / "nowhere")
+    (saved / "model.safetensors").rename(saved / "weights")
+    with pytest.raises(CheckpointError, match=r"model.safetensors: no such file; the checkpoint is not whole"):
+        load_model(saved)
+    (saved / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match="tokenizer.json"):
+        load_model(saved)
+    with pytest.raises(CheckpointError, match="holds no training.pt: .* not be resumed"):
+        load_training(saved)
+
+
+def test_a_config_with_an_unknown_missing_or_impossible_setting_is_refused(saved):
+    original = (saved / "config.json").read_text()
+    for part, changes, message in (
+        ("model", {"widht": 3}, "unknown settings widht; known are contrastive_width, "),
+        ("preparation", {"fps": 3}, "unknown settings fps; known are frames, max_words"),
+        ("model", {"heads": 3}, "heads=3 does not divide width=16"),
+        ("model", {"width": "16"}, "width='16': expected an integer"),
+        (None, {"format": 99}, "format 99, this version reads format 1"),
+        (None, {"model": 5}, "does not describe a model"),
+    ):
+        change_config(saved, part, **changes)
+        with pytest.raises(CheckpointError) as refused:
+            load_model(saved)
+        assert message in str(refused.value) and str(saved / "config.json") in str(refused.value)
+        (saved / "config.json").write_text(original)
+    for text in ("", "{", "[]", "{}", original.replace('"frames"', '"fames"'), original.replace('"task"', '"tusk"')):
+        (saved / "config.json").write_text(text)
+        with pytest.raises(CheckpointError, match="config.json"):
+            load_model(saved)
+    (saved / "config.json").write_text(original.replace('"pretrain"', '"pretraining"'))
+    with pytest.raises(ValueError, match="unknown task 'pretraining'; known are"):
+        load_model(saved)
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_has_is_refused(saved):
+    Tokenizer.train(["abcdefghij klmnopqrst"], 60).save(saved)
+    with pytest.raises(CheckpointError, match="the tokenizer has 60 tokens, the model 29"):
+        load_model(saved)
+
+
+# ---- the checkpoints of a run ----------------------------------------------------------------------------------------
+
+
+def save(run: Path, step: int, model: MPLUG2, keep: int = 2) -> Path:
+    return save_checkpoint(run, f"step_{step:07d}", model, TOKENIZER, PREPARATION, {"step": step}, keep)
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in run.iterdir())
+
+
+def test_last_is_the_newest_and_only_the_newest_are_kept(tmp_path):
+    for step in (9, 10, 100):
+        model = make_model(seed=step)
+        folder = save(tmp_path, step, model)
+        assert folder == tmp_path / f"step_{step:07d}"
+        assert os.readlink(tmp_path / "last") == folder.name
+        assert_same_weights(load_model(tmp_path / "last")[0], model)
+        assert load_training(tmp_path / "last") == {"step": step}
+    assert names(tmp_path) == ["last", "step_0000010", "step_0000100"]
+    save(tmp_path, 100, make_model(seed=1), keep=1)  # once more, over what is there
+    assert names(tmp_path) == ["last", "step_0000100"]
+    assert_same_weights(load_model(tmp_path / "last")[0], make_model(seed=1))
+    save(tmp_path, 7, model, keep=5)
+    assert len(names(tmp_path)) == 3
+
+
+def test_the_one_just_written_is_kept_even_if_others_are_of_later_steps(tmp_path):
+    for step, keep in ((20, 2), (30, 2), (21, 1)):
+        save(tmp_path, step, make_model(seed=step), keep)
+    assert names(tmp_path) == ["last", "step_0000021"]
+    assert load_training(tmp_path / "last") == {"step": 21}
+
+
+def test_a_run_that_died_while_saving_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+    save(tmp_path, 1, make_model(seed=1))
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError("no space left on device")))
+        with pytest.raises(OSError, match="no space"):
+            save(tmp_path, 2, make_model(seed=2))
+    assert names(tmp_path) == [".step_0000002.part", "last", "step_0000001"]
+    assert_same_weights(load_model(tmp_path / "last")[0], make_model(seed=1))
+
+    (tmp_path / ".step_0000002.part" / "debris").write_text("of an earlier attempt")
+    (tmp_path / ".last.part").symlink_to("nowhere")
+    save(tmp_path, 2, make_model(seed=2))
+    assert names(tmp_path) == ["last", "step_0000001", "step_0000002"]
+    assert "debris" not in names(tmp_path / "last")
+    assert_same_weights(load_model(tmp_path / "last")[0], make_model(seed=2))
+
+
+def test_the_training_state_goes_to_disk_and_back(tmp_path):
+    model = make_model("video_caption")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    memory = torch.randn(2, 3, 16)
+    ids = torch.randint(29, (2, 5))
+    for _ in range(2):
+        model.decode(ids, ids > -1, memory).square().mean().backward()
+        optimizer.step()
+    training = {"step": 2, "optimizer": optimizer.state_dict(), "generators": [torch.get_rng_state()]}
+    save_checkpoint(tmp_path, "step_0000002", model, TOKENIZER, PREPARATION, training, 1)
+    found = load_training(tmp_path / "last")
+    assert found["step"] == 2 and found["generators"][0].equal(training["generators"][0])
+    other = torch.optim.AdamW(model.parameters(), lr=0.2)
+    other.load_state_dict(found["optimizer"])
+    assert other.param_groups[0]["lr"] == 0.1
+    states = [optimizer.state[parameter] for parameter in model.decoder.parameters()]
+    for state, parameter in zip(states, model.decoder.parameters()):
+        assert other.state[parameter]["exp_avg"].equal(state["exp_avg"]) and state["exp_avg"].any()

@@ -1,0 +1,229 @@
+"""Settings: what is refused, the presets, and the flags that are made of dataclasses."""
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+from helpers import configs, small
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eval import EvalConfig
+from mplug2.config import MAY_BE_ZERO, PRESETS, ModelConfig, field_docs, from_dict
+from mplug2.flags import Parser
+from train import TrainConfig
+
+FIELDS = dataclasses.fields(ModelConfig)
+CHOICES = {"local_temporal_placement": ("released", "figure"), "universal_readout": ("released", "figure")}
+
+
+def names_of(kind):
+    return [field.name for field in FIELDS if field.type is kind]
+
+
+def strip(text):
+    """Without blanks and line breaks: argparse wraps its help."""
+    return "".join(text.split())
+
+
+# ---- the settings of a model
+
+
+@pytest.mark.parametrize("name", names_of(int))
+def test_a_size_is_a_whole_number(name):
+    least = 0 if name in MAY_BE_ZERO else 1
+    for value in (least - 1, 2.0, "2", True, None):
+        with pytest.raises(ValueError, match=re.escape(f"{name}={value!r}: expected an integer of at least {least}")):
+            small(**{name: value})
+
+
+@pytest.mark.parametrize("name", names_of(bool))
+def test_a_switch_is_true_or_false(name):
+    for value in (1, 0, "true", None):
+        with pytest.raises(ValueError, match=re.escape(f"{name}={value!r}: expected true or false")):
+            small(**{name: value})
+
+
+@pytest.mark.parametrize("name", names_of(float))
+def test_a_share_is_at_least_zero_and_below_one(name):
+    for value in (-0.1, 1.0, float("nan")):
+        message = f"{name}={value!r}: expected a share of at least 0 and below 1"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            small(**{name: value})
+    assert getattr(small(**{name: 0.0}), name) == 0.0
+
+
+@pytest.mark.parametrize("name, choices", CHOICES.items())
+def test_a_choice_is_one_of_its_values(name, choices):
+    for value in choices:
+        assert getattr(small(**{name: value}), name) == value
+    with pytest.raises(ValueError, match=f"{name}='other': expected one of released, figure"):
+        small(**{name: "other"})
+
+
+def test_the_tests_above_cover_every_setting():
+    covered = [*names_of(int), *names_of(bool), *names_of(float), *CHOICES]
+    assert sorted(covered) == sorted(field.name for field in FIELDS)
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(image_size=9), "patch_size=4 does not divide image_size=9"),
+    (dict(vision_head_width=7), "vision_head_width=7 does not divide vision_width=24"),
+    (dict(heads=3), "heads=3 does not divide width=16"),
+    (dict(vision_width=9, vision_head_width=3), "vision_width=9 is odd: the local temporal modules work at half of it"),
+    (dict(local_temporal_groups=5), "local_temporal_groups=5 does not divide vision_width / 2 = 12"),
+    (dict(universal_layers=4), "universal_layers=4 is more than text_layers=3"),
+])
+def test_settings_that_do_not_fit_each_other_are_refused(changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        small(**changes)
+
+
+@given(configs())
+def test_what_follows_from_the_settings(config):
+    assert config.vision_heads * config.vision_head_width == config.vision_width
+    assert config.patches * config.patch_size**2 == config.image_size**2
+
+
+def test_settings_do_not_change():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        small().width = 32
+
+
+# ---- presets: the sizes of the table in the paper
+
+
+@pytest.mark.parametrize("preset, sizes", [
+    ("base", dict(patch_size=16, vision_layers=12, vision_width=768, vision_heads=12, text_layers=12, fusion_layers=3,
+                  decoder_layers=12, width=768, heads=12, ff_width=3072)),
+    ("large", dict(patch_size=14, vision_layers=24, vision_width=1024, vision_heads=16, text_layers=24, fusion_layers=6,
+                   decoder_layers=12, width=1024, heads=16, ff_width=4096)),
+])
+def test_published_sizes(preset, sizes):
+    config = PRESETS[preset]()
+    assert {name: getattr(config, name) for name in sizes} == sizes
+    as_released = dict(
+        image_size=224, universal_layers=2, latents=50, vocab_size=30522, max_positions=512, contrastive_width=256,
+        local_temporal=True, local_temporal_groups=0, local_temporal_placement="released", temporal_on_images=True,
+        universal_readout="released", fusion_stride=0, temporal_downsampling=False, dropout=0.1,
+    )
+    assert {name: getattr(config, name) for name in as_released} == as_released
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_takes_changes_and_checks_them(preset):
+    changed = dataclasses.replace(PRESETS[preset](), latents=7)
+    assert PRESETS[preset](latents=7) == changed != PRESETS[preset]()
+    with pytest.raises(ValueError, match="heads=5 does not divide width"):
+        PRESETS[preset](heads=5)
+
+
+# ---- from and to dictionaries
+
+
+@given(configs())
+def test_settings_survive_a_dictionary(config):
+    assert from_dict(ModelConfig, dataclasses.asdict(config)) == config
+
+
+def test_an_unknown_or_missing_setting_is_named():
+    whole = dataclasses.asdict(small())
+    with pytest.raises(ValueError, match="DIR/config.json: unknown settings colour, widht; known are .*, width"):
+        from_dict(ModelConfig, whole | {"widht": 3, "colour": 1}, "DIR/config.json")
+    del whole["heads"], whole["universal_readout"]
+    with pytest.raises(ValueError, match="DIR/config.json: no settings heads, universal_readout"):
+        from_dict(ModelConfig, whole, "DIR/config.json")
+
+
+# ---- flags
+
+
+@dataclass(frozen=True)
+class Example:
+    max_steps: int = 3
+    """How long it
+    takes, 100% of it."""
+    name: str = ""
+    """Name of the run."""
+    rate: float = 0.5
+    """How fast."""
+    resume: bool = False
+    """Go on."""
+    mode: Literal["slow", "fast"] = "slow"
+    """Which way."""
+
+
+def parser_of(*classes, defaults=""):
+    parser = Parser("What it does.\n\n    an example")
+    for cls in classes:
+        parser.add(cls, cls.__name__, defaults)
+    return parser
+
+
+def refusal(capsys, parser, arguments):
+    with pytest.raises(SystemExit) as stopped:
+        parser.read(arguments)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cls", [ModelConfig, TrainConfig, EvalConfig])
+def test_every_setting_has_a_flag_and_a_help_text(cls):
+    docs, parser = field_docs(cls), parser_of(cls)
+    help_text = strip(parser.format_help())
+    assert list(docs) == [field.name for field in dataclasses.fields(cls)]
+    for name, doc in docs.items():
+        flag = "--" + name.replace("_", "-")
+        assert flag in parser._option_string_actions
+        assert len(doc) > 5 and strip(doc) in help_text, name
+
+
+def test_help_says_the_defaults_and_keeps_the_examples():
+    text = parser_of(Example).format_help()
+    for words in ("How long it takes, 100% of it. (default: 3)", "Name of the run. (default: none)", "(default: slow)"):
+        assert strip(words) in strip(text)
+    assert "What it does.\n\n    an example" in text
+    text = parser_of(Example, defaults="default: the preset's").format_help()
+    assert strip("How fast. (default: the preset's)") in strip(text) and "0.5" not in text
+
+
+def test_flags_not_given_are_left_out():
+    assert parser_of(Example, ModelConfig).read([]) == {"Example": {}, "ModelConfig": {}}
+
+
+@given(given_values=st.fixed_dictionaries({}, optional={
+    "max_steps": st.integers(0, 10**9), "name": st.text("ab -/é", max_size=5).map("x".__add__),
+    "rate": st.floats(0, 1e9), "resume": st.booleans(), "mode": st.sampled_from(["slow", "fast"]),
+}), heads=st.integers(1, 9))
+def test_flags_given_arrive_with_their_type_under_their_dataclass(given_values, heads):
+    arguments = ["--heads", str(heads)]
+    for name, value in given_values.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            arguments.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            arguments += [f"--{flag}", str(value)]
+    found = parser_of(Example, ModelConfig).read(arguments)
+    assert found == {"Example": given_values, "ModelConfig": {"heads": heads}}
+    assert all(type(found["Example"][name]) is type(value) for name, value in given_values.items())
+
+
+def test_an_unknown_flag_is_refused_with_a_guess(capsys):
+    parser = parser_of(Example)
+    assert "unknown argument --max-step; did you mean --max-steps?" in refusal(capsys, parser, ["--max-step", "3"])
+    assert "unknown argument --max_steps=3; did you mean --max-steps?" in refusal(capsys, parser, ["--max_steps=3"])
+    assert refusal(capsys, parser, ["--zzzzzzzz"]).endswith("unknown argument --zzzzzzzz\n")
+    assert "unknown argument stray" in refusal(capsys, parser, ["--max-steps", "3", "stray"])
+
+
+def test_a_flag_is_not_abbreviated(capsys):
+    assert "unknown argument --na" in refusal(capsys, parser_of(Example), ["--na", "a"])
+
+
+def test_a_value_that_does_not_fit_is_refused(capsys):
+    parser = parser_of(Example)
+    assert "argument --max-steps: invalid int value: '3.5'" in refusal(capsys, parser, ["--max-steps", "3.5"])
+    assert "argument --mode: invalid choice: 'quick'" in refusal(capsys, parser, ["--mode", "quick"])
+    assert "argument --rate: expected one argument" in refusal(capsys, parser, ["--rate"])

@@ -1,0 +1,224 @@
+"""Distributed: two processes with half of a batch each = one process with all of it, in losses and in every gradient.
+
+Two real processes, joined by gloo, serve the whole file: each test hands them a function and the arguments of each.
+"""
+
+import os
+import socket
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from helpers import seeds
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_objectives import likeness, make_batch, make_model
+
+from mplug2 import distributed
+from mplug2.distributed import collect, gather, global_mean, start, stop, total, world_size
+from mplug2.objectives import Objectives, matching_loss
+
+
+def serve(rank: int, port: int, jobs: mp.Queue, results: mp.Queue) -> None:
+    """The life of one of the two processes: join the group, do what is asked, leave it."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    process = start("cpu")
+    results.put((process.rank, process.world, process.is_main, str(process.device)))
+    while (job := jobs.get()) is not None:
+        function, arguments = job
+        results.put(function(*arguments))
+    stop()
+
+
+class Pair:
+    """Two processes, which do the same at the same time."""
+
+    def __init__(self):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        context = mp.get_context("spawn")
+        self.queues = [(context.Queue(), context.Queue()) for _ in range(2)]
+        self.processes = [
+            context.Process(target=serve, args=(rank, port, *queues), daemon=True)
+            for rank, queues in enumerate(self.queues)
+        ]
+        for process in self.processes:
+            process.start()
+        self.started = self.results()
+
+    def run(self, function: Callable, *arguments: tuple) -> list:
+        """`function` of `arguments[rank]` on each process; what each returned, as numpy arrays or plain values."""
+        for (jobs, _), own in zip(self.queues, arguments, strict=True):
+            jobs.put((function, own))
+        return self.results()
+
+    def results(self) -> list:
+        return [results.get(timeout=120) for _, results in self.queues]
+
+    def close(self) -> list[int | None]:
+        """Let both end; their exit codes."""
+        for jobs, _ in self.queues:
+            jobs.put(None)
+        for process in self.processes:
+            process.join(timeout=60)
+        return [process.exitcode for process in self.processes]
+
+
+@pytest.fixture(scope="module")
+def pair():
+    two = Pair()
+    yield two
+    assert two.close() == [0, 0]
+
+
+def test_each_process_knows_its_place(pair):
+    assert pair.started == [(0, 2, True, "cpu"), (1, 2, False, "cpu")]
+
+
+# ---- gathering and counting ------------------------------------------------------------------------------------------
+
+
+def primitives(x: list, weights: list) -> tuple:
+    """Gather `x`, weigh what came, sum; and the other means of talking."""
+    x = torch.tensor(x, dtype=torch.float64, requires_grad=True)
+    gathered = gather(x)
+    (gathered * torch.tensor(weights, dtype=torch.float64)).sum().backward()
+    return gathered.tolist(), x.grad.tolist(), total(x.sum()).item(), collect(weights), world_size()
+
+
+def test_gather_has_the_tensors_by_rank_and_sums_the_gradients_of_all_who_used_them(pair):
+    x, weights = [[1.0, 2.0], [3.0, 4.0]], [[1.0, 10.0, 100.0, 1000.0], [5.0, 6.0, 7.0, 8.0]]
+    found = pair.run(primitives, *zip(x, weights))
+    for rank, (gathered, gradient, whole, collected, size) in enumerate(found):
+        assert gathered == [1.0, 2.0, 3.0, 4.0] and whole == 10.0 and collected == weights and size == 2
+        assert gradient == [weights[0][2 * rank + i] + weights[1][2 * rank + i] for i in range(2)]
+
+
+def test_one_process_is_a_group_of_its_own():
+    assert primitives([1.0, 2.0], [3.0, 4.0]) == ([1.0, 2.0], [3.0, 4.0], 3.0, [[3.0, 4.0]], 1)
+    distributed.barrier()  # waits for nobody
+    process = start("cpu")
+    assert (process.rank, process.world, process.is_main) == (0, 1, True)
+    stop()
+
+
+def test_a_device_that_is_not_there_is_refused_with_the_way_out(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert start("auto").device == torch.device("cpu")
+    with pytest.raises(ValueError, match="cuda:0: this machine .* has no CUDA; use --device cpu"):
+        start("cuda")
+    with pytest.raises(ValueError, match="device 'gpu': expected auto, cpu, cuda, cuda:N or mps"):
+        start("gpu")
+
+
+def mean(values: list, valid: list) -> tuple[float, list]:
+    values = torch.tensor(values, dtype=torch.float64, requires_grad=True)
+    found = global_mean(values, torch.tensor(valid))
+    found.backward()
+    return found.item(), values.grad.tolist()
+
+
+halves = st.lists(st.tuples(st.floats(-5, 5), st.booleans()), min_size=3, max_size=3)
+
+
+@settings(max_examples=20, deadline=None)
+@given(halves, halves)
+def test_the_average_of_the_shares_is_the_mean_over_what_is_valid_anywhere(pair, one, other):
+    both = [[list(column) for column in zip(*half)] for half in (one, other)]
+    valid = [value for value, is_valid in one + other if is_valid]
+    shares, gradients = zip(*pair.run(mean, *both))
+    assert sum(shares) / 2 == pytest.approx(sum(valid) / max(1, len(valid)), abs=1e-12)
+    for half, gradient in zip((one, other), gradients):
+        for (_, is_valid), found in zip(half, gradient):
+            assert found / 2 == pytest.approx(is_valid / max(1, len(valid)))
+
+
+# ---- the losses ------------------------------------------------------------------------------------------------------
+
+LOSSES = ("vtc", "mlm", "caption", "answer")
+
+
+def share(batch: dict, rank: int, world: int) -> dict:
+    """The part of a batch that a process would have made: its samples, padded to the longest of them only."""
+    b = len(batch["meaning"]) // world
+    part = {}
+    for name, value in batch.items():
+        rows = len(value) // world if torch.is_tensor(value) else 0
+        part[name] = value[rank * rows : (rank + 1) * rows] if rows else value
+    assert len(part["meaning"]) == b
+    for text in ("caption", "prompted", "question", "answer"):
+        if f"{text}_mask" in part:
+            longest = int(part[f"{text}_mask"].sum(1).max())
+            names = (f"{text}_ids", f"{text}_mask") + (("masked", "masked_ids") if text == "caption" else ())
+            part |= {name: part[name][:, :longest] for name in names}
+    return part
+
+
+def losses_and_gradients(batch: dict, rank: int, world: int) -> dict:
+    """Each loss of this process's share, and its gradient for each parameter."""
+    model = make_model()
+    losses, found = Objectives(model)(share(batch, rank, world)), {}
+    for name in LOSSES:
+        if name in losses:
+            gradients = torch.autograd.grad(losses[name], model.parameters(), retain_graph=True, allow_unused=True)
+            found[name] = losses[name].item(), [g if g is None else g.numpy() for g in gradients]
+    return found
+
+
+@settings(max_examples=5, deadline=None)
+@given(st.sampled_from(["video", "image", "text"]), st.sampled_from([2, 4, 6]), st.integers(1, 3), seeds)
+def test_two_processes_have_the_losses_and_gradients_of_one_with_the_whole_batch(pair, kind, b, r, seed):
+    """After averaging, as DistributedDataParallel does. For contrastive, masked, caption and answer loss, and for every
+    parameter. The batch is drawn, with texts of unequal lengths and meanings that occur twice. Not for the matching
+    loss: each process draws its hard negatives from its own samples, which is another loss (see the test below)."""
+    batch = make_batch(kind, b, r, seed)
+    batch["meaning"] = torch.randint(0, b, (b,), generator=torch.Generator().manual_seed(seed))
+    names = [name for name, _ in make_model().named_parameters()]
+    whole = losses_and_gradients(batch, 0, 1)
+    parts = pair.run(losses_and_gradients, (batch, 0, 2), (batch, 1, 2))
+    assert set(whole) == set(parts[0]) == set(parts[1]) == ({"mlm"} if kind == "text" else set(LOSSES))
+    for loss, (value, gradients) in whole.items():
+        assert sum(part[loss][0] for part in parts) / 2 == pytest.approx(value, rel=1e-9), loss
+        for name, expected, *found in zip(names, gradients, *(part[loss][1] for part in parts), strict=True):
+            assert all((half is None) == (expected is None) for half in found), (loss, name)
+            if expected is not None:
+                np.testing.assert_allclose(
+                    (found[0] + found[1]) / 2, expected, rtol=1e-7, atol=1e-10, err_msg=f"{loss}, {name}"
+                )
+    if kind != "text":
+        assert whole["vtc"][1][names.index("temperature")] != 0
+
+
+def matching(batch: dict, rank: int, world: int, partner: list[int]) -> tuple[float, list]:
+    """The matching loss where each sample of the share draws the given one as its negative."""
+    torch.manual_seed(0)
+    model, part = make_model(), share(batch, rank, world)
+    vision = model.encode_vision(part["pixels"])
+    text = model.encode_text(part["caption_ids"], part["caption_mask"])
+    loss = matching_loss(model, vision, text, part["caption_mask"], likeness(partner), part["meaning"])
+    loss.backward()
+    gradients = [p.grad.numpy() if p.grad is not None else None for p in model.parameters()]
+    return loss.item(), gradients
+
+
+def test_the_matching_loss_agrees_too_where_the_negatives_are_the_same(pair):
+    """Each process draws from its own samples, so this holds for a draw that stays within the halves only."""
+    batch = make_batch("video", b=4)
+    batch["meaning"] = torch.tensor([0, 1, 0, 0])  # no negatives within the second half
+    value, _ = matching(batch, 0, 1, [1, 0, 1, 1])
+    # One process finds a negative for the last two samples in the other half; two processes cannot.
+    split = pair.run(matching, (batch, 0, 2, [1, 0]), (batch, 1, 2, [1, 0]))
+    assert sum(part[0] for part in split) / 2 != pytest.approx(value, rel=1e-3)
+
+    batch["meaning"] = torch.arange(4)
+    value, gradients = matching(batch, 0, 1, [1, 0, 3, 2])
+    split = pair.run(matching, (batch, 0, 2, [1, 0]), (batch, 1, 2, [1, 0]))
+    assert sum(part[0] for part in split) / 2 == pytest.approx(value, rel=1e-9)
+    for expected, one, other in zip(gradients, split[0][1], split[1][1]):
+        assert (expected is None) == (one is None)
+        if expected is not None:
+            np.testing.assert_allclose((one + other) / 2, expected, rtol=1e-7, atol=1e-10)

@@ -1,0 +1,175 @@
+"""Generation: greedy and beam search against what they approximate, written out; and ranking against brute force."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import noise, randomised, seeds, small
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mplug2.generation import Special, beam_search, best_texts, greedy, rank
+from mplug2.model import MPLUG2
+
+S, POSITIONS, WIDTH = 7, 9, 16
+SPECIAL = Special(cls=1, sep=2, pad=0)
+
+
+def make_model(seed: int, end: float = 0.0) -> MPLUG2:
+    """A decoder of random weights over seven tokens; `end` makes [SEP] likelier."""
+    config = small(vocab_size=S, max_positions=POSITIONS, width=WIDTH, decoder_layers=1)
+    model = randomised(MPLUG2(config, "video_caption"), seed)
+    model.decoder.embeddings.word.weight.data.mul_(3)  # tokens that differ in what follows them
+    model.decoder.head.bias.data[SPECIAL.sep] += end
+    return model
+
+
+def make_memory(seed: int, b: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory `b m d` and its mask, whose rows have 1 to m real tokens."""
+    real = torch.randint(1, 5, (b, 1), generator=torch.Generator().manual_seed(seed))
+    return 2 * noise(b, 4, WIDTH, seed=seed), torch.arange(4) < real
+
+
+def log_probs(model: MPLUG2, memory: torch.Tensor, ids: list[int]) -> torch.Tensor:
+    """Of the tokens after each of `ids`, for one sample: `l s`."""
+    row = torch.tensor([ids])
+    with torch.no_grad():
+        return model.decode(row, row > -1, memory[None])[0].log_softmax(1)
+
+
+def log_prob(model: MPLUG2, memory: torch.Tensor, ids: list[int]) -> float:
+    """Of all of `ids` but the first, for one sample."""
+    return sum(float(row[token]) for row, token in zip(log_probs(model, memory, ids), ids[1:]))
+
+
+def prompts(b: int, *ids: int) -> torch.Tensor:
+    return torch.tensor([[SPECIAL.cls, *ids]]).repeat(b, 1)
+
+
+# ---- greedy ----------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=25, deadline=None)
+@given(seeds, st.integers(1, 4), st.lists(st.integers(3, S - 1), max_size=3), st.integers(1, 12))
+def test_greedy_takes_the_likeliest_token_until_sep_or_the_end(seed, b, prompt, max_length):
+    model, (memory, mask) = make_model(seed, end=1.0), make_memory(seed, b)
+    found = greedy(model, memory, prompts(b, *prompt), SPECIAL, max_length, mask)
+    for i in range(b):  # alone, without padding
+        expected = []
+        while len(expected) < min(max_length, POSITIONS - 1 - len(prompt)):
+            token = int(log_probs(model, memory[i, mask[i]], [SPECIAL.cls, *prompt, *expected])[-1].argmax())
+            if token == SPECIAL.sep:
+                break
+            expected.append(token)
+        assert found[i] == expected
+
+
+def test_greedy_ends_at_once_or_never_as_the_model_says():
+    memory, _ = make_memory(0, 3)
+    assert greedy(make_model(0, end=100.0), memory, prompts(3), SPECIAL) == [[], [], []]
+    endless = greedy(make_model(0, end=-100.0), memory, prompts(3), SPECIAL, max_length=5)
+    assert [len(row) for row in endless] == [5, 5, 5]
+    longest = greedy(make_model(0, end=-100.0), memory, prompts(3, 4), SPECIAL, max_length=50)
+    assert [len(row) for row in longest] == [POSITIONS - 2] * 3
+
+
+def test_a_prompt_that_fills_all_positions_and_a_length_of_zero_are_refused():
+    memory, _ = make_memory(0, 1)
+    full = torch.ones(1, POSITIONS, dtype=torch.long)
+    for search in (greedy, beam_search):
+        with pytest.raises(ValueError, match="a prompt of 9 tokens leaves no room.* 9 positions"):
+            search(make_model(0), memory, full, SPECIAL)
+        with pytest.raises(ValueError, match="max_length=0: expected at least 1 token"):
+            search(make_model(0), memory, prompts(1), SPECIAL, max_length=0)
+    longest = beam_search(make_model(0, end=-100.0), memory, full[:, 1:], SPECIAL, beams=2, min_length=0)
+    assert {len(ids) for _, ids in longest[0]} == {1}
+
+
+# ---- beam search -----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=25, deadline=None)
+@given(seeds, st.integers(1, 4), st.integers(1, 12), st.booleans())
+def test_a_beam_of_one_is_greedy(seed, b, max_length, prompted):
+    model, (memory, mask) = make_model(seed, end=1.0), make_memory(seed, b)
+    start = prompts(b, *[4] * prompted)
+    found = beam_search(model, memory, start, SPECIAL, 1, 0, max_length, memory_mask=mask)
+    assert best_texts(found, SPECIAL) == greedy(model, memory, start, SPECIAL, max_length, mask)
+
+
+@settings(max_examples=8, deadline=None)
+@given(seeds, st.integers(1, 3), st.booleans(), st.floats(0, 2))
+def test_a_beam_as_wide_as_all_texts_of_a_length_is_exhaustive_search(seed, length, prompted, penalty):
+    b, words = 2, [token for token in range(S) if token != SPECIAL.sep]
+    model, (memory, mask) = make_model(seed, end=1.0), make_memory(seed, b)
+    start = prompts(b, *[5] * prompted)
+    found = beam_search(model, memory, start, SPECIAL, len(words) ** length, length, length, penalty, mask)
+    first = start.shape[1]
+    texts = torch.tensor(list(itertools.product(words, repeat=length)))
+    for i in range(b):
+        ids = torch.cat([start[i].expand(len(texts), -1), texts], dim=1)
+        with torch.no_grad():
+            steps = model.decode(ids, ids > -1, memory[i, mask[i]].expand(len(ids), -1, -1))
+        steps = steps[:, first - 1 : -1].log_softmax(-1)
+        scores = steps.gather(2, texts[:, :, None]).sum((1, 2)) / ((6 + length - 1) / 6) ** penalty
+        every = sorted(zip(scores.tolist(), texts.tolist()), reverse=True)
+        possible = [(score, ids) for score, ids in found[i] if score > -1e6]  # without those that ended too early
+        assert [ids for _, ids in possible] == [ids for _, ids in every]
+        assert [score for score, _ in possible] == pytest.approx([score for score, _ in every], abs=1e-9)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seeds, st.integers(2, 4), st.integers(1, 4), st.integers(0, 3))
+def test_a_batch_is_its_samples_one_by_one(seed, b, beams, min_length):
+    model, (memory, mask) = make_model(seed, end=1.5), make_memory(seed, b)
+    start = prompts(b, 3)
+    together = beam_search(model, memory, start, SPECIAL, beams, min_length, 6, memory_mask=mask)
+    for i in range(b):
+        one = slice(i, i + 1)
+        # The memory is cut to its real tokens: padding must not count either.
+        (alone,) = beam_search(model, memory[one, mask[i]], start[one], SPECIAL, beams, min_length, 6)
+        assert [ids for _, ids in together[i]] == [ids for _, ids in alone]
+        assert [score for score, _ in together[i]] == pytest.approx([score for score, _ in alone])
+
+
+@settings(max_examples=20, deadline=None)
+@given(seeds, st.integers(1, 4), st.integers(0, 4))
+def test_hypotheses_are_sorted_scored_by_the_model_and_not_shorter_than_asked(seed, beams, min_length):
+    model, (memory, _) = make_model(seed, end=2.0), make_memory(seed, 2)
+    found = beam_search(model, memory, prompts(2), SPECIAL, beams, min_length, 5)
+    for i, hypotheses in enumerate(found):
+        assert len(hypotheses) >= beams
+        scores = [score for score, _ in hypotheses]
+        assert scores == sorted(scores, reverse=True)
+        for score, ids in hypotheses:
+            if score > -1e6:  # with little to choose from, forbidden continuations are kept at -1e20
+                assert SPECIAL.sep not in ids[:min_length] and len(ids) <= 5
+                whole = log_prob(model, memory[i], [SPECIAL.cls, *ids])
+                assert score == pytest.approx(whole / ((5 + len(ids)) / 6) ** 0.6, abs=1e-9)
+
+
+# ---- ranking ---------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=12, deadline=None)
+@given(seeds, st.integers(1, 3), st.integers(1, 8))
+def test_ranking_scores_the_answers_of_the_likeliest_first_tokens_whole(seed, b, k):
+    """Every answer has a first token of its own here, so that it is clear which k answers are to be scored."""
+    model, (memory, mask), rng = make_model(seed), make_memory(seed, b), torch.Generator().manual_seed(seed)
+    lengths, firsts = torch.randint(0, 4, (5,), generator=rng).tolist(), torch.randperm(S, generator=rng).tolist()
+    texts = [[first, *torch.randint(3, S, (n,), generator=rng).tolist()] for first, n in zip(firsts, lengths)]
+    rows = [[SPECIAL.cls, *text, SPECIAL.sep] for text in texts]
+    length = max(map(len, rows))
+    answers = torch.tensor([row + [SPECIAL.pad] * (length - len(row)) for row in rows])
+    answers_mask = torch.arange(length) < torch.tensor([len(row) for row in rows])[:, None]
+    order, probability = rank(model, memory, answers, answers_mask, k, mask)
+    assert order.shape == probability.shape == (b, min(k, 5))
+    for i in range(b):
+        real = memory[i, mask[i]]
+        first = [log_prob(model, real, row[:2]) for row in rows]
+        best = sorted(range(5), key=lambda a: -first[a])[:k]
+        scores = {a: first[a] + log_prob(model, real, rows[a]) for a in best}  # as released, the first counts twice
+        expected = sorted(best, key=lambda a: -scores[a])
+        assert order[i].tolist() == expected
+        chances = torch.tensor([scores[a] for a in expected], dtype=torch.float64).softmax(0)
+        torch.testing.assert_close(probability[i], chances)

@@ -1,0 +1,410 @@
+"""The loader: which samples a step sees, as a function of the step alone; what is masked; what happens to bad data."""
+
+import json
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from mplug2.data.loader import (
+    INSTRUCTIONS,
+    Collate,
+    MixedBatches,
+    Sample,
+    Samples,
+    check_texts,
+    make_loader,
+    read_samples,
+    schedule,
+)
+from mplug2.data.media import MediaError, read_image, read_video, to_pixels
+from mplug2.data.records import Question, RecordError
+from mplug2.tokenizer import Tokenizer
+
+ALL = frozenset({"caption", "prompted", "question"})
+KIND_NAMES = ("video", "image", "text")
+weights_of_kinds = st.lists(st.floats(0.01, 1), min_size=1, max_size=3).map(lambda w: dict(zip(KIND_NAMES, w)))
+
+
+# ---- the order of kinds and samples ----------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(weights_of_kinds, st.integers(1, 200))
+def test_after_every_step_each_kind_has_had_its_share(weights, steps):
+    """Together the k kinds are one step behind when one is chosen, the furthest behind of them therefore 1 / k or more:
+    none gets ahead by more than 1 - 1 / k."""
+    kinds, k, counts = schedule(weights, steps), len(weights), Counter()
+    assert len(kinds) == steps
+    for step, kind in enumerate(kinds, start=1):
+        counts[kind] += 1
+        ahead = [counts[name] - step * weight / sum(weights.values()) for name, weight in weights.items()]
+        assert max(ahead) <= 1 - 1 / k + 1e-9
+        assert min(ahead) >= -(k - 1) * (1 - 1 / k) - 1e-9
+    assert schedule(weights, steps // 2) == kinds[: steps // 2]
+
+
+@st.composite
+def batch_settings(draw: st.DrawFn) -> dict:
+    weights = draw(weights_of_kinds)
+    world = draw(st.integers(1, 3))
+    return dict(
+        sizes={kind: draw(st.integers(1, 9)) for kind in weights}, weights=weights, world=world,
+        batch_size=world * draw(st.integers(1, 4)), steps=draw(st.integers(1, 30)), seed=draw(st.integers(0, 2**32)),
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(batch_settings(), st.data())
+def test_a_batch_is_a_function_of_its_step_alone(drawn, data):
+    whole = list(MixedBatches(**drawn))
+    start = data.draw(st.integers(0, drawn["steps"]))
+    resumed = MixedBatches(**drawn, start=start)
+    assert list(resumed) == whole[start:] and len(resumed) == len(whole[start:])
+    assert list(resumed) == whole[start:]  # a second time as well
+    assert whole == list(MixedBatches(**{**drawn, "steps": drawn["steps"] + 3}))[: len(whole)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(batch_settings())
+def test_the_processes_share_the_global_batch(drawn):
+    world = drawn.pop("world")
+    alone = list(MixedBatches(**drawn))
+    shares = [list(MixedBatches(**drawn, rank=rank, world=world)) for rank in range(world)]
+    for step, batch in enumerate(alone):
+        assert [share[step] for share in shares] == [batch[rank::world] for rank in range(world)]
+        assert len({kind for kind, _, _ in batch}) == 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(batch_settings())
+def test_every_sample_comes_once_an_epoch(drawn):
+    keys = [key for batch in MixedBatches(**{**drawn, "world": 1}) for key in batch]
+    for kind, size in drawn["sizes"].items():
+        of_kind = [(epoch, index) for name, epoch, index in keys if name == kind]
+        for start in range(0, len(of_kind), size):
+            epoch = of_kind[start : start + size]
+            assert {number for number, _ in epoch} == {start // size}
+            if len(epoch) == size:
+                assert sorted(index for _, index in epoch) == list(range(size))
+
+
+def test_the_order_changes_with_epoch_seed_and_kind():
+    def order(kind: str, seed: int) -> list[int]:
+        batches = MixedBatches({kind: 50}, {kind: 1.0}, 50, 2, seed)
+        return [[index for _, _, index in batch] for batch in batches]
+
+    first, second = order("video", 0)
+    assert len({tuple(x) for x in (first, second, *order("video", 1), *order("image", 0))}) == 6
+
+
+# ---- a data set on disk ----------------------------------------------------------------------------------------------
+
+CLIPS, PICTURES = 6, 5
+SUBJECTS = ("a red three", "a blue seven", "a green one")
+
+
+def write_gif(path: Path, seed: int, frames: int = 4) -> None:
+    noise = np.random.default_rng(seed).integers(0, 256, (frames, 8, 8, 3), np.uint8)
+    first, *rest = [Image.fromarray(frame) for frame in noise]
+    first.save(path, save_all=True, append_images=rest)
+
+
+def write_records(root: Path, name: str, records: list[dict]) -> None:
+    (root / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def write_data(root: Path) -> Path:
+    """Clips with captions and questions, pictures with captions, and sentences."""
+    root.mkdir(exist_ok=True)
+    for i in range(CLIPS):
+        write_gif(root / f"{i}.gif", seed=i)
+    for i in range(PICTURES):
+        pixels = np.random.default_rng(100 + i).integers(0, 256, (8, 8, 3), np.uint8)
+        Image.fromarray(pixels).save(root / f"{i}.png")
+    write_records(root, "video_caption.train", [
+        {"video": f"{i}.gif", "captions": [f"{SUBJECTS[i % 3]} moving left", f"{SUBJECTS[i % 3]} going left"],
+         "meaning": f"left {i % 3}"} for i in range(CLIPS)
+    ])
+    write_records(root, "video_qa.train", [
+        {"video": f"{i}.gif", "meaning": f"left {i % 3}", "qa": [
+            {"question": "which colour is it?", "answers": ["red", "scarlet"], "kind": "colour"},
+            {"question": "what digit is it?", "answers": ["three"], "kind": "digit"},
+            {"question": "which digit is shown?", "answers": ["three"], "kind": "digit"},
+        ]} for i in range(CLIPS)
+    ])
+    write_records(root, "image_caption.train", [
+        {"image": f"{i}.png", "captions": [SUBJECTS[i % 3]], "meaning": f"left {i % 3}"} for i in range(PICTURES)
+    ])
+    write_records(root, "text_only.train", [{"text": f"Here is {SUBJECTS[i % 3]}!"} for i in range(7)])
+    return root
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    words = "a an red blue green three seven one moving going left here is which colour what digit it shown scarlet the"
+    return Tokenizer.train([words, "video picture of does describe", *SUBJECTS], 120)
+
+
+def dataset(samples: dict[str, list[Sample]], **changes) -> Samples:
+    return Samples(samples, **{**dict(image_size=8, frames=4, questions=2, max_positions=24, max_words=30, seed=0),
+                               **changes})
+
+
+def test_questions_join_the_captions_of_their_clip(root):
+    samples = read_samples(root, "pretrain", "train")
+    assert {kind: len(of_kind) for kind, of_kind in samples.items()} == {"video": 6, "image": 5, "text": 7}
+    clip = samples["video"][1]
+    assert clip.media == root / "1.gif" and clip.where == f"{root / 'video_caption.train.jsonl'}:2"
+    assert clip.captions == ("a blue seven moving left", "a blue seven going left")
+    assert [question.kind for question in clip.qa] == ["colour", "digit", "digit"]
+    picture, sentence = samples["image"][0], samples["text"][2]
+    assert (picture.media, picture.captions, picture.qa) == (root / "0.png", ("a red three",), ())
+    assert (sentence.media, sentence.captions) == (None, ("Here is a green one!",))
+
+
+def test_equal_meanings_are_equal_numbers_in_all_files_and_different_ones_differ(root):
+    samples = read_samples(root, "pretrain", "train")
+    assert [clip.meaning for clip in samples["video"]] == 2 * [clip.meaning for clip in samples["video"][:3]]
+    assert [picture.meaning for picture in samples["image"][:3]] == [clip.meaning for clip in samples["video"][:3]]
+    assert len({sample.meaning for of_kind in samples.values() for sample in of_kind}) == 3 + 7
+    assert all(0 <= sample.meaning < 2**63 for sample in samples["text"])  # what a tensor can hold
+
+
+def test_a_task_reads_its_own_files_and_kinds_without_a_file_are_left_out(root, tmp_path):
+    assert [len(clip.qa) for clip in read_samples(root, "video_qa", "train")["video"]] == [3] * 6
+    assert read_samples(root, "video_qa", "train")["video"][0].captions == ()
+    (tmp_path / "text_only.train.jsonl").write_text('{"text": "a red three"}\n')
+    assert set(read_samples(tmp_path, "pretrain", "train")) == {"text"}
+    with pytest.raises(FileNotFoundError) as refused:
+        read_samples(tmp_path, "video_qa", "train")
+    assert str(tmp_path) in str(refused.value)
+    assert str(refused.value).endswith("video_qa, split train: expected one or more of video_qa.train.jsonl")
+    with pytest.raises(FileNotFoundError, match="pretrain, split val: .*video_caption.val.jsonl, video_qa"):
+        read_samples(tmp_path, "pretrain", "val")
+
+
+def test_pretraining_refuses_a_clip_with_questions_but_no_caption(tmp_path):
+    """A batch that is half such clips would train the contrastive loss on one process, and not on the other."""
+    write_data(tmp_path)
+    (tmp_path / "video_caption.train.jsonl").write_text('{"video": "0.gif", "captions": ["a red three"]}\n')
+    with pytest.raises(RecordError) as refused:
+        read_samples(tmp_path, "pretrain", "train")
+    assert f"{tmp_path / 'video_qa.train.jsonl'}:2: " in str(refused.value)
+    assert "no captions" in str(refused.value) and "video_caption.train.jsonl" in str(refused.value)
+    assert len(read_samples(tmp_path, "video_qa", "train")["video"]) == 6
+
+
+# ---- texts -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_text_that_is_too_long_or_empty_is_refused_with_its_place(tmp_path, tokenizer):
+    write_data(tmp_path)
+    samples = read_samples(tmp_path, "pretrain", "train")
+    check_texts(samples, tokenizer, 24, 30)
+    write_records(tmp_path, "image_caption.train", [
+        {"image": "0.png", "captions": ["a red three"]}, {"image": "1.png", "captions": ["a red three", "red " * 19]},
+    ])
+    samples = read_samples(tmp_path, "pretrain", "train")
+    tokens = tokenizer.lengths(["red " * 19, "a picture of"])
+    assert tokens[0] == 21
+    whole = tokens[0] + tokens[1] - 2
+    check_texts(samples, tokenizer, whole, 30)
+    with pytest.raises(RecordError) as refused:
+        check_texts(samples, tokenizer, whole - 1, 30)
+    assert str(refused.value).startswith(
+        f"{tmp_path / 'image_caption.train.jsonl'}:2: the text {'red ' * 19!r} has {whole} tokens"
+    )
+    assert f"the model takes {whole - 1}; shorten it" in str(refused.value)
+    check_texts(samples, tokenizer, whole - 1, max_words=18)  # cut shorter
+    for bad in (Sample("there:3", 0, captions=("?!",)), Sample("there:3", 0, qa=(Question("what", ("...",)),))):
+        with pytest.raises(RecordError, match="there:3: the text '.*' has no words; take it out"):
+            check_texts({"video": [bad]}, tokenizer, 24, 30)
+
+
+def test_a_long_answer_is_found_too(tokenizer):
+    sample = Sample("there:3", 0, qa=(Question("what", ("red", "red " * 30)),))
+    with pytest.raises(RecordError, match="there:3: the text '(red )+' has 32 tokens .*takes 24; .*max_words"):
+        check_texts({"video": [sample]}, tokenizer, 24, 30)
+
+
+def test_one_caption_and_r_questions_are_drawn_every_kind_of_question_as_often(root):
+    samples = read_samples(root, "pretrain", "train")
+    data, captions, questions = dataset(samples), Counter(), Counter()
+    for epoch in range(400):
+        item = data["video", epoch, 0]
+        captions[item["caption"]] += 1
+        assert len(item["questions"]) == 2
+        questions.update(item["questions"])
+    assert set(captions) == {"a red three moving left", "a red three going left"}
+    assert min(captions.values()) > 150  # of 200 expected, standard deviation 10
+    counts, answers = Counter(), defaultdict(set)
+    for (question, answer), count in questions.items():
+        kind = next(word for word in ("colour", "digit", "describe") if word in question)
+        counts[kind] += count
+        answers[kind].add(answer)
+    assert max(abs(counts[kind] - 800 / 3) for kind in answers) < 60  # standard deviation 13
+    assert answers == {"colour": {"red", "scarlet"}, "digit": {"three"}, "describe": set(captions)}
+    assert (INSTRUCTIONS["video"], "a red three moving left") in questions
+
+
+def test_texts_are_cleaned_and_cut(root):
+    data = dataset(read_samples(root, "pretrain", "train"), max_words=3)
+    assert data["text", 0, 0]["caption"] == "here is a"
+    assert data["image", 0, 0]["questions"] == [("what does the", "a red three")] * 2
+
+
+# ---- masking ---------------------------------------------------------------------------------------------------------
+
+
+def test_masking_is_that_of_bert(tokenizer):
+    """15 % of the words; of these 80 % [MASK], 10 % any word, 10 % as they are; special tokens and padding never."""
+    rng = np.random.default_rng(0)
+    texts = ["red blue green three seven one " * n for n in rng.integers(1, 6, 6000)]
+    ids, mask = tokenizer.encode(texts)
+    noise = rng.random((len(texts), 3, 40))
+    found = Collate(tokenizer, ALL).masked(ids, mask, noise)
+    masked, replaced = found["masked"], found["masked_ids"]
+    special = ~mask | (ids == tokenizer.cls) | (ids == tokenizer.sep)
+    assert not masked[special].any()
+    assert (replaced == ids)[~masked].all()
+    words, n = int((~special).sum()), int(masked.sum())
+    assert abs(n / words - 0.15) < 0.005
+    hidden = int((replaced[masked] == tokenizer.mask).sum())
+    kept = int((replaced[masked] == ids[masked]).sum())
+    random = replaced[masked][(replaced[masked] != tokenizer.mask) & (replaced[masked] != ids[masked])]
+    assert abs(hidden / n - 0.8) < 0.02 and abs(kept / n - 0.1) < 0.02 and abs(len(random) / n - 0.1) < 0.02
+    assert random.min() == 5 and random.max() == len(tokenizer) - 1
+    assert len(random.unique()) == len(tokenizer) - 5
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
+
+
+def batches_of(root: Path, tokenizer: Tokenizer, workers: int, start: int = 0, seed: int = 0) -> list[dict]:
+    samples = read_samples(root, "pretrain", "train")
+    sizes = {kind: len(of_kind) for kind, of_kind in samples.items()}
+    order = MixedBatches(sizes, {"video": 2, "image": 1, "text": 1}, 3, 6, seed, start)
+    return list(make_loader(dataset(samples, seed=seed), order, Collate(tokenizer, ALL), workers, pin=False))
+
+
+def assert_equal(found: list[dict], expected: list[dict]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            assert value.equal(other[name]) if torch.is_tensor(value) else value == other[name], name
+
+
+def test_batches_are_the_same_with_any_number_of_workers_and_from_any_step(root, tokenizer):
+    expected = batches_of(root, tokenizer, workers=0)
+    assert_equal(batches_of(root, tokenizer, workers=2), expected)
+    assert_equal(batches_of(root, tokenizer, workers=0, start=4), expected[4:])
+    other = batches_of(root, tokenizer, workers=0, seed=1)
+    assert any(one["where"] != two["where"] for one, two in zip(expected, other))
+
+
+def test_a_loader_leaves_the_random_numbers_of_the_run_alone(root, tokenizer):
+    """Else a resumed run, which makes its loader anew, would not go on with those of the run that never stopped."""
+    before = torch.get_rng_state()
+    batches_of(root, tokenizer, workers=0)
+    assert torch.get_rng_state().equal(before)
+
+
+def test_what_a_batch_holds(root, tokenizer):
+    for batch in batches_of(root, tokenizer, workers=0):
+        kind, r = batch["kind"], 2
+        assert batch["meaning"].shape == (3,) and len(batch["where"]) == 3 and batch["errors"] == []
+        texts = tokenizer.decode(batch["caption_ids"])
+        assert batch["caption_mask"].sum(1).tolist() == tokenizer.lengths(texts)
+        if kind == "text":
+            assert "pixels" not in batch and "prompted_ids" not in batch and "question_ids" not in batch
+            continue
+        assert batch["pixels"].shape == (3, 3, 4 if kind == "video" else 1, 8, 8)
+        prompt = {"video": "a video of", "image": "a picture of"}[kind]
+        assert tokenizer.decode(batch["prompted_ids"]) == [f"{prompt} {text}" for text in texts]
+        start = batch["prompted_ids"][:, 1 : batch["prompt_length"]]
+        assert tokenizer.decode(start) == [prompt] * 3 and (batch["prompted_ids"][:, 0] == tokenizer.cls).all()
+        assert batch["question_ids"].shape[0] == batch["answer_ids"].shape[0] == 3 * r
+        if kind == "image":  # nothing but the instruction is asked, and its answer is the caption of the same picture
+            answers = tokenizer.decode(batch["answer_ids"])
+            assert answers == [text for text in texts for _ in range(r)]
+
+
+def test_a_collator_makes_the_texts_that_its_task_trains_on(root, tokenizer):
+    items = [dataset(read_samples(root, "pretrain", "train"))["video", 0, i] for i in range(2)]
+    always = {"kind", "where", "errors", "meaning", "pixels"}
+    for parts, expected in (
+        ({"caption"}, {"caption_ids", "caption_mask", "masked", "masked_ids"}),
+        ({"prompted"}, {"prompted_ids", "prompted_mask", "prompt_length"}),
+        ({"question"}, {"question_ids", "question_mask", "answer_ids", "answer_mask"}),
+    ):
+        assert set(Collate(tokenizer, frozenset(parts))(items)) - always == expected
+
+
+def test_a_clip_is_sampled_anew_each_epoch_and_a_picture_is_its_first_frame(root, tmp_path):
+    write_data(tmp_path)
+    write_gif(tmp_path / "0.gif", 0, frames=16)
+    write_gif(tmp_path / "0.png", 0, frames=3)  # an animated PNG, filed as a picture
+    write_gif(tmp_path / "1.gif", 0, frames=1)  # a clip of one frame
+    data = dataset(read_samples(tmp_path, "pretrain", "train"))
+    clips = [data["video", epoch, 0]["pixels"] for epoch in range(8)]
+    assert len({clip.numpy().tobytes() for clip in clips}) > 4
+    every = to_pixels(read_video(tmp_path / "0.gif", None), 8)
+    for clip in clips:
+        for t in range(4):  # one of each quarter
+            assert any(clip[:, t].equal(every[:, frame]) for frame in range(4 * t, 4 * t + 4))
+    assert data["image", 0, 0]["pixels"].equal(to_pixels(read_image(tmp_path / "0.png"), 8))
+    still = data["video", 0, 1]["pixels"]
+    assert still.shape == (3, 4, 8, 8) and still.equal(still[:, :1].expand(-1, 4, -1, -1))
+
+
+# ---- files that cannot be decoded ------------------------------------------------------------------------------------
+
+
+def test_a_corrupt_clip_is_replaced_by_the_next_and_reported(tmp_path, tokenizer):
+    write_data(tmp_path)
+    (tmp_path / "2.gif").write_bytes(b"GIF89a, but not for long")
+    (tmp_path / "5.gif").unlink()
+    data = dataset(read_samples(tmp_path, "pretrain", "train"))
+    item = data["video", 0, 2]
+    assert len(item["errors"]) == 1
+    assert item["errors"][0].startswith(f"{tmp_path / 'video_caption.train.jsonl'}:3: {tmp_path / '2.gif'} cannot be")
+    instead = data["video", 0, 3]
+    assert instead["errors"] == [] and item["pixels"].equal(instead["pixels"])
+    assert {key: item[key] for key in ("caption", "questions", "where", "meaning")} == {
+        key: instead[key] for key in ("caption", "questions", "where", "meaning")
+    }
+    last = data["video", 0, 5]  # the one after the last is the first
+    assert "5.gif does not exist" in last["errors"][0] and last["where"].endswith("jsonl:1")
+    batch = Collate(tokenizer, ALL)([item, last, instead])
+    assert batch["errors"] == item["errors"] + last["errors"]
+    assert batch["pixels"].shape[0] == 3
+
+
+def test_a_picture_filed_as_a_clip_is_reported_like_a_corrupt_one(tmp_path):
+    write_data(tmp_path)
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.jpg")
+    write_records(tmp_path, "video_caption.train", [{"video": name, "captions": ["a"]} for name in ("0.jpg", "1.gif")])
+    item = dataset(read_samples(tmp_path, "video_caption", "train"))["video", 0, 0]
+    assert "0.jpg is a still image, where a video was expected" in item["errors"][0]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_but_corrupt_clips_stops_the_run(tmp_path, tokenizer, workers):
+    write_data(tmp_path)
+    for i in range(CLIPS):
+        (tmp_path / f"{i}.gif").write_bytes(b"")
+    with pytest.raises(MediaError) as stopped:
+        batches_of(tmp_path, tokenizer, workers)
+    assert "6 files in a row cannot be decoded; the first: " in str(stopped.value)
+    assert ".gif is empty (0 bytes)" in str(stopped.value)

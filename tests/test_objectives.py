@@ -1,0 +1,296 @@
+"""Objectives: each loss against its formula, and what must not count: equal meanings, prompts, padding, other words."""
+
+import math
+from unittest.mock import patch
+
+import pytest
+import torch
+from helpers import noise, random_ids, randomised, seeds, small
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mplug2.model import MPLUG2, TASKS
+from mplug2.objectives import (
+    TEMPERATURE_RANGE,
+    Objectives,
+    contrastive_loss,
+    hard_negatives,
+    language_loss,
+    masked_loss,
+    matching_loss,
+)
+
+CLS, SEP, WORDS = 2, 3, range(5, 29)
+
+
+def make_model(task: str = "pretrain", seed: int = 0) -> MPLUG2:
+    """Float64, every weight random, so that nothing that starts at zero hides an error."""
+    model = randomised(MPLUG2(small(), task), seed)
+    if hasattr(model, "temperature"):
+        model.temperature.data.fill_(0.07)
+    return model
+
+
+def make_texts(lengths: list[int], rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random texts of these lengths: [CLS] first, [SEP] last, then padding of random ids, which nobody may look at."""
+    ids = torch.randint(WORDS[0], WORDS[-1] + 1, (len(lengths), max(lengths)), generator=rng)
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    ids[:, 0] = CLS
+    for row, length in zip(ids, lengths):
+        row[length - 1] = SEP
+    return ids, mask
+
+
+def unit(rng: torch.Generator, b: int, e: int = 4) -> torch.Tensor:
+    return torch.nn.functional.normalize(torch.randn(b, e, generator=rng, dtype=torch.float64), dim=1)
+
+
+model = make_model()
+
+
+# ---- contrastive -----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=6), st.floats(0.01, 0.5), seeds)
+def test_contrastive_loss_is_the_formula_with_a_target_that_equal_meanings_share(meaning, temperature, seed):
+    rng = torch.Generator().manual_seed(seed)
+    b = len(meaning)
+    vision, text = unit(rng, b), unit(rng, b)
+    expected = 0.0
+    for rows, columns in ((vision, text), (text, vision)):
+        for i in range(b):
+            scores = [math.exp(float(rows[i] @ columns[j]) / temperature) for j in range(b)]
+            positives = [j for j in range(b) if meaning[j] == meaning[i]]
+            expected -= sum(math.log(scores[j] / sum(scores)) for j in positives) / len(positives) / (2 * b)
+    found = contrastive_loss(vision, text, torch.tensor(temperature, dtype=torch.float64), torch.tensor(meaning))
+    assert found.item() == pytest.approx(expected, rel=1e-9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seeds)
+def test_which_of_equal_meanings_stands_on_the_diagonal_makes_no_difference(seed):
+    rng = torch.Generator().manual_seed(seed)
+    vision, text, temperature = unit(rng, 5), unit(rng, 5), torch.tensor(0.1).double()
+    meaning = torch.tensor([7, 1, 7, 2, 7])
+    swapped = text[[4, 1, 0, 3, 2]]
+    losses = [contrastive_loss(vision, one, temperature, meaning) for one in (text, swapped)]
+    torch.testing.assert_close(*losses)
+    different = [contrastive_loss(vision, one, temperature, torch.arange(5)) for one in (text, swapped)]
+    assert abs(different[0] - different[1]) > 1e-6
+
+
+def test_the_temperature_is_kept_in_its_range_and_learns():
+    rng = torch.Generator().manual_seed(0)
+    vision, text, meaning = unit(rng, 4), unit(rng, 4), torch.arange(4)
+    for outside, edge in ((1e-6, TEMPERATURE_RANGE[0]), (-1.0, TEMPERATURE_RANGE[0]), (3.0, TEMPERATURE_RANGE[1])):
+        losses = [contrastive_loss(vision, text, torch.tensor(t).double(), meaning) for t in (outside, edge)]
+        torch.testing.assert_close(*losses)
+    assert TEMPERATURE_RANGE == (0.001, 0.5)
+    temperature = torch.tensor(0.07).double().requires_grad_()
+    contrastive_loss(vision, text, temperature, meaning).backward()
+    assert temperature.grad != 0
+
+
+def test_contrastive_loss_refuses_shapes_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"expected shape \(b e\) with b=3, e=4, found \(2, 4\)"):
+        contrastive_loss(torch.ones(3, 4), torch.ones(2, 4), torch.tensor(0.1), torch.arange(3))
+    with pytest.raises(ValueError, match=r"expected shape \(b\) with b=3, found \(2,\)"):
+        contrastive_loss(torch.ones(3, 4), torch.ones(3, 4), torch.tensor(0.1), torch.arange(2))
+
+
+# ---- matching --------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=8), seeds)
+def test_a_hard_negative_never_has_the_same_meaning(meaning, seed):
+    meaning, rng = torch.tensor(meaning), torch.Generator().manual_seed(seed)
+    # Likenesses so far apart that the softmax is 0 for all but one: the others still have to be possible.
+    chosen, exists = hard_negatives(1000 * torch.randn(len(meaning), len(meaning), generator=rng), meaning)
+    for i in range(len(meaning)):
+        assert exists[i] == any(meaning != meaning[i])
+        assert not exists[i] or meaning[chosen[i]] != meaning[i]
+
+
+def test_hard_negatives_are_drawn_in_proportion_to_the_softmax_of_their_likeness():
+    torch.manual_seed(0)
+    meaning = torch.tensor([0, 1, 2, 3, 1])
+    row = torch.tensor([5.0, 0.3, 1.0, -1.0, 2.0])
+    n = 4000
+    draws = torch.cat([hard_negatives(row.repeat(5, 1), meaning)[0][1:2] for _ in range(n)])  # row 1: not 1, not 4
+    weights = row.exp() * torch.tensor([1, 0, 1, 1, 0])
+    expected = weights / weights.sum()
+    found = draws.bincount(minlength=5) / n
+    assert found[1] == found[4] == 0
+    deviation = (expected * (1 - expected) / n).sqrt()
+    assert ((found - expected).abs() <= 4 * deviation + 1e-4).all(), (found, expected)
+
+
+def likeness(wanted: list[int]) -> torch.Tensor:
+    """Similarities that make sure which hard negative a row draws (but for one draw in 10,000)."""
+    return 50 * torch.nn.functional.one_hot(torch.tensor(wanted), len(wanted)).double()
+
+
+@pytest.mark.parametrize("meaning", [[0, 1, 2], [0, 1, 1], [5, 5, 5]])
+def test_matching_loss_asks_each_pair_and_its_two_hard_negatives(meaning):
+    torch.manual_seed(0)
+    vision, text = noise(3, 5, 16), noise(3, 4, 16, seed=1)
+    mask = torch.arange(4) < torch.tensor([4, 2, 3])[:, None]
+    wanted_text, wanted_vision = [2, 0, 0], [1, 0, 0]  # of another meaning in the first two cases
+
+    def chance(i: int, j: int) -> torch.Tensor:
+        """(no match, match) of vision i and text j, asked alone and without padding."""
+        length = int(mask[j].sum())
+        fused = model.fuse(vision[i : i + 1], text[j : j + 1, :length], mask[j : j + 1, :length])[1]
+        return model.match(fused)[0].softmax(0)
+
+    losses = [-chance(i, i)[1].log() for i in range(3)]
+    if len(set(meaning)) > 1:  # else there is no negative, and the pairs count alone
+        losses += [-chance(i, wanted_text[i])[0].log() for i in range(3)]
+        losses += [-chance(wanted_vision[j], j)[0].log() for j in range(3)]
+    # Rows draw texts and columns visions, so one matrix could not ask for all of these.
+    drawn = [hard_negatives(likeness(wanted), torch.tensor(meaning)) for wanted in (wanted_text, wanted_vision)]
+    with patch("mplug2.objectives.hard_negatives", side_effect=drawn):
+        found = matching_loss(model, vision, text, mask, torch.zeros(3, 3).double(), torch.tensor(meaning))
+    torch.testing.assert_close(found, torch.stack(losses).mean())
+
+
+def test_texts_are_drawn_by_the_rows_and_visions_by_the_columns_of_the_similarity():
+    similarity, meaning = noise(4, 4), torch.arange(4)
+    vision, text, mask = noise(4, 5, 16), noise(4, 3, 16), torch.ones(4, 3) > 0
+    with patch("mplug2.objectives.hard_negatives", wraps=hard_negatives) as drawn:
+        matching_loss(model, vision, text, mask, similarity, meaning)
+    by_text, by_vision = (call.args[0] for call in drawn.call_args_list)
+    assert by_text.equal(similarity) and by_vision.equal(similarity.T)
+
+
+# ---- masked ----------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=15, deadline=None)
+@given(seeds, st.floats(0, 1))
+def test_masked_loss_is_about_the_masked_places_only(seed, share):
+    rng = torch.Generator().manual_seed(seed)
+    hidden = noise(3, 5, 16, seed=seed).requires_grad_()
+    ids = random_ids(3, 5, seed)
+    masked = torch.rand(3, 5, generator=rng) < share
+    loss = masked_loss(model, hidden, ids, masked)
+    log_probs = model.unmask(hidden).log_softmax(-1)
+    terms = [-log_probs[i, j, ids[i, j]] for i, j in masked.nonzero().tolist()]
+    torch.testing.assert_close(loss, torch.stack(terms).mean() if terms else torch.zeros_like(loss))
+    loss.backward()  # must work without any masked place, too
+    assert ((hidden.grad != 0).any(-1) == masked).all()
+    other = torch.where(masked, ids, (ids + 1) % 29)
+    torch.testing.assert_close(masked_loss(model, hidden, other, masked), loss)
+
+
+# ---- language --------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(4, 8), min_size=1, max_size=4), st.integers(1, 3), seeds)
+def test_language_loss_is_the_mean_over_what_follows_the_prompt_and_is_no_padding(lengths, prompt_length, seed):
+    rng = torch.Generator().manual_seed(seed)
+    ids, mask = make_texts(lengths, rng)
+    memory = noise(len(lengths), 6, 16, seed=seed)
+    memory_mask = torch.arange(6) < torch.randint(1, 7, (len(lengths), 1), generator=rng)
+    terms = []
+    for i, length in enumerate(lengths):  # alone, without any padding, one token after the other
+        real = memory[i : i + 1, : int(memory_mask[i].sum())]
+        for place in range(prompt_length, length):
+            past = ids[i : i + 1, :place]
+            logits = model.decode(past, torch.ones_like(past) > 0, real)[0, -1]
+            terms.append(-logits.log_softmax(0)[ids[i, place]])
+    found = language_loss(model, ids, mask, memory, memory_mask, prompt_length)
+    torch.testing.assert_close(found, torch.stack(terms).mean())
+    assert len(terms) == sum(lengths) - prompt_length * len(lengths)
+
+
+# ---- all of a batch --------------------------------------------------------------------------------------------------
+
+
+def make_batch(kind: str, b: int = 3, r: int = 2, seed: int = 0) -> dict:
+    """A batch as data/loader.py makes it, with all its parts."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def texts(count: int, shortest: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+        return make_texts(torch.randint(shortest, 9, (count,), generator=rng).tolist(), rng)
+
+    batch = {"kind": kind, "meaning": torch.arange(b)}
+    batch["caption_ids"], batch["caption_mask"] = texts(b)
+    batch["masked"] = batch["caption_mask"] & (torch.rand(batch["caption_mask"].shape, generator=rng) < 0.4)
+    batch["masked_ids"] = torch.where(batch["masked"], 4, batch["caption_ids"])
+    if kind != "text":
+        frames = 2 if kind == "video" else 1
+        batch["pixels"] = noise(b, 3, frames, 8, 8, seed=seed)
+        batch["prompted_ids"], batch["prompted_mask"] = texts(b, shortest=4)
+        batch["prompt_length"] = 3
+        batch["question_ids"], batch["question_mask"] = texts(b * r)
+        batch["answer_ids"], batch["answer_mask"] = texts(b * r)
+    return batch
+
+
+PARTS = {"caption": ("caption_ids", "caption_mask", "masked", "masked_ids"), "answer": ("question_ids", "answer_ids"),
+         "prompted": ("prompted_ids",)}
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("kind", ["video", "image"])
+def test_a_task_trains_the_losses_of_its_modules_and_every_parameter_of_it(task, kind):
+    trained = make_model(task)
+    batch = make_batch(kind)
+    expected = {"vtc", "vtm", "mlm", "caption", "answer"}
+    if task != "pretrain":
+        part, expected = {"retrieval": ("caption", {"vtc", "vtm"}), "caption": ("prompted", {"caption"}),
+                          "qa": ("answer", {"answer"})}[task.split("_")[1]]
+        batch = {key: value for key, value in batch.items()
+                 if not any(key in keys for name, keys in PARTS.items() if name != part)}
+    losses = Objectives(trained)(batch)
+    assert set(losses) == expected
+    assert all(loss.shape == () and loss > 0 for loss in losses.values())
+    sum(losses.values()).backward()
+    assert [name for name, parameter in trained.named_parameters() if parameter.grad is None] == []
+
+
+def test_sentences_without_pictures_train_masked_language_modelling_from_text_alone():
+    batch = make_batch("text")
+    losses = Objectives(model)(batch)
+    assert set(losses) == {"mlm"}
+    hidden = model.encode_text(batch["masked_ids"], batch["caption_mask"])
+    torch.testing.assert_close(losses["mlm"], masked_loss(model, hidden, batch["caption_ids"], batch["masked"]))
+
+
+def test_captions_masked_words_and_answers_come_from_the_memory_that_architecture_gives_them():
+    """Caption: from V' alone. Masked words: from the fused text. Answers: from [V', fused question], r a clip."""
+    batch = make_batch("video", b=2, r=3)
+    losses = Objectives(model)(batch)
+    vision = model.encode_vision(batch["pixels"])
+    caption = language_loss(model, batch["prompted_ids"], batch["prompted_mask"], vision, prompt_length=3)
+    torch.testing.assert_close(losses["caption"], caption)
+
+    text = model.encode_text(batch["masked_ids"], batch["caption_mask"])
+    fused = model.fuse(vision, text, batch["caption_mask"])[1]
+    torch.testing.assert_close(losses["mlm"], masked_loss(model, fused, batch["caption_ids"], batch["masked"]))
+
+    total, count = 0.0, 0
+    for i in range(6):  # questions 0, 1, 2 are about clip 0
+        keep = batch["question_mask"][i]
+        question = batch["question_ids"][i : i + 1, keep]
+        seen, fused = model.fuse(vision[i // 3][None], model.encode_text(question, question > -1), question > -1)
+        answer = batch["answer_ids"][i : i + 1, batch["answer_mask"][i]]
+        tokens = answer.shape[1] - 1
+        total += tokens * language_loss(model, answer, answer > -1, torch.cat([seen, fused], dim=1))
+        count += tokens
+    torch.testing.assert_close(losses["answer"], total / count)
+
+
+def test_negatives_for_matching_are_drawn_by_the_contrastive_similarity_without_gradients():
+    batch = make_batch("image", b=4)
+    with patch("mplug2.objectives.matching_loss", wraps=matching_loss) as matched:
+        Objectives(model)(batch)
+    similarity = matched.call_args.args[4]
+    vision = model.project_vision(model.encode_vision(batch["pixels"]))
+    text = model.project_text(model.encode_text(batch["caption_ids"], batch["caption_mask"]))
+    torch.testing.assert_close(similarity, (vision @ text.T / model.temperature).detach())
+    assert not similarity.requires_grad

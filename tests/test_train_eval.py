@@ -1,0 +1,413 @@
+"""train.py and eval.py for real: a few steps on a small tiny world, on one process and on two, and what they refuse."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import eval as evaluation
+import train
+from mplug2 import distributed
+from mplug2.checkpoint import load_training, read_config
+from tiny_data import Sizes, write
+from tiny_data.writer import VERSION
+
+HERE = Path(train.__file__).parent
+SIZES = Sizes(*[96, 32, 32, 16], *[16, 16, 16, 16], *[28, 24, 16, 16], galleries=1)
+MODEL = (
+    "--vision-width 32 --vision-layers 1 --vision-head-width 16 --width 32 --heads 2 --ff-width 64 --text-layers 2 "
+    "--universal-layers 1 --latents 4 --fusion-layers 1 --decoder-layers 1 --contrastive-width 16"
+).split()
+FAST = "--batch-size 8 --log-every 1 --eval-limit 4 --workers 0 --device cpu".split()
+KEYS = (
+    ["caption_exact", "caption_cider", "caption_bleu4"]
+    + [f"qa_{kind}" for kind in ("order", "colour", "digit", "count", "yesno", "binding")]
+    + [f"{way}_{key}" for way in ("t2v", "v2t") for key in ("r1", "r5", "r10", "r1_rerank")]
+)
+"""What eval.py reports of clips. Of images the same, with a prefix, but for the order of frames."""
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> Path:
+    """A cache that holds a small tiny world where the default one is looked for."""
+    folder = tmp_path_factory.mktemp("cache")
+    write(folder / f"tiny-v{VERSION}-seed0", seed=0, sizes=SIZES)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small_world_by_default(cache, monkeypatch):
+    """No test of this file writes the default world, or anything else, outside of its temporary folders."""
+    monkeypatch.setenv("MPLUG2_CACHE", str(cache))
+    monkeypatch.chdir(cache)
+
+
+@pytest.fixture(scope="session")
+def light(cache, tmp_path_factory) -> Path:
+    """The same world without test splits, whose evaluation takes longer than a few steps of training."""
+    folder, world = tmp_path_factory.mktemp("light"), cache / f"tiny-v{VERSION}-seed0"
+    (folder / "media").symlink_to(world / "media")
+    for name in (f"{medium}_{task}" for medium in ("video", "image") for task in ("caption", "qa")):
+        for split in ("train", "val"):
+            shutil.copy(world / f"{name}.{split}.jsonl", folder)
+    shutil.copy(world / "text_only.train.jsonl", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run(cache, tmp_path_factory) -> Path:
+    """The folder of a run by default settings but for its size: pre-training on the tiny world of the cache."""
+    out = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MPLUG2_CACHE", str(cache))
+        patch.chdir(out)
+        train.main([*MODEL, *FAST, *"--workers 1 --max-steps 4 --save-every 2 --eval-every 2 --out .".split()])
+    return out / "tiny"
+
+
+def lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def refused(capsys, main, arguments: list[str], code: int) -> str:
+    """What is said when `main` refuses `arguments`, on one line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    assert stopped.value.code == code
+    return " ".join(capsys.readouterr().err.split())
+
+
+# ---- a run -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_settings_metrics_a_curve_and_checkpoints(run):
+    assert sorted(path.name for path in run.iterdir()) == [
+        "curves.png", "last", "metrics.jsonl", "settings.json", "step_0000002", "step_0000004",
+    ]
+    assert os.readlink(run / "last") == "step_0000004"
+    for step in (2, 4):
+        folder = run / f"step_{step:07d}"
+        assert sorted(path.name for path in folder.iterdir()) == [
+            "config.json", "model.safetensors", "tokenizer.json", "training.pt",
+        ]
+        assert load_training(folder)["step"] == step
+    settings = json.loads((run / "settings.json").read_text())
+    assert settings["train"]["max_steps"] == 4 and settings["train"]["lr"] == 1e-3  # given, and by default
+    assert settings["model"]["width"] == 32 and settings["model"]["patch_size"] == 4
+    task, config, preparation = read_config(run / "last")
+    assert (task, config.width, preparation.frames, preparation.max_words) == ("pretrain", 32, 4, 30)
+    with Image.open(run / "curves.png") as picture:
+        picture.load()
+
+
+def test_metrics_have_a_line_a_step_the_validation_and_the_results(run):
+    found = lines(run)
+    steps = [line for line in found if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    for line in steps:
+        assert {"grad_norm", "lr", "samples_per_second", "waiting_for_data", "skipped_files"} <= set(line)
+    losses = {key.removeprefix("loss/") for line in steps for key in line if key.startswith("loss/")}
+    assert losses == {"vtc", "vtm", "mlm", "caption", "answer"}
+    (validated,) = [line for line in found if "val/caption_exact" in line]
+    assert validated["step"] == 2 and "val/image_t2v_r1" in validated
+    (results,) = [line for line in found if "test/caption_exact" in line]
+    assert {f"test/{key}" for key in KEYS} <= set(results)
+
+
+def test_the_loss_of_captions_falls_by_half_in_thirty_steps(light, tmp_path, capsys):
+    size = "--vision-width 48 --vision-head-width 24 --width 48 --heads 2 --ff-width 96 --vision-layers 2".split()
+    train.main([*MODEL, *size, *FAST, *f"--data {light} --out {tmp_path} --task video_caption --max-steps 30".split(),
+                *"--lr 4e-3 --batch-size 24".split()])
+    losses = [line["loss/caption"] for line in lines(tmp_path / "tiny") if "loss/caption" in line]
+    assert len(losses) == 30
+    assert np.mean(losses[-3:]) < losses[0] / 2, losses
+    printed = capsys.readouterr().out
+    assert "video_caption: " in printed and "samples: 96 video" in printed and "caption_exact" in printed
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_resumed_run_is_the_run_that_never_stopped_to_the_bit(light, tmp_path, step):
+    """Weights, optimizer and generator; with dropout and hard negatives, which are drawn."""
+    arguments = [*MODEL, *FAST, *f"--data {light} --max-steps 5 --save-every {step} --keep 9 --dropout 0.1".split()]
+    train.main([*arguments, "--out", str(tmp_path / "whole")])
+    whole, resumed = tmp_path / "whole" / "tiny", tmp_path / "resumed" / "tiny"
+    shutil.copytree(whole, resumed, symlinks=True)
+    for checkpoint in resumed.glob("step_*"):
+        if checkpoint.name != f"step_{step:07d}":
+            shutil.rmtree(checkpoint)
+    (resumed / "last").unlink()
+    (resumed / "last").symlink_to(f"step_{step:07d}")
+    before = len(lines(resumed))
+    train.main(["--resume", "--out", str(tmp_path / "resumed")])
+    assert [line["step"] for line in lines(resumed)[before:] if "loss" in line] == list(range(step + 1, 6))
+
+    expected, found = (load_file(folder / "last" / "model.safetensors") for folder in (whole, resumed))
+    assert [name for name in expected if not expected[name].equal(found[name])] == []
+    expected, found = load_training(whole / "last"), load_training(resumed / "last")
+    assert found["step"] == 5 and found["generators"][0].equal(expected["generators"][0])
+    states, others = expected["optimizer"]["state"], found["optimizer"]["state"]
+    assert states.keys() == others.keys()
+    for number, state in states.items():
+        assert all(torch.equal(value, others[number][name]) for name, value in state.items())
+
+
+def test_a_finished_run_can_be_resumed_to_train_longer(light, tmp_path):
+    arguments = ["--out", str(tmp_path)]
+    train.main([*MODEL, *FAST, *arguments, "--data", str(light), "--max-steps", "1", "--task", "video_qa"])
+    train.main([*arguments, "--resume"])  # nothing left to do but to evaluate
+    train.main([*arguments, "--resume", "--max-steps", "2"])
+    assert os.readlink(tmp_path / "tiny" / "last") == "step_0000002"
+    assert [line["step"] for line in lines(tmp_path / "tiny") if "loss" in line] == [1, 2]
+
+
+def test_another_task_starts_from_the_weights_of_a_checkpoint(run, light, tmp_path):
+    train.main([*FAST, *f"--init {run / 'last'} --task video_caption --name captions --lr 0 --max-steps 1".split(),
+                *f"--data {light} --out {tmp_path} --dropout 0.25".split()])
+    folder = tmp_path / "captions" / "last"
+    task, config, _ = read_config(folder)
+    assert (task, config.width, config.dropout) == ("video_caption", 32, 0.25)
+    before, after = load_file(run / "last" / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert {name.split(".")[0] for name in after} == {"vision_encoder", "universal", "decoder"}
+    assert all(tensor.equal(before[name]) for name, tensor in after.items())  # at a learning rate of zero
+    assert (folder / "tokenizer.json").read_text() == (run / "last" / "tokenizer.json").read_text()
+
+
+def test_two_processes_of_torchrun_train_like_one(light, tmp_path):
+    """The same gradients at every step, of all kinds of batches, and one set of files. Without the matching loss, for
+    which every process draws negatives of its own."""
+    arguments = [*MODEL, *FAST, *f"--data {light} --max-steps 4 --vtm-weight 0 --text-weight 0.3".split()]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         str(HERE / "train.py"), *arguments, "--out", str(tmp_path / "two")],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("pretrain: ") == 1  # only one of them speaks
+    train.main([*arguments, "--out", str(tmp_path / "one")])
+    one, two = ([line for line in lines(tmp_path / name / "tiny") if "loss" in line] for name in ("one", "two"))
+    assert [line["step"] for line in two] == [1, 2, 3, 4]
+    assert any("loss/caption" not in line for line in one)  # a step of text alone
+    np.testing.assert_allclose([line["grad_norm"] for line in two], [line["grad_norm"] for line in one], rtol=1e-3)
+    training = load_training(tmp_path / "two" / "tiny" / "last")
+    assert training["step"] == 4 and len(training["generators"]) == 2
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_every_setting_is_explained(capsys):
+    for main, settings in ((train.main, train.TrainConfig), (evaluation.main, evaluation.EvalConfig)):
+        with pytest.raises(SystemExit) as stopped:
+            main(["--help"])
+        assert stopped.value.code == 0
+        text = capsys.readouterr().out
+        for name in settings.__dataclass_fields__:
+            assert f"--{name.replace('_', '-')}" in text, name
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ("--max-step 3", "unknown argument --max-step; did you mean --max-steps?"),
+    ("--task captions", "task='captions': expected one of pretrain, video_caption, "),
+    ("--preset huge", "preset='huge': expected one of tiny, base, large"),
+    ("--max-steps 0", "max_steps=0: expected at least 1"),
+    ("--batch-size many", "--batch-size: invalid int value: 'many'"),
+    ("--lr -1", "lr=-1.0: expected no negative number"),
+    ("--max-skipped 2", "max_skipped, warmup and min_lr are shares: expected at most 1"),
+    ("--video-weight 0 --image-weight 0 --text-weight 0", "are all 0: there is nothing to train on"),
+    ("--name a/b", "name='a/b': expected a folder name, without slashes"),
+    ("--width 100 --heads 3", "heads=3 does not divide width=100"),
+    ("--patch-size 7", "patch_size=7 does not divide image_size=24"),
+    ("--init nowhere", "nowhere is not a checkpoint"),
+    ("--precision float16", "--precision: invalid choice: 'float16'"),
+    ("--resume", "tiny has no checkpoint to resume from; start it without --resume"),
+])
+def test_impossible_settings_are_refused_with_the_reason(capsys, tmp_path, arguments, message):
+    assert message in refused(capsys, train.main, [*arguments.split(), "--out", tmp_path], 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_run_into_the_same_folder_is_refused(capsys, run):
+    before = (run / "metrics.jsonl").read_text()
+    message = refused(capsys, train.main, ["--out", run.parent], 2)
+    assert f"{run} holds a run already; go on with it by --resume, or choose another --name or --out" in message
+    assert (run / "metrics.jsonl").read_text() == before
+
+
+def test_a_resumed_run_keeps_its_settings(capsys, run):
+    message = refused(capsys, train.main, ["--out", run.parent, "--resume", "--lr", "0.5", "--width", "48"], 2)
+    assert "lr, width: a resumed run keeps its settings" in message and "leave them out, or start another" in message
+
+
+def test_init_and_preset_exclude_each_other_and_sizes_come_from_the_checkpoint(capsys, run, light, tmp_path):
+    arguments = ["--init", run / "last", "--out", tmp_path, "--data", light]
+    message = refused(capsys, train.main, [*arguments, "--preset", "tiny"], 2)
+    assert "--preset and --init exclude each other" in message
+    message = refused(capsys, train.main, [*arguments, "--width", "64"], 1)
+    assert "does not fit this model for pretrain" in message and "expected (64, 32), found (32, 32)" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_batch_that_the_processes_cannot_share_evenly_is_refused():
+    process = distributed.Process(0, 2, torch.device("cpu"))
+    with pytest.raises(ValueError, match="batch_size=7 cannot be shared by 2 processes evenly"):
+        train.run(train.TrainConfig(batch_size=7), {}, process)
+
+
+def test_data_that_does_not_fit_is_refused_with_its_place(capsys, light, tmp_path):
+    arguments = ["--out", tmp_path / "runs", *MODEL, *FAST]
+    message = refused(capsys, train.main, [*arguments, "--data", tmp_path / "nowhere"], 1)
+    assert "nowhere is not a folder; expected one with files named <task>.<split>.jsonl" in message
+    message = refused(capsys, train.main, [*arguments, "--data", light, "--task", "video_retrieval"], 1)
+    assert "no data for the task video_retrieval, split train" in message
+    message = refused(capsys, train.main, [*arguments, "--data", light, "--max-positions", "8"], 1)
+    assert "video_caption.train.jsonl:" in message and "the model takes 8; shorten it" in message
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "video_caption.train.jsonl").write_text('{"video": "a.gif", "captions": ["..."]}\n')
+    message = refused(capsys, train.main, [*arguments, "--data", data], 1)
+    assert "video_caption.train.jsonl:1: the text '...' has no words; take it out" in message
+    (data / "video_caption.train.jsonl").write_text('{"video": "a.gif", "captions": []}\n')
+    message = refused(capsys, train.main, [*arguments, "--data", data], 1)
+    assert "video_caption.train.jsonl:1: captions: expected a list of one or more strings" in message
+    assert not (tmp_path / "runs").exists()
+
+
+def test_corrupt_clips_are_skipped_and_counted_and_too_many_stop_the_run(capsys, light, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    clips = [json.loads(line) for line in (light / "video_caption.train.jsonl").read_text().splitlines()[:16]]
+    for i, clip in enumerate(clips):
+        shutil.copy(light / clip["video"], data / f"{i}.gif")
+        clip["video"] = f"{i}.gif"
+    (data / "video_caption.train.jsonl").write_text("".join(json.dumps(clip) + "\n" for clip in clips))
+    (data / "video_caption.val.jsonl").write_text(json.dumps(clips[0]) + "\n")
+    for i in (3, 9):
+        (data / f"{i}.gif").write_bytes(b"GIF89a")
+    arguments = [*MODEL, *FAST, *f"--data {data} --task video_caption --max-steps 4".split()]
+    message = refused(capsys, train.main, [*arguments, "--out", tmp_path / "strict"], 1)
+    assert "of 16 media files cannot be decoded, more than max_skipped=0.02 allows" in message
+    assert "or raise --max-skipped" in message
+    train.main([*arguments, "--out", str(tmp_path / "lenient"), "--max-skipped", "0.2"])
+    said = capsys.readouterr().err
+    assert lines(tmp_path / "lenient" / "tiny")[3]["skipped_files"] == 2
+    for i in (3, 9):  # two epochs, but each is reported once
+        assert said.count(f"video_caption.train.jsonl:{i + 1}: {data / f'{i}.gif'} cannot be decoded") == 1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_batch(capsys, light, tmp_path, monkeypatch):
+    nan = torch.tensor(float("nan"), requires_grad=True)
+    monkeypatch.setattr(train.Objectives, "forward", lambda self, batch: {"caption": nan})
+    message = refused(capsys, train.main, [*MODEL, *FAST, *f"--data {light} --out {tmp_path} --max-steps 2".split()], 1)
+    assert "the loss is nan at step 0: caption nan; the batch: " in message
+    assert message.count("video_caption.train.jsonl:") == 8
+    assert not (tmp_path / "tiny" / "last").exists()
+
+
+# ---- eval.py ---------------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_reports_every_metric_of_both_splits_and_draws_contact_sheets(run, tmp_path, capsys):
+    found = evaluation.main(["--checkpoint", str(run / "last"), "--json", str(tmp_path / "results" / "all.json"),
+                             "--limit", "28"])
+    expected = {f"{split}/{key}" for split in ("test", "combos") for key in KEYS}
+    expected |= {f"{split}/image_{key}" for split in ("test", "combos") for key in KEYS if key != "qa_order"}
+    assert set(found) == expected
+    assert json.loads((tmp_path / "results" / "all.json").read_text()) == found
+    for key, value in found.items():
+        assert value >= 0 and (value <= 1 or key.endswith("cider")), key
+    for split in ("test", "combos"):
+        with Image.open(run / "last" / "eval" / f"contact_sheet_{split}.png") as picture:
+            picture.load()
+            assert picture.format == "PNG" and min(picture.size) > 400
+    printed = capsys.readouterr().out
+    assert "test    combos" in printed and "image_v2t_r1_rerank" in printed and "contact sheets:" in printed
+
+
+def test_evaluation_of_one_split_is_written_beside_the_checkpoint(run, light):
+    found = evaluation.main(f"--checkpoint {run / 'last'} --data {light} --splits val,test --limit 4".split())
+    assert json.loads((run / "last" / "eval" / "metrics.json").read_text()) == found
+    assert {key.split("/")[0] for key in found} == {"val"} and "val/caption_exact" in found
+
+
+@pytest.fixture(scope="session")
+def own_files(tmp_path_factory) -> Path:
+    """A GIF, a picture and a video of the user's, of other sizes than the tiny world's, and a note."""
+    folder = tmp_path_factory.mktemp("own")
+    frames = np.zeros((10, 48, 64, 3), np.uint8)
+    for t, frame in enumerate(frames):
+        frame[20:30, 5 * t : 5 * t + 10] = (255, 0, 0)
+    iio.imwrite(folder / "clip.mp4", frames, plugin="pyav", codec="libx264", fps=10)
+    iio.imwrite(folder / "clip.gif", frames, loop=0)
+    (folder / "more").mkdir()
+    iio.imwrite(folder / "more" / "picture.png", frames[3])
+    (folder / "note.txt").write_text("no picture")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["clip.gif", "more/picture.png", "clip.mp4"])
+def test_files_of_ones_own_are_captioned_and_asked_about(run, own_files, capsys, name):
+    arguments = ["--checkpoint", str(run / "last"), "--input", str(own_files / name)]
+    model = evaluation.load(run / "last")
+    assert evaluation.main(arguments) == {}
+    assert capsys.readouterr().out == model.caption([own_files / name])[0] + "\n"
+    evaluation.main([*arguments, "--beams", "2"])
+    assert capsys.readouterr().out == model.caption([own_files / name], beams=2)[0] + "\n"
+    evaluation.main([*arguments, "--question", "Which digit is it?"])
+    assert capsys.readouterr().out == model.answer([own_files / name], ["which digit is it"])[0] + "\n"
+
+
+def test_a_folder_is_searched_for_the_best_matches(run, own_files, capsys):
+    evaluation.main(["--checkpoint", str(run / "last"), "--input", str(own_files), "--find", "a red seven"])
+    found = [line.split() for line in capsys.readouterr().out.splitlines()]
+    files = [own_files / name for name in ("clip.gif", "clip.mp4", "more/picture.png")]
+    scores = evaluation.load(run / "last").similarity(files, ["a red seven"])[:, 0].tolist()
+    assert [Path(path) for _, path in found] == [file for _, file in sorted(zip(scores, files), reverse=True)]
+    assert [float(score) for score, _ in found] == pytest.approx(sorted(scores, reverse=True), abs=1e-3)
+
+
+def test_eval_runs_from_the_command_line(run, own_files):
+    arguments = ["--checkpoint", str(run / "last"), "--input", str(own_files / "clip.mp4")]
+    done = subprocess.run(
+        [sys.executable, str(HERE / "eval.py"), *arguments],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == evaluation.load(run / "last").caption([own_files / "clip.mp4"])[0] + "\n"
+
+
+@pytest.mark.parametrize(("arguments", "code", "message"), [
+    ("", 2, "which model? name a checkpoint folder by --checkpoint"),
+    ("--checkpoint {run} --question why", 2, "--question and --find are about files: name one, or a folder"),
+    ("--checkpoint {run} --input {own}/clip.gif --question a --find b", 2, "give one of them"),
+    ("--checkpoint {run} --input {own}/missing.gif", 2, "missing.gif: no such file or folder"),
+    ("--checkpoint {run} --input {own}", 2, "a folder needs --find"),
+    ("--checkpoint {run} --input {own}/clip.gif --find red", 2, "--find searches a folder"),
+    ("--checkpoint {run} --beams 0", 2, "--beams at least 1"),
+    ("--checkpoint {run} --dta x", 2, "unknown argument --dta; did you mean --data?"),
+    ("--checkpoint {own}", 1, "is not a checkpoint: there is no config.json in it"),
+    ("--checkpoint {run} --input {own}/note.txt", 1, "note.txt: suffix '.txt' cannot be read"),
+    ("--checkpoint {run} --input {empty} --find red", 1, "holds no image, GIF or video"),
+    ("--checkpoint {run} --splits dev", 1, "has none of the splits dev; it has combos, test, train, val"),
+    ("--checkpoint {run} --data {own}", 1, "is named <task>.<split>.jsonl"),
+    ("--checkpoint {run} --input {own}/clip.gif --question ?", 1, "text 0 of 1 is empty"),
+])
+def test_eval_refuses_with_the_reason(capsys, run, own_files, tmp_path, arguments, code, message):
+    filled = [word.format(run=run / "last", own=own_files, empty=tmp_path) for word in arguments.split()]
+    assert message in refused(capsys, evaluation.main, filled, code)
+
+
+def test_a_model_without_the_modules_for_a_question_says_so(capsys, light, own_files, tmp_path):
+    train.main([*MODEL, *FAST, *f"--data {light} --out {tmp_path} --task image_caption --max-steps 1".split()])
+    arguments = ["--checkpoint", tmp_path / "tiny" / "last", "--input", own_files / "clip.gif"]
+    message = refused(capsys, evaluation.main, [*arguments, "--question", "why"], 1)
+    assert "a model for the task 'image_caption' has no text_encoder" in message
