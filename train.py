@@ -215,6 +215,7 @@ def run(config: TrainConfig, changes: dict, process: distributed.Process) -> dic
         root = Path(config.data)
     else:
         if process.is_main:
+            print("the tiny world: written to a cache when first used, in seconds", flush=True)
             tiny_data.ensure()
         distributed.barrier()
         root = tiny_data.ensure()

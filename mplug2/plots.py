@@ -16,20 +16,21 @@ from mplug2.evaluation import Prediction  # noqa: E402
 def curves(metrics_file: Path, out: Path) -> None:
     """Draw `metrics.jsonl` of a run: losses by objective, and what validation found, over steps."""
     lines = [json.loads(line) for line in metrics_file.read_text().splitlines()]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5))
     for name in sorted({key for line in lines for key in line if key.startswith("loss/")}):
         points = [(line["step"], line[name]) for line in lines if name in line]
         left.plot(*zip(*points), label=name.removeprefix("loss/"), linewidth=1.2)
     left.set(xlabel="step", ylabel="loss (nats)", title="training losses")
     for name in sorted({key for line in lines for key in line if key.startswith("val/")}):
         points = [(line["step"], line[name]) for line in lines if name in line]
-        if not name.endswith("cider"):  # not a share
-            right.plot(*zip(*points), label=name.removeprefix("val/"), linewidth=1.2, marker=".")
-    right.set(xlabel="step", ylabel="share", ylim=(0, 1.02), title="validation")
+        if name.endswith(("exact", "_r1")) or "qa_" in name:  # the strictest share of each kind
+            style = "--" if "image_" in name else "-"
+            right.plot(*zip(*points), style, label=name.removeprefix("val/"), linewidth=1.2, marker=".")
+    right.set(xlabel="step", ylabel="share that is right", ylim=(0, 1.02), title="validation")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         if axes.lines:
-            axes.legend(fontsize=7, ncols=2)
+            axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     _save(figure, out)
 
 

@@ -24,7 +24,6 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from mplug2.config import PRESETS
-from mplug2.local_temporal import LocalTemporal
 from mplug2.model import MPLUG2, TASKS, answer_memory
 
 BUILT = {  # task -> the modules of its row, heads included

@@ -106,7 +106,7 @@ def arguments(released, tmp_path, *more, **changes):
 
 
 def test_the_command_converts_a_released_file(released, tmp_path, monkeypatch, capsys):
-    given = arguments(released, tmp_path, "--task", "video_caption")
+    given = arguments(released, tmp_path, "--task", "video_caption", test_num_frames=7)
     monkeypatch.setattr(sys, "argv", ["python -m mplug2.pretrained", *given])
     monkeypatch.delitem(sys.modules, "mplug2.pretrained.__main__")
     runpy.run_module("mplug2.pretrained", run_name="__main__")
@@ -115,7 +115,7 @@ def test_the_command_converts_a_released_file(released, tmp_path, monkeypatch, c
     assert sorted(file.name for file in (tmp_path / "runs" / "released").iterdir()) == [
         "config.json", "model.safetensors", "tokenizer.json"
     ]
-    assert (model.task, len(tokenizer), preparation.frames) == ("video_caption", 160, 4)
+    assert (model.task, len(tokenizer), preparation.frames) == ("video_caption", 160, 7)
     converted = to_released(model)
     assert all(torch.equal(entry, CAPTIONING[name]) for name, entry in converted.items())
     golden = torch.load(GOLDEN / "golden.pt", weights_only=True)
@@ -161,6 +161,12 @@ def test_without_settings_the_file_is_that_of_a_large_run(released, tmp_path, ca
     with pytest.raises(SystemExit):
         main([str(released), "--out", str(tmp_path / "out")])
     assert "entries are missing: text_decoder.bert.encoder.layer.10." in capsys.readouterr().err
+    contents = torch.load(released, weights_only=True)
+    contents["config"]["prompt"] = "shown is"
+    torch.save(contents, released)
+    with pytest.raises(SystemExit):
+        main([str(released), "--out", str(tmp_path / "out")])
+    assert "prompt='shown is'" in capsys.readouterr().err
 
 
 def test_the_command_starts_pretraining_from_clip_and_bert(tmp_path, capsys):
