@@ -45,6 +45,8 @@ class EvalConfig:
     """A text: list the files of the folder --input that fit it best."""
     beams: int = 1
     """Beams of the caption search for --input; 1 is greedy."""
+    prompted: bool = True
+    """Captions of --input continue the prompt, "a video of"; without, they start from [CLS] alone, as released."""
     device: str = "cpu"
     """cpu, cuda, mps."""
 
@@ -93,7 +95,7 @@ def try_on(predictor: Predictor, config: EvalConfig) -> None:
     elif config.question:
         print(predictor.answer([config.input], [config.question])[0])
     else:
-        print(predictor.caption([config.input], config.beams)[0])
+        print(predictor.caption([config.input], config.beams, prompted=config.prompted)[0])
 
 
 def score(predictor: Predictor, config: EvalConfig) -> dict[str, float]:

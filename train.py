@@ -32,7 +32,15 @@ from mplug2 import distributed, optim
 from mplug2.checkpoint import Preparation, load_model, load_training, read_config, save_checkpoint
 from mplug2.config import PRESETS, ModelConfig
 from mplug2.data.loader import (
-    INSTRUCTIONS, KINDS, PROMPTS, Collate, MixedBatches, Samples, check_texts, make_loader, read_samples,
+    INSTRUCTIONS,
+    KINDS,
+    PROMPTS,
+    Collate,
+    MixedBatches,
+    Samples,
+    check_texts,
+    make_loader,
+    read_samples,
 )
 from mplug2.data.records import available
 from mplug2.evaluation import evaluate, table
@@ -51,7 +59,7 @@ class TrainConfig:
     preset: str = "tiny"
     """Size of the model: tiny, base, large; single settings of the model can be changed by the flags below."""
     data: str = ""
-    """Folder with <task>.<split>.jsonl files; without it the tiny world, which is written to a cache when first used."""
+    """Folder with <task>.<split>.jsonl files; without it the tiny world, written to a cache when first used."""
     init: str = ""
     """Checkpoint folder to start from: its weights, model settings and tokenizer."""
     tokenizer: str = ""
@@ -62,7 +70,7 @@ class TrainConfig:
     """Name of this run, a folder in `out`; without it the name of the preset."""
     resume: bool = False
     """Go on from the newest checkpoint of this run, with its settings."""
-    max_steps: int = 2300
+    max_steps: int = 1500
     """Training steps; the learning rate falls over them."""
     batch_size: int = 32
     """Samples a step, over all processes together."""
@@ -106,17 +114,17 @@ class TrainConfig:
     """bfloat16: forward passes under autocast."""
     device: str = "auto"
     """cpu, cuda, mps; auto: cuda where there is one."""
-    workers: int = 1
+    workers: int = 0
     """Processes that decode media, for each training process; 0: the training process itself."""
     seed: int = 0
     """Seed of everything random."""
     log_every: int = 20
     """Steps between two lines of metrics.jsonl."""
-    eval_every: int = 575
+    eval_every: int = 375
     """Steps between two validations."""
     eval_limit: int = 120
     """Records of each kind in a validation on the way; the table at the end takes all."""
-    save_every: int = 575
+    save_every: int = 375
     """Steps between two checkpoints; there is always one at the end."""
     keep: int = 2
     """Checkpoints that are kept, the newest ones."""
@@ -139,7 +147,7 @@ class TrainConfig:
         if not sum(self.kind_weights().values()):
             raise ValueError("video_weight, image_weight and text_weight are all 0: there is nothing to train on")
         if Path(self.run_name).name != self.run_name:
-            raise ValueError(f"name={self.name!r}: expected a folder name, without slashes; --out names the folder above")
+            raise ValueError(f"name={self.name!r}: expected a folder name without slashes; --out is the one above")
 
     @property
     def run_name(self) -> str:
@@ -186,8 +194,8 @@ def resolve(given: dict, changes: dict) -> tuple[TrainConfig, dict]:
         refused = [name for name in given if name not in MAY_CHANGE and given[name] != saved["train"][name]]
         refused += [name for name in changes if changes[name] != saved["model"][name]]
         if refused:
-            raise ValueError(f"{', '.join(refused)}: a resumed run keeps its settings ({saved_file}); leave them out, or "
-                             "start another run with --init and --name")
+            raise ValueError(f"{', '.join(refused)}: a resumed run keeps its settings ({saved_file}); leave them out, "
+                             "or start another run with --init and --name")
         kept = {name: value for name, value in given.items() if name in MAY_CHANGE}
         return TrainConfig(**{**saved["train"], **kept}), {}
     if saved_file.exists():
@@ -348,7 +356,9 @@ def make_tokenizer(config: TrainConfig, samples: dict, changes: dict) -> Tokeniz
     return Tokenizer.train((clean(text, config.max_words) for text in texts), size)
 
 
-def validate(predictor: Predictor, root: Path, split: str, limit: int | None, step: int, log: "Log") -> dict[str, float]:
+def validate(
+    predictor: Predictor, root: Path, split: str, limit: int | None, step: int, log: "Log"
+) -> dict[str, float]:
     """Evaluate on a split, if the data has it, and write what was found to metrics.jsonl."""
     predictor.model.eval()
     state = torch.get_rng_state()

@@ -45,10 +45,16 @@ class Predictor:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def caption(self, paths: Sequence[str | Path], beams: int = 1, max_length: int = 20) -> list[str]:
-        """What each picture or clip shows, continued from the prompt of its kind; `beams` of 1 is greedy."""
+    def caption(
+        self, paths: Sequence[str | Path], beams: int = 1, max_length: int = 20, prompted: bool = True
+    ) -> list[str]:
+        """What each picture or clip shows; `beams` of 1 is greedy.
+
+        `prompted`: continued from the prompt of its kind, "a video of" or "a picture of"; else, as released, from
+        [CLS] alone.
+        """
         def write(vision: Tensor, kind: str, _) -> list[str]:
-            start = self.start(len(vision), PROMPTS[kind])
+            start = self.start(len(vision), PROMPTS[kind] if prompted else "")
             if beams == 1:
                 ids = greedy(self.model, vision, start, self.special, max_length)
             else:

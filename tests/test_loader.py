@@ -379,6 +379,7 @@ def test_a_corrupt_clip_is_replaced_by_the_next_and_reported(tmp_path, tokenizer
     item = data["video", 0, 2]
     assert len(item["errors"]) == 1
     assert item["errors"][0].startswith(f"{tmp_path / 'video_caption.train.jsonl'}:3: {tmp_path / '2.gif'} cannot be")
+    assert data["video", 1, 2]["errors"] == item["errors"]  # the same words each time, by which it is counted once
     instead = data["video", 0, 3]
     assert instead["errors"] == [] and item["pixels"].equal(instead["pixels"])
     assert {key: item[key] for key in ("caption", "questions", "where", "meaning")} == {

@@ -102,7 +102,7 @@ def test_a_run_writes_settings_metrics_a_curve_and_checkpoints(run):
         ]
         assert load_training(folder)["step"] == step
     settings = json.loads((run / "settings.json").read_text())
-    assert settings["train"]["max_steps"] == 4 and settings["train"]["lr"] == 1e-3  # given, and by default
+    assert settings["train"]["max_steps"] == 4 and settings["train"]["lr"] == train.TrainConfig().lr
     assert settings["model"]["width"] == 32 and settings["model"]["patch_size"] == 4
     task, config, preparation = read_config(run / "last")
     assert (task, config.width, preparation.frames, preparation.max_words) == ("pretrain", 32, 4, 30)
@@ -253,7 +253,7 @@ def test_init_and_preset_exclude_each_other_and_sizes_come_from_the_checkpoint(c
     message = refused(capsys, train.main, [*arguments, "--preset", "tiny"], 2)
     assert "--preset and --init exclude each other" in message
     message = refused(capsys, train.main, [*arguments, "--width", "64"], 1)
-    assert "does not fit this model for pretrain" in message and "expected (64, 32), found (32, 32)" in message
+    assert "does not fit this model for pretrain" in message and "expected (64,), found (32,)" in message
     assert list(tmp_path.iterdir()) == []
 
 
@@ -268,7 +268,7 @@ def test_data_that_does_not_fit_is_refused_with_its_place(capsys, light, tmp_pat
     message = refused(capsys, train.main, [*arguments, "--data", tmp_path / "nowhere"], 1)
     assert "nowhere is not a folder; expected one with files named <task>.<split>.jsonl" in message
     message = refused(capsys, train.main, [*arguments, "--data", light, "--task", "video_retrieval"], 1)
-    assert "no data for the task video_retrieval, split train" in message
+    assert "video_retrieval, split train: expected one or more of video_retrieval.train.jsonl" in message
     message = refused(capsys, train.main, [*arguments, "--data", light, "--max-positions", "8"], 1)
     assert "video_caption.train.jsonl:" in message and "the model takes 8; shorten it" in message
     data = tmp_path / "data"

@@ -7,6 +7,7 @@ batch is a function of the step number alone, however many workers and processes
 Axes: b samples of this process, r questions a sample, t frames, l text tokens.
 """
 
+import gc
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ def read_samples(root: Path, task: str, split: str) -> dict[str, list[Sample]]:
             for sample in samples[kind]:
                 if task == "pretrain" and not sample.captions:
                     raise RecordError(
-                        f"{sample.where}: questions about {sample.media}, but no captions of it, as pre-training needs; "
+                        f"{sample.where}: questions about {sample.media}, but no captions, as pre-training needs; "
                         f"add them to {kind}_caption.{split}.jsonl, take this line out, or train --task {kind}_qa"
                     )
     if not samples:
@@ -260,5 +261,10 @@ def make_loader(dataset: Samples, batches: MixedBatches, collate: Collate, worke
     # random numbers than the run that never stopped.
     return DataLoader(
         dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin,
-        persistent_workers=False, prefetch_factor=4 if workers else None, generator=torch.Generator(),
+        prefetch_factor=4 if workers else None, generator=torch.Generator(), worker_init_fn=_start_worker,
     )
+
+
+def _start_worker(_: int) -> None:
+    """imageio collects garbage whenever it closes a video: what is there at the start need not be looked at again."""
+    gc.freeze()

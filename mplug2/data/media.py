@@ -21,7 +21,7 @@ import torch
 from av import FFmpegError  # imageio passes it on
 from einops import rearrange
 from imageio.core.v3_plugin_api import PluginV3
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 STILL_SUFFIXES = (".jpg", ".jpeg", ".bmp")
 ANIMATION_SUFFIXES = (".gif", ".webp", ".png")
@@ -145,7 +145,11 @@ def to_frames(pixels: torch.Tensor) -> np.ndarray:
 
 def _open_image(path: Path | str) -> Image.Image:
     with open(path, "rb") as file:  # read at once: Pillow's many small reads and seeks are slow on network disks
-        return Image.open(io.BytesIO(file.read()), formats=PILLOW_FORMATS)
+        content = io.BytesIO(file.read())
+    try:
+        return Image.open(content, formats=PILLOW_FORMATS)
+    except UnidentifiedImageError as error:  # its own message names an address in memory, another one each time
+        raise UnidentifiedImageError(f"its content is none of {', '.join(PILLOW_FORMATS)}") from error
 
 
 def _frame_count(image: Image.Image) -> int:
@@ -197,7 +201,7 @@ def _read_stream(path: Path | str, frames: int | None, rng: np.random.Generator 
 
 
 def _pick(file: PluginV3, total: int, frames: int | None, rng: np.random.Generator | None) -> np.ndarray:
-    """Decode up to the last wanted frame. Raises EOFError or FFmpegError if there are fewer than `total` promised."""
+    """Decode up to the last wanted frame. Raises EOFError or FFmpegError if the file ends before it."""
     numbers = _numbers(total, frames, rng)
     wanted = sorted(set(numbers))
     select = "1" if frames is None else "+".join(f"eq(n,{number})" for number in wanted)
@@ -219,11 +223,14 @@ def _count(path: Path | str) -> int:
 
 
 def _open_video(path: Path | str) -> PluginV3:
-    return iio.imopen(os.path.abspath(path), "r", plugin="pyav")  # absolute: FFmpeg takes "a:b.mp4" for an address
+    return iio.imopen(Path(path), "r", plugin="pyav")  # a str might be taken for an address
 
 
 def _decode(file: PluginV3, colours: str, select: str = "1") -> Iterator[np.ndarray]:
-    """Convert only the frames, numbered `n`, for which `select`, an expression of FFmpeg's, is not 0."""
+    """Convert only the frames, numbered `n`, for which `select`, an expression of FFmpeg's, is not 0.
+
+    The scaling is by 1. It is named because it is what converts the colours, and takes many threads unless told.
+    """
     filters = [("select", select), ("scale", "threads=1"), ("format", colours)]
     return file.iter(filter_sequence=filters, format=colours, thread_count=1)
 
