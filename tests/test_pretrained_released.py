@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from mplug2.model import answer_memory
+from mplug2.config import tiny
+from mplug2.model import MPLUG2, answer_memory
 from mplug2.pretrained import from_released, to_released
 from mplug2.pretrained.entries import check_entries
 from mplug2.pretrained.released import never_used
@@ -265,3 +266,22 @@ def test_half_precision_files_give_a_float32_model():
     for parameter, full in zip(load(state).parameters(), load(STATE).parameters()):
         assert parameter.dtype == torch.float32
         torch.testing.assert_close(parameter, full, atol=1e-3, rtol=1e-3)
+
+
+def test_to_released_refuses_what_the_released_code_cannot_say():
+    for changes, message in (
+        ({"vision_head_width": 32}, "vision_head_width=32: released checkpoints are of 64 only"),
+        ({"vision_head_width": 64, "local_temporal_placement": "figure"}, "local_temporal_placement='figure'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            to_released(MPLUG2(tiny(**changes), "video_caption"))
+    with pytest.raises(ValueError, match="not made by from_released just now"):
+        to_released(MPLUG2(tiny(vision_head_width=64), "video_qa"))
+
+
+def test_settings_that_cannot_be_followed_are_refused_by_name():
+    run, bert = released_model.settings(SMALL)
+    with pytest.raises(ValueError, match="type_vocab_size=3 cannot be followed"):
+        from_released(STATE, run, {**bert, "type_vocab_size": 3})
+    with pytest.raises(ValueError, match="run settings: expected a dictionary, found str"):
+        from_released(STATE, "released", bert)

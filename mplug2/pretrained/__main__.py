@@ -9,6 +9,7 @@ FILE or in FOLDER, if --tokenizer does not say where it is.
 
 import argparse
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from mplug2.checkpoint import Preparation, save_model
@@ -65,11 +66,13 @@ def convert_released(given: argparse.Namespace) -> tuple[MPLUG2, Tokenizer, Prep
         run, bert = (setting(settings, name, given.settings) for name in ("config", "bert_config"))
     else:
         run, bert = contents.get("config", LARGE_RUN), LARGE_BERT
+    if not isinstance(run, Mapping):
+        raise ValueError(f"run settings: expected a dictionary, found {type(run).__name__}; give them by --settings")
     if run.get("eos", "[SEP]") != "[SEP]":
         raise ValueError(f"run settings: eos={run['eos']!r}, but our texts end in [SEP]")
     if task.endswith("_caption"):
         ours = PROMPTS[task.removesuffix("_caption")]
-        if clean(run.get("prompt", ours)) != ours:
+        if clean(str(run.get("prompt", ours))) != ours:
             raise ValueError(f"run settings: prompt={run['prompt']!r}, but captions of the task {task} start with "
                              f"{ours!r}; from another prompt than its own a model writes garbled ones: choose the "
                              "other captioning task, or question answering")
@@ -95,7 +98,9 @@ def start(given: argparse.Namespace) -> tuple[MPLUG2, Tokenizer, Preparation]:
         decoder_layers=min(12, layers), vocab_size=vocab_size, max_positions=max_positions,
     )
     model = MPLUG2(config, given.task or "pretrain")
-    clip_settings = {"quick_gelu": True} if given.quick_gelu else open_settings(given.clip)
+    clip_settings = open_settings(given.clip)
+    if given.quick_gelu and clip_settings is None:
+        clip_settings = {"quick_gelu": True}
     from_clip(model, clip, clip_settings)
     from_bert(model, given.bert)
     return model, tokenizer_of(config, given, Path(given.bert)), Preparation()

@@ -104,7 +104,8 @@ def setting(settings: Mapping, name: str, source: str):
 
 def check_bert_settings(settings: Mapping, source: str) -> None:
     """Raise ValueError for settings of BERT that our layers do not compute, by name."""
-    computed = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "position_embedding_type": "absolute"}
+    computed = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "position_embedding_type": "absolute",
+                "type_vocab_size": 2}
     for name, value in computed.items():
         if settings.get(name, value) != value:
             raise ValueError(f"{source}: {name}={settings[name]!r} cannot be followed: our layers compute {value!r}")

@@ -98,6 +98,7 @@ def from_released(
     taps = model.vision_encoder.patch_embed.span
     check_shape(KERNEL, state[KERNEL], (config.vision_width, 3, taps, config.patch_size, config.patch_size), SOURCE)
     state[KERNEL] = linear_from_kernel(state[KERNEL])
+    check_shape(POSITION, state[POSITION], (*state[POSITION].shape[:1], config.vision_width), SOURCE)
     state[POSITION] = resize_positions(state[POSITION], config.patches, f"{SOURCE}: the entry {POSITION}")
     model.load_state_dict(stack_entries(parameters, names, state, _shapes(parameters), SOURCE), assign=True)
     for kept, repeated in REPEATED.items():
@@ -108,9 +109,18 @@ def from_released(
 def to_released(model: MPLUG2) -> dict[str, Tensor]:
     """The inverse of `from_released` for the entries in use: copies of the parameters, under the released names.
 
-    Fusion layers are numbered as in the checkpoint that the model came from; for a model from elsewhere, as the last
-    of as many layers as the text encoder has. Raises ValueError for parameters that released checkpoints do not have.
+    Fusion layers are numbered as in the released checkpoint that `from_released` made the model of; only it knows how.
+    Raises ValueError for a model with fusion from elsewhere, for settings that the released code does not have, and
+    for parameters that released checkpoints do not have.
     """
+    if hasattr(model, "fusion") and not hasattr(model, "released_stack"):
+        raise ValueError("how many fusion layers the released checkpoint numbers is not known of a model that was not "
+                         "made by from_released just now; write it from that one")
+    only = {"vision_head_width": 64, "local_temporal": True, "local_temporal_groups": 0,
+            "local_temporal_placement": "released", "temporal_on_images": True, "universal_readout": "released"}
+    for name, value in only.items():
+        if getattr(model.config, name) != value:
+            raise ValueError(f"{name}={getattr(model.config, name)!r}: released checkpoints are of {value!r} only")
     parameters = dict(model.named_parameters())
     names, shapes, state = _names(model), _shapes(parameters), {}
     for name, parameter in parameters.items():
@@ -132,6 +142,9 @@ def released_config(run_config: Mapping, bert_config: Mapping, state: Mapping[st
     def bert(name: str):
         return setting(bert_config, name, "BERT settings")
 
+    for name, settings in (("run settings", run_config), ("BERT settings", bert_config)):
+        if not isinstance(settings, Mapping):
+            raise ValueError(f"{name}: expected a dictionary, found {type(settings).__name__}")
     check_bert_settings(bert_config, "BERT settings")
     if "clip_dims" in run_config:
         names = "vision_patch_size", "vision_layers"
