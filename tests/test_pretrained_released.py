@@ -279,7 +279,7 @@ def test_to_released_refuses_what_the_released_code_cannot_say():
         to_released(MPLUG2(tiny(vision_head_width=64), "video_qa"))
 
 
-def test_settings_that_cannot_be_followed_are_refused_by_name():
+def test_other_token_types_and_settings_that_are_no_dictionary_are_refused():
     run, bert = released_model.settings(SMALL)
     with pytest.raises(ValueError, match="type_vocab_size=3 cannot be followed"):
         from_released(STATE, run, {**bert, "type_vocab_size": 3})
