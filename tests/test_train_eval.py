@@ -224,7 +224,7 @@ def test_every_setting_is_explained(capsys):
     ("--lr -1", "lr=-1.0: expected no negative number"),
     ("--max-skipped 2", "max_skipped, warmup and min_lr are shares: expected at most 1"),
     ("--video-weight 0 --image-weight 0 --text-weight 0", "are all 0: there is nothing to train on"),
-    ("--name a/b", "name='a/b': expected a folder name, without slashes"),
+    ("--name a/b", "name='a/b': expected a folder name without slashes"),
     ("--width 100 --heads 3", "heads=3 does not divide width=100"),
     ("--patch-size 7", "patch_size=7 does not divide image_size=24"),
     ("--init nowhere", "nowhere is not a checkpoint"),
