@@ -37,6 +37,25 @@ def causal_mask(mask: Tensor) -> Tensor:
     return past & rearrange(mask, "b m -> b 1 1 m")
 
 
+class Cache:
+    """Keys and values `b c p e` of the p tokens that a self-attention has seen so far; empty at first."""
+
+    def __init__(self):
+        self.key: Tensor | None = None
+        self.value: Tensor | None = None
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values `b c l e` of new tokens -> those of all tokens, `b c (p+l) e`."""
+        if self.key is not None:
+            key, value = torch.cat([self.key, key], dim=2), torch.cat([self.value, value], dim=2)
+        self.key, self.value = key, value
+        return key, value
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with these rows only; a row may be taken more than once."""
+        self.key, self.value = self.key[rows], self.value[rows]
+
+
 class SelfAttention(nn.Module):
     """Multi-head attention of a sequence to itself, with queries, keys and values from one linear layer."""
 
@@ -46,11 +65,17 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x `b l d`, mask broadcastable to `b c l l` -> `b l d`."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """x `b l d`, mask broadcastable to `b c l l` -> `b l d`.
+
+        With a cache, x is what follows the p tokens in it: they are attended to as well, and the mask is for
+        `b c l (p+l)`. The cache then holds x too.
+        """
         sizes = check(x, "b l d", d=self.width)
         b, l = sizes["b"], sizes["l"]
         query, key, value = rearrange(self.qkv(x), "b l (three c e) -> three b c l e", b=b, l=l, three=3, c=self.heads)
+        if cache is not None:
+            key, value = cache.append(key, value)
         mixed = scaled_dot_product_attention(query, key, value, mask, self.dropout if self.training else 0.0)
         return self.out(rearrange(mixed, "b c l e -> b l (c e)", b=b, l=l, c=self.heads))
 
@@ -69,13 +94,21 @@ class CrossAttention(nn.Module):
         self.key_value = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x `(b r) l d`, memory `b m d`, mask broadcastable to `b c 1 m` -> `(b r) l d`."""
-        sizes = check(memory, "b m d", **check(x, "br l d", d=self.width))
-        b, m, l = sizes["b"], sizes["m"], sizes["l"]
+    def keys_and_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """memory `b m d` -> its keys and values, `b c m e`: `forward` takes them in place of the memory."""
+        sizes = check(memory, "b m d", d=self.width)
+        key, value = rearrange(
+            self.key_value(memory), "b m (two c e) -> two b c m e", b=sizes["b"], m=sizes["m"], two=2, c=self.heads
+        )
+        return key, value
+
+    def forward(self, x: Tensor, memory: Tensor | tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
+        """x `(b r) l d`, memory `b m d` or its keys and values, mask broadcastable to `b c 1 m` -> `(b r) l d`."""
+        key, value = memory if isinstance(memory, tuple) else self.keys_and_values(memory)
+        sizes = check(x, "br l d", d=self.width)
+        b, l = key.shape[0], sizes["l"]
         if sizes["br"] % b:
             raise ValueError(f"{sizes['br']} sequences cannot share {b} memories evenly")
         query = rearrange(self.query(x), "(b r) l (c e) -> b c (r l) e", b=b, l=l, c=self.heads)
-        key, value = rearrange(self.key_value(memory), "b m (two c e) -> two b c m e", b=b, m=m, two=2, c=self.heads)
         mixed = scaled_dot_product_attention(query, key, value, mask, self.dropout if self.training else 0.0)
         return self.out(rearrange(mixed, "b c (r l) e -> (b r) l (c e)", b=b, l=l, c=self.heads))

@@ -112,7 +112,7 @@ MAY_BE_ZERO = ("local_temporal_groups", "fusion_stride")
 def tiny(**changes) -> ModelConfig:
     """The size for the tiny world: about 0.74 million parameters, trained in minutes on two CPU cores."""
     sizes = dict(
-        image_size=24, patch_size=4, vision_width=64, vision_layers=3, vision_head_width=32, width=64, heads=2,
+        image_size=32, patch_size=8, vision_width=64, vision_layers=3, vision_head_width=32, width=64, heads=2,
         ff_width=256, text_layers=4, universal_layers=2, latents=16, fusion_layers=2, decoder_layers=2,
         vocab_size=4096, max_positions=32, contrastive_width=64, dropout=0.0,
     )

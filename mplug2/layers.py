@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mplug2.attention import CrossAttention, SelfAttention
+from mplug2.attention import Cache, CrossAttention, SelfAttention
 from mplug2.config import ModelConfig
 from mplug2.shapes import check
 
@@ -58,10 +58,14 @@ class BertLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, memory: Tensor | None = None, memory_mask: Tensor | None = None
+        self, x: Tensor, mask: Tensor | None = None, memory: Tensor | tuple[Tensor, Tensor] | None = None,
+        memory_mask: Tensor | None = None, cache: Cache | None = None,
     ) -> Tensor:
-        """x `b l d`, mask broadcastable to `b c l l`, memory `b m d`, memory_mask to `b c 1 m` -> `b l d`."""
-        x = self.self_norm(x + self.dropout(self.self_attention(x, mask)))
+        """x `(b r) l d`, mask broadcastable to `(b r) c l l`, memory `b m d`, memory_mask to `b c 1 m` -> `(b r) l d`.
+
+        memory may be the keys and values of the cross-attention, and cache those of the self-attention so far.
+        """
+        x = self.self_norm(x + self.dropout(self.self_attention(x, mask, cache)))
         if memory is not None:
             x = self.cross_norm(x + self.dropout(self.cross_attention(x, memory, memory_mask)))
         return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
@@ -78,14 +82,17 @@ class TextEmbeddings(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=EPS)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids `b l` -> `b l d`. ValueError for more tokens than there are positions."""
-        sizes = check(ids, "b l")
-        if sizes["l"] > self.position.num_embeddings:
-            raise ValueError(f"a text of {sizes['l']} tokens: the model has {self.position.num_embeddings} positions; "
+    def forward(self, ids: Tensor, first: int = 0) -> Tensor:
+        """ids `b l` -> `b l d`; `first`: how many tokens came before them.
+
+        ValueError for more tokens than there are positions.
+        """
+        last = first + check(ids, "b l")["l"]
+        if last > self.position.num_embeddings:
+            raise ValueError(f"a text of {last} tokens: the model has {self.position.num_embeddings} positions; "
                              "shorten the text or build the model with more max_positions")
         # The second token type is BERT's for sentence pairs; mPLUG-2 uses the first for every token.
-        positions = self.position.weight[: sizes["l"]] + self.token_type.weight[0]
+        positions = self.position.weight[first:last] + self.token_type.weight[0]
         return self.dropout(self.norm(self.word(ids) + positions))
 
 

@@ -93,46 +93,50 @@ class MPLUG2(nn.Module):
     def encode_vision(self, pixels: Tensor) -> Tensor:
         """Normalised pixels `b 3 t H W` (an image is t = 1) -> V' `b v d`, class token first."""
         check(pixels, "b 3 t H W", H=self.config.image_size, W=self.config.image_size)
-        tokens = self._part("vision_encoder")(pixels)
+        tokens = self.part("vision_encoder")(pixels)
         if self.config.vision_width != self.config.width:
             tokens = self.vision_dropout(self.vision_norm(self.vision_projection(tokens)))
         return self.universal.vision(tokens)
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Token ids and mask (true = real token), both `b l`, -> `b l d`, class token first."""
-        return self.universal.text(self._part("text_encoder")(ids, mask), mask)
+        return self.universal.text(self.part("text_encoder")(ids, mask), mask)
 
     def fuse(self, vision: Tensor, text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
         """V' `b v d`, text `b l d`, text_mask `b l` -> vision `b v d`, fused text `b l d`.
 
         r texts in a row may share an image or a video: text `(b r) l d`, see `Fusion`.
         """
-        return self._part("fusion")(vision, text, text_mask)
+        return self.part("fusion")(vision, text, text_mask)
 
     def decode(self, ids: Tensor, mask: Tensor, memory: Tensor, memory_mask: Tensor | None = None) -> Tensor:
-        """ids and mask `b l`, memory `b m d`, memory_mask `b m` -> logits of the next tokens, `b l s`."""
-        return self._part("decoder")(ids, mask, memory, memory_mask)
+        """ids and mask `b l`, memory `b m d`, memory_mask `b m` -> logits of the next tokens, `b l s`.
+
+        r texts in a row may share a memory: ids and mask `(b r) l`.
+        """
+        return self.part("decoder")(ids, mask, memory, memory_mask)
 
     def project_vision(self, vision: Tensor) -> Tensor:
         """V' `b v d` -> unit vectors `b e` to compare with those of texts."""
         check(vision, "b v d", d=self.config.width)
-        return nn.functional.normalize(self._part("contrastive_vision")(vision[:, 0]), dim=-1)
+        return nn.functional.normalize(self.part("contrastive_vision")(vision[:, 0]), dim=-1)
 
     def project_text(self, text: Tensor) -> Tensor:
         """Text `b l d` -> unit vectors `b e` to compare with those of images and videos."""
         check(text, "b l d", d=self.config.width)
-        return nn.functional.normalize(self._part("contrastive_text")(text[:, 0]), dim=-1)
+        return nn.functional.normalize(self.part("contrastive_text")(text[:, 0]), dim=-1)
 
     def match(self, fused: Tensor) -> Tensor:
         """Fused text `b l d` -> logits `b 2`: (no match, match)."""
         check(fused, "b l d", d=self.config.width)
-        return self._part("matching_head")(fused[:, 0])
+        return self.part("matching_head")(fused[:, 0])
 
     def unmask(self, hidden: Tensor) -> Tensor:
         """Text or fused text `... d` -> vocabulary logits `... s`."""
-        return self._part("masked_head")(hidden, self.text_encoder.embeddings.word.weight)
+        return self.part("masked_head")(hidden, self.text_encoder.embeddings.word.weight)
 
-    def _part(self, name: str) -> nn.Module:
+    def part(self, name: str) -> nn.Module:
+        """A module by name, such as "decoder". ValueError if the task does not have it."""
         if not hasattr(self, name):
             raise ValueError(f"a model for the task {self.task!r} has no {name}; build it for another task")
         return getattr(self, name)

@@ -16,6 +16,8 @@ from mplug2.model import MPLUG2, answer_memory
 from mplug2.shapes import check
 
 TEMPERATURE_RANGE = (0.001, 0.5)
+MASKS = {"caption": "caption_mask", "masked": "caption_mask", "question": "question_mask"}
+"""Which mask of a batch belongs to its texts."""
 
 
 def contrastive_loss(vision: Tensor, text: Tensor, temperature: Tensor, meaning: Tensor) -> Tensor:
@@ -70,28 +72,39 @@ def matching_loss(
     return global_mean(F.cross_entropy(logits, matches, reduction="none"), valid)
 
 
-def masked_loss(model: MPLUG2, hidden: Tensor, ids: Tensor, masked: Tensor) -> Tensor:
-    """MLM: the original `ids` (`b l`) at the places that were `masked` (`b l`), from `hidden` (`b l d`)."""
-    sizes = check(masked, "b l", **check(ids, "b l"))
-    check(hidden, "b l d", **sizes)
-    logits = model.unmask(hidden[masked])  # only where there is something to predict
-    losses = F.cross_entropy(logits, ids[masked], reduction="none")
+def masked_loss(model: MPLUG2, hidden: Tensor, ids: Tensor, places: Tensor) -> Tensor:
+    """MLM: the original `ids` (`b l`) at the masked `places`, indices into `(b l)`, from `hidden` (`b l d`)."""
+    check(hidden, "b l d", **check(ids, "b l"))
+    logits = model.unmask(rearrange(hidden, "b l d -> (b l) d")[places])  # only where there is something to predict
+    losses = F.cross_entropy(logits, ids.flatten()[places], reduction="none")
     return global_mean(losses, torch.ones_like(losses, dtype=torch.bool))
 
 
 def language_loss(
-    model: MPLUG2, ids: Tensor, mask: Tensor, memory: Tensor, memory_mask: Tensor | None = None, prompt_length: int = 1
+    model: MPLUG2, ids: Tensor, mask: Tensor, memory: Tensor, places: Tensor, memory_mask: Tensor | None = None
 ) -> Tensor:
-    """Next-token loss of the decoder on `ids` (`b l`, [CLS] first, [SEP] last, then padding).
-
-    The first `prompt_length` tokens ([CLS] and a prompt) are given: they carry no loss, and neither does padding.
-    """
+    """Next-token loss of the decoder on `ids` (`b l`, [CLS] first, [SEP] last, then padding) at the `places` that
+    carry a loss, indices into `(b (l-1))` (see `label_places` in data/loader.py)."""
     check(mask, "b l", **check(ids, "b l"))
-    logits = model.decode(ids[:, :-1], mask[:, :-1], memory, memory_mask)
-    valid = mask[:, 1:].clone()
-    valid[:, : prompt_length - 1] = False
-    losses = F.cross_entropy(rearrange(logits, "b l s -> b s l"), ids[:, 1:], reduction="none")
-    return global_mean(losses, valid)
+    decoder = model.part("decoder")
+    hidden = decoder.hidden(ids[:, :-1], mask[:, :-1], memory, memory_mask)
+    logits = decoder.logits(rearrange(hidden, "b l d -> (b l) d")[places])
+    losses = F.cross_entropy(logits, ids[:, 1:].flatten()[places], reduction="none")
+    return global_mean(losses, torch.ones_like(losses, dtype=torch.bool))
+
+
+def join(texts: list[Tensor], b: int) -> Tensor:
+    """Texts about the same b clips, each `(b r) l ...` with r and l of its own -> all in one, `(b r) l ...`, those
+    about a clip in a row; shorter ones are padded with zeros."""
+    length = max(text.shape[1] for text in texts)
+    padded = [torch.cat([text, text.new_zeros(text.shape[0], length - text.shape[1], *text.shape[2:])], dim=1)
+              for text in texts]
+    return torch.cat([text.unflatten(0, (b, -1)) for text in padded], dim=1).flatten(0, 1)
+
+
+def split(joined: Tensor, counts: list[int], b: int) -> list[Tensor]:
+    """What became of joined texts, `(b R) ...`, apart again: `(b r) ...` for each r of `counts`."""
+    return [part.flatten(0, 1) for part in joined.unflatten(0, (b, -1)).split(counts, dim=1)]
 
 
 class Objectives(nn.Module):
@@ -105,25 +118,56 @@ class Objectives(nn.Module):
         self.model = model
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
+        model, losses = self.model, {}
         if "pixels" not in batch:
-            return {"mlm": self.masked(batch, None)}
-        losses, vision = {}, self.model.encode_vision(batch["pixels"])
-        if hasattr(self.model, "contrastive_vision"):
-            losses |= self.pairs(batch, vision)
-        if hasattr(self.model, "masked_head"):
-            losses["mlm"] = self.masked(batch, vision)
+            hidden = model.encode_text(batch["masked_ids"], batch["caption_mask"])
+            return {"mlm": masked_loss(model, hidden, batch["caption_ids"], batch["masked_places"])}
+        vision, text = model.encode_vision(batch["pixels"]), self.encode_texts(batch)
+        if "caption" in text:
+            losses |= self.pairs(batch, vision, text["caption"])
         if "prompted_ids" in batch:
             losses["caption"] = language_loss(
-                self.model, batch["prompted_ids"], batch["prompted_mask"], vision, prompt_length=batch["prompt_length"]
+                model, batch["prompted_ids"], batch["prompted_mask"], vision, batch["prompted_places"]
             )
-        if "question_ids" in batch:
-            losses["answer"] = self.answers(batch, vision)
+        asked = {name: text[name] for name in ("masked", "question") if name in text}
+        if asked:
+            seen, fused = self.fuse(batch, vision, asked)
+        if "masked" in asked:
+            losses["mlm"] = masked_loss(model, fused["masked"], batch["caption_ids"], batch["masked_places"])
+        if "question" in asked:
+            memory, memory_mask = answer_memory(seen["question"], fused["question"], batch["question_mask"])
+            losses["answer"] = language_loss(
+                model, batch["answer_ids"], batch["answer_mask"], memory, batch["answer_places"], memory_mask
+            )
         return losses
 
-    def pairs(self, batch: dict, vision: Tensor) -> dict[str, Tensor]:
-        """VTC and VTM of vision `b v d` and the captions of the batch."""
+    def encode_texts(self, batch: dict) -> dict[str, Tensor]:
+        """The texts that the model has a use for, `(b r) l d` by name. They go through the text encoder together:
+        one large pass is faster than several small ones."""
+        model, b = self.model, len(batch["pixels"])
+        names = [name for name, module in (("caption", "contrastive_text"), ("masked", "masked_head"),
+                                           ("question", "decoder")) if hasattr(model, module)]
+        ids = {name: batch[f"{name}_ids"] for name in names if f"{name}_ids" in batch}
+        if not ids:
+            return {}
+        hidden = model.encode_text(join([*ids.values()], b), join([batch[MASKS[name]] for name in ids], b))
+        parts = split(hidden, [len(of_name) // b for of_name in ids.values()], b)
+        return {name: part[:, : ids[name].shape[1]] for name, part in zip(ids, parts)}
+
+    def fuse(self, batch: dict, vision: Tensor, text: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Texts of several names, fused with their own vision `b v d` in one pass: vision and fused text by name."""
+        b, counts = len(vision), [len(of_name) // len(vision) for of_name in text.values()]
+        seen, fused = self.model.fuse(
+            vision, join([*text.values()], b), join([batch[MASKS[name]] for name in text], b)
+        )
+        # Connected layers change the vision for each text; else all texts share it.
+        visions = split(seen, counts, b) if len(seen) > b else [vision] * len(text)
+        parts = [part[:, : text[name].shape[1]] for name, part in zip(text, split(fused, counts, b))]
+        return dict(zip(text, visions)), dict(zip(text, parts))
+
+    def pairs(self, batch: dict, vision: Tensor, text: Tensor) -> dict[str, Tensor]:
+        """VTC and VTM of vision `b v d` and the captions of the batch, `b l d`."""
         model, mask, meaning = self.model, batch["caption_mask"], batch["meaning"]
-        text = model.encode_text(batch["caption_ids"], mask)
         unit_vision, unit_text = model.project_vision(vision), model.project_text(text)
         with torch.no_grad():
             similarity = unit_vision @ unit_text.T / model.temperature.clamp(*TEMPERATURE_RANGE)
@@ -131,17 +175,3 @@ class Objectives(nn.Module):
             "vtc": contrastive_loss(unit_vision, unit_text, model.temperature, meaning),
             "vtm": matching_loss(model, vision, text, mask, similarity, meaning),
         }
-
-    def masked(self, batch: dict, vision: Tensor | None) -> Tensor:
-        """MLM from the fused text, or from the text alone where there is no vision."""
-        hidden = self.model.encode_text(batch["masked_ids"], batch["caption_mask"])
-        if vision is not None:
-            _, hidden = self.model.fuse(vision, hidden, batch["caption_mask"])
-        return masked_loss(self.model, hidden, batch["caption_ids"], batch["masked"])
-
-    def answers(self, batch: dict, vision: Tensor) -> Tensor:
-        """r questions about each clip share its visual tokens."""
-        mask = batch["question_mask"]
-        seen, fused = self.model.fuse(vision, self.model.encode_text(batch["question_ids"], mask), mask)
-        memory, memory_mask = answer_memory(seen, fused, mask)
-        return language_loss(self.model, batch["answer_ids"], batch["answer_mask"], memory, memory_mask)

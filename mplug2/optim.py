@@ -1,34 +1,90 @@
-"""The optimizer and its schedule: AdamW, without weight decay on biases, norms and embeddings; warm-up, then cosine."""
+"""Optimizers and their schedule: AdamW, or Muon for the matrices and AdamW for the rest; warm-up, then cosine.
+
+No weight decay on biases, norms and embeddings.
+"""
 
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mplug2.model import MPLUG2
 
 
 def parameter_groups(model: MPLUG2, lr: float, vision_lr: float, weight_decay: float) -> list[dict]:
-    """Parameters by learning rate (the vision encoder may have its own) and by whether they decay: matrices of linear
-    layers do; biases, LayerNorms, embeddings, positions, latents and the temperature do not."""
-    decaying = {
-        id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)
-    } | {id(parameter) for name, parameter in model.named_parameters() if name.endswith("conv.weight")}
-    groups: dict[tuple[float, float], list] = {}
+    """Parameters by learning rate (the vision encoder may have its own), by whether they decay, and by whether they are
+    matrices of linear layers. These and temporal convolutions decay; biases, LayerNorms, embeddings, positions, latents
+    and the temperature do not."""
+    matrices = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    groups: dict[tuple[float, bool, bool], list] = {}
     for name, parameter in model.named_parameters():
         rate = vision_lr if name.startswith("vision_encoder.") else lr
-        decay = weight_decay if id(parameter) in decaying else 0.0
-        groups.setdefault((rate, decay), []).append(parameter)
+        is_matrix = id(parameter) in matrices
+        groups.setdefault((rate, is_matrix or name.endswith("conv.weight"), is_matrix), []).append(parameter)
     return [
-        {"params": parameters, "lr": rate, "base_lr": rate, "weight_decay": decay}
-        for (rate, decay), parameters in groups.items()
+        {"params": parameters, "lr": rate, "base_lr": rate, "weight_decay": weight_decay * decays, "matrices": matrices}
+        for (rate, decays, matrices), parameters in groups.items()
     ]
 
 
 def make_optimizer(
-    model: MPLUG2, lr: float, vision_lr: float, weight_decay: float, betas: tuple[float, float]
+    model: MPLUG2, lr: float, vision_lr: float, weight_decay: float, betas: tuple[float, float], name: str = "adamw"
 ) -> torch.optim.AdamW:
-    return torch.optim.AdamW(parameter_groups(model, lr, vision_lr, weight_decay), betas=betas, fused=True)
+    """`name`: "adamw" or "muon"."""
+    groups = parameter_groups(model, lr, vision_lr, weight_decay)
+    return (Muon if name == "muon" else torch.optim.AdamW)(groups, betas=betas, fused=True)
+
+
+class Muon(torch.optim.AdamW):
+    """Muon (Jordan 2024): the step of a matrix is its momentum with all singular values set to about 1. What few
+    samples ask for is learned as fast as what all ask for. Everything that is no matrix, and embeddings, take AdamW.
+
+    Steps have the root mean square of AdamW's, 0.2 lr (Moonlight, 2025), so that learning rates carry over.
+    """
+
+    momentum = 0.95
+
+    @torch.no_grad()
+    def step(self) -> None:
+        every = self.param_groups
+        for group in every:
+            if group["matrices"]:
+                self._step_matrices(group)
+        self.param_groups = [group for group in every if not group["matrices"]]
+        try:
+            super().step()
+        finally:
+            self.param_groups = every
+
+    def _step_matrices(self, group: dict) -> None:
+        by_shape: dict[torch.Size, list] = {}
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                by_shape.setdefault(parameter.shape, []).append(parameter)
+        for (rows, columns), parameters in by_shape.items():
+            gradients = [parameter.grad for parameter in parameters]
+            for parameter in parameters:
+                if not self.state[parameter]:  # AdamW's code for loading looks for a step
+                    self.state[parameter] |= {"step": torch.zeros(()), "momentum": torch.zeros_like(parameter)}
+            momenta = [self.state[parameter]["momentum"] for parameter in parameters]
+            torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
+            ahead = torch._foreach_lerp(gradients, momenta, self.momentum)  # Nesterov
+            steps = orthogonalize(torch.stack(ahead)).to(parameters[0].dtype).unbind()
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(parameters, steps, alpha=-0.2 * group["lr"] * max(rows, columns) ** 0.5)
+
+
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Matrices `n r c` with singular values of about 1 (0.7 to 1.2) in place of their own: by Newton-Schulz steps of
+    fifth order, with the coefficients of Jordan (2024)."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
+    x = x.to(torch.bfloat16 if x.is_cuda else torch.float32)
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x if matrices.shape[1] <= matrices.shape[2] else x.mT
 
 
 def schedule(step: int, steps: int, warmup: int, floor: float) -> float:

@@ -4,6 +4,7 @@ A word that the vocabulary lacks is split into the longest pieces that it has: "
 """
 
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 
 import tokenizers
@@ -18,6 +19,7 @@ SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 FILE_NAME = "tokenizer.json"
 
 
+@lru_cache(maxsize=100_000)  # the texts of a data set come again every epoch
 def clean(text: str, max_words: int = 30) -> str:
     """Lower-case, without accents and punctuation (see `metrics.normalise`), cut at `max_words` words.
 
@@ -37,6 +39,7 @@ class Tokenizer:
         backend.no_truncation()  # files from elsewhere may ask for it, and a text must never be cut silently
         backend.no_padding()
         self._backend = backend
+        self._ids: dict[str, list[int]] = {}
         self.pad, self.unk, self.cls, self.sep, self.mask = map(backend.token_to_id, SPECIAL_TOKENS)
 
     @classmethod
@@ -167,11 +170,19 @@ class Tokenizer:
     def _rows(self, texts: list[str], special: bool) -> list[list[int]]:
         _check_list(texts)
         # One text at a time: the library's batch call starts threads, which do not survive the fork of a data worker.
-        rows = [self._backend.encode(text, add_special_tokens=False).ids for text in texts]
+        rows = [self._row(text) for text in texts]
         for index, row in enumerate(rows):
             if not row:
                 raise ValueError(f"text {index} of {len(rows)} is empty: {texts[index]!r}; leave it out")
         return [[self.cls, *row, self.sep] for row in rows] if special else rows
+
+    def _row(self, text: str) -> list[int]:
+        """The ids of a text, kept for when it comes again: those of a data set do every epoch."""
+        if text not in self._ids:
+            if len(self._ids) >= 100_000:
+                self._ids.clear()
+            self._ids[text] = self._backend.encode(text, add_special_tokens=False).ids
+        return self._ids[text]
 
 
 def _bert(vocabulary: dict[str, int]) -> tokenizers.Tokenizer:

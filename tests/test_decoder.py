@@ -104,13 +104,13 @@ def test_refuses_what_does_not_fit():
     memory = memory.float()
     with pytest.raises(ValueError, match="a text of 12 tokens: the model has 11 positions"):
         module(random_ids(2, 12), random_mask(2, 12), memory)
-    with pytest.raises(ValueError, match=re.escape("(b l), found (5,)")):
+    with pytest.raises(ValueError, match=re.escape("(br l), found (5,)")):
         module(ids[0], mask[0], memory)
-    with pytest.raises(ValueError, match=re.escape("(b l) with b=2, l=5, found (2, 4)")):
+    with pytest.raises(ValueError, match=re.escape("(br l) with br=2, l=5, found (2, 4)")):
         module(ids, mask[:, 1:], memory)
-    with pytest.raises(ValueError, match=re.escape("(b m d) with b=2, d=16, found (2, 4, 15)")):
+    with pytest.raises(ValueError, match=re.escape("(b m d) with d=16, found (2, 4, 15)")):
         module(ids, mask, memory[..., 1:])
-    with pytest.raises(ValueError, match=re.escape("(b m d) with b=2, d=16, found (1, 4, 16)")):
-        module(ids, mask, memory[:1])
+    with pytest.raises(ValueError, match="2 sequences cannot share 3 memories evenly"):
+        module(ids, mask, memory[[0, 1, 1]])
     with pytest.raises(ValueError, match=re.escape("(b m) with b=2, m=4, found (2, 3)")):
         module(ids, mask, memory, memory_mask[:, 1:])

@@ -1,4 +1,5 @@
-"""Generation: greedy and beam search against what they approximate, written out; and ranking against brute force."""
+"""Generation: with caches as without; greedy, sampling and beam search against what they stand for, written out; and
+ranking against brute force."""
 
 import itertools
 
@@ -8,7 +9,7 @@ from helpers import noise, randomised, seeds, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mplug2.generation import Special, beam_search, best_texts, greedy, rank
+from mplug2.generation import Special, beam_search, best_texts, greedy, rank, sample
 from mplug2.model import MPLUG2
 
 S, POSITIONS, WIDTH = 7, 9, 16
@@ -44,6 +45,43 @@ def log_prob(model: MPLUG2, memory: torch.Tensor, ids: list[int]) -> float:
 
 def prompts(b: int, *ids: int) -> torch.Tensor:
     return torch.tensor([[SPECIAL.cls, *ids]]).repeat(b, 1)
+
+
+# ---- caches ----------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds, st.integers(1, 3), st.integers(1, 3), st.lists(st.integers(1, 3), min_size=1, max_size=4), st.booleans())
+def test_steps_with_caches_give_the_logits_of_the_whole_text(seed, b, r, pieces, masked):
+    """However the text is cut into pieces; r texts share each memory, which is never copied."""
+    config = small(vocab_size=S, max_positions=12, width=WIDTH, decoder_layers=2)
+    decoder = randomised(MPLUG2(config, "video_caption"), seed).decoder
+    memory, memory_mask = make_memory(seed, b)
+    memory_mask = memory_mask if masked else None
+    ids = torch.randint(0, S, (b * r, sum(pieces)), generator=torch.Generator().manual_seed(seed))
+    whole = decoder(ids, ids > -1, memory, memory_mask)
+    state, done = decoder.start(memory, memory_mask), 0
+    for piece in pieces:
+        found = decoder.step(ids[:, done : done + piece], state)
+        done += piece
+        torch.testing.assert_close(found, whole[:, done - 1], rtol=1e-9, atol=1e-9)
+    assert all(key.shape[0] == b for key, _ in state.memories)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seeds, st.integers(2, 4), st.integers(1, 3), st.data())
+def test_a_state_goes_on_with_the_memories_and_texts_that_are_selected(seed, b, r, data):
+    decoder, (memory, mask) = make_model(seed).decoder, make_memory(seed, b)
+    ids = torch.randint(0, S, (b * r, 3), generator=torch.Generator().manual_seed(seed))
+    state = decoder.start(memory, mask)
+    decoder.step(ids[:, :2], state)
+    kept = torch.tensor(data.draw(st.lists(st.integers(0, b - 1), min_size=1, max_size=b, unique=True)))
+    # Of each memory that is kept, r texts: any, also the same one twice.
+    rows = torch.tensor([r * i + data.draw(st.integers(0, r - 1)) for i in kept.tolist() for _ in range(r)])
+    state.select_memories(kept)
+    state.select_texts(rows)
+    whole = decoder(ids[rows], ids[rows] > -1, memory[kept], mask[kept])
+    torch.testing.assert_close(decoder.step(ids[rows, 2:], state), whole[:, -1], rtol=1e-9, atol=1e-9)
 
 
 # ---- greedy ----------------------------------------------------------------------------------------------------------
@@ -83,6 +121,60 @@ def test_a_prompt_that_fills_all_positions_and_a_length_of_zero_are_refused():
             search(make_model(0), memory, prompts(1), SPECIAL, max_length=0)
     longest = beam_search(make_model(0, end=-100.0), memory, full[:, 1:], SPECIAL, beams=2, min_length=0)
     assert {len(ids) for _, ids in longest[0]} == {1}
+
+
+# ---- sampling --------------------------------------------------------------------------------------------------------
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seeds, st.integers(1, 4), st.sampled_from([dict(temperature=1e-4), dict(top_k=1), dict(top_p=1e-6)]))
+def test_sampling_from_nothing_but_the_likeliest_token_is_greedy(seed, b, only):
+    model, (memory, mask) = make_model(seed, end=1.0), make_memory(seed, b)
+    found = sample(model, memory, prompts(b), SPECIAL, 6, generator=generator(seed), memory_mask=mask, **only)
+    assert found == greedy(model, memory, prompts(b), SPECIAL, 6, mask)
+
+
+def test_tokens_are_drawn_by_their_probability_among_those_that_are_allowed():
+    n, (memory, _) = 3000, make_memory(1, 1)
+    model = make_model(1)
+    plain = log_probs(model, memory[0], [SPECIAL.cls])[-1]
+    order = plain.argsort(descending=True)
+    for arguments, temperature, allowed in (
+        (dict(), 1.0, S), (dict(temperature=0.5), 0.5, S), (dict(temperature=2.0, top_k=3), 2.0, 3),
+        (dict(top_p=float(plain.exp()[order[:2]].sum()) - 1e-6), 1.0, 2),  # the first alone does not hold as much
+    ):
+        weight = (plain / temperature).softmax(0)
+        weight[order[allowed:]] = 0
+        expected = weight / weight.sum()
+        drawn = sample(model, memory, prompts(n), SPECIAL, 1, generator=generator(0), **arguments)
+        counts = torch.tensor([text[0] if text else SPECIAL.sep for text in drawn]).bincount(minlength=S)
+        deviation = (expected * (1 - expected) / n).sqrt()
+        assert ((counts / n - expected).abs() <= 4 * deviation + 1e-9).all(), (arguments, counts / n, expected)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seeds, st.integers(1, 3), st.integers(1, 3))
+def test_a_seed_fixes_the_sample_whatever_the_other_texts_are(seed, b, r):
+    model, (memory, mask) = make_model(seed, end=1.0), make_memory(seed, b)
+    found = sample(model, memory, prompts(b * r), SPECIAL, 6, generator=generator(seed), memory_mask=mask)
+    assert found == sample(model, memory, prompts(b * r), SPECIAL, 6, generator=generator(seed), memory_mask=mask)
+    other, other_mask = make_memory(seed + 1, b)  # the first memory stays, the others end elsewhere
+    other[0], other_mask[0] = memory[0], mask[0]
+    again = sample(model, other, prompts(b * r), SPECIAL, 6, generator=generator(seed), memory_mask=other_mask)
+    assert again[:r] == found[:r]
+
+
+def test_sampling_refuses_settings_without_a_meaning():
+    memory, _ = make_memory(0, 2)
+    for wrong in (dict(temperature=0.0), dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.5)):
+        with pytest.raises(ValueError, match="|".join(f"{name}={value}" for name, value in wrong.items())):
+            sample(make_model(0), memory, prompts(2), SPECIAL, **wrong)
+    with pytest.raises(ValueError, match="3 texts cannot share 2 memories evenly"):
+        sample(make_model(0), memory, prompts(3), SPECIAL)
 
 
 # ---- beam search -----------------------------------------------------------------------------------------------------

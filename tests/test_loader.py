@@ -274,7 +274,8 @@ def test_masking_is_that_of_bert(tokenizer):
     ids, mask = tokenizer.encode(texts)
     noise = rng.random((len(texts), 3, 40))
     found = Collate(tokenizer, ALL).masked(ids, mask, noise)
-    masked, replaced = found["masked"], found["masked_ids"]
+    masked, replaced = torch.zeros_like(mask), found["masked_ids"]
+    masked.view(-1)[found["masked_places"]] = True
     special = ~mask | (ids == tokenizer.cls) | (ids == tokenizer.sep)
     assert not masked[special].any()
     assert (replaced == ids)[~masked].all()
@@ -332,8 +333,13 @@ def test_what_a_batch_holds(root, tokenizer):
         assert batch["pixels"].shape == (3, 3, 4 if kind == "video" else 1, 8, 8)
         prompt = {"video": "a video of", "image": "a picture of"}[kind]
         assert tokenizer.decode(batch["prompted_ids"]) == [f"{prompt} {text}" for text in texts]
-        start = batch["prompted_ids"][:, 1 : batch["prompt_length"]]
-        assert tokenizer.decode(start) == [prompt] * 3 and (batch["prompted_ids"][:, 0] == tokenizer.cls).all()
+        words = tokenizer.lengths([prompt])[0] - 2
+        assert tokenizer.decode(batch["prompted_ids"][:, 1 : 1 + words]) == [prompt] * 3
+        assert (batch["prompted_ids"][:, 0] == tokenizer.cls).all()
+        labels = batch["prompted_ids"][:, 1:].flatten()[batch["prompted_places"]]  # the captions and their [SEP]
+        assert tokenizer.decode(labels[None]) == [texts[0]] and (labels == tokenizer.sep).sum() == 3
+        assert len(labels) == batch["caption_mask"][:, 1:].sum()
+        assert len(batch["answer_places"]) == batch["answer_mask"][:, 1:].sum()
         assert batch["question_ids"].shape[0] == batch["answer_ids"].shape[0] == 3 * r
         if kind == "image":  # nothing but the instruction is asked, and its answer is the caption of the same picture
             answers = tokenizer.decode(batch["answer_ids"])
@@ -344,9 +350,9 @@ def test_a_collator_makes_the_texts_that_its_task_trains_on(root, tokenizer):
     items = [dataset(read_samples(root, "pretrain", "train"))["video", 0, i] for i in range(2)]
     always = {"kind", "where", "errors", "meaning", "pixels"}
     for parts, expected in (
-        ({"caption"}, {"caption_ids", "caption_mask", "masked", "masked_ids"}),
-        ({"prompted"}, {"prompted_ids", "prompted_mask", "prompt_length"}),
-        ({"question"}, {"question_ids", "question_mask", "answer_ids", "answer_mask"}),
+        ({"caption"}, {"caption_ids", "caption_mask", "masked_ids", "masked_places"}),
+        ({"prompted"}, {"prompted_ids", "prompted_mask", "prompted_places"}),
+        ({"question"}, {"question_ids", "question_mask", "answer_ids", "answer_mask", "answer_places"}),
     ):
         assert set(Collate(tokenizer, frozenset(parts))(items)) - always == expected
 

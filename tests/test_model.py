@@ -273,7 +273,7 @@ def test_refuses_shapes_that_do_not_fit():
         (lambda: model.encode_text(ids, mask[:, 1:]), "(b l) with b=2, l=3, found (2, 2)"),
         (lambda: model.encode_text(random_ids(2, 12), random_mask(2, 12)), "a text of 12 tokens"),
         (lambda: model.fuse(x[..., 1:], x, mask), "(b v d) with d=16, found (2, 3, 15)"),
-        (lambda: model.decode(ids, mask, x[:1]), "(b m d) with b=2, d=16, found (1, 3, 16)"),
+        (lambda: model.decode(ids, mask, x[..., 1:]), "(b m d) with d=16, found (2, 3, 15)"),
         (lambda: model.project_vision(x[..., 1:]), "(b v d) with d=16, found (2, 3, 15)"),
         (lambda: model.project_text(x[:, 0]), "(b l d) with d=16, found (2, 16)"),
         (lambda: model.match(x[None]), "(b l d) with d=16, found (1, 2, 3, 16)"),

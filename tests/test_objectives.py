@@ -9,15 +9,18 @@ from helpers import noise, random_ids, randomised, seeds, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mplug2.data.loader import label_places
 from mplug2.model import MPLUG2, TASKS
 from mplug2.objectives import (
     TEMPERATURE_RANGE,
     Objectives,
     contrastive_loss,
     hard_negatives,
+    join,
     language_loss,
     masked_loss,
     matching_loss,
+    split,
 )
 
 CLS, SEP, WORDS = 2, 3, range(5, 29)
@@ -175,14 +178,15 @@ def test_masked_loss_is_about_the_masked_places_only(seed, share):
     hidden = noise(3, 5, 16, seed=seed).requires_grad_()
     ids = random_ids(3, 5, seed)
     masked = torch.rand(3, 5, generator=rng) < share
-    loss = masked_loss(model, hidden, ids, masked)
+    places = masked.flatten().nonzero()[:, 0]
+    loss = masked_loss(model, hidden, ids, places)
     log_probs = model.unmask(hidden).log_softmax(-1)
     terms = [-log_probs[i, j, ids[i, j]] for i, j in masked.nonzero().tolist()]
     torch.testing.assert_close(loss, torch.stack(terms).mean() if terms else torch.zeros_like(loss))
     loss.backward()  # must work without any masked place, too
     assert ((hidden.grad != 0).any(-1) == masked).all()
     other = torch.where(masked, ids, (ids + 1) % 29)
-    torch.testing.assert_close(masked_loss(model, hidden, other, masked), loss)
+    torch.testing.assert_close(masked_loss(model, hidden, other, places), loss)
 
 
 # ---- language --------------------------------------------------------------------------------------------------------
@@ -202,7 +206,7 @@ def test_language_loss_is_the_mean_over_what_follows_the_prompt_and_is_no_paddin
             past = ids[i : i + 1, :place]
             logits = model.decode(past, torch.ones_like(past) > 0, real)[0, -1]
             terms.append(-logits.log_softmax(0)[ids[i, place]])
-    found = language_loss(model, ids, mask, memory, memory_mask, prompt_length)
+    found = language_loss(model, ids, mask, memory, label_places(mask, prompt_length), memory_mask)
     torch.testing.assert_close(found, torch.stack(terms).mean())
     assert len(terms) == sum(lengths) - prompt_length * len(lengths)
 
@@ -225,13 +229,21 @@ def make_batch(kind: str, b: int = 3, r: int = 2, seed: int = 0) -> dict:
         frames = 2 if kind == "video" else 1
         batch["pixels"] = noise(b, 3, frames, 8, 8, seed=seed)
         batch["prompted_ids"], batch["prompted_mask"] = texts(b, shortest=4)
-        batch["prompt_length"] = 3
         batch["question_ids"], batch["question_mask"] = texts(b * r)
         batch["answer_ids"], batch["answer_mask"] = texts(b * r)
-    return batch
+    return with_places(batch)
 
 
-PARTS = {"caption": ("caption_ids", "caption_mask", "masked", "masked_ids"), "answer": ("question_ids", "answer_ids"),
+def with_places(batch: dict) -> dict:
+    """With the indices of what carries a loss; the prompt has two words."""
+    places = {"masked_places": batch["masked"].flatten().nonzero()[:, 0]}
+    if "pixels" in batch:
+        places["prompted_places"] = label_places(batch["prompted_mask"], 3)
+        places["answer_places"] = label_places(batch["answer_mask"])
+    return batch | places
+
+
+PARTS = {"caption": ("caption_ids", "caption_mask", "masked_ids"), "answer": ("question_ids", "answer_ids"),
          "prompted": ("prompted_ids",)}
 
 
@@ -258,20 +270,39 @@ def test_sentences_without_pictures_train_masked_language_modelling_from_text_al
     losses = Objectives(model)(batch)
     assert set(losses) == {"mlm"}
     hidden = model.encode_text(batch["masked_ids"], batch["caption_mask"])
-    torch.testing.assert_close(losses["mlm"], masked_loss(model, hidden, batch["caption_ids"], batch["masked"]))
+    torch.testing.assert_close(losses["mlm"], masked_loss(model, hidden, batch["caption_ids"], batch["masked_places"]))
 
 
-def test_captions_masked_words_and_answers_come_from_the_memory_that_architecture_gives_them():
-    """Caption: from V' alone. Masked words: from the fused text. Answers: from [V', fused question], r a clip."""
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 3), st.lists(st.tuples(st.integers(1, 3), st.integers(1, 4)), min_size=1, max_size=3), seeds)
+def test_texts_that_are_joined_come_apart_again(b, shapes, seed):
+    texts = [noise(b * r, l, 2, seed=seed + i) for i, (r, l) in enumerate(shapes)]
+    joined = join(texts, b)
+    assert joined.shape == (b * sum(r for r, _ in shapes), max(l for _, l in shapes), 2)
+    for text, part in zip(texts, split(joined, [r for r, _ in shapes], b)):
+        torch.testing.assert_close(part[:, : text.shape[1]], text)
+        assert (part[:, text.shape[1] :] == 0).all()
+    of_clip = joined.unflatten(0, (b, -1))[-1]  # the texts about the last clip stand in a row
+    torch.testing.assert_close(of_clip[0, : shapes[0][1]], texts[0][-shapes[0][0]])
+
+
+@pytest.mark.parametrize("stride", [0, 1])
+def test_captions_masked_words_and_answers_come_from_the_memory_that_architecture_gives_them(stride):
+    """Caption: from V' alone. Masked words: from the fused text. Answers: from [V', fused question], r a clip.
+
+    With connected layers, each question has vision of its own.
+    """
+    model = randomised(MPLUG2(small(fusion_layers=2, fusion_stride=stride)))
     batch = make_batch("video", b=2, r=3)
     losses = Objectives(model)(batch)
     vision = model.encode_vision(batch["pixels"])
-    caption = language_loss(model, batch["prompted_ids"], batch["prompted_mask"], vision, prompt_length=3)
+    prompted, mask = batch["prompted_ids"], batch["prompted_mask"]
+    caption = language_loss(model, prompted, mask, vision, label_places(mask, 3))
     torch.testing.assert_close(losses["caption"], caption)
 
     text = model.encode_text(batch["masked_ids"], batch["caption_mask"])
     fused = model.fuse(vision, text, batch["caption_mask"])[1]
-    torch.testing.assert_close(losses["mlm"], masked_loss(model, fused, batch["caption_ids"], batch["masked"]))
+    torch.testing.assert_close(losses["mlm"], masked_loss(model, fused, batch["caption_ids"], batch["masked_places"]))
 
     total, count = 0.0, 0
     for i in range(6):  # questions 0, 1, 2 are about clip 0
@@ -280,7 +311,8 @@ def test_captions_masked_words_and_answers_come_from_the_memory_that_architectur
         seen, fused = model.fuse(vision[i // 3][None], model.encode_text(question, question > -1), question > -1)
         answer = batch["answer_ids"][i : i + 1, batch["answer_mask"][i]]
         tokens = answer.shape[1] - 1
-        total += tokens * language_loss(model, answer, answer > -1, torch.cat([seen, fused], dim=1))
+        memory = torch.cat([seen, fused], dim=1)
+        total += tokens * language_loss(model, answer, answer > -1, memory, torch.arange(tokens))
         count += tokens
     torch.testing.assert_close(losses["answer"], total / count)
 

@@ -1,15 +1,17 @@
 """The optimizer: each parameter in one group, decay where it belongs, and the shape of the schedule."""
 
+import copy
+
 import pytest
 import torch
-from helpers import configs, randomised, seeds, small
+from helpers import configs, noise, randomised, seeds, small
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from mplug2.local_temporal import TemporalConv
 from mplug2.model import MPLUG2, TASKS
-from mplug2.optim import make_optimizer, parameter_groups, schedule, set_rates
+from mplug2.optim import make_optimizer, orthogonalize, parameter_groups, schedule, set_rates
 
 rates = st.sampled_from([1e-3, 2e-5])
 
@@ -26,7 +28,9 @@ def test_each_parameter_is_in_one_group_with_its_rate_and_decay(config, task, lr
     ]
     assert sorted(found) == sorted(expected)
     assert all(group["params"] and group["base_lr"] == group["lr"] for group in groups)
-    assert len({(group["lr"], group["weight_decay"]) for group in groups}) == len(groups)
+    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    assert {id(p) for group in groups if group["matrices"] for p in group["params"]} == linear
+    assert len({(group["lr"], group["weight_decay"], group["matrices"]) for group in groups}) <= len(groups) <= 6
 
 
 def test_biases_norms_embeddings_positions_latents_and_temperature_do_not_decay():
@@ -41,9 +45,10 @@ def test_biases_norms_embeddings_positions_latents_and_temperature_do_not_decay(
     assert spared == {name for name in names.values() if name.endswith(words)}
 
 
-def test_a_step_without_gradient_only_shrinks_what_decays():
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_step_without_gradient_only_shrinks_what_decays(name):
     model = randomised(MPLUG2(small(), "pretrain"))
-    optimizer = make_optimizer(model, lr=0.1, vision_lr=0.01, weight_decay=0.5, betas=(0.9, 0.98))
+    optimizer = make_optimizer(model, 0.1, 0.01, weight_decay=0.5, betas=(0.9, 0.98), name=name)
     before = {parameter: parameter.detach().clone() for parameter in model.parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -52,6 +57,68 @@ def test_a_step_without_gradient_only_shrinks_what_decays():
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             torch.testing.assert_close(parameter.data, before[parameter] * (1 - group["lr"] * group["weight_decay"]))
+
+
+# ---- Muon ------------------------------------------------------------------------------------------------------------
+
+
+@given(n=st.integers(1, 3), rows=st.integers(1, 12), columns=st.integers(1, 12), scale=st.floats(1e-3, 1e3), seed=seeds)
+def test_orthogonal_matrices_keep_singular_vectors_and_lose_singular_values(n, rows, columns, scale, seed):
+    matrices = noise(n, rows, columns, seed=seed).float() * scale
+    found = orthogonalize(matrices)
+    left, values, right = torch.linalg.svd(matrices.double(), full_matrices=False)
+    turned = left.mT @ found.double() @ right.mT  # diagonal where the singular vectors are the same
+    large = values > 0.02 * values.norm(dim=1, keepdim=True)  # five steps do not lift what is nearly nothing
+    diagonal = turned.diagonal(dim1=1, dim2=2)
+    assert (diagonal[large] > 0.5).all() and (diagonal[large] < 1.3).all()
+    assert (turned - torch.diag_embed(diagonal)).abs().max() < 1e-2
+
+
+def test_muon_is_the_rule_written_out_and_adamw_for_the_rest():
+    """Three steps: momentum with Nesterov's look ahead, orthogonal, scaled to AdamW's size, decoupled decay."""
+    model, rng = randomised(MPLUG2(small(), "pretrain")).float(), torch.Generator().manual_seed(0)
+    reference = copy.deepcopy(model)
+    both = [make_optimizer(each, 0.1, 0.01, 0.5, (0.9, 0.98), name) for each, name in
+            ((model, "muon"), (reference, "adamw"))]
+    linear = [name + ".weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    weights = {name: model.get_parameter(name).detach().clone() for name in linear}
+    momenta = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    for _ in range(3):
+        for (name, parameter), other in zip(model.named_parameters(), reference.parameters()):
+            parameter.grad = torch.randn(parameter.shape, generator=rng)
+            other.grad = parameter.grad.clone()
+        for name in linear:
+            gradient, lr = model.get_parameter(name).grad, 0.01 if name.startswith("vision_encoder") else 0.1
+            momenta[name] = 0.95 * momenta[name] + 0.05 * gradient
+            step = orthogonalize((0.95 * momenta[name] + 0.05 * gradient)[None])[0]
+            weights[name] = weights[name] * (1 - 0.5 * lr) - 0.2 * lr * max(gradient.shape) ** 0.5 * step
+        for optimizer in both:
+            optimizer.step()
+    for (name, parameter), other in zip(model.named_parameters(), reference.parameters()):
+        expected = weights[name] if name in weights else other
+        torch.testing.assert_close(parameter.data, expected.data, msg=name, rtol=1e-4, atol=1e-5)
+
+
+def test_muon_goes_on_from_its_saved_state():
+    models = [randomised(MPLUG2(small(), "video_caption")).float() for _ in range(2)]
+    first, second = (make_optimizer(model, 0.1, 0.1, 0.5, (0.9, 0.98), "muon") for model in models)
+
+    def step(model, optimizer, seed):
+        rng = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=rng)
+        optimizer.step()
+
+    step(models[0], first, 1)
+    models[1].load_state_dict(models[0].state_dict())
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for model, optimizer in zip(models, (first, second)):
+        step(model, optimizer, 2)
+    for one, other in zip(models[0].parameters(), models[1].parameters()):
+        assert one.equal(other)
+
+
+# ---- the schedule ----------------------------------------------------------------------------------------------------
 
 
 @given(steps=st.integers(1, 200), warmup_share=st.floats(0, 1), floor=st.floats(0, 1))

@@ -13,6 +13,7 @@ import torch
 from einops import rearrange
 from torch.nn import functional as F
 
+from mplug2.data.loader import label_places
 from mplug2.generation import Special, beam_search, rank
 from mplug2.model import answer_memory
 from mplug2.objectives import language_loss
@@ -80,9 +81,11 @@ def computed(variant):
                 found[f"{kind}.{name}"] = calls[name][-1]
             found[f"{kind}.v_module"] = calls[f"layer.{universal[-1]}"][-1]
             found[f"caption.{kind}.logits"] = model.decode(*caption, vision)
-            prompt = settings["prompt_length"]
-            found[f"caption.{kind}.loss"] = language_loss(model, *caption, vision, prompt_length=prompt)
-        found["caption.video.loss_no_prompt"] = language_loss(model, *caption, found["video.embeds"])
+            places = label_places(caption[1], settings["prompt_length"])
+            found[f"caption.{kind}.loss"] = language_loss(model, *caption, vision, places)
+        found["caption.video.loss_no_prompt"] = language_loss(
+            model, *caption, found["video.embeds"], label_places(caption[1])
+        )
         found |= {f"v_module.layer.{i}": calls[f"layer.{i}"][0] for i in universal}
         found |= {name: outputs[0] for name, outputs in calls.items() if name.startswith(("visual.", "decoder."))}
 
@@ -164,7 +167,7 @@ def test_gradients_agree(variant, task):
     vision = model.encode_vision(given["in.video"])
     if task == "caption":
         ids, mask = given["in.caption_ids"], given["in.caption_mask"].bool()
-        loss = language_loss(model, ids, mask, vision, prompt_length=settings["prompt_length"])
+        loss = language_loss(model, ids, mask, vision, label_places(mask, settings["prompt_length"]))
     else:
         mask = given["in.question_mask"].bool()
         memory = answer_memory(*model.fuse(vision, model.encode_text(given["in.question_ids"], mask), mask), mask)

@@ -99,7 +99,7 @@ ROW_OF = {np.rint(LEVELS * stroke).astype(np.uint8).tobytes(): row for row, stro
 def recognised(levels: np.ndarray) -> int | None:
     """The row of the stroke that is shown as written, at its own or at double size and alone in a frame (h, w)."""
     for size in (1, 2):
-        for y, x in product(range(0, 24 - 8 * size + 1, 4), repeat=2):
+        for y, x in product(range(0, 32 - 8 * size + 1, 8), repeat=2):
             cell = levels[y : y + 8 * size, x : x + 8 * size]
             same_pixels = (np.repeat(np.repeat(cell[::size, ::size], size, 0), size, 1) == cell).all()
             if same_pixels and cell.any() and np.count_nonzero(cell) == np.count_nonzero(levels):
@@ -296,7 +296,7 @@ def test_answers_are_true_of_the_pixels(root):
     for split, medium in product(("train", "test", "combos"), ("video", "image")):
         for record in records(root, f"{medium}_qa", split):
             frames = frames_of(root, record[medium])
-            assert len(frames) == (4 if medium == "video" else 1) and frames.shape[1:] == (24, 24, 3)
+            assert len(frames) == (4 if medium == "video" else 1) and frames.shape[1:] == (32, 32, 3)
             shown = None if split == "train" else contents(frames)
             for qa in record["qa"]:
                 check_answer(qa["question"], qa["kind"], qa["answers"][0], frames, shown)
@@ -338,7 +338,7 @@ def motion(lit: dict[str, np.ndarray]) -> str:
     total = weight.sum((1, 2))
     if not np.isclose(total[0], total[-1]):
         return "appear" if total[-1] > total[0] else "vanish"
-    place = np.arange(24)
+    place = np.arange(32)
     down, right = ((weight.sum(axis) * place).sum(1) / total for axis in (2, 1))
     if down[0] != down[-1]:
         return "down" if down[-1] > down[0] else "up"
@@ -451,9 +451,9 @@ def test_boxes_hold_exactly_the_digit_that_is_named(root, split):
     for record in records(root, "grounding", split):
         frame = frames_of(root, record["image"])[0]
         cx, cy, w, h = record["box"]
-        left, top, right, bottom = (round(24 * edge, 6) for edge in (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2))
-        assert (right - left, bottom - top) == (8, 8) and 0 <= left and 0 <= top and right <= 24 and bottom <= 24
-        inside = np.zeros((24, 24), bool)
+        left, top, right, bottom = (round(32 * edge, 6) for edge in (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2))
+        assert (right - left, bottom - top) == (8, 8) and 0 <= left and 0 <= top and right <= 32 and bottom <= 32
+        inside = np.zeros((32, 32), bool)
         inside[int(top) : int(bottom), int(left) : int(right)] = True
         lit = levels_of(frame[None])
         (colour,) = [colour for colour, levels in lit.items() if (levels[0] > 0)[inside].any()]
@@ -473,19 +473,19 @@ def test_boxes_hold_exactly_the_digit_that_is_named(root, split):
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 6), seeds, st.sampled_from([1, len(PALETTE)]))
 def test_clips_decode_to_the_exact_pixels(t, seed, colours):
-    frames = np.random.default_rng(seed).integers(0, colours, (t, 24, 24), dtype=np.uint8)
+    frames = np.random.default_rng(seed).integers(0, colours, (t, 32, 32), dtype=np.uint8)
     data = writer.gif(frames)
     decoded = iio.imread(data, plugin="pillow", extension=".gif", mode="RGB")
-    assert decoded.shape == (t, 24, 24, 3) and (decoded == PALETTE[frames]).all()
+    assert decoded.shape == (t, 32, 32, 3) and (decoded == PALETTE[frames]).all()
     again = iio.imread(data, plugin="pyav", extension=".gif", format="rgb24")
-    assert again.shape == (t, 24, 24, 3) and (again == PALETTE[frames]).all()
+    assert again.shape == (t, 32, 32, 3) and (again == PALETTE[frames]).all()
     assert (iio.imread(writer.png(frames[0]), extension=".png") == PALETTE[frames[0]]).all()
 
 
 def test_clips_have_four_frames_at_four_a_second_for_ever(root):
     for record in records(root, "video_caption", "test"):
         with Image.open(root / record["video"]) as file:
-            assert (file.n_frames, file.info["duration"], file.info["loop"], file.size) == (4, 250, 0, (24, 24))
+            assert (file.n_frames, file.info["duration"], file.info["loop"], file.size) == (4, 250, 0, (32, 32))
 
 
 def test_palette_has_distinct_colours():
@@ -559,12 +559,12 @@ def test_ensure_writes_once_even_if_two_race(tmp_path, monkeypatch):
         racer.start()
     for racer in racers:
         racer.join()
-    expected = tmp_path / "cache" / "tiny-v1-seed5"
+    expected = tmp_path / "cache" / "tiny-v2-seed5"
     assert found == [expected, expected] and calls == [5, 5]
     assert list((tmp_path / "cache").iterdir()) == [expected]
     assert ensure(seed=5) == expected and len(calls) == 2
     about = json.loads((expected / "about.json").read_text())
-    assert (about["image_size"], about["frames"], about["seed"], about["sizes"]["clips"]) == (24, 4, 5, 42)
+    assert (about["image_size"], about["frames"], about["seed"], about["sizes"]["clips"]) == (32, 4, 5, 42)
 
 
 def test_ensure_says_what_is_wrong_with_a_folder(root, tmp_path):
@@ -579,9 +579,9 @@ def test_ensure_says_what_is_wrong_with_a_folder(root, tmp_path):
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({"MPLUG2_CACHE": "/a", "XDG_CACHE_HOME": "/b"}, "/a/tiny-v1-seed0"),
-        ({"XDG_CACHE_HOME": "/b"}, "/b/mplug2/tiny-v1-seed0"),
-        ({"HOME": "/c"}, "/c/.cache/mplug2/tiny-v1-seed0"),
+        ({"MPLUG2_CACHE": "/a", "XDG_CACHE_HOME": "/b"}, "/a/tiny-v2-seed0"),
+        ({"XDG_CACHE_HOME": "/b"}, "/b/mplug2/tiny-v2-seed0"),
+        ({"HOME": "/c"}, "/c/.cache/mplug2/tiny-v2-seed0"),
     ],
 )
 def test_the_cache_folder_follows_the_environment(environment, expected, monkeypatch):

@@ -226,7 +226,7 @@ def test_every_setting_is_explained(capsys):
     ("--video-weight 0 --image-weight 0 --text-weight 0", "are all 0: there is nothing to train on"),
     ("--name a/b", "name='a/b': expected a folder name without slashes"),
     ("--width 100 --heads 3", "heads=3 does not divide width=100"),
-    ("--patch-size 7", "patch_size=7 does not divide image_size=24"),
+    ("--patch-size 7", "patch_size=7 does not divide image_size=32"),
     ("--init nowhere", "nowhere is not a checkpoint"),
     ("--precision float16", "--precision: invalid choice: 'float16'"),
     ("--resume", "tiny has no checkpoint to resume from; start it without --resume"),

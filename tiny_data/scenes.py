@@ -16,7 +16,6 @@ from tiny_data.world import (
     CELL,
     COLOUR_NAMES,
     DIGITS,
-    GRID,
     IMAGE_SIZE,
     MOVING,
     ORDER_AXES,
@@ -43,7 +42,7 @@ def _places(scripts: tuple[Script, ...]) -> list[tuple[tuple[int, int], ...]]:
     Two digits do not overlap.
     """
     height, width = (max(getattr(pose, side) + pose.size for pose in scripts[0]) for side in ("y", "x"))
-    corners = product(range(0, IMAGE_SIZE - height + 1, GRID), range(0, IMAGE_SIZE - width + 1, GRID))
+    corners = product(range(0, IMAGE_SIZE - height + 1, CELL), range(0, IMAGE_SIZE - width + 1, CELL))
     if len(scripts) == 1:
         return [(corner,) for corner in corners]
     return [(a, b) for a, b in product(corners, repeat=2) if max(abs(a[0] - b[0]), abs(a[1] - b[1])) >= CELL]

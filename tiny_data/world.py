@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-IMAGE_SIZE = 24  # pixels, height and width of the canvas
+IMAGE_SIZE = 32  # pixels, height and width of the canvas
 FRAMES = 4  # frames of a clip
-GRID = 4  # pixels: everything is placed and moved in these steps, so that digits line up with 4 px patches
-CELL = 8  # pixels: the digits' own height and width
+CELL = 8  # pixels: the digits' own height and width; all stand on a grid of such cells, where a digit is one patch
+STEP = 4  # pixels a frame: what moves is half a patch further in each
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 COLOURS = {
@@ -43,9 +43,9 @@ class Pose:
 Script = tuple[Pose, ...]  # one pose a frame
 
 _STAY: Script = (Pose(),) * FRAMES
-_RIGHT: Script = tuple(Pose(x=GRID * t) for t in range(FRAMES))
-_DOWN: Script = tuple(Pose(y=GRID * t) for t in range(FRAMES))
-_GROW: Script = (Pose(4, 4, 4), Pose(8, 4, 4), Pose(12), Pose(16))
+_RIGHT: Script = tuple(Pose(x=STEP * t) for t in range(FRAMES))
+_DOWN: Script = tuple(Pose(y=STEP * t) for t in range(FRAMES))
+_GROW: Script = (Pose(4), Pose(8), Pose(12), Pose(16))  # from its upper left corner
 _APPEAR: Script = tuple(Pose(light=(t + 1) / FRAMES) for t in range(FRAMES))
 _FIRST: Script = (Pose(light=1.0), Pose(light=0.5), Pose(light=0.0), Pose(light=0.0))
 

@@ -19,7 +19,7 @@ from tiny_data.scenes import SPLITS, STROKES, SceneSource
 from tiny_data.world import AXES, COLOURS, DIGITS, FRAMES, IMAGE_SIZE, Scene, held_out
 
 NAME = "tiny"
-VERSION = 1  # counts up whenever the same seed gives other files
+VERSION = 2  # counts up whenever the same seed gives other files
 FRAME_MILLISECONDS = 250
 
 
@@ -143,16 +143,16 @@ def png(frame: np.ndarray) -> bytes:
 
 
 def gif(frames: np.ndarray) -> bytes:
-    """Encodes palette indices (t, h, w), with h * w a multiple of 96, as a GIF that decodes to exactly
+    """Encodes palette indices (t, h, w), with h * w a multiple of 64, as a GIF that decodes to exactly
     `PALETTE[frames]`, all t frames of it, and repeats for ever.
 
     The pixels are stored, not compressed, which is far faster and still a valid GIF: of its 8-bit codes 0..127 are the
-    palette, 128 clears the decoder's dictionary and 129 ends. A clear before every 96 pixels keeps the dictionary too
+    palette, 128 clears the decoder's dictionary and 129 ends. A clear before every 64 pixels keeps the dictionary too
     small for longer codes to begin, so each code is one byte.
     """
     t, h, w = frames.shape
-    codes = np.full((t, h * w // 96, 97), 128, np.uint8)
-    codes[:, :, 1:] = frames.reshape(t, -1, 96)
+    codes = np.full((t, h * w // 64, 65), 128, np.uint8)
+    codes[:, :, 1:] = frames.reshape(t, -1, 64)
     palette = PALETTE.tobytes().ljust(3 * 128, b"\0")
     parts = [b"GIF89a", struct.pack("<HHBBB", w, h, 0xF6, 0, 0), palette]  # 0xF6: a palette of 128 colours follows
     parts.append(b"!\xff\x0bNETSCAPE2.0\x03\x01\0\0\0")  # repeat for ever
@@ -212,7 +212,7 @@ def about(seed: int, sizes: Sizes) -> dict:
 def ensure(root: Path | str | None = None, seed: int = 0) -> Path:
     """The folder of the default world, written first if it is not there.
 
-    `root` is that folder; by default it is `tiny-v1-seed0` (after the version and the seed) in the cache folder:
+    `root` is that folder; by default it is `tiny-v2-seed0` (after the version and the seed) in the cache folder:
     MPLUG2_CACHE, else mplug2 under XDG_CACHE_HOME, else ~/.cache/mplug2. Processes may race: the first to finish wins.
     Raises ValueError if `root` holds the world of another version or seed, FileExistsError if it holds something else.
     """

@@ -151,10 +151,11 @@ class Samples(torch.utils.data.Dataset):
         asked = list(sample.qa)
         if captions and kind in INSTRUCTIONS:
             asked.append(Question(INSTRUCTIONS[kind], captions, "describe"))
-        # Each kind of question is as likely as any other, however many of it there are.
+        # Each kind of question is as likely as any other, however many of it there are, and comes again only when all
+        # have come.
         kinds = sorted({question.kind or "" for question in asked})
-        for _ in range(self.questions if asked else 0):
-            drawn = kinds[rng.integers(len(kinds))]
+        order = [kind for _ in range(-(-self.questions // max(1, len(kinds)))) for kind in rng.permutation(kinds)]
+        for drawn in order[: self.questions]:
             of_drawn = [question for question in asked if (question.kind or "") == drawn]
             question = of_drawn[rng.integers(len(of_drawn))]
             answer = question.answers[rng.integers(len(question.answers))]
@@ -192,11 +193,13 @@ class Collate:
         if "prompted" in self.parts and kind != "text" and all(captions):
             prompt = PROMPTS[kind]
             batch["prompted_ids"], batch["prompted_mask"] = self.tokenizer.encode([f"{prompt} {c}" for c in captions])
-            batch["prompt_length"] = 1 + self.tokenizer.encode([prompt], special=False)[0].shape[1]
+            prompt_length = 1 + self.tokenizer.encode([prompt], special=False)[0].shape[1]
+            batch["prompted_places"] = label_places(batch["prompted_mask"], prompt_length)
         if "question" in self.parts and all("questions" in item for item in items):
             questions, answers = zip(*(pair for item in items for pair in item["questions"]))
             batch["question_ids"], batch["question_mask"] = self.tokenizer.encode(list(questions))
             batch["answer_ids"], batch["answer_mask"] = self.tokenizer.encode(list(answers))
+            batch["answer_places"] = label_places(batch["answer_mask"])
         return batch
 
     def masked(self, ids: Tensor, mask: Tensor, noise: np.ndarray) -> dict[str, Tensor]:
@@ -206,7 +209,18 @@ class Collate:
         masked = mask & (choose < 0.15) & (ids != tokenizer.cls) & (ids != tokenizer.sep)
         random = 5 + (which * (len(tokenizer) - 5)).long()
         replaced = torch.where(how < 0.8, tokenizer.mask, torch.where(how < 0.9, random, ids))
-        return {"masked": masked, "masked_ids": torch.where(masked, replaced, ids)}
+        return {"masked_ids": torch.where(masked, replaced, ids), "masked_places": masked.flatten().nonzero()[:, 0]}
+
+
+def label_places(mask: Tensor, prompt_length: int = 1) -> Tensor:
+    """Of the predictions `b (l-1)` of the next tokens of texts with `mask` (`b l`), those that carry a loss, as
+    indices into `(b (l-1))`: neither padding nor the first `prompt_length` tokens, [CLS] and a prompt, are labels.
+
+    Found here, on the CPU: to look for them on a GPU would make the program wait for it.
+    """
+    labels = mask[:, 1:].clone()
+    labels[:, : prompt_length - 1] = False
+    return labels.flatten().nonzero()[:, 0]
 
 
 def schedule(weights: dict[str, float], steps: int) -> list[str]:
