@@ -80,13 +80,13 @@ class TrainConfig:
     """Questions asked about each sample in a step."""
     max_words: int = 30
     """Words after which a text is cut."""
-    video_weight: float = 0.6
+    video_weight: float = 0.65
     """Share of the steps that are of clips, in proportion to the other two."""
-    image_weight: float = 0.35
+    image_weight: float = 0.3
     """Share of the steps that are of pictures."""
     text_weight: float = 0.05
     """Share of the steps that are of text only."""
-    vtc_weight: float = 1.0
+    vtc_weight: float = 2.0
     """Weight of the contrastive loss."""
     vtm_weight: float = 1.0
     """Weight of the matching loss."""
@@ -98,7 +98,7 @@ class TrainConfig:
     """Weight of the loss on answers to questions and instructions."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """muon: Muon for the matrices, AdamW for the rest (learns the tiny world in half the steps); adamw: AdamW only."""
-    lr: float = 3e-3
+    lr: float = 4e-3
     """Highest learning rate."""
     vision_lr: float = 0.0
     """Highest learning rate of the vision encoder; 0: the same as `lr`."""
