@@ -103,7 +103,7 @@ def test_a_run_writes_settings_metrics_a_curve_and_checkpoints(run):
         assert load_training(folder)["step"] == step
     settings = json.loads((run / "settings.json").read_text())
     assert settings["train"]["max_steps"] == 4 and settings["train"]["lr"] == train.TrainConfig().lr
-    assert settings["model"]["width"] == 32 and settings["model"]["patch_size"] == 4
+    assert settings["model"]["width"] == 32 and settings["model"]["patch_size"] == 8
     task, config, preparation = read_config(run / "last")
     assert (task, config.width, preparation.frames, preparation.max_words) == ("pretrain", 32, 4, 30)
     with Image.open(run / "curves.png") as picture:
