@@ -46,7 +46,7 @@ from mplug2.data.records import available
 from mplug2.evaluation import evaluate, table
 from mplug2.flags import Parser
 from mplug2.inference import Predictor
-from mplug2.model import MPLUG2
+from mplug2.model import MPLUG2, checkpoint_activations, compile_model
 from mplug2.objectives import Objectives
 from mplug2.plots import curves
 from mplug2.tokenizer import Tokenizer, clean
@@ -114,6 +114,10 @@ class TrainConfig:
     """Largest norm of the gradient; longer ones are scaled down."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: forward passes under autocast."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of each layer and compute the rest again in the backward pass: less memory, more time."""
+    compile: bool = False
+    """Compile the model (torch.compile); the first steps take minutes."""
     device: str = "auto"
     """cpu, cuda, mps; auto: cuda where there is one."""
     workers: int = 0
@@ -247,6 +251,10 @@ def run(config: TrainConfig, changes: dict, process: distributed.Process) -> dic
     check_texts(samples, tokenizer, model.config.max_positions, config.max_words)
     preparation = Preparation(config.frames, config.max_words)
     model.to(process.device).train()
+    if config.activation_checkpointing:
+        checkpoint_activations(model)
+    if config.compile:
+        compile_model(model)
     optimizer = optim.make_optimizer(
         model, config.lr, config.vision_lr or config.lr, config.weight_decay, (0.9, config.beta2),
         config.optimizer,

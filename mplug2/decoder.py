@@ -73,9 +73,12 @@ class Decoder(nn.Module):
         if memory_mask is not None:
             check(memory_mask, "b m", **sizes)
             memory_mask = padding_mask(memory_mask)
-        return DecoderState(
-            [layer.cross_attention.keys_and_values(memory) for layer in self.layers], memory_mask
-        )
+        # Laid out for being read at every step: each head by itself.
+        memories = [
+            (key.contiguous(), value.contiguous())
+            for key, value in (layer.cross_attention.keys_and_values(memory) for layer in self.layers)
+        ]
+        return DecoderState(memories, memory_mask)
 
     def step(self, ids: Tensor, state: DecoderState) -> Tensor:
         """The next l tokens `(b r) l` of every text, none of them padding -> logits `(b r) s` after the last one."""

@@ -6,8 +6,9 @@ Axes: b batch, l text tokens (or any sequence), m memory tokens, d width, s voca
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from mplug2.attention import Cache, CrossAttention, SelfAttention
+from mplug2.attention import Cache, CrossAttention, Linear, SelfAttention, linear
 from mplug2.config import ModelConfig
 from mplug2.shapes import check
 
@@ -35,14 +36,28 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, ff_width: int):
         super().__init__()
-        self.up = nn.Linear(width, ff_width)
-        self.down = nn.Linear(ff_width, width)
+        self.up = Linear(width, ff_width)
+        self.down = Linear(ff_width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(x)))
 
 
-class BertLayer(nn.Module):
+class Block(nn.Module):
+    """A layer of a stack: what compilation, activation checkpointing and sharding go by.
+
+    With `recompute`, training keeps only its inputs, and computes the rest again for the backward pass.
+    """
+
+    recompute = False
+
+    def __call__(self, *inputs, **named):
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(super().__call__, *inputs, use_reentrant=False, **named)
+        return super().__call__(*inputs, **named)
+
+
+class BertLayer(Block):
     """Post-norm transformer layer: self-attention, cross-attention if it has one and gets a memory, feed-forward."""
 
     def __init__(self, config: ModelConfig, cross: bool = False):
@@ -101,10 +116,10 @@ class LanguageModelHead(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.dense = nn.Linear(config.width, config.width)
+        self.dense = Linear(config.width, config.width)
         self.norm = nn.LayerNorm(config.width, eps=EPS)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, hidden: Tensor, word_embedding: Tensor) -> Tensor:
         """hidden `... d`, word_embedding `s d` -> `... s`."""
-        return F.linear(self.norm(F.gelu(self.dense(hidden))), word_embedding, self.bias)
+        return linear(self.norm(F.gelu(self.dense(hidden))), word_embedding, self.bias)

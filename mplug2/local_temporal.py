@@ -17,10 +17,15 @@ from torch.nn import functional as F
 from mplug2.config import ModelConfig
 from mplug2.shapes import check
 
+QUICK = 1.702
+"""CLIP's approximation of GELU is quick_gelu(x) = x * sigmoid(1.702 x) = silu(1.702 x) / 1.702. The two factors ride on
+the matrix products before and after it, where they cost nothing."""
 
-def quick_gelu(x: Tensor) -> Tensor:
-    """x * sigmoid(1.702 x), CLIP's approximation of GELU."""
-    return x * torch.sigmoid(1.702 * x)
+
+def scaled_linear(layer: nn.Linear, x: Tensor, factor: float, bias_factor: float = 1.0) -> Tensor:
+    """factor * x W^T + bias_factor * bias, for x `... d`."""
+    out = torch.addmm(layer.bias * bias_factor, x.flatten(0, -2), layer.weight.T, alpha=factor)
+    return out.unflatten(0, x.shape[:-1])
 
 
 class TemporalConv(nn.Module):
@@ -44,7 +49,8 @@ class TemporalConv(nn.Module):
         if self.groups == self.channels:
             before, now, after = self.weight[:, 0].unbind(dim=1)
             padded = F.pad(x, (0, 0, 0, 0, 1, 1))
-            return padded[:, :-2] * before + x * now + padded[:, 2:] * after + self.bias
+            out = torch.addcmul(self.bias, padded[:, :-2], before)
+            return torch.addcmul(torch.addcmul(out, x, now), padded[:, 2:], after)
         series = rearrange(x, "b t n r -> (b n) r t", b=b, t=t, n=n, r=self.channels)
         series = F.conv1d(series, self.weight, self.bias, padding=1, groups=self.groups)
         return rearrange(series, "(b n) r t -> b t n r", b=b, t=t, n=n, r=self.channels)
@@ -70,6 +76,7 @@ class LocalTemporal(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         sizes = check(x, "b t n d", d=self.width)
-        change = self.up(quick_gelu(self.conv(self.down(self.norm(x)))))
+        hidden = F.silu(QUICK * self.conv(self.down(self.norm(x))))
+        change = scaled_linear(self.up, hidden, 1 / QUICK)
         check(change, "b t n d", **sizes)
         return change

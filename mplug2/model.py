@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mplug2.config import ModelConfig
 from mplug2.decoder import Decoder
 from mplug2.fusion import Fusion
-from mplug2.layers import EPS, LanguageModelHead
+from mplug2.layers import EPS, BertLayer, Block, LanguageModelHead
 from mplug2.local_temporal import LocalTemporal
 from mplug2.patch_embed import PatchEmbed
 from mplug2.shapes import check
@@ -169,3 +169,22 @@ def init_weights(model: MPLUG2) -> None:
             module.reset_up()
         if isinstance(module, PatchEmbed):
             nn.init.normal_(module.linear.weight, std=module.linear.in_features**-0.5)
+
+
+def checkpoint_activations(model: MPLUG2) -> None:
+    """Training memory for time: every block computes its activations again in the backward pass."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.recompute = True
+
+
+def compile_model(model: MPLUG2) -> None:
+    """Compile the vision encoder as one graph, and every layer of the rest, for texts of any length.
+
+    In place: parameters keep their names.
+    """
+    if hasattr(model, "vision_encoder"):
+        model.vision_encoder.compile(fullgraph=True)
+    for module in model.modules():
+        if isinstance(module, BertLayer):
+            module.compile(dynamic=True)

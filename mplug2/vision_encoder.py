@@ -8,16 +8,17 @@ Axes: b batch, t frames, n patches a frame, m = 1 + n, v = 1 + t*n visual tokens
 import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mplug2.attention import SelfAttention
 from mplug2.config import ModelConfig
-from mplug2.layers import DropPath
-from mplug2.local_temporal import LocalTemporal, quick_gelu
+from mplug2.layers import Block, DropPath
+from mplug2.local_temporal import QUICK, LocalTemporal, scaled_linear
 from mplug2.patch_embed import PatchEmbed
 from mplug2.shapes import check
 
 
-class VisionBlock(nn.Module):
+class VisionBlock(Block):
     """Pre-norm block on `b t m d`, m = 1 + n:
 
         x[patches] += LT1(x[patches])
@@ -49,7 +50,8 @@ class VisionBlock(nn.Module):
         x = x + self.drop_path(rearrange(self.attention(frames), "(b t) m d -> b t m d", b=b, t=t, m=m, d=d))
         if self.lt2 is not None and temporal:
             x = self.add_to_patches(x, self.lt2)
-        return x + self.drop_path(self.mlp_down(quick_gelu(self.mlp_up(self.mlp_norm(x)))))
+        hidden = F.silu(scaled_linear(self.mlp_up, self.mlp_norm(x), QUICK, QUICK))
+        return x + self.drop_path(scaled_linear(self.mlp_down, hidden, 1 / QUICK))
 
     def add_to_patches(self, x: Tensor, module: LocalTemporal) -> Tensor:
         """The class token of each frame, first in m, bypasses the module."""

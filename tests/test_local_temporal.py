@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from mplug2.local_temporal import LocalTemporal, TemporalConv, quick_gelu
+from mplug2.local_temporal import QUICK, LocalTemporal, TemporalConv, scaled_linear
 
 sizes = st.integers(1, 4)
 
@@ -101,10 +101,16 @@ def test_grouped_convolution_written_out(t, n, groups, channels_per_group, seed)
     assert_same(module(x), expected)
 
 
+@given(factor=st.floats(-2, 2), bias_factor=st.floats(-2, 2), seed=seeds)
+def test_a_scaled_linear_layer_is_the_formula(factor, bias_factor, seed):
+    layer, x = randomised(torch.nn.Linear(3, 5), seed), noise(2, 4, 3, seed=seed)
+    assert_same(scaled_linear(layer, x, factor, bias_factor), factor * x @ layer.weight.T + bias_factor * layer.bias)
+
+
 @given(x=st.floats(-8, 8))
 def test_quick_gelu_is_its_formula(x):
     value = torch.tensor(x, dtype=torch.double)
-    assert_same(quick_gelu(value), quick_gelu_by_hand(value))
+    assert_same(F.silu(QUICK * value) / QUICK, quick_gelu_by_hand(value))
 
 
 def test_refuses_shapes_that_do_not_fit():

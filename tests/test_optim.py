@@ -84,7 +84,7 @@ def test_muon_is_the_rule_written_out_and_adamw_for_the_rest():
     weights = {name: model.get_parameter(name).detach().clone() for name in linear}
     momenta = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     for _ in range(3):
-        for (name, parameter), other in zip(model.named_parameters(), reference.parameters()):
+        for parameter, other in zip(model.parameters(), reference.parameters()):
             parameter.grad = torch.randn(parameter.shape, generator=rng)
             other.grad = parameter.grad.clone()
         for name in linear:
