@@ -99,23 +99,6 @@ def _write(
 
 
 @torch.no_grad()
-def sample(
-    model: MPLUG2, memory: Tensor, start: Tensor, special: Special, max_length: int = 20
-) -> list[list[int]]:
-    """Each next token drawn by its probability; arguments as in `greedy`."""
-    ids, ended = start, torch.zeros(len(start), dtype=torch.bool, device=start.device)
-    first = start.shape[1]
-    for _ in range(_room(model, first, max_length)):
-        logits = model.decode(ids, torch.ones_like(ids, dtype=torch.bool), memory)[:, -1]
-        drawn = torch.multinomial(logits.softmax(dim=-1), 1)[:, 0]
-        ids = torch.cat([ids, torch.where(ended, special.sep, drawn)[:, None]], dim=1)
-        ended = ended | (ids[:, -1] == special.sep)
-        if ended.all():
-            break
-    return [_until(row, special.sep) for row in ids[:, first:].tolist()]
-
-
-@torch.no_grad()
 def beam_search(
     model: MPLUG2, memory: Tensor, start: Tensor, special: Special, beams: int = 5, min_length: int = 1,
     max_length: int = 20, length_penalty: float = 0.6, memory_mask: Tensor | None = None,

@@ -46,8 +46,8 @@ def parameter_groups(
 ) -> list[dict]:
     """Parameters by learning rate (the vision encoder may have its own, and each layer further down in an encoder
     `layer_decay` times that of the one above), by whether they decay, and by whether they are matrices of linear
-    layers. These and temporal convolutions decay; biases, LayerNorms, embeddings, positions, latents and the temperature
-    do not. Frozen parameters are left out."""
+    layers. These and temporal convolutions decay; biases, LayerNorms, embeddings, positions, latents and the
+    temperature do not. Frozen parameters are left out."""
     matrices = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     groups: dict[tuple[float, bool, bool], list] = {}
     for name, parameter in model.named_parameters():

@@ -61,7 +61,9 @@ def contact_sheet(predictions: list[Prediction], frames: int, out: Path) -> None
 
 
 def attention(path: str, frames: int, looks: list[Look], written: str, question: str, out: Path) -> None:
-    """A row for each word: the frames in grey, and the warmer the more the word looks there. Each row is scaled by its own largest weight."""
+    """A row for each word: the frames in grey, and the warmer the more the word looks there.
+
+    Each row is scaled by its own largest weight."""
     if not looks:
         raise ValueError(f"{path}: nothing was written about it, so that no word looks anywhere")
     shown = [np.asarray(frame) for frame in read_media(path, frames)]

@@ -116,7 +116,7 @@ def test_classes_are_kept_with_the_checkpoint_and_others_start_anew(tmp_path):
         assert sorted(other.fresh) == [f"classifier.visual_entailment.{name}" for name in ("bias", "weight")]
     # A checkpoint of before there were classes has none.
     change_config(tmp_path, None, classes={})
-    with pytest.raises(CheckpointError, match=r"classifier.visual_entailment.weight: expected \(1, 16\), found \(2, 16"):
+    with pytest.raises(CheckpointError, match=r"visual_entailment.weight: expected \(1, 16\), found \(2, 16"):
         load_model(tmp_path)
 
 
