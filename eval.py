@@ -1,13 +1,15 @@
 """Evaluate a checkpoint, or try it on files of your own.
 
     python eval.py --checkpoint runs/tiny/last                                # all tasks, test and combos
+    python eval.py --checkpoint runs/tiny/last --task video_qa --answers train          # choose answers from a list
     python eval.py --checkpoint runs/tiny/last --json results.json
     python eval.py --checkpoint runs/tiny/last --input clip.mp4               # caption an image, GIF or video
     python eval.py --checkpoint runs/tiny/last --input clip.mp4 --question "which digit is it"
+    python eval.py --checkpoint runs/tiny/last --input clip.mp4 --question "which digit is it" --attention out.png
     python eval.py --checkpoint runs/tiny/last --input FOLDER --find "a red seven moving left"
 
-The first prints a table and writes CHECKPOINT/eval/: metrics.json and a contact sheet of frames, predictions and truths
-for each split. All flags: python eval.py --help
+The first prints a table and writes CHECKPOINT/eval/: metrics.json, predictions.jsonl and a contact sheet of frames,
+predictions and truths for each split. All flags: python eval.py --help
 """
 
 import json
@@ -18,17 +20,20 @@ from pathlib import Path
 
 import tiny_data
 from mplug2.data.media import is_media
-from mplug2.data.records import available
-from mplug2.evaluation import Prediction, evaluate, table
+from mplug2.data.records import available, read_records
+from mplug2.evaluation import Prediction, chance, evaluate, table
 from mplug2.flags import Parser
 from mplug2.inference import Predictor, load
-from mplug2.plots import contact_sheet
+from mplug2.plots import attention, contact_sheet
+from mplug2.tokenizer import clean
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     checkpoint: str = ""
     """Checkpoint folder, such as runs/tiny/last."""
+    task: str = "all"
+    """Tasks to evaluate, separated by commas; all: every one that the checkpoint has the modules for."""
     data: str = ""
     """Folder with <task>.<split>.jsonl files; without it the tiny world."""
     splits: str = "test,combos"
@@ -37,10 +42,15 @@ class EvalConfig:
     """File for the metrics, flat keys such as test/caption_exact; without it CHECKPOINT/eval/metrics.json."""
     limit: int = 0
     """Evaluate the first records of each task only; 0: all of them."""
+    answers: str = ""
+    """Questions are answered by ranking a list of answers: a file with one a line, or `train`, those of the training
+    questions; without it answers are written."""
     input: str = ""
     """An image, GIF or video to caption, or to ask about; or a folder of them to search."""
     question: str = ""
     """A question about --input."""
+    attention: str = ""
+    """File for a picture of where the words of --question, and those written about --input, look; such as out.png."""
     find: str = ""
     """A text: list the files of the folder --input that fit it best."""
     beams: int = 1
@@ -53,8 +63,13 @@ class EvalConfig:
     def __post_init__(self):
         if not self.checkpoint:
             raise ValueError("which model? name a checkpoint folder by --checkpoint, such as runs/tiny/last")
-        if (self.question or self.find) and not self.input:
-            raise ValueError("--question and --find are about files: name one, or a folder, by --input")
+        if (self.question or self.find or self.attention) and not self.input:
+            raise ValueError("--question and --find are about files: name one, or a folder, by --input; "
+                             "so is --attention")
+        if self.attention and self.find:
+            raise ValueError("--attention draws where words look in one file, --find searches a folder")
+        if self.answers not in ("", "train") and not Path(self.answers).is_file():
+            raise ValueError(f"--answers {self.answers}: no such file; expected one answer a line, or the word train")
         if self.question and self.find:
             raise ValueError("--question asks about one file, --find searches a folder: give one of them")
         if self.input and not Path(self.input).exists():
@@ -85,7 +100,11 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
 def try_on(predictor: Predictor, config: EvalConfig) -> None:
     """Caption, answer or search files of the user's."""
-    if config.find:
+    if config.attention:
+        written, looks = predictor.look(config.input, config.question)
+        attention(config.input, predictor.preparation.frames, looks, written, config.question, Path(config.attention))
+        print(f"{written}\nattention: {config.attention}")
+    elif config.find:
         files = sorted(path for path in Path(config.input).rglob("*") if is_media(path))
         if not files:
             raise ValueError(f"{config.input} holds no image, GIF or video")
@@ -105,28 +124,52 @@ def score(predictor: Predictor, config: EvalConfig) -> dict[str, float]:
     splits = [split for split in config.splits.split(",") if split in there]
     if not splits:
         raise ValueError(f"{root} has none of the splits {config.splits}; it has {', '.join(sorted(there))}")
+    tasks = None if config.task == "all" else config.task.split(",")
+    among = answer_list(config.answers, root)
     folder = Path(config.checkpoint) / "eval"
     folder.mkdir(exist_ok=True)
-    by_split, flat = {}, {}
+    by_split, flat, lines = {}, {}, []
     for split in splits:
-        by_split[split], predictions = evaluate(predictor, root, split, config.limit or None)
+        by_split[split], predictions = evaluate(predictor, root, split, config.limit or None, tasks, among)
         flat |= {f"{split}/{name}": value for name, value in by_split[split].items()}
-        if predictions:
-            chosen = sample(predictions, 16)
-            contact_sheet(chosen, predictor.preparation.frames, folder / f"contact_sheet_{split}.png")
+        lines += [json.dumps(prediction.line(split)) + "\n" for prediction in predictions]
+        seen = [prediction for prediction in predictions if prediction.media]
+        if seen:
+            contact_sheet(sample(seen, 16), predictor.preparation.frames, folder / f"contact_sheet_{split}.png")
+    if not flat:
+        raise ValueError(f"{root} has no data, in the splits {config.splits}, for what this checkpoint can do "
+                         f"(task {config.task}, trained for {predictor.model.task})")
+    (folder / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
     file = Path(config.json) if config.json else folder / "metrics.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(flat, indent=2) + "\n")
-    print(table(by_split))
-    print(f"metrics: {file}; contact sheets: {folder}")
+    by_chance = chance(root, splits[0], config.limit or None)
+    print(table({**by_split, "chance": {name: by_chance[name] for name in by_split[splits[0]] if name in by_chance}}))
+    print(f"metrics: {file}; predictions and contact sheets: {folder}")
     return flat
 
 
+def answer_list(answers: str, root: Path) -> list[str] | None:
+    """The different answers, in the order in which they come first."""
+    if not answers:
+        return None
+    if answers != "train":
+        found = Path(answers).read_text(encoding="utf-8").splitlines()
+    else:
+        tasks = [task for task in ("video_qa", "image_qa") if "train" in available(root).get(task, ())]
+        found = [answer for task in tasks for record in read_records(root, task, "train")
+                 for question in record.qa for answer in question.answers]
+    unique = list(dict.fromkeys(cleaned for answer in found if (cleaned := clean(answer))))
+    if not unique:
+        raise ValueError(f"--answers {answers}: no answers there")
+    return unique
+
+
 def sample(predictions: list[Prediction], count: int) -> list[Prediction]:
-    """Some of each task, always the same ones."""
+    """Some of each task that shows something, always the same ones."""
     chosen = random.Random(0).sample(predictions, len(predictions))
     tasks = sorted({prediction.task for prediction in chosen})
-    return [p for task in tasks for p in [q for q in chosen if q.task == task][: count // len(tasks)]]
+    return [p for task in tasks for p in [q for q in chosen if q.task == task][: max(1, count // len(tasks))]]
 
 
 if __name__ == "__main__":

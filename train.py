@@ -33,6 +33,7 @@ from mplug2.checkpoint import Preparation, load_model, load_training, read_confi
 from mplug2.config import PRESETS, ModelConfig
 from mplug2.data.loader import (
     INSTRUCTIONS,
+    KIND,
     KINDS,
     PROMPTS,
     Collate,
@@ -40,22 +41,29 @@ from mplug2.data.loader import (
     Samples,
     check_texts,
     make_loader,
+    read_classes,
     read_samples,
 )
 from mplug2.data.records import available
 from mplug2.evaluation import evaluate, table
 from mplug2.flags import Parser
 from mplug2.inference import Predictor
-from mplug2.model import MPLUG2, checkpoint_activations, compile_model
+from mplug2.model import MPLUG2, TASKS, checkpoint_activations, compile_model, split_tasks
+from mplug2.momentum import Momentum
 from mplug2.objectives import Objectives
 from mplug2.plots import curves
+from mplug2.self_critical import SelfCritical
 from mplug2.tokenizer import Tokenizer, clean
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     task: str = "pretrain"
-    """What to train: pretrain, video_caption, image_caption, video_qa, image_qa, video_retrieval, image_retrieval."""
+    """What to train: pretrain, text_classification, text_pair_classification, image_classification,
+    video_classification, image_retrieval, video_retrieval, image_caption, video_caption, image_qa, video_qa,
+    visual_entailment, image_pair_reasoning, grounding; or several of them, separated by commas."""
+    task_weights: str = ""
+    """Shares of the steps of several tasks, numbers in their order, separated by commas; without it equal ones."""
     preset: str = "tiny"
     """Size of the model: tiny, base, large; single settings of the model can be changed by the flags below."""
     data: str = ""
@@ -96,6 +104,19 @@ class TrainConfig:
     """Weight of the captioning loss."""
     answer_weight: float = 1.0
     """Weight of the loss on answers to questions and instructions."""
+    distil: float = 0.0
+    """Weight of the soft targets of a momentum copy of the model, for answers and VTC (ALBEF, mPLUG: 0.4), reached over
+    the first epoch. 0: no copy."""
+    momentum: float = 0.995
+    """What the momentum copy keeps of itself at each step."""
+    queue: int = 0
+    """Vectors of each side that VTC keeps as further negatives, with --distil; 0: VTC has no momentum copy."""
+    self_critical: bool = False
+    """Train captions by their CIDEr-D (self-critical sequence training): to refine a captioner, by --init."""
+    freeze: str = ""
+    """Modules that are not trained, separated by commas, such as vision_encoder,text_encoder."""
+    layer_decay: float = 1.0
+    """Learning rate of each layer of an encoder, as a share of that of the layer above."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """muon: Muon for the matrices, AdamW for the rest (learns the tiny world in half the steps); adamw: AdamW only."""
     lr: float = 4e-3
@@ -138,8 +159,9 @@ class TrainConfig:
     """Share of media files that may fail to decode before the run stops."""
 
     def __post_init__(self):
-        if self.task not in KINDS:
-            raise ValueError(f"task={self.task!r}: expected one of {', '.join(KINDS)}")
+        tasks = split_tasks(self.task)
+        if self.task_weights and len(self.shares()) != len(tasks):
+            raise ValueError(f"task_weights={self.task_weights!r}: expected a number for each of {self.task}")
         if self.preset not in PRESETS:
             raise ValueError(f"preset={self.preset!r}: expected one of {', '.join(PRESETS)}")
         for name in ("max_steps", "batch_size", "frames", "max_words", "log_every", "eval_every", "save_every", "keep"):
@@ -148,10 +170,21 @@ class TrainConfig:
         for field in dataclasses.fields(self):
             if field.type in (int, float) and getattr(self, field.name) < 0:
                 raise ValueError(f"{field.name}={getattr(self, field.name)}: expected no negative number")
-        if self.max_skipped > 1 or self.warmup > 1 or self.min_lr > 1:
-            raise ValueError("max_skipped, warmup and min_lr are shares: expected at most 1")
+        if self.max_skipped > 1 or self.warmup > 1 or self.min_lr > 1 or self.distil > 1 or self.layer_decay > 1:
+            raise ValueError("max_skipped, warmup, min_lr, distil and layer_decay are shares: expected at most 1")
+        if self.momentum >= 1:
+            raise ValueError(f"momentum={self.momentum}: expected less than 1, else the copy never follows the model")
+        if self.queue and not self.distil:
+            raise ValueError(f"queue={self.queue}: the queue belongs to a momentum copy, ask for that by --distil 0.4")
+        if self.queue and not any(TASKS[task].contrastive for task in tasks):
+            raise ValueError(f"queue={self.queue}: {self.task} has no VTC that would use it")
+        if self.distil and not self.queue and not any(TASKS[task].fusion and TASKS[task].decoder for task in tasks):
+            raise ValueError(f"distil={self.distil}: {self.task} has no answers to distil, and no --queue for VTC")
+        if self.self_critical and not any("prompted" in kind.parts for task in tasks for kind in KINDS[task].values()):
+            raise ValueError(f"self_critical: {self.task} writes no captions")
         if not sum(self.kind_weights().values()):
-            raise ValueError("video_weight, image_weight and text_weight are all 0: there is nothing to train on")
+            raise ValueError("the weights of all kinds of batches are 0: there is nothing to train on; "
+                             "see task_weights, video_weight, image_weight and text_weight")
         if Path(self.run_name).name != self.run_name:
             raise ValueError(f"name={self.name!r}: expected a folder name without slashes; --out is the one above")
 
@@ -159,9 +192,36 @@ class TrainConfig:
     def run_name(self) -> str:
         return self.name or self.preset
 
-    def kind_weights(self) -> dict[str, float]:
-        return {"video": self.video_weight, "image": self.image_weight, "text": self.text_weight}
+    def shares(self) -> list[float]:
+        try:
+            shares = [float(number) for number in self.task_weights.split(",")]
+        except ValueError as error:
+            raise ValueError(f"task_weights={self.task_weights!r}: expected numbers, separated by commas") from error
+        if any(share < 0 for share in shares):
+            raise ValueError(f"task_weights={self.task_weights!r}: expected no negative number")
+        return shares
 
+    def kind_weights(self) -> dict[str, float]:
+        """Shares of the steps, by kind of batch: a task's share, in pre-training divided among its three kinds."""
+        tasks = split_tasks(self.task)
+        weights = dict(zip(tasks, self.shares() if self.task_weights else [1.0] * len(tasks)))
+        media = {"video": self.video_weight, "image": self.image_weight, "text": self.text_weight}
+        return {
+            name: weights[task] * (media[kind.medium] / (sum(media.values()) or 1) if task == "pretrain" else 1.0)
+            for task in tasks for name, kind in KINDS[task].items()
+        }
+
+
+FINE_TUNING = {
+    "text_classification": dict(max_steps=60), "text_pair_classification": dict(max_steps=400),
+    "image_classification": dict(max_steps=200), "video_classification": dict(max_steps=200),
+    "image_retrieval": dict(max_steps=200), "video_retrieval": dict(max_steps=200),
+    "image_caption": dict(max_steps=200), "video_caption": dict(max_steps=200),
+    "image_qa": dict(max_steps=200), "video_qa": dict(max_steps=200),
+    "visual_entailment": dict(max_steps=400), "image_pair_reasoning": dict(max_steps=400),
+    "grounding": dict(max_steps=300),
+}
+"""Defaults of single tasks, where they differ from those above: a minute or two each on the tiny world."""
 
 MAY_CHANGE = ("resume", "max_steps", "out", "name", "device", "workers", "log_every", "eval_every", "eval_limit",
               "save_every", "keep", "max_skipped")
@@ -190,7 +250,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
 def resolve(given: dict, changes: dict) -> tuple[TrainConfig, dict]:
     """The settings of this run and the changed settings of its model; those of the run itself if it is resumed."""
-    config = TrainConfig(**given)
+    config = TrainConfig(**{**FINE_TUNING.get(given.get("task", ""), {}), **given})
     folder = Path(config.out) / config.run_name
     saved_file = folder / "settings.json"
     if config.resume:
@@ -238,27 +298,44 @@ def run(config: TrainConfig, changes: dict, process: distributed.Process) -> dic
     if not weights:
         raise ValueError(f"{root} has training data of {', '.join(samples)} only, whose weights are 0")
     samples = {kind: samples[kind] for kind in weights}
+    classes = read_classes(samples)
 
     # ---- model and tokenizer
     resumed = load_training(folder / "last") if config.resume else None
     if config.resume or config.init:
-        model, tokenizer, saved = load_model(folder / "last" if config.resume else config.init, config.task, changes)
+        model, tokenizer, saved = (
+            load_model(folder / "last", config.task, changes) if config.resume
+            else load_model(config.init, config.task, changes, classes)
+        )
+        if model.fresh and process.is_main:
+            print(f"not in {config.init}, and therefore trained from scratch: {', '.join(model.fresh)}")
         if saved.frames != config.frames and process.is_main:
             print(f"frames: trained with {saved.frames} a clip so far, now {config.frames}")
     else:
         tokenizer = make_tokenizer(config, samples, changes)
-        model = MPLUG2(PRESETS[config.preset](**{**changes, "vocab_size": len(tokenizer)}), config.task)
+        model = MPLUG2(PRESETS[config.preset](**{**changes, "vocab_size": len(tokenizer)}), config.task, classes)
     check_texts(samples, tokenizer, model.config.max_positions, config.max_words)
     preparation = Preparation(config.frames, config.max_words)
     model.to(process.device).train()
+    optim.freeze(model, config.freeze.split(",") if config.freeze else [])
     if config.activation_checkpointing:
         checkpoint_activations(model)
     if config.compile:
         compile_model(model)
     optimizer = optim.make_optimizer(
         model, config.lr, config.vision_lr or config.lr, config.weight_decay, (0.9, config.beta2),
-        config.optimizer,
+        config.optimizer, config.layer_decay,
     )
+    momentum, self_critical = None, None
+    if config.distil:
+        epoch = math.ceil(sum(map(len, samples.values())) / config.batch_size)
+        momentum = Momentum(model, config.momentum, config.distil, epoch, config.queue).to(process.device)
+    if config.self_critical:
+        self_critical = SelfCritical(tokenizer, [
+            [clean(caption, config.max_words) for caption in sample.captions]
+            for kind, of_kind in samples.items() if "prompted" in KIND[kind].parts for sample in of_kind
+            if sample.captions
+        ])
     first_step = 0
     torch.manual_seed(config.seed + process.rank)  # but dropout and negatives of its own
     if resumed:
@@ -266,9 +343,12 @@ def run(config: TrainConfig, changes: dict, process: distributed.Process) -> dic
         optimizer.load_state_dict(resumed["optimizer"])
         if process.rank < len(resumed["generators"]):
             torch.set_rng_state(resumed["generators"][process.rank])
-    objectives = Objectives(model)
+        if momentum:
+            momentum.load_state_dict(resumed["momentum"])
+    objectives = Objectives(model, momentum, self_critical)
     if process.world > 1:
-        objectives = DistributedDataParallel(objectives, find_unused_parameters=True)
+        # Buffers, those of the momentum copy, are the same on every process by themselves.
+        objectives = DistributedDataParallel(objectives, find_unused_parameters=True, broadcast_buffers=False)
 
     dataset = Samples(
         samples, model.config.image_size, config.frames, config.questions, model.config.max_positions,
@@ -278,7 +358,7 @@ def run(config: TrainConfig, changes: dict, process: distributed.Process) -> dic
         {kind: len(of_kind) for kind, of_kind in samples.items()}, weights, config.batch_size, config.max_steps,
         config.seed, first_step, process.rank, process.world,
     )
-    collate = Collate(tokenizer, PARTS[config.task])
+    collate = Collate(tokenizer, model.classes)
     loader = make_loader(dataset, batches, collate, config.workers, pin=process.device.type == "cuda")
     loss_weights = {name: getattr(config, f"{name}_weight") for name in ("vtc", "vtm", "mlm", "caption", "answer")}
 
@@ -304,7 +384,7 @@ def run(config: TrainConfig, changes: dict, process: distributed.Process) -> dic
         optim.set_rates(optimizer, optim.schedule(step, config.max_steps, warmup, config.min_lr))
         with torch.autocast(process.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
             losses = objectives(batch)
-            loss = sum(loss_weights[name] * value for name, value in losses.items())
+            loss = sum(loss_weights.get(name, 1.0) * value for name, value in losses.items())
         if not torch.isfinite(loss):
             raise ValueError(f"the loss is {loss.item()} at step {step}: " + ", ".join(
                 f"{name} {value.item():.3g}" for name, value in losses.items()
@@ -313,6 +393,8 @@ def run(config: TrainConfig, changes: dict, process: distributed.Process) -> dic
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
         optimizer.step()
+        if momentum:
+            momentum.follow(model)
         log.step(losses, loss, norm, len(batch["where"]) * process.world)
         bar.update()
 
@@ -320,11 +402,13 @@ def run(config: TrainConfig, changes: dict, process: distributed.Process) -> dic
         if done % config.log_every == 0 or done == config.max_steps:
             log.write(done, {"lr": optimizer.param_groups[0]["lr"]}, bar)
         if done % config.eval_every == 0 and done != config.max_steps and process.is_main:
-            validate(predictor, root, "val", config.eval_limit, done, log)
+            validate(predictor, root, "val", config, config.eval_limit, done, log)
         if done % config.save_every == 0 or done == config.max_steps:
             generators = distributed.collect(torch.get_rng_state())
             if process.is_main:
                 training = {"step": done, "optimizer": optimizer.state_dict(), "generators": generators}
+                if momentum:
+                    training["momentum"] = momentum.state_dict()
                 save_checkpoint(folder, f"step_{done:07d}", model, tokenizer, preparation, training, config.keep)
                 curves(folder / "metrics.jsonl", folder / "curves.png")
             distributed.barrier()
@@ -335,22 +419,13 @@ def run(config: TrainConfig, changes: dict, process: distributed.Process) -> dic
     results: dict[str, float] = {}
     if process.is_main:
         split = "test" if any("test" in splits for splits in available(root).values()) else "val"
-        results = validate(predictor, root, split, None, config.max_steps, log)
+        results = validate(predictor, root, split, config, None, config.max_steps, log)
         curves(folder / "metrics.jsonl", folder / "curves.png")
         print(table({split: results}))
         print(f"{folder / 'last'}: {(time.time() - started) / 60:.1f} minutes in all; "
               f"python eval.py --checkpoint {folder / 'last'} evaluates every split")
     distributed.barrier()
     return results
-
-
-PARTS = {
-    "pretrain": frozenset({"caption", "prompted", "question"}),
-    "video_caption": frozenset({"prompted"}), "image_caption": frozenset({"prompted"}),
-    "video_qa": frozenset({"question"}), "image_qa": frozenset({"question"}),
-    "video_retrieval": frozenset({"caption"}), "image_retrieval": frozenset({"caption"}),
-}
-"""Which texts of a sample each task trains on."""
 
 
 def make_tokenizer(config: TrainConfig, samples: dict, changes: dict) -> Tokenizer:
@@ -362,18 +437,21 @@ def make_tokenizer(config: TrainConfig, samples: dict, changes: dict) -> Tokeniz
         text for of_kind in samples.values() for sample in of_kind for question in sample.qa
         for text in (question.question, *question.answers)
     ]
+    texts += [text for of_kind in samples.values() for sample in of_kind for text in sample.texts]
     texts += [*PROMPTS.values(), *INSTRUCTIONS.values()]
     size = PRESETS[config.preset](**changes).vocab_size
     return Tokenizer.train((clean(text, config.max_words) for text in texts), size)
 
 
 def validate(
-    predictor: Predictor, root: Path, split: str, limit: int | None, step: int, log: "Log"
+    predictor: Predictor, root: Path, split: str, config: TrainConfig, limit: int | None, step: int, log: "Log"
 ) -> dict[str, float]:
-    """Evaluate on a split, if the data has it, and write what was found to metrics.jsonl."""
+    """Evaluate on a split, if the data has it, and write what was found to metrics.jsonl: after pre-training all that
+    the model can do, else the tasks that are trained."""
+    tasks = split_tasks(config.task)
     predictor.model.eval()
     state = torch.get_rng_state()
-    metrics, _ = evaluate(predictor, root, split, limit)
+    metrics, _ = evaluate(predictor, root, split, limit, None if "pretrain" in tasks else tasks)
     torch.set_rng_state(state)
     predictor.model.train()
     if metrics:

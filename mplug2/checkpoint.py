@@ -11,6 +11,7 @@ A folder is written aside and renamed, so that one with its right name is whole;
 import dataclasses
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +21,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mplug2.config import ModelConfig, from_dict
-from mplug2.model import MPLUG2
+from mplug2.model import FRESH, MPLUG2
 from mplug2.tokenizer import Tokenizer
 
 FORMAT = 1
 HEADS_AND_MODULES = (
     "vision_encoder", "vision_projection", "vision_norm", "text_encoder", "universal", "fusion", "decoder",
     "contrastive_vision", "contrastive_text", "temperature", "matching_head", "masked_head",
+    *FRESH,
 )
+LOCAL_TEMPORAL = re.compile(r"^vision_encoder\.blocks\.\d+\.lt[12]\.")
 
 
 class CheckpointError(ValueError):
@@ -52,7 +55,7 @@ def save_model(folder: Path | str, model: MPLUG2, tokenizer: Tokenizer, preparat
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = {
         "format": FORMAT, "task": model.task, "model": dataclasses.asdict(model.config),
-        "preparation": dataclasses.asdict(preparation),
+        "preparation": dataclasses.asdict(preparation), "classes": model.classes,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save(folder / "tokenizer.json")
@@ -77,12 +80,21 @@ def read_config(folder: Path | str) -> tuple[str, ModelConfig, Preparation]:
         raise CheckpointError(f"{path} does not describe a model ({type(error).__name__}: {error})") from error
 
 
+def read_classes(folder: Path | str) -> dict[str, tuple[str, ...]]:
+    """The names of the classes that a checkpoint tells apart, by task."""
+    saved = json.loads((Path(folder) / "config.json").read_text())
+    return {task: tuple(names) for task, names in saved.get("classes", {}).items()}
+
+
 def load_model(
-    folder: Path | str, task: str | None = None, changes: dict | None = None
+    folder: Path | str, task: str | None = None, changes: dict | None = None,
+    classes: dict[str, tuple[str, ...]] | None = None,
 ) -> tuple[MPLUG2, Tokenizer, Preparation]:
     """Load a checkpoint, as the task it was saved with or as another `task` whose modules it has.
 
-    `changes` are settings of the model that differ from the saved ones (dropout, say).
+    `changes` are settings of the model that differ from the saved ones (dropout, say). `classes` are those of a
+    fine-tuning that starts: a head that the checkpoint lacks, or has for other classes, then starts anew, and
+    `model.fresh` names its parameters. Without `classes` nothing may be missing.
     """
     saved_task, config, preparation = read_config(folder)
     if changes:
@@ -90,14 +102,21 @@ def load_model(
     tokenizer = Tokenizer.load(Path(folder) / "tokenizer.json")
     if len(tokenizer) > config.vocab_size:
         raise CheckpointError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}")
-    model = MPLUG2(config, task or saved_task)
-    load_weights(model, Path(folder) / "model.safetensors", saved_task)
+    saved_classes = read_classes(folder)
+    model = MPLUG2(config, task or saved_task, saved_classes if classes is None else classes)
+    anew, missing = (), ()
+    if classes is not None:
+        anew = tuple(f"classifier.{name}" for name, names in model.classes.items() if names != saved_classes.get(name))
+        missing = FRESH
+    model.fresh = load_weights(model, Path(folder) / "model.safetensors", saved_task, anew, missing)
     return model.eval(), tokenizer, preparation
 
 
-def load_weights(model: MPLUG2, path: Path, saved_task: str) -> None:
+def load_weights(model: MPLUG2, path: Path, saved_task: str, anew: tuple[str, ...] = (), missing: tuple[str, ...] = ()
+                 ) -> list[str]:
     """Fill `model` from a file. Every parameter must be there in its shape; what is left over must belong to modules
-    that the model's task does not have."""
+    that the model's task does not have. Left as they are, and returned by name, are parameters of the modules `anew`,
+    and of the modules `missing` if the file lacks them."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; the checkpoint is not whole")
     try:
@@ -105,21 +124,34 @@ def load_weights(model: MPLUG2, path: Path, saved_task: str) -> None:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read, it may be cut off ({error}); use an older checkpoint") from error
     wanted = model.state_dict()
+    fresh = [name for name in wanted if name.startswith(tuple(f"{part}." for part in anew))
+             or (name not in weights and name.split(".")[0] in missing)]
+    for name in fresh:
+        del wanted[name]
+        weights.pop(name, None)
     lines = [
         f"  {name}: expected {tuple(tensor.shape)}, "
         + (f"found {tuple(weights[name].shape)}" if name in weights else "not in the file")
         for name, tensor in wanted.items() if name not in weights or weights[name].shape != tensor.shape
     ]
     absent = {part for part in HEADS_AND_MODULES if not hasattr(model, part)}
-    # A caption model has the universal layers, but not what only text or only vision needs of them.
+    # A caption model has the universal layers, but not what only text or only vision needs of them; a classifier has
+    # a part for each task; and a model of images may do without local temporal modules.
+    partly = ("universal.", "classifier.")
     lines += [
         f"  {name}: not part of this model" for name in weights
-        if name not in wanted and name.split(".")[0] not in absent and not name.startswith("universal.")
+        if name not in wanted and name.split(".")[0] not in absent and not name.startswith(partly)
+        and (model.parts.temporal or model.config.temporal_on_images or not LOCAL_TEMPORAL.search(name))
     ]
     if lines:
         shown = "\n".join(lines[:8]) + (f"\n  and {len(lines) - 8} more" if len(lines) > 8 else "")
-        raise CheckpointError(f"{path}, saved for {saved_task}, does not fit this model for {model.task}:\n{shown}")
-    model.load_state_dict({name: weights[name] for name in wanted})
+        new_heads = sorted({name.split(".")[0] for name in wanted if name not in weights} & {*FRESH})
+        hint = f"\n{', '.join(new_heads)}: train.py --task {model.task} --init trains it" if new_heads else ""
+        raise CheckpointError(
+            f"{path}, saved for {saved_task}, does not fit this model for {model.task}:\n{shown}{hint}"
+        )
+    model.load_state_dict({**model.state_dict(), **{name: weights[name] for name in wanted}})
+    return fresh
 
 
 def save_checkpoint(

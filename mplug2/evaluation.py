@@ -1,21 +1,34 @@
-"""What a model learned: captions, answers and retrieval on one split of a data set, as flat numbers.
+"""What a model learned: captions, answers, retrieval, classes and boxes on one split of a data set, as flat numbers.
 
 Keys on clips: caption_exact, caption_cider, caption_bleu4; qa_<kind of question>; t2v_r1, v2t_r1, ..._r5, ..._r10,
-..._r1_rerank. On pictures the same with the prefix `image_`. All but CIDEr are shares, from 0 to 1.
+..._r1_rerank. On pictures the same with the prefix `image_`. Of labels <task>_accuracy, of numbers <task>_pearson and
+<task>_spearman, of classes that are told by captions alone <task>_zero_shot; grounding_accuracy (boxes that overlap the
+true one by more than half) and grounding_iou. All but CIDEr and correlations are shares, from 0 to 1.
 """
 
 import dataclasses
-from collections import defaultdict
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from mplug2.data.loader import PROMPTS
 from mplug2.data.records import Record, available, read_records
 from mplug2.inference import Predictor
 from mplug2.metrics import bleu, cider_d, exact_match, retrieval
-from mplug2.model import TASKS
+from mplug2.model import MPLUG2, TASKS
+from mplug2.objectives import generalised_iou
 from mplug2.tokenizer import clean
+
+ORDER = ("video_caption", "video_qa", "video_retrieval", "image_caption", "image_qa", "image_retrieval")
+EVALUATED = (*ORDER, *(task for task in TASKS if task not in ORDER and task != "pretrain"))
+"""Every task that is evaluated; pre-training is evaluated by the others."""
+CANDIDATES = 32
+"""Answers of a list that are scored whole."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,31 +36,68 @@ class Prediction:
     """One line of a contact sheet or of a predictions file."""
 
     task: str
-    media: Path
+    media: Path | None
     question: str
-    prediction: str
-    truth: tuple[str, ...]
+    """Or the text that a label or a box is about."""
+    prediction: str | float | tuple[float, ...]
+    truth: tuple
+    second: Path | None = None
+    """The other picture of a pair."""
+    right: bool | None = None
+    """Without it: is the prediction one of the truths?"""
+
+    def line(self, split: str) -> dict:
+        """As in predictions.jsonl."""
+        media = [str(path) for path in (self.media, self.second) if path]
+        return {"task": self.task, "split": split, "media": media, "question": self.question,
+                "prediction": self.prediction, "truth": list(self.truth)}
+
+
+def can(model: MPLUG2, task: str) -> bool:
+    """Whether the model has the modules for a task: for classes its head, or VTC, which compares with captions."""
+    row, parts = TASKS[task], model.parts
+    if row.classifier:
+        return task in model.classes or (parts.contrastive and row.vision and not row.fusion)
+    return all(getattr(parts, name) for name in ("vision", "text", "fusion", "decoder", "contrastive", "box")
+               if getattr(row, name))
 
 
 def evaluate(
-    predictor: Predictor, root: Path, split: str, limit: int | None = None
+    predictor: Predictor, root: Path, split: str, limit: int | None = None, tasks: Sequence[str] | None = None,
+    among: Sequence[str] | None = None,
 ) -> tuple[dict[str, float], list[Prediction]]:
-    """All that the model has the modules for and the folder `root` the files. `limit`: only the first records."""
-    parts, there = TASKS[predictor.model.task], available(root)
+    """All that the model has the modules for and the folder `root` the files; or these `tasks` only. `limit`: only the
+    first records of each. `among`: answers to rank, instead of writing them.
+
+    Raises ValueError for a task among `tasks` that is unknown, or that the model has no modules for.
+    """
+    there = available(root)
+    for task in tasks or ():
+        if task not in EVALUATED:
+            raise ValueError(f"task {task!r} cannot be evaluated; known are {', '.join(EVALUATED)}")
+        if not can(predictor.model, task):
+            raise ValueError(f"a model for {predictor.model.task} has not the modules for {task}; "
+                             f"fine-tune it: train.py --task {task} --init")
     metrics: dict[str, float] = {}
     predictions: list[Prediction] = []
-    for kind, prefix in (("video", ""), ("image", "image_")):
-        if parts.decoder and split in there.get(f"{kind}_caption", ()):
-            found, written = captions(predictor, read_records(root, f"{kind}_caption", split)[:limit], kind)
-            metrics |= {f"{prefix}{key}": value for key, value in found.items()}
-            predictions += written
-        if parts.decoder and parts.fusion and split in there.get(f"{kind}_qa", ()):
-            found, written = answers(predictor, read_records(root, f"{kind}_qa", split)[:limit], kind)
-            metrics |= {f"{prefix}{key}": value for key, value in found.items()}
-            predictions += written
-        if parts.contrastive and split in there.get(f"{kind}_retrieval", ()):
-            found = galleries(predictor, read_records(root, f"{kind}_retrieval", split)[:limit])
-            metrics |= {f"{prefix}{key}": value for key, value in found.items()}
+    for task in EVALUATED:
+        if split not in there.get(task, ()) or not can(predictor.model, task) or (tasks and task not in tasks):
+            continue
+        records = read_records(root, task, split)[:limit]
+        medium, _, what = task.partition("_")
+        prefix, written = "image_" if medium == "image" else "", []
+        if what == "caption":
+            found, written = captions(predictor, records, medium)
+        elif what == "qa":
+            found, written = answers(predictor, records, medium, among)
+        elif what == "retrieval":
+            found = galleries(predictor, records)
+        elif task == "grounding":
+            prefix, (found, written) = "", boxes(predictor, records)
+        else:
+            prefix, (found, written) = f"{task}_", labels(predictor, task, records, root)
+        metrics |= {f"{prefix}{key}": value for key, value in found.items()}
+        predictions += written
     return metrics, predictions
 
 
@@ -66,9 +116,15 @@ def captions(predictor: Predictor, records: list[Record], kind: str) -> tuple[di
     ]
 
 
-def answers(predictor: Predictor, records: list[Record], kind: str) -> tuple[dict[str, float], list[Prediction]]:
+def answers(
+    predictor: Predictor, records: list[Record], kind: str, among: Sequence[str] | None = None
+) -> tuple[dict[str, float], list[Prediction]]:
     asked = [(record.video or record.image, question) for record in records for question in record.qa]
-    written = predictor.answer([media for media, _ in asked], [question.question for _, question in asked])
+    media, questions = [media for media, _ in asked], [question.question for _, question in asked]
+    if among is None:
+        written = predictor.answer(media, questions)
+    else:
+        written = predictor.answer(media, questions, among=among, candidates=CANDIDATES)
     by_kind = defaultdict(list)
     for (_, question), text in zip(asked, written):
         by_kind[question.kind or "all"].append((question.answers, text))
@@ -77,8 +133,8 @@ def answers(predictor: Predictor, records: list[Record], kind: str) -> tuple[dic
         for name, pairs in sorted(by_kind.items())
     }
     return metrics, [
-        Prediction(f"{kind}_qa", media, question.question, text, question.answers)
-        for (media, question), text in zip(asked, written)
+        Prediction(f"{kind}_qa", path, question.question, text, question.answers)
+        for (path, question), text in zip(asked, written)
     ]
 
 
@@ -118,13 +174,132 @@ def gallery_metrics(predictor: Predictor, records: list[Record], rerank: int) ->
     return metrics
 
 
+def labels(
+    predictor: Predictor, task: str, records: list[Record], root: Path
+) -> tuple[dict[str, float], list[Prediction]]:
+    """Classes by the head of the task, or numbers; without a head, classes of media by captions (`zero_shot`)."""
+    media = [record.images or record.video or record.image for record in records]
+    texts: list = [record.texts or record.text for record in records]
+    truths = [record.label for record in records]
+    if task in predictor.model.classes:
+        name = "accuracy"
+        found = predictor.classify(task, media if any(media) else None, texts if any(texts) else None)
+    else:
+        name, found = "zero_shot", zero_shot(predictor, task, media, sorted(set(truths)), root)
+    if any(isinstance(value, float) for value in found) != any(isinstance(value, float) for value in truths):
+        raise ValueError(f"{records[0].where}: the labels here are not of the kind that the model was made for: "
+                         "one has names of classes, the other numbers")
+    if isinstance(found[0], float):
+        metrics = {"pearson": correlation(truths, found), "spearman": correlation(ranks(truths), ranks(found))}
+    else:
+        metrics = {name: float(np.mean([one == other for one, other in zip(found, truths)]))}
+    return metrics, [
+        Prediction(
+            task, shown[0] if isinstance(shown, tuple) else shown,
+            " / ".join(text) if isinstance(text, tuple) else text or "", value, (truth,),
+            shown[1] if isinstance(shown, tuple) and shown else None,
+        )
+        for shown, text, value, truth in zip(
+            [item or None for item in media], texts, found, truths
+        )
+    ]
+
+
+def zero_shot(
+    predictor: Predictor, task: str, media: list[Path], classes: list[str], root: Path
+) -> list[str]:
+    """The class whose captions each picture or clip is nearest to, by VTC, without any training on classes.
+
+    The captions of a class are those in `<task>.captions.json` (an object: class -> list of captions), if the folder
+    has that file, else "a picture of a <class>", "a video of a <class>". A class is the mean of their vectors.
+    """
+    file = root / f"{task}.captions.json"
+    if file.is_file():
+        captions = json.loads(file.read_text(encoding="utf-8"))
+        if missing := [name for name in classes if not captions.get(name)]:
+            raise ValueError(f"{file}: no captions of the class {missing[0]!r}")
+        classes = list(captions)
+    else:
+        captions = {name: [f"{PROMPTS[task.split('_')[0]]} a {name}"] for name in classes}
+    vectors = torch.stack([predictor.embed(captions[name]).mean(dim=0) for name in classes])
+    scores = predictor.embed(media) @ torch.nn.functional.normalize(vectors, dim=1).T
+    return [classes[number] for number in scores.argmax(dim=1).tolist()]
+
+
+def boxes(predictor: Predictor, records: list[Record]) -> tuple[dict[str, float], list[Prediction]]:
+    found = predictor.locate([record.image for record in records], [record.text for record in records]).cpu()
+    overlap = generalised_iou(found, torch.tensor([record.box for record in records]))[0]
+    return {
+        "grounding_accuracy": float((overlap > 0.5).float().mean()), "grounding_iou": float(overlap.mean())
+    }, [
+        Prediction("grounding", record.image, record.text, tuple(round(x, 4) for x in box), (record.box,), None, good)
+        for record, box, good in zip(records, found.tolist(), (overlap > 0.5).tolist())
+    ]
+
+
+def correlation(one: Sequence[float], other: Sequence[float]) -> float:
+    """Pearson's; 0 if one of them is constant."""
+    one, other = np.asarray(one), np.asarray(other)
+    return float(np.corrcoef(one, other)[0, 1]) if one.std() > 0 and other.std() > 0 else 0.0
+
+
+def ranks(values: Sequence[float]) -> np.ndarray:
+    """Place of each value in their order; equal ones share the mean of their places."""
+    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[which]
+
+
+def chance(root: Path, split: str, limit: int | None = None) -> dict[str, float]:
+    """What the metrics of a model are that looks at nothing: it knows the commonest answer to each kind of question,
+    the commonest label, and the mean box of the split, and ranks a gallery at random."""
+    there, found = available(root), {}
+    for task in EVALUATED:
+        if split not in there.get(task, ()):
+            continue
+        records = read_records(root, task, split)[:limit]
+        medium, _, what = task.partition("_")
+        prefix = "image_" if medium == "image" else ""
+        if what == "qa":
+            by_kind = defaultdict(list)
+            for question in (question for record in records for question in record.qa):
+                by_kind[question.kind or "all"].append({clean(answer) for answer in question.answers})
+            for kind, asked in by_kind.items():
+                commonest = Counter(answer for accepted in asked for answer in accepted).most_common(1)[0][1]
+                found[f"{prefix}qa_{kind}"] = commonest / len(asked)
+        elif what == "retrieval":
+            of_gallery = Counter((record.gallery, record.meaning) for record in records)
+            sizes = Counter(record.gallery for record in records)
+            for k in (1, 5, 10):
+                # One minus the chance that k draws miss all the right ones.
+                values = [
+                    1 - math.comb(n - right, min(k, n)) / math.comb(n, min(k, n))
+                    for record in records for n, right in [
+                        (sizes[record.gallery], of_gallery[record.gallery, record.meaning])]
+                ]
+                found |= {f"{prefix}{way}_r{k}": float(np.mean(values)) for way in ("t2v", "v2t")}
+            found |= {f"{prefix}{way}_r1_rerank": found[f"{prefix}{way}_r1"] for way in ("t2v", "v2t")}
+        elif task == "grounding":
+            truth = torch.tensor([record.box for record in records])
+            overlap = generalised_iou(truth.mean(dim=0).expand_as(truth), truth)[0]
+            found |= {"grounding_accuracy": float((overlap > 0.5).float().mean()),
+                      "grounding_iou": float(overlap.mean())}
+        elif what == "caption":
+            commonest = Counter(clean(caption) for record in records for caption in set(record.captions))
+            found[f"{prefix}caption_exact"] = commonest.most_common(1)[0][1] / len(records)
+        elif isinstance(records[0].label, str):
+            share = Counter(record.label for record in records).most_common(1)[0][1] / len(records)
+            found |= {f"{task}_accuracy": share, f"{task}_zero_shot": share}
+    return found
+
+
 def table(by_split: dict[str, dict[str, float]]) -> str:
     """A row for each metric, a column for each split; shares in per cent, CIDEr as it is."""
     names = list(dict.fromkeys(name for metrics in by_split.values() for name in metrics))
-    lines = [f"{'':<24}" + "".join(f"{split:>10}" for split in by_split)]
+    width = max([23, *map(len, names)]) + 1
+    lines = [f"{'':<{width}}" + "".join(f"{split:>10}" for split in by_split)]
     for name in names:
         scale, digits = (1, 3) if name.endswith("cider") else (100, 1)
         cells = [f"{metrics[name] * scale:>10.{digits}f}" if name in metrics else f"{'':>10}"
                  for metrics in by_split.values()]
-        lines.append(f"{name:<24}" + "".join(cells))
+        lines.append(f"{name:<{width}}" + "".join(cells))
     return "\n".join(lines)

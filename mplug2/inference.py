@@ -4,22 +4,29 @@
     model.caption(["clip.mp4"])                          # ["a red seven moving left"]
     model.answer(["clip.mp4"], ["which digit is it"])    # ["seven"]
     model.similarity(["clip.mp4"], ["a red seven"])      # tensor of cosines, media by texts
+    model.classify("visual_entailment", ["a.jpg"], ["a dog runs"])     # ["neutral"], after fine-tuning
 
-Axes: b inputs, v visual tokens, l text tokens, e contrastive width.
+Axes: b inputs, v visual tokens, l text tokens, e contrastive width, y classes.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
+from mplug2.attention_maps import attention_maps
 from mplug2.checkpoint import Preparation, load_model
-from mplug2.data.loader import PROMPTS
+from mplug2.data.loader import PROMPTS, joined
 from mplug2.data.media import is_media, kind_of, read_image, read_video, to_pixels
-from mplug2.generation import Special, beam_search, best_texts, greedy
+from mplug2.generation import Special, beam_search, best_texts, greedy, rank
 from mplug2.model import MPLUG2, answer_memory
 from mplug2.tokenizer import Tokenizer, clean
+
+Media = str | Path | tuple[str | Path, str | Path]  # a picture, a clip, or two pictures
+Text = str | tuple[str, str]
 
 
 def load(checkpoint: str | Path, device: str = "cpu", task: str | None = None) -> "Predictor":
@@ -32,6 +39,16 @@ def check_list(inputs: Sequence[str | Path]) -> None:
     """A string is a sequence too, of letters: refuse it where a list of paths or texts is expected."""
     if isinstance(inputs, (str, Path)):
         raise TypeError(f"expected a list of paths or texts, found the single one {str(inputs)!r}")
+
+
+@dataclass(frozen=True)
+class Look:
+    """Where a word of the question or of the text that was written looks: `map`, `t h w`, sums to the share of its
+    attention that is on patches (the rest is on the class token and on text)."""
+
+    word: str
+    module: str
+    map: Tensor
 
 
 class Predictor:
@@ -65,23 +82,117 @@ class Predictor:
 
         return self.on_media(paths, write)
 
-    def answer(self, paths: Sequence[str | Path], questions: Sequence[str], max_length: int = 10) -> list[str]:
-        """The answer to each question about the picture or clip of the same place in the list."""
+    def answer(
+        self, paths: Sequence[str | Path], questions: Sequence[str], max_length: int = 10,
+        among: Sequence[str] | None = None, candidates: int = 32,
+    ) -> list[str]:
+        """The answer to each question about the picture or clip of the same place in the list.
+
+        It is written, or, with a list `among`, chosen: of the answers there, the `candidates` whose first word is
+        likeliest are scored whole.
+        """
         check_list(paths)
         check_list(questions)
         if len(paths) != len(questions):
             raise ValueError(f"{len(paths)} paths, but {len(questions)} questions: expected one question for each path")
+        if among is not None:
+            check_list(among)
+            cleaned = [clean(text, self.preparation.max_words) for text in among]
+            answers = [x.to(self.device) for x in self.tokenizer.encode(cleaned, self.model.config.max_positions)]
 
         def write(vision: Tensor, kind: str, places: list[int]) -> list[str]:
             text, mask = self.encode_text([questions[place] for place in places])
             vision, fused = self.model.fuse(vision, text, mask)
             memory, memory_mask = answer_memory(vision, fused, mask)
+            if among is not None:
+                best = rank(self.model, memory, *answers, candidates, memory_mask)[0][:, 0]
+                return [among[number] for number in best.tolist()]
             start = self.start(len(vision))
             return self.tokenizer.decode(
                 greedy(self.model, memory, start, self.special, max_length, memory_mask)
             )
 
         return self.on_media(paths, write)
+
+    def classify(
+        self, task: str, media: Sequence[Media] | None = None, texts: Sequence[Text] | None = None
+    ) -> list[str] | list[float]:
+        """The class of each input, by name, or its number (regression): of the media, of the texts, or of both, as
+        `task` has it. An item is a path or a pair of paths, a text or a pair of texts."""
+        classes = self.model.classes.get(task)
+        outputs = self.read(media, texts, lambda hidden: self.model.classify(hidden, task))
+        if not classes:
+            return outputs[:, 0].tolist()
+        return [classes[number] for number in outputs.argmax(dim=1).tolist()]
+
+    def locate(self, paths: Sequence[str | Path], texts: Sequence[str]) -> Tensor:
+        """Where each picture shows what the text of the same place says: boxes `b 4` (centre x, y, width, height, as
+        shares of the picture)."""
+        return self.read(paths, texts, self.model.locate)
+
+    @torch.no_grad()
+    def read(
+        self, media: Sequence[Media] | None, texts: Sequence[Text] | None, head: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """What `head` makes of text `b l d`, of V' `b v d`, or, if both are given, of the fused text: `b ...`."""
+        if media is not None and texts is not None and len(media) != len(texts):
+            raise ValueError(f"{len(media)} media, but {len(texts)} texts: expected one text for each")
+
+        def on_vision(vision: Tensor, _, places: list[int]) -> Tensor:
+            if texts is None:
+                return head(vision)
+            text, mask = self.encode_text([texts[place] for place in places])
+            return head(self.model.fuse(vision, text, mask)[1])
+
+        if media is not None and not any(isinstance(item, tuple) for item in media):
+            return torch.stack(self.on_media(media, on_vision))
+        count, rows = len(texts if media is None else media), []
+        for first in range(0, count, self.batch_size):
+            places = list(range(first, min(first + self.batch_size, count)))
+            if media is None:
+                rows.append(head(self.encode_text([texts[place] for place in places])[0]))
+            else:
+                paths = [path for place in places for path in media[place]]
+                vision = rearrange(torch.stack(self.encode_media(paths)), "(b two) v d -> b two v d", two=2)
+                rows.append(on_vision(self.model.join_pair(vision), "image", places))
+        return torch.cat(rows)
+
+    @torch.no_grad()
+    def look(self, path: str | Path, question: str = "") -> tuple[str, list[Look]]:
+        """The answer to a question, or a caption, and where its words look: the question's in the last cross-attention
+        of fusion, those that were written in that of the decoder; the mean over the heads."""
+        looks: list[Look] = []
+        written = self.answer([path], [question])[0] if question else self.caption([path])[0]
+        config = self.model.config
+
+        def collect(maps: dict[str, Tensor], part: str, ids: list[int], v: int) -> None:
+            module = [name for name in maps if name.startswith(part)][-1]
+            side = config.image_size // config.patch_size
+            weights = maps[module].mean(dim=1)[0, :, 1:v].cpu()
+            for number, row in zip(ids, rearrange(weights, "l (t h w) -> l t h w", h=side, w=side)):
+                if (word := self.tokenizer.decode([[number]])[0]):
+                    looks.append(Look(word, module, row))
+
+        def record(vision: Tensor, kind: str, _) -> list[None]:
+            memory, memory_mask, start = vision, None, self.start(1, "" if question else PROMPTS[kind])
+            if question:
+                ids, mask = self.tokenizer.encode([clean(question, self.preparation.max_words)])
+                ids, mask = ids.to(self.device), mask.to(self.device)
+                with attention_maps(self.model) as maps:
+                    seen, fused = self.model.fuse(vision, self.model.encode_text(ids, mask), mask)
+                collect(maps, "fusion", ids[0].tolist(), vision.shape[1])
+                memory, memory_mask = answer_memory(seen, fused, mask)
+            # What a token is written from stands one place before it.
+            words = self.tokenizer.encode([written], special=False)[0].to(self.device) if written else start[:, :0]
+            ids = torch.cat([start, words], dim=1)[:, : config.max_positions]
+            with attention_maps(self.model) as maps:
+                self.model.decode(ids, torch.ones_like(ids, dtype=torch.bool), memory, memory_mask)
+            maps = {name: weights[:, :, start.shape[1] - 1 :] for name, weights in maps.items()}
+            collect(maps, "decoder", words[0].tolist(), vision.shape[1])
+            return [None]
+
+        self.on_media([path], record)
+        return written, looks
 
     def embed(self, inputs: Sequence[str | Path]) -> Tensor:
         """Unit vectors `b e` of media and texts, which may be mixed: a path, or a string that ends like a media file
@@ -120,9 +231,11 @@ class Predictor:
         """V' of each picture or clip, `v d`."""
         return self.on_media(paths, lambda vision, *_: list(vision))
 
-    def encode_text(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """Texts -> `b l d` and their mask `b l`."""
-        cleaned = [clean(text, self.preparation.max_words) for text in texts]
+    def encode_text(self, texts: list[Text]) -> tuple[Tensor, Tensor]:
+        """Texts, or pairs of texts, -> `b l d` and their mask `b l`."""
+        cleaned = [
+            joined((text,) if isinstance(text, str) else text, self.preparation.max_words) for text in texts
+        ]
         ids, mask = (x.to(self.device) for x in self.tokenizer.encode(cleaned, self.model.config.max_positions))
         return self.model.encode_text(ids, mask), mask
 

@@ -4,13 +4,17 @@
                                                      \\-> fusion -> [vision, text] -> decoder -> answer
     text   -> text encoder   -> universal layers -> text -/
 
-Axes: b batch, t frames, v = 1 + t*n visual tokens, l text tokens, d width, s vocabulary.
+A classifier reads the class token of text, of V' or of fused text: whatever is the last of these that its task has.
+
+Axes: b batch, t frames, v = 1 + t*n visual tokens, l text tokens, d width, s vocabulary, y classes.
 """
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from einops import repeat
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from mplug2.config import ModelConfig
@@ -39,36 +43,78 @@ class Task:
     """Head: do these two belong together? on the fused class token."""
     masked: bool = False
     """Head: masked language modelling."""
+    classifier: bool = False
+    """Head: linear, to the classes of the task, or to a number."""
+    box: bool = False
+    """Head: a box in the image, on the fused class token."""
+    pair: bool = False
+    """Two images at once, told apart by a learned embedding."""
+    temporal: bool = False
+    """There may be more than one frame."""
 
 
-CAPTION = Task(vision=True, decoder=True)
-ANSWER = Task(vision=True, text=True, fusion=True, decoder=True)
-RETRIEVAL = Task(vision=True, text=True, fusion=True, contrastive=True, matching=True)
-PRETRAIN = Task(vision=True, text=True, fusion=True, decoder=True, contrastive=True, matching=True, masked=True)
+TEXT = Task(text=True, classifier=True)
+IMAGE = Task(vision=True)
+VIDEO = Task(vision=True, temporal=True)
+CAPTION = dict(decoder=True)
+ANSWER = dict(text=True, fusion=True, decoder=True)
+RETRIEVAL = dict(text=True, fusion=True, contrastive=True, matching=True)
+FUSED = dataclasses.replace(IMAGE, text=True, fusion=True)
 
 TASKS = {
-    "image_retrieval": RETRIEVAL, "video_retrieval": RETRIEVAL,
-    "image_caption": CAPTION, "video_caption": CAPTION,
-    "image_qa": ANSWER, "video_qa": ANSWER,
-    "pretrain": PRETRAIN,
+    "text_classification": TEXT,
+    "text_pair_classification": TEXT,
+    "image_classification": dataclasses.replace(IMAGE, classifier=True),
+    "video_classification": dataclasses.replace(VIDEO, classifier=True),
+    "image_retrieval": dataclasses.replace(IMAGE, **RETRIEVAL),
+    "video_retrieval": dataclasses.replace(VIDEO, **RETRIEVAL),
+    "image_caption": dataclasses.replace(IMAGE, **CAPTION),
+    "video_caption": dataclasses.replace(VIDEO, **CAPTION),
+    "image_qa": dataclasses.replace(IMAGE, **ANSWER),
+    "video_qa": dataclasses.replace(VIDEO, **ANSWER),
+    "visual_entailment": dataclasses.replace(FUSED, classifier=True),
+    "image_pair_reasoning": dataclasses.replace(FUSED, classifier=True, pair=True),
+    "grounding": dataclasses.replace(FUSED, box=True),
+    "pretrain": dataclasses.replace(VIDEO, **ANSWER | RETRIEVAL, masked=True),
 }
+"""The task table. Several tasks at once have what any of them has: "video_caption,video_qa"."""
+
+FRESH = ("classifier", "box_head", "pair_place")
+"""What pre-training has no weights for: fine-tuning starts it anew."""
+
+
+def split_tasks(task: str) -> list[str]:
+    """The names in "video_caption,video_qa"; ValueError for one that is unknown, or there twice."""
+    names = task.split(",")
+    for name in names:
+        if name not in TASKS:
+            raise ValueError(f"unknown task {name!r}; known are {', '.join(TASKS)}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"{task}: a task is named twice")
+    return names
 
 
 class MPLUG2(nn.Module):
-    """mPLUG-2 for one task (a name in `TASKS`). Public methods: `encode_vision`, `encode_text`, `fuse`, `decode`,
-    and, with the heads, `project_vision`, `project_text`, `match`, `unmask`.
+    """mPLUG-2 for one task (a name in `TASKS`) or several, separated by commas. Public methods: `encode_vision`,
+    `encode_text`, `join_pair`, `fuse`, `decode`, and, with the heads, `project_vision`, `project_text`, `match`,
+    `unmask`, `classify`, `locate`.
 
+    `classes` names the classes of each task with a classifier; without, its output is one number (regression).
     A method whose module this task does not have raises ValueError.
     """
 
-    def __init__(self, config: ModelConfig, task: str = "pretrain"):
+    def __init__(self, config: ModelConfig, task: str = "pretrain", classes: Mapping[str, tuple[str, ...]] = {}):
         super().__init__()
-        if task not in TASKS:
-            raise ValueError(f"unknown task {task!r}; known are {', '.join(TASKS)}")
-        self.config, self.task = config, task
-        parts, width = TASKS[task], config.width
+        tasks = {name: TASKS[name] for name in split_tasks(task)}
+        self.config, self.task, width = config, task, config.width
+        self.parts = parts = Task(**{
+            field.name: any(getattr(one, field.name) for one in tasks.values()) for field in dataclasses.fields(Task)
+        })
+        self.classes = {name: tuple(classes.get(name, ())) for name, one in tasks.items() if one.classifier}
         if parts.vision:
-            self.vision_encoder = VisionEncoder(config)
+            # Local temporal modules that images pass by are not built for tasks of images.
+            passed = not parts.temporal and not config.temporal_on_images
+            self.vision_encoder = VisionEncoder(dataclasses.replace(config, local_temporal=False) if passed else config)
             if config.vision_width != width:
                 self.vision_projection = nn.Linear(config.vision_width, width)
                 self.vision_norm = nn.LayerNorm(width, eps=EPS)
@@ -88,6 +134,15 @@ class MPLUG2(nn.Module):
             self.matching_head = nn.Linear(width, 2)
         if parts.masked:
             self.masked_head = LanguageModelHead(config)
+        if parts.classifier:
+            self.classifier = nn.ModuleDict({
+                name: nn.Linear(width, len(names) or 1) for name, names in self.classes.items()
+            })
+        if parts.box:
+            self.box_head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 4))
+        if parts.pair:
+            self.pair_place = nn.Parameter(torch.zeros(2, width))
+        self.fresh: list[str] = []  # parameters that a checkpoint had no weights for, see checkpoint.load_model
         init_weights(self)
 
     def encode_vision(self, pixels: Tensor) -> Tensor:
@@ -135,6 +190,26 @@ class MPLUG2(nn.Module):
         """Text or fused text `... d` -> vocabulary logits `... s`."""
         return self.part("masked_head")(hidden, self.text_encoder.embeddings.word.weight)
 
+    def join_pair(self, vision: Tensor) -> Tensor:
+        """V' of two images, `b 2 v d` -> one memory for fusion, `b (2 v) d`: the tokens of the first, then those of
+        the second, each with the learned embedding of its image."""
+        check(vision, "b 2 v d", d=self.config.width)
+        if not self.parts.pair:
+            raise ValueError(f"a model for the task {self.task!r} takes no pairs of images; build it for another task")
+        return rearrange(vision + self.pair_place[:, None], "b two v d -> b (two v) d", two=2)
+
+    def classify(self, hidden: Tensor, task: str) -> Tensor:
+        """Text, V' or fused text, `b l d` -> logits `b y` of the classes of `task`, or `b 1` (regression)."""
+        check(hidden, "b l d", d=self.config.width)
+        if task not in self.classes:
+            raise ValueError(f"a model for the task {self.task!r} has no classifier for {task!r}; fine-tune one for it")
+        return self.classifier[task](hidden[:, 0])
+
+    def locate(self, fused: Tensor) -> Tensor:
+        """Fused text `b l d` -> boxes `b 4`: centre x, centre y, width and height, as shares of the image."""
+        check(fused, "b l d", d=self.config.width)
+        return self.part("box_head")(fused[:, 0]).sigmoid()
+
     def part(self, name: str) -> nn.Module:
         """A module by name, such as "decoder". ValueError if the task does not have it."""
         if not hasattr(self, name):
@@ -162,7 +237,7 @@ def init_weights(model: MPLUG2) -> None:
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
         for name, parameter in module.named_parameters(recurse=False):
-            if name in ("class_token", "position", "latents"):
+            if name in ("class_token", "position", "latents", "pair_place"):
                 nn.init.normal_(parameter, std=std)
     for module in model.modules():  # what differs from the rule above
         if isinstance(module, LocalTemporal):

@@ -11,14 +11,49 @@ from torch import Tensor, nn
 from mplug2.model import MPLUG2
 
 
-def parameter_groups(model: MPLUG2, lr: float, vision_lr: float, weight_decay: float) -> list[dict]:
-    """Parameters by learning rate (the vision encoder may have its own), by whether they decay, and by whether they are
-    matrices of linear layers. These and temporal convolutions decay; biases, LayerNorms, embeddings, positions, latents
-    and the temperature do not."""
+def freeze(model: MPLUG2, modules: list[str]) -> None:
+    """Take modules of the model, named as its attributes ("vision_encoder"), out of the training.
+
+    Raises ValueError for a name that this model does not have, or if nothing would be left to train.
+    """
+    names = list(dict.fromkeys(name.split(".")[0] for name, _ in model.named_parameters()))
+    for module in modules:
+        if module not in names:
+            raise ValueError(f"freeze: a model for {model.task} has no {module!r}; it has {', '.join(names)}")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.split(".")[0] not in modules)
+    if set(modules) == set(names):
+        raise ValueError(f"freeze={','.join(modules)}: nothing is left to train")
+
+
+def depth(model: MPLUG2, name: str) -> int:
+    """How many layers of the encoders follow the parameter `name`, up to the top of its encoder: 0 for all that is
+    above them (fusion, decoder, heads), 1 for the last block of the vision encoder and the last universal layer."""
+    config, parts = model.config, name.split(".")
+    if parts[0] == "vision_encoder":
+        if parts[1] == "blocks":
+            return config.vision_layers - int(parts[2])
+        return config.vision_layers + 1 if parts[1] == "patch_embed" else 1
+    if parts[0] == "text_encoder":
+        return config.text_layers - int(parts[2]) if parts[1] == "layers" else config.text_layers + 1
+    if parts[0] == "universal" and parts[1] == "layers":
+        return config.universal_layers - int(parts[2])
+    return 0
+
+
+def parameter_groups(
+    model: MPLUG2, lr: float, vision_lr: float, weight_decay: float, layer_decay: float = 1.0
+) -> list[dict]:
+    """Parameters by learning rate (the vision encoder may have its own, and each layer further down in an encoder
+    `layer_decay` times that of the one above), by whether they decay, and by whether they are matrices of linear
+    layers. These and temporal convolutions decay; biases, LayerNorms, embeddings, positions, latents and the
+    temperature do not. Frozen parameters are left out."""
     matrices = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     groups: dict[tuple[float, bool, bool], list] = {}
     for name, parameter in model.named_parameters():
-        rate = vision_lr if name.startswith("vision_encoder.") else lr
+        if not parameter.requires_grad:
+            continue
+        rate = (vision_lr if name.startswith("vision_encoder.") else lr) * layer_decay ** depth(model, name)
         is_matrix = id(parameter) in matrices
         groups.setdefault((rate, is_matrix or name.endswith("conv.weight"), is_matrix), []).append(parameter)
     return [
@@ -28,10 +63,11 @@ def parameter_groups(model: MPLUG2, lr: float, vision_lr: float, weight_decay: f
 
 
 def make_optimizer(
-    model: MPLUG2, lr: float, vision_lr: float, weight_decay: float, betas: tuple[float, float], name: str = "adamw"
+    model: MPLUG2, lr: float, vision_lr: float, weight_decay: float, betas: tuple[float, float], name: str = "adamw",
+    layer_decay: float = 1.0,
 ) -> torch.optim.AdamW:
     """`name`: "adamw" or "muon"."""
-    groups = parameter_groups(model, lr, vision_lr, weight_decay)
+    groups = parameter_groups(model, lr, vision_lr, weight_decay, layer_decay)
     return (Muon if name == "muon" else torch.optim.AdamW)(groups, betas=betas, fused=True)
 
 

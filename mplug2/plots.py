@@ -1,4 +1,4 @@
-"""Pictures: the curves of a run, and contact sheets of frames with what the model said of them."""
+"""Pictures: the curves of a run, contact sheets of frames with what the model said of them, and where words look."""
 
 import json
 from pathlib import Path
@@ -11,6 +11,7 @@ import numpy as np  # noqa: E402
 
 from mplug2.data.media import read_media  # noqa: E402
 from mplug2.evaluation import Prediction  # noqa: E402
+from mplug2.inference import Look  # noqa: E402
 
 
 def curves(metrics_file: Path, out: Path) -> None:
@@ -41,18 +42,60 @@ def contact_sheet(predictions: list[Prediction], frames: int, out: Path) -> None
         gridspec_kw={"width_ratios": [1] * frames + [4]},
     )
     for row, prediction in zip(grid, predictions):
-        shown = read_media(prediction.media, frames)
-        for axes, frame in zip(row, shown):
-            axes.imshow(np.asarray(frame), interpolation="nearest")
+        shown = [np.asarray(frame) for frame in read_media(prediction.media, frames)]
+        shown += [np.asarray(frame) for frame in read_media(prediction.second, 1)] if prediction.second else []
+        for axes, frame in zip(row[:-1], shown):
+            axes.imshow(frame, interpolation="nearest")
         for axes in row:
             axes.axis("off")
-        right = prediction.prediction in prediction.truth
+        right = prediction.prediction in prediction.truth if prediction.right is None else prediction.right
+        if prediction.task == "grounding":
+            for box, colour in ((prediction.truth[0], "white"), (prediction.prediction, "orange")):
+                _draw_box(row[0], box, shown[0].shape, colour)
         question = f"{prediction.question}?\n" if prediction.question else ""
         row[-1].text(
             0, 0.5, f"{question}predicted: {prediction.prediction}\ntruth: {prediction.truth[0]}",
             va="center", fontsize=9, color="black" if right else "firebrick", wrap=True,
         )
     _save(figure, out)
+
+
+def attention(path: str, frames: int, looks: list[Look], written: str, question: str, out: Path) -> None:
+    """A row for each word: the frames in grey, and the warmer the more the word looks there.
+
+    Each row is scaled by its own largest weight."""
+    if not looks:
+        raise ValueError(f"{path}: nothing was written about it, so that no word looks anywhere")
+    shown = [np.asarray(frame) for frame in read_media(path, frames)]
+    columns = looks[0].map.shape[0]
+    shown = shown[:: max(1, len(shown) // columns)][:columns]  # with temporal down-sampling, every second frame
+    figure, grid = plt.subplots(
+        len(looks) + 1, columns + 1, figsize=(1.5 * columns + 3, 1.5 * (len(looks) + 1)), squeeze=False,
+        gridspec_kw={"width_ratios": [1] * columns + [2]},
+    )
+    for row, look in zip(grid, [None, *looks]):
+        for t, (axes, frame) in enumerate(zip(row, shown)):
+            height, width = frame.shape[:2]
+            place = (0, width, height, 0)
+            # Behind weights the frame is grey, so that every colour is a weight, on dark ground too.
+            axes.imshow(frame.max(axis=2) if look else frame, cmap="gray", interpolation="nearest", extent=place)
+            if look:
+                weights = look.map[t].float().numpy() / max(look.map.max().item(), 1e-9)
+                axes.imshow(weights, cmap="inferno", vmin=0, vmax=1, alpha=0.65, interpolation="nearest", extent=place)
+        for axes in row:
+            axes.axis("off")
+        text = f"{question}?\n{written}" if question else written
+        if look:
+            text = f"{look.word}\n{look.map.sum().item():.0%} on patches\n{look.module}"
+        row[-1].text(0, 0.5, text, va="center", fontsize=9 if look is None else 8)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _save(figure, out)
+
+
+def _draw_box(axes: plt.Axes, box: tuple[float, ...], shape: tuple[int, ...], colour: str) -> None:
+    """box: centre x, centre y, width, height, as shares of the picture of `shape` (height, width, ...)."""
+    cx, cy, w, h = box[0] * shape[1], box[1] * shape[0], box[2] * shape[1], box[3] * shape[0]
+    axes.add_patch(plt.Rectangle((cx - w / 2 - 0.5, cy - h / 2 - 0.5), w, h, fill=False, color=colour, linewidth=1.5))
 
 
 def _save(figure: plt.Figure, out: Path) -> None:

@@ -75,11 +75,57 @@ def test_what_is_loaded_is_what_was_saved_to_the_bit(tmp_path_factory, task, see
     assert {file.name for file in folder.iterdir()} == {"model.safetensors", "config.json", "tokenizer.json"}
 
 
-@pytest.mark.parametrize("task", sorted(TASKS))
+@pytest.mark.parametrize("task", sorted(task for task, row in TASKS.items() if not (row.classifier or row.box)))
 def test_another_task_loads_the_part_that_it_needs(saved, task):
     found, _, _ = load_model(saved, task)
     assert found.task == task
     assert_same_weights(found, make_model())
+
+
+NEW = {"text_classification": ["classifier.text_classification.bias", "classifier.text_classification.weight"],
+       "image_pair_reasoning": ["classifier.image_pair_reasoning.bias", "classifier.image_pair_reasoning.weight",
+                                "pair_place"],
+       "grounding": [f"box_head.{i}.{name}" for i in (0, 2) for name in ("bias", "weight")]}
+
+
+@pytest.mark.parametrize("task", NEW)
+def test_a_fine_tuning_starts_the_heads_anew_that_a_checkpoint_lacks_and_nothing_else(saved, task):
+    with pytest.raises(CheckpointError, match=rf"not in the file[^$]*: train.py --task {task} --init trains it"):
+        load_model(saved, task)
+    found, _, _ = load_model(saved, task, classes={task: ("a", "b")})
+    assert sorted(found.fresh) == NEW[task]
+    expected = make_model().state_dict()
+    for name, tensor in found.state_dict().items():
+        if name not in NEW[task]:
+            assert tensor.equal(expected[name]), name
+
+
+def test_classes_are_kept_with_the_checkpoint_and_others_start_anew(tmp_path):
+    both = "visual_entailment,image_classification"
+    classes = {"visual_entailment": ("no", "yes"), "image_classification": ("a", "b", "c")}
+    model = MPLUG2(small(), both, classes).eval()
+    save_model(tmp_path, model, TOKENIZER, PREPARATION)
+    found, _, _ = load_model(tmp_path)
+    assert found.classes == classes and found.fresh == []
+    assert_same_weights(found, model)
+    one, _, _ = load_model(tmp_path, "visual_entailment", classes={"visual_entailment": ("no", "yes")})
+    assert one.fresh == [] and one.classes == {"visual_entailment": ("no", "yes")}
+    assert_same_weights(one, model)
+    for others in (("yes", "no"), ("a", "b", "c"), ()):
+        other, _, _ = load_model(tmp_path, "visual_entailment", classes={"visual_entailment": others})
+        assert sorted(other.fresh) == [f"classifier.visual_entailment.{name}" for name in ("bias", "weight")]
+    # A checkpoint of before there were classes has none.
+    change_config(tmp_path, None, classes={})
+    with pytest.raises(CheckpointError, match=r"visual_entailment.weight: expected \(1, 16\), found \(2, 16"):
+        load_model(tmp_path)
+
+
+def test_a_model_of_images_takes_the_weights_of_clips_without_the_local_temporal_modules_it_passes_by(tmp_path):
+    model = make_model("pretrain", temporal_on_images=False)
+    save_model(tmp_path, model, TOKENIZER, PREPARATION)
+    found, _, _ = load_model(tmp_path, "image_caption")
+    assert not any(".lt" in name for name in found.state_dict())
+    assert_same_weights(found, model)
 
 
 def test_settings_that_do_not_touch_the_weights_can_be_changed(saved):

@@ -19,6 +19,7 @@ from mplug2.data.loader import (
     Samples,
     check_texts,
     make_loader,
+    read_classes,
     read_samples,
     schedule,
 )
@@ -26,7 +27,6 @@ from mplug2.data.media import MediaError, read_image, read_video, to_pixels
 from mplug2.data.records import Question, RecordError
 from mplug2.tokenizer import Tokenizer
 
-ALL = frozenset({"caption", "prompted", "question"})
 KIND_NAMES = ("video", "image", "text")
 weights_of_kinds = st.lists(st.floats(0.01, 1), min_size=1, max_size=3).map(lambda w: dict(zip(KIND_NAMES, w)))
 
@@ -182,8 +182,8 @@ def test_equal_meanings_are_equal_numbers_in_all_files_and_different_ones_differ
 
 
 def test_a_task_reads_its_own_files_and_kinds_without_a_file_are_left_out(root, tmp_path):
-    assert [len(clip.qa) for clip in read_samples(root, "video_qa", "train")["video"]] == [3] * 6
-    assert read_samples(root, "video_qa", "train")["video"][0].captions == ()
+    assert [len(clip.qa) for clip in read_samples(root, "video_qa", "train")["video_qa"]] == [3] * 6
+    assert read_samples(root, "video_qa", "train")["video_qa"][0].captions == ()
     (tmp_path / "text_only.train.jsonl").write_text('{"text": "a red three"}\n')
     assert set(read_samples(tmp_path, "pretrain", "train")) == {"text"}
     with pytest.raises(FileNotFoundError) as refused:
@@ -202,7 +202,7 @@ def test_pretraining_refuses_a_clip_with_questions_but_no_caption(tmp_path):
         read_samples(tmp_path, "pretrain", "train")
     assert f"{tmp_path / 'video_qa.train.jsonl'}:2: " in str(refused.value)
     assert "no captions" in str(refused.value) and "video_caption.train.jsonl" in str(refused.value)
-    assert len(read_samples(tmp_path, "video_qa", "train")["video"]) == 6
+    assert len(read_samples(tmp_path, "video_qa", "train")["video_qa"]) == 6
 
 
 # ---- texts -----------------------------------------------------------------------------------------------------------
@@ -273,7 +273,7 @@ def test_masking_is_that_of_bert(tokenizer):
     texts = ["red blue green three seven one " * n for n in rng.integers(1, 6, 6000)]
     ids, mask = tokenizer.encode(texts)
     noise = rng.random((len(texts), 3, 40))
-    found = Collate(tokenizer, ALL).masked(ids, mask, noise)
+    found = Collate(tokenizer).masked(ids, mask, noise)
     masked, replaced = torch.zeros_like(mask), found["masked_ids"]
     masked.view(-1)[found["masked_places"]] = True
     special = ~mask | (ids == tokenizer.cls) | (ids == tokenizer.sep)
@@ -296,7 +296,7 @@ def batches_of(root: Path, tokenizer: Tokenizer, workers: int, start: int = 0, s
     samples = read_samples(root, "pretrain", "train")
     sizes = {kind: len(of_kind) for kind, of_kind in samples.items()}
     order = MixedBatches(sizes, {"video": 2, "image": 1, "text": 1}, 3, 6, seed, start)
-    return list(make_loader(dataset(samples, seed=seed), order, Collate(tokenizer, ALL), workers, pin=False))
+    return list(make_loader(dataset(samples, seed=seed), order, Collate(tokenizer), workers, pin=False))
 
 
 def assert_equal(found: list[dict], expected: list[dict]) -> None:
@@ -346,15 +346,109 @@ def test_what_a_batch_holds(root, tokenizer):
             assert answers == [text for text in texts for _ in range(r)]
 
 
-def test_a_collator_makes_the_texts_that_its_task_trains_on(root, tokenizer):
-    items = [dataset(read_samples(root, "pretrain", "train"))["video", 0, i] for i in range(2)]
-    always = {"kind", "where", "errors", "meaning", "pixels"}
-    for parts, expected in (
-        ({"caption"}, {"caption_ids", "caption_mask", "masked_ids", "masked_places"}),
-        ({"prompted"}, {"prompted_ids", "prompted_mask", "prompted_places"}),
-        ({"question"}, {"question_ids", "question_mask", "answer_ids", "answer_mask", "answer_places"}),
+def test_a_kind_of_batch_has_the_texts_that_its_task_trains_on(root, tmp_path, tokenizer):
+    write_data(tmp_path)
+    (tmp_path / "video_retrieval.train.jsonl").write_text((root / "video_caption.train.jsonl").read_text())
+    always = {"kind", "task", "where", "errors", "meaning", "pixels"}
+    for task, expected in (
+        ("video_retrieval", {"caption_ids", "caption_mask"}),
+        ("video_caption", {"prompted_ids", "prompted_mask", "prompted_places", "prompt_length", "references"}),
+        ("video_qa", {"question_ids", "question_mask", "answer_ids", "answer_mask", "answer_places"}),
     ):
-        assert set(Collate(tokenizer, frozenset(parts))(items)) - always == expected
+        data = dataset(read_samples(tmp_path, task, "train"))
+        batch = Collate(tokenizer)([data[task, 0, i] for i in range(2)])
+        assert set(batch) - always == expected and batch["task"] == batch["kind"] == task
+    assert batch_of(root, tokenizer, "video_caption")["references"][0] == [
+        "a red three moving left", "a red three going left"
+    ]
+
+
+# ---- labels and boxes ------------------------------------------------------------------------------------------------
+
+
+def batch_of(root: Path, tokenizer: Tokenizer, task: str, **limits) -> dict:
+    """The first two samples of a task, collated."""
+    samples = read_samples(root, task, "train")
+    data = dataset(samples, **limits)
+    return Collate(tokenizer, read_classes(samples))([data[task, 0, i] for i in range(2)])
+
+
+@pytest.fixture
+def labelled(tmp_path) -> Path:
+    """A record or two of every task with labels or boxes."""
+    write_data(tmp_path)
+    for task, *records in (
+        ("text_classification", {"text": "A red three!", "label": "left"}, {"text": "a blue one", "label": "up"}),
+        ("text_pair_classification", {"texts": ["a red one", "one in red?"], "label": 4.5},
+         {"texts": ["a red one", "a blue one"], "label": 1}),
+        ("image_classification", {"image": "0.png", "label": "three"}, {"image": "1.png", "label": "one"}),
+        ("video_classification", {"video": "0.gif", "label": "up"}, {"video": "1.gif", "label": "down"}),
+        ("visual_entailment", {"image": "0.png", "text": "it is red", "label": "neutral"},
+         {"image": "0.png", "text": "it is blue", "label": "entailment"}),
+        ("image_pair_reasoning", {"images": ["0.png", "1.png"], "text": "both are red", "label": "true"},
+         {"images": ["1.png", "0.png"], "text": "both are red", "label": "false"}),
+        ("grounding", {"image": "0.png", "text": "the red one", "box": [0.5, 0.25, 0.5, 0.25]},
+         {"image": "0.png", "text": "the blue one", "box": [0.25, 0.5, 0.25, 0.5]}),
+    ):
+        write_records(tmp_path, f"{task}.train", records)
+    return tmp_path
+
+
+def test_labels_are_numbered_by_the_names_of_the_classes_and_boxes_and_numbers_are_themselves(labelled, tokenizer):
+    for task, classes, numbers in (
+        ("text_classification", ("left", "up"), [0, 1]), ("image_classification", ("one", "three"), [1, 0]),
+        ("video_classification", ("down", "up"), [1, 0]), ("visual_entailment", ("entailment", "neutral"), [1, 0]),
+        ("image_pair_reasoning", ("false", "true"), [1, 0]), ("text_pair_classification", (), [4.5, 1.0]),
+    ):
+        assert read_classes(read_samples(labelled, task, "train")) == {task: classes}
+        batch = batch_of(labelled, tokenizer, task)
+        assert batch["label"].tolist() == numbers and batch["label"].is_floating_point() == (classes == ())
+        assert ("text_ids" in batch) == (task not in ("image_classification", "video_classification"))
+        assert ("pixels" in batch) == (not task.startswith("text"))
+    box = batch_of(labelled, tokenizer, "grounding")["box"]
+    assert box.tolist() == [[0.5, 0.25, 0.5, 0.25], [0.25, 0.5, 0.25, 0.5]]
+
+
+def test_texts_about_one_image_stay_apart_and_pairs_come_in_their_order(labelled, tokenizer):
+    samples = read_samples(labelled, "visual_entailment", "train")["visual_entailment"]
+    assert [sample.texts for sample in samples] == [("it is red",), ("it is blue",)]
+    pixels = batch_of(labelled, tokenizer, "image_pair_reasoning")["pixels"]
+    assert pixels.shape == (2, 2, 3, 1, 8, 8) and pixels[0].equal(pixels[1].flip(0))
+    assert pixels[0, 0].equal(batch_of(labelled, tokenizer, "image_classification")["pixels"][0])
+    batch = batch_of(labelled, tokenizer, "text_pair_classification")
+    for row, (one, two) in zip(batch["text_ids"], (("a red one", "one in red"), ("a red one", "a blue one"))):
+        both = [x.tolist()[0] for x in (tokenizer.encode([one])[0], tokenizer.encode([two])[0])]
+        assert row.tolist()[: len(both[0] + both[1]) - 1] == both[0] + both[1][1:]  # [CLS] one [SEP] two [SEP]
+
+
+def test_labels_that_teach_nothing_or_do_not_fit_are_refused_with_their_place(labelled, tokenizer):
+    write_records(labelled, "text_classification.train", [{"text": "a", "label": "x"}, {"text": "b", "label": 2}])
+    with pytest.raises(RecordError, match=r"text_classification.train.jsonl:2: the label 2.0 is a number, others are"):
+        read_classes(read_samples(labelled, "text_classification", "train"))
+    write_records(labelled, "text_classification.train", [{"text": "a", "label": "x"}] * 2)
+    with pytest.raises(RecordError, match="every label is 'x', as this one; expected two classes at least"):
+        read_classes(read_samples(labelled, "text_classification", "train"))
+    samples = read_samples(labelled, "video_classification", "train")
+    item = dataset(samples)["video_classification", 0, 1]
+    for classes, expected in ((("up", "left"), "one of up, left"), ((), "a number")):
+        with pytest.raises(RecordError, match=f"jsonl:2: label 'down': this model was made for {expected}"):
+            Collate(tokenizer, {"video_classification": classes})([item])
+    samples = read_samples(labelled, "text_pair_classification", "train")
+    longest = max(tokenizer.lengths(["a red one [SEP] one in red", "a red one [SEP] a blue one"]))
+    check_texts(samples, tokenizer, longest, 30)
+    with pytest.raises(RecordError, match=r"the text 'a red one / .*' has \d+ tokens"):
+        check_texts(samples, tokenizer, longest - 1, 30)
+    write_records(labelled, "text_pair_classification.train", [{"texts": ["a", "?!"], "label": "x"}])
+    with pytest.raises(RecordError, match=r"jsonl:1: the text '\?!' has no words"):
+        check_texts(read_samples(labelled, "text_pair_classification", "train"), tokenizer, 24, 30)
+
+
+def test_several_tasks_are_kinds_of_their_own(labelled):
+    samples = read_samples(labelled, "grounding,video_qa,pretrain", "train")
+    assert list(samples) == ["grounding", "video_qa", "video", "image", "text"]
+    assert [len(of_kind) for of_kind in samples.values()] == [2, 6, 6, 5, 7]
+    with pytest.raises(FileNotFoundError, match="no data for image_retrieval"):
+        read_samples(labelled, "grounding,image_retrieval", "train")
 
 
 def test_a_clip_is_sampled_anew_each_epoch_and_a_picture_is_its_first_frame(root, tmp_path):
@@ -393,7 +487,7 @@ def test_a_corrupt_clip_is_replaced_by_the_next_and_reported(tmp_path, tokenizer
     }
     last = data["video", 0, 5]  # the one after the last is the first
     assert "5.gif does not exist" in last["errors"][0] and last["where"].endswith("jsonl:1")
-    batch = Collate(tokenizer, ALL)([item, last, instead])
+    batch = Collate(tokenizer)([item, last, instead])
     assert batch["errors"] == item["errors"] + last["errors"]
     assert batch["pixels"].shape[0] == 3
 
@@ -402,7 +496,7 @@ def test_a_picture_filed_as_a_clip_is_reported_like_a_corrupt_one(tmp_path):
     write_data(tmp_path)
     Image.new("RGB", (8, 8)).save(tmp_path / "0.jpg")
     write_records(tmp_path, "video_caption.train", [{"video": name, "captions": ["a"]} for name in ("0.jpg", "1.gif")])
-    item = dataset(read_samples(tmp_path, "video_caption", "train"))["video", 0, 0]
+    item = dataset(read_samples(tmp_path, "video_caption", "train"))["video_caption", 0, 0]
     assert "0.jpg is a still image, where a video was expected" in item["errors"][0]
 
 

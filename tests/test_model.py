@@ -19,12 +19,12 @@ from helpers import (
     shuffled,
     small,
 )
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from mplug2.config import PRESETS
-from mplug2.model import MPLUG2, TASKS, answer_memory
+from mplug2.model import FRESH, MPLUG2, TASKS, answer_memory
 
 BUILT = {  # task -> the modules of its row, heads included
     "caption": {"vision_encoder", "universal", "decoder"},
@@ -33,6 +33,12 @@ BUILT = {  # task -> the modules of its row, heads included
         "vision_encoder", "text_encoder", "universal", "fusion", "contrastive_vision", "contrastive_text",
         "temperature", "matching_head",
     },
+    "text_classification": {"text_encoder", "universal", "classifier"},
+    "text_pair_classification": {"text_encoder", "universal", "classifier"},
+    "classification": {"vision_encoder", "universal", "classifier"},
+    "visual_entailment": {"vision_encoder", "text_encoder", "universal", "fusion", "classifier"},
+    "pair_reasoning": {"vision_encoder", "text_encoder", "universal", "fusion", "classifier", "pair_place"},
+    "grounding": {"vision_encoder", "text_encoder", "universal", "fusion", "box_head"},
     "pretrain": {
         "vision_encoder", "text_encoder", "universal", "fusion", "decoder", "contrastive_vision", "contrastive_text",
         "temperature", "matching_head", "masked_head",
@@ -56,11 +62,20 @@ def batch(config, b, seed, t=3, l=4):
 
 def forward(model, pixels, ids, mask):
     """All that the model of a task gives for clips and a text for each, padding of the text left out."""
-    parts, outputs = TASKS[model.task], {}
-    vision = outputs["vision"] = model.encode_vision(pixels)
+    parts, outputs = model.parts, {}
+    if parts.vision:
+        read = vision = outputs["vision"] = model.encode_vision(pixels)
+    if parts.pair:
+        vision = model.join_pair(torch.stack([vision, vision.flip(0)], dim=1))
+    if parts.text:
+        read = text = model.encode_text(ids, mask)
     if parts.fusion:
-        text = model.encode_text(ids, mask)
-        seen, fused = model.fuse(vision, text, mask)
+        seen, read = model.fuse(vision, text, mask)
+        fused = read
+    if parts.classifier:
+        outputs |= {f"class of {name}": model.classify(read, name) for name in model.classes}
+    if parts.box:
+        outputs["box"] = model.locate(fused)
     if parts.contrastive:
         outputs["unit_vision"], outputs["unit_text"] = model.project_vision(vision), model.project_text(text)
     if parts.matching:
@@ -77,8 +92,23 @@ def forward(model, pixels, ids, mask):
 @tasks
 def test_a_task_builds_the_modules_of_its_row_and_no_others(task):
     built = BUILT[task.removeprefix("image_").removeprefix("video_")]
-    assert modules_of(MPLUG2(small(), task)) == built | PROJECTION
+    assert modules_of(MPLUG2(small(), task)) == built | (PROJECTION if "vision_encoder" in built else set())
     assert modules_of(MPLUG2(small(vision_width=16), task)) == built
+
+
+@given(st.lists(st.sampled_from([*TASKS]), min_size=2, max_size=3, unique=True))
+def test_several_tasks_build_what_any_of_them_has_and_a_classifier_each(together):
+    config = small(temporal_on_images=False)
+    found = parameter_names(MPLUG2(config, ",".join(together)))
+    # The shared layers grow a part for vision where any of the tasks has vision.
+    assert found == set().union(*(parameter_names(MPLUG2(config, task)) for task in together))
+
+
+def test_local_temporal_modules_that_images_pass_by_are_not_built_for_images():
+    for task, built in (("image_caption", False), ("video_caption", True), ("pretrain", True), ("grounding", False)):
+        names = parameter_names(MPLUG2(small(temporal_on_images=False), task))
+        assert any(".lt1." in name for name in names) == built
+        assert any(".lt1." in name for name in parameter_names(MPLUG2(small(), task)))
 
 
 @pytest.mark.parametrize("readout", ["released", "figure"])
@@ -89,17 +119,19 @@ def test_the_parameters_of_a_task_are_among_those_of_pretraining(task, readout):
         {name: tuple(parameter.shape) for name, parameter in MPLUG2(config, task_or_all).named_parameters()}
         for task_or_all in (task, "pretrain")
     )
-    assert sizes.items() <= all_sizes.items()
+    assert {name: size for name, size in sizes.items() if name.split(".")[0] not in FRESH}.items() <= all_sizes.items()
 
 
-@pytest.mark.parametrize("task", ["video_caption", "image_caption", "video_qa", "video_retrieval", "pretrain"])
-@given(config=configs(temporal_downsampling=False), seed=seeds)
-def test_no_parameter_is_without_gradient(task, config, seed):
-    model = randomised(MPLUG2(config, task), seed)
-    outputs = forward(model, *batch(config, 2, seed, t=1 if task == "image_caption" else 3))
+@tasks
+@settings(max_examples=5)
+@given(config=configs(temporal_downsampling=False), on_images=st.booleans(), seed=seeds)
+def test_no_parameter_is_without_gradient(task, config, on_images, seed):
+    config = dataclasses.replace(config, temporal_on_images=on_images)
+    model = randomised(MPLUG2(config, task, {task: ("a", "b", "c")}), seed)
+    outputs = forward(model, *batch(config, 2, seed, t=3 if TASKS[task].temporal else 1))
     if "unit_vision" in outputs:
         outputs["similarity"] = outputs.pop("unit_vision") @ outputs.pop("unit_text").T / model.temperature
-    del outputs["vision"]
+    outputs.pop("vision", None)
     sum((output * noise(*output.shape, seed=seed)).sum() for output in outputs.values()).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
@@ -194,6 +226,29 @@ def test_heads_read_the_class_token_alone(seed):
         assert_same(head(tokens), expected)
 
 
+@given(config=configs(), seed=seeds)
+def test_classes_and_boxes_are_read_from_the_class_token(config, seed):
+    model = randomised(MPLUG2(config, "visual_entailment,image_classification,grounding,image_pair_reasoning",
+                              {"visual_entailment": ("a", "b", "c"), "image_classification": ("d", "e")}), seed)
+    hidden = noise(3, 4, config.width, seed=seed)
+    for task, classes in (("visual_entailment", 3), ("image_classification", 2), ("image_pair_reasoning", 1)):
+        head = model.classifier[task]
+        assert head.weight.shape == (classes, config.width)
+        assert_same(model.classify(hidden, task), hidden[:, 0] @ head.weight.T + head.bias)
+    boxes = model.locate(hidden)
+    assert boxes.shape == (3, 4) and (0 < boxes).all() and (boxes < 1).all()
+    assert_same(boxes, model.locate(hidden[:, :1]))
+
+
+@given(v=st.integers(1, 4), seed=seeds)
+def test_the_memory_of_two_images_is_the_first_then_the_second_each_marked(v, seed):
+    model = randomised(MPLUG2(small(), "image_pair_reasoning"), seed)
+    one, two = noise(3, v, 16, seed=seed), noise(3, v, 16, seed=seed + 1)
+    found = model.join_pair(torch.stack([one, two], dim=1))
+    assert_same(found[:, :v], one + model.pair_place[0])
+    assert_same(found[:, v:], two + model.pair_place[1])
+
+
 def test_masked_tokens_are_read_out_by_the_word_embedding_of_the_text_encoder():
     model, hidden = randomised(MPLUG2(small(), "pretrain")), noise(5, 16)
     assert_same(model.unmask(hidden), model.masked_head(hidden, model.text_encoder.embeddings.word.weight))
@@ -250,16 +305,23 @@ def test_pixels_to_logits_is_one_graph():
 
 
 def test_refuses_what_a_task_does_not_have():
-    with pytest.raises(ValueError, match="unknown task 'video_captoin'; known are image_retrieval, video_retrieval"):
+    with pytest.raises(ValueError, match="unknown task 'video_captoin'; known are text_classification, "):
         MPLUG2(small(), "video_captoin")
     model, x, mask = MPLUG2(small(), "video_caption"), torch.zeros(1, 2, 16), random_mask(1, 2)
+    with pytest.raises(ValueError, match="video_caption,video_caption: a task is named twice"):
+        MPLUG2(small(), "video_caption,video_caption")
     for part, call in {
         "text_encoder": lambda: model.encode_text(random_ids(1, 2), mask), "fusion": lambda: model.fuse(x, x, mask),
         "contrastive_vision": lambda: model.project_vision(x), "contrastive_text": lambda: model.project_text(x),
         "matching_head": lambda: model.match(x), "masked_head": lambda: model.unmask(x),
+        "box_head": lambda: model.locate(x),
     }.items():
         with pytest.raises(ValueError, match=f"for the task 'video_caption' has no {part}; build it for another"):
             call()
+    with pytest.raises(ValueError, match="'video_caption' takes no pairs of images"):
+        model.join_pair(torch.zeros(1, 2, 2, 16))
+    with pytest.raises(ValueError, match="'text_classification' has no classifier for 'visual_entailment'; fine-tune"):
+        MPLUG2(small(), "text_classification").classify(x, "visual_entailment")
     with pytest.raises(ValueError, match="'video_retrieval' has no decoder"):
         MPLUG2(small(), "video_retrieval").decode(random_ids(1, 2), mask, x)
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from mplug2.local_temporal import TemporalConv
 from mplug2.model import MPLUG2, TASKS
-from mplug2.optim import make_optimizer, orthogonalize, parameter_groups, schedule, set_rates
+from mplug2.optim import depth, freeze, make_optimizer, orthogonalize, parameter_groups, schedule, set_rates
 
 rates = st.sampled_from([1e-3, 2e-5])
 
@@ -31,6 +31,44 @@ def test_each_parameter_is_in_one_group_with_its_rate_and_decay(config, task, lr
     linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     assert {id(p) for group in groups if group["matrices"] for p in group["params"]} == linear
     assert len({(group["lr"], group["weight_decay"], group["matrices"]) for group in groups}) <= len(groups) <= 6
+
+
+@given(config=configs(), task=st.sampled_from(["pretrain", "video_caption", "text_classification"]),
+       decay=st.sampled_from([0.5, 0.75, 1.0]))
+def test_each_layer_of_an_encoder_learns_by_a_share_of_the_one_above(config, task, decay):
+    model = MPLUG2(config, task)
+    rates = {id(parameter): group["lr"] for group in parameter_groups(model, 1.0, 0.5, 0.02, decay)
+             for parameter in group["params"]}
+    found = {name: rates[id(parameter)] for name, parameter in model.named_parameters()}
+    for name, rate in found.items():
+        top, *rest = name.split(".")
+        if top == "vision_encoder":
+            layer = {"patch_embed": 0, "blocks": int(rest[1]) + 1 if rest[0] == "blocks" else 0}.get(
+                rest[0], config.vision_layers)
+            assert rate == pytest.approx(0.5 * decay ** (config.vision_layers + 1 - layer)), name
+        elif top == "text_encoder":
+            layer = int(rest[1]) + 1 if rest[0] == "layers" else 0
+            assert rate == pytest.approx(decay ** (config.text_layers + 1 - layer)), name
+        elif name.startswith("universal.layers"):
+            above = config.universal_layers - int(rest[1])
+            assert rate == pytest.approx(decay**above) and depth(model, name) == above
+        else:
+            assert rate == 1.0, name
+
+
+def test_frozen_modules_are_left_out_and_no_others():
+    model = MPLUG2(small(), "video_qa")
+    freeze(model, ["vision_encoder", "universal"])
+    learning = {id(parameter) for group in parameter_groups(model, 1, 1, 0) for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        frozen = name.startswith(("vision_encoder.", "universal."))
+        assert parameter.requires_grad != frozen and (id(parameter) in learning) != frozen
+    freeze(model, [])
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(ValueError, match="for video_qa has no 'vision_encodr'; it has vision_encoder, "):
+        freeze(model, ["vision_encodr"])
+    with pytest.raises(ValueError, match="nothing is left to train"):
+        freeze(MPLUG2(small(), "text_classification"), ["text_encoder", "universal", "classifier"])
 
 
 def test_biases_norms_embeddings_positions_latents_and_temperature_do_not_decay():

@@ -559,7 +559,7 @@ def test_ensure_writes_once_even_if_two_race(tmp_path, monkeypatch):
         racer.start()
     for racer in racers:
         racer.join()
-    expected = tmp_path / "cache" / "tiny-v2-seed5"
+    expected = tmp_path / "cache" / "tiny-v3-seed5"
     assert found == [expected, expected] and calls == [5, 5]
     assert list((tmp_path / "cache").iterdir()) == [expected]
     assert ensure(seed=5) == expected and len(calls) == 2
@@ -579,9 +579,9 @@ def test_ensure_says_what_is_wrong_with_a_folder(root, tmp_path):
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({"MPLUG2_CACHE": "/a", "XDG_CACHE_HOME": "/b"}, "/a/tiny-v2-seed0"),
-        ({"XDG_CACHE_HOME": "/b"}, "/b/mplug2/tiny-v2-seed0"),
-        ({"HOME": "/c"}, "/c/.cache/mplug2/tiny-v2-seed0"),
+        ({"MPLUG2_CACHE": "/a", "XDG_CACHE_HOME": "/b"}, "/a/tiny-v3-seed0"),
+        ({"XDG_CACHE_HOME": "/b"}, "/b/mplug2/tiny-v3-seed0"),
+        ({"HOME": "/c"}, "/c/.cache/mplug2/tiny-v3-seed0"),
     ],
 )
 def test_the_cache_folder_follows_the_environment(environment, expected, monkeypatch):

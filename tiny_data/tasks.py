@@ -128,6 +128,19 @@ def video_classification(source: SceneSource, n: int) -> list[Shown]:
     return [({"label": scene.kind}, (scene,)) for scene in scenes[:n]]
 
 
+def class_captions() -> dict[str, dict[str, list[str]]]:
+    """For each task with classes that captions can tell: class -> captions of every colour, and of every digit that
+    the class is not about. Zero-shot classification compares with these."""
+    def every(kind: str, digits: Sequence[int]) -> list[str]:
+        things = [Thing(digit, colour, 0, 0, 0) for digit in digits for colour in COLOUR_NAMES]
+        return [caption for thing in things for caption in captions(Scene(kind, (thing,)))]
+
+    return {
+        "image_classification": {word: every("picture", [digit]) for digit, word in enumerate(DIGITS)},
+        "video_classification": {kind: every(kind, range(len(DIGITS))) for kind in MOVING},
+    }
+
+
 def visual_entailment(source: SceneSource, n: int) -> list[Shown]:
     """An image and a sentence: true of it, false of it, or true but for a motion that an image cannot tell.
 

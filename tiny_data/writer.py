@@ -19,7 +19,7 @@ from tiny_data.scenes import SPLITS, STROKES, SceneSource
 from tiny_data.world import AXES, COLOURS, DIGITS, FRAMES, IMAGE_SIZE, Scene, held_out
 
 NAME = "tiny"
-VERSION = 2  # counts up whenever the same seed gives other files
+VERSION = 3  # counts up whenever the same seed gives other files
 FRAME_MILLISECONDS = 250
 
 
@@ -184,6 +184,8 @@ def write(out: Path | str, seed: int = 0, sizes: Sizes = Sizes()) -> Path:
         strokes, labels = load_digits()
         for split in SPLITS:
             SplitWriter(aside, split, strokes, labels, rng).write(sizes)
+        for task, by_class in tasks.class_captions().items():
+            (aside / f"{task}.captions.json").write_text(json.dumps(by_class, indent=2) + "\n", encoding="utf-8")
         (aside / "about.json").write_text(json.dumps(about(seed, sizes), indent=2) + "\n", encoding="utf-8")
         os.rename(aside, out)
     except BaseException:
@@ -212,7 +214,7 @@ def about(seed: int, sizes: Sizes) -> dict:
 def ensure(root: Path | str | None = None, seed: int = 0) -> Path:
     """The folder of the default world, written first if it is not there.
 
-    `root` is that folder; by default it is `tiny-v2-seed0` (after the version and the seed) in the cache folder:
+    `root` is that folder; by default it is `tiny-v3-seed0` (after the version and the seed) in the cache folder:
     MPLUG2_CACHE, else mplug2 under XDG_CACHE_HOME, else ~/.cache/mplug2. Processes may race: the first to finish wins.
     Raises ValueError if `root` holds the world of another version or seed, FileExistsError if it holds something else.
     """

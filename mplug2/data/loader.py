@@ -1,17 +1,19 @@
 """From records to batches: what a training step of each kind sees, and in which order.
 
-A step has one kind of batch, `video`, `image` or `text`, the same on every process, in proportion to given weights.
+A step has one kind of batch, the same on every process, in proportion to given weights: `video`, `image` or `text` in
+pre-training; else a kind is a task.
 Everything random about a sample (frames, caption, questions, masked words) comes from (seed, kind, epoch, index): a
 batch is a function of the step number alone, however many workers and processes there are.
 
-Axes: b samples of this process, r questions a sample, t frames, l text tokens.
+Axes: b samples of this process, r questions a sample, t frames, l text tokens, y classes.
 """
 
 import gc
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,20 +22,52 @@ from torch.utils.data import DataLoader
 
 from mplug2.data.media import MediaError, read_image, read_video, to_pixels
 from mplug2.data.records import Question, Record, RecordError, available, read_records
+from mplug2.model import split_tasks
 from mplug2.tokenizer import Tokenizer, clean
 
 PROMPTS = {"video": "a video of", "image": "a picture of"}
 INSTRUCTIONS = {"video": "what does the video describe", "image": "what does the picture describe"}
 
-KINDS = {
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of batch: for which task, of what, from which files, and with which parts (see `Collate`)."""
+
+    task: str
+    medium: Literal["video", "image", "text"]
+    files: tuple[str, ...]
+    parts: frozenset[str]
+
+
+def _kind(task: str, medium: str, *parts: str) -> dict[str, Kind]:
+    return {task: Kind(task, medium, (task,), frozenset(parts))}
+
+
+PRETRAINING = frozenset({"caption", "masked", "prompted", "question"})
+KINDS: dict[str, dict[str, Kind]] = {
+    "text_classification": _kind("text_classification", "text", "text", "label"),
+    "text_pair_classification": _kind("text_pair_classification", "text", "text", "label"),
+    "image_classification": _kind("image_classification", "image", "label"),
+    "video_classification": _kind("video_classification", "video", "label"),
+    "image_retrieval": _kind("image_retrieval", "image", "caption"),
+    "video_retrieval": _kind("video_retrieval", "video", "caption"),
+    "image_caption": _kind("image_caption", "image", "prompted"),
+    "video_caption": _kind("video_caption", "video", "prompted"),
+    "image_qa": _kind("image_qa", "image", "question"),
+    "video_qa": _kind("video_qa", "video", "question"),
+    "visual_entailment": _kind("visual_entailment", "image", "text", "label"),
+    "image_pair_reasoning": _kind("image_pair_reasoning", "image", "text", "label"),
+    "grounding": _kind("grounding", "image", "text", "box"),
     "pretrain": {
-        "video": ("video_caption", "video_qa"), "image": ("image_caption", "image_qa"), "text": ("text_only",),
+        "video": Kind("pretrain", "video", ("video_caption", "video_qa"), PRETRAINING),
+        "image": Kind("pretrain", "image", ("image_caption", "image_qa"), PRETRAINING),
+        "text": Kind("pretrain", "text", ("text_only",), PRETRAINING),
     },
-    "video_caption": {"video": ("video_caption",)}, "image_caption": {"image": ("image_caption",)},
-    "video_qa": {"video": ("video_qa",)}, "image_qa": {"image": ("image_qa",)},
-    "video_retrieval": {"video": ("video_retrieval",)}, "image_retrieval": {"image": ("image_retrieval",)},
 }
-"""For each task: the kinds of batches it mixes, and the files that each kind is read from."""
+"""For each task: the kinds of batches it mixes."""
+KIND: dict[str, Kind] = {name: kind for kinds in KINDS.values() for name, kind in kinds.items()}
+"""Each kind by its name."""
 
 
 @dataclass(frozen=True)
@@ -45,29 +79,70 @@ class Sample:
     media: Path | None = None
     captions: tuple[str, ...] = ()
     qa: tuple[Question, ...] = ()
+    images: tuple[Path, ...] = ()
+    """Two images, in place of `media`."""
+    texts: tuple[str, ...] = ()
+    """What a label or a box is about: one text, or a pair."""
+    label: str | float | None = None
+    box: tuple[float, float, float, float] | None = None
 
 
-def read_samples(root: Path, task: str, split: str) -> dict[str, list[Sample]]:
-    """The samples of a task by kind. Questions about a clip join its captions; kinds without a file are left out.
+def read_samples(root: Path, tasks: str, split: str) -> dict[str, list[Sample]]:
+    """The samples of a task, or of several ("video_caption,video_qa"), by kind.
+
+    Questions about a clip join its captions; kinds of pre-training without a file are left out.
 
     Raises FileNotFoundError if there is no file at all, RecordError for a clip in pre-training that has no captions: a
     process whose clips lack them would have other losses than the next process, which waits for it.
     """
     there, samples = available(root), {}
-    for kind, files in KINDS[task].items():
-        found = [file for file in files if split in there.get(file, ())]
-        if found:
-            samples[kind] = _merge([record for file in found for record in read_records(root, file, split)])
-            for sample in samples[kind]:
+    for task in split_tasks(tasks):
+        of_task = {}
+        for name, kind in KINDS[task].items():
+            records = [record for file in kind.files if split in there.get(file, ())
+                       for record in read_records(root, file, split)]
+            if records:
+                apart = kind.parts & {"label", "box"}
+                of_task[name] = [_labelled(record) for record in records] if apart else _merge(records)
+            for sample in of_task.get(name, ()):
                 if task == "pretrain" and not sample.captions:
                     raise RecordError(
                         f"{sample.where}: questions about {sample.media}, but no captions, as pre-training needs; "
-                        f"add them to {kind}_caption.{split}.jsonl, take this line out, or train --task {kind}_qa"
+                        f"add them to {name}_caption.{split}.jsonl, take this line out, or train --task {name}_qa"
                     )
-    if not samples:
-        wanted = ", ".join(f"{file}.{split}.jsonl" for files in KINDS[task].values() for file in files)
-        raise FileNotFoundError(f"{root} has no data for {task}, split {split}: expected one or more of {wanted}")
+        if not of_task:
+            wanted = ", ".join(f"{file}.{split}.jsonl" for kind in KINDS[task].values() for file in kind.files)
+            raise FileNotFoundError(f"{root} has no data for {task}, split {split}: expected one or more of {wanted}")
+        samples |= of_task
     return samples
+
+
+def read_classes(samples: dict[str, list[Sample]]) -> dict[str, tuple[str, ...]]:
+    """The classes that labels name, by task, in the order of their names; none of a task whose labels are numbers.
+
+    Raises RecordError where names and numbers are mixed, or all labels are equal: there is nothing to learn then.
+    """
+    classes = {}
+    for kind, of_kind in samples.items():
+        if "label" not in KIND[kind].parts:
+            continue
+        numbers = [sample for sample in of_kind if isinstance(sample.label, float)]
+        if numbers and len(numbers) < len(of_kind):
+            raise RecordError(f"{numbers[0].where}: the label {numbers[0].label} is a number, others are names of "
+                              "classes; write the names in quotes, or make all of them numbers")
+        if len({sample.label for sample in of_kind}) == 1:
+            raise RecordError(f"{of_kind[0].where}: every label is {of_kind[0].label!r}, as this one; "
+                              "expected two classes at least")
+        classes[KIND[kind].task] = () if numbers else tuple(sorted({sample.label for sample in of_kind}))
+    return classes
+
+
+def _labelled(record: Record) -> Sample:
+    """Every record by itself: there may be other texts about the same image."""
+    return Sample(
+        record.where, _number(record.meaning), record.video or record.image, images=record.images,
+        texts=record.texts or ((record.text,) if record.text else ()), label=record.label, box=record.box,
+    )
 
 
 def _merge(records: list[Record]) -> list[Sample]:
@@ -92,22 +167,33 @@ def _number(meaning: str) -> int:
 def check_texts(samples: dict[str, list[Sample]], tokenizer: Tokenizer, limit: int, max_words: int) -> None:
     """Refuse, before any work starts, a text that `limit` tokens cannot hold; RecordError names its place."""
     for kind, of_kind in samples.items():
-        prompt = len(tokenizer.encode([PROMPTS[kind]], special=False)[0][0]) if kind in PROMPTS else 0
+        prompt = 0
+        if "prompted" in KIND[kind].parts and (words := PROMPTS.get(KIND[kind].medium)):
+            prompt = len(tokenizer.encode([words], special=False)[0][0])
         for sample in of_kind:
             texts = [(caption, prompt) for caption in sample.captions]
             texts += [(text, 0) for question in sample.qa for text in (question.question, *question.answers)]
-            for text, extra in texts:
-                cleaned = clean(text, max_words)
+            whole = [(text, clean(text, max_words), extra) for text, extra in texts]
+            if sample.texts:
+                part = next((text for text in sample.texts if not clean(text, max_words)), None)
+                whole.append((" / ".join(sample.texts), joined(sample.texts, max_words), 0) if part is None
+                             else (part, "", 0))
+            for text, cleaned, extra in whole:
                 if not cleaned:
                     raise RecordError(f"{sample.where}: the text {text!r} has no words; take it out")
                 # Few words and short ones need no tokenizer: a word is at most as many tokens as letters.
-                if len(cleaned) + prompt + 2 <= limit:
+                if len(cleaned) + extra + 2 <= limit:
                     continue
                 if (count := tokenizer.lengths([cleaned])[0] + extra) > limit:
                     raise RecordError(
                         f"{sample.where}: the text {text!r} has {count} tokens (with [CLS], [SEP] and prompt), the "
                         f"model takes {limit}; shorten it, lower max_words ({max_words}), or raise max_positions"
                     )
+
+
+def joined(texts: Sequence[str], max_words: int) -> str:
+    """One text, or the two of a pair as one: [SEP] between them, as BERT has it (but with one token type for both)."""
+    return " [SEP] ".join(clean(text, max_words) for text in texts)
 
 
 class Samples(torch.utils.data.Dataset):
@@ -137,20 +223,30 @@ class Samples(torch.utils.data.Dataset):
         raise MediaError(f"{len(errors)} files in a row cannot be decoded; the first: {errors[0]}")
 
     def pixels(self, sample: Sample, kind: str, rng: np.random.Generator) -> Tensor | None:
+        """`3 t H W`, of a pair of images `2 3 1 H W`, of a text None."""
+        if sample.images:
+            return torch.stack([to_pixels(read_image(image), self.image_size) for image in sample.images])
         if sample.media is None:
             return None
-        frames = read_video(sample.media, self.frames, rng) if kind == "video" else read_image(sample.media)
-        return to_pixels(frames, self.image_size)
+        video = KIND[kind].medium == "video"
+        return to_pixels(
+            read_video(sample.media, self.frames, rng) if video else read_image(sample.media), self.image_size
+        )
 
     def texts(self, sample: Sample, kind: str, rng: np.random.Generator) -> dict:
-        """One caption, r questions with an answer each, and the random numbers that choose the masked words."""
-        captions = sample.captions
+        """One caption, r questions with an answer each, and the random numbers that choose the masked words; or the
+        text that a label or a box is about."""
+        captions, medium = sample.captions, KIND[kind].medium
         item = {"kind": kind, "meaning": sample.meaning, "noise": rng.random((3, self.max_positions))}
         if captions:
             item["caption"] = self.clean(captions[rng.integers(len(captions))])
+            item["references"] = [self.clean(caption) for caption in captions]
+        if sample.texts:
+            item["text"] = joined(sample.texts, self.max_words)
+        item |= {name: value for name in ("label", "box") if (value := getattr(sample, name)) is not None}
         asked = list(sample.qa)
-        if captions and kind in INSTRUCTIONS:
-            asked.append(Question(INSTRUCTIONS[kind], captions, "describe"))
+        if captions and medium in INSTRUCTIONS:
+            asked.append(Question(INSTRUCTIONS[medium], captions, "describe"))
         # Each kind of question is as likely as any other, however many of it there are, and comes again only when all
         # have come.
         kinds = sorted({question.kind or "" for question in asked})
@@ -167,40 +263,68 @@ class Samples(torch.utils.data.Dataset):
 
 
 class Collate:
-    """Items of one kind -> a batch of tensors: `pixels`, `caption_*`, `masked*`, `prompted_*`, `question_*`, ...
+    """Items of one kind -> a batch of tensors, as the parts of the kind ask for:
 
-    `parts` says which texts the task trains on: `caption` (with `masked`), `prompted`, `question`.
+        caption     caption_ids and caption_mask, to compare with vision
+        masked      the same, with masked_ids and masked
+        prompted    prompted_ids, prompted_mask, prompt_length and references (texts), to write captions
+        question    question_* and answer_*
+        text        text_ids and text_mask, that a label or a box is about
+        label       label: the number of the class `b`, or the number to predict
+        box         box, `b 4`
+
+    `classes`: the names of the classes by task (`read_classes`; those of the model).
     """
 
-    def __init__(self, tokenizer: Tokenizer, parts: frozenset[str]):
-        self.tokenizer, self.parts = tokenizer, parts
+    def __init__(self, tokenizer: Tokenizer, classes: Mapping[str, tuple[str, ...]] = {}):
+        self.tokenizer = tokenizer
+        self.numbers = {task: {name: i for i, name in enumerate(names)} for task, names in classes.items()}
 
     def __call__(self, items: list[dict]) -> dict:
-        kind = items[0]["kind"]
+        kind = KIND[items[0]["kind"]]
+        parts = kind.parts
         batch = {
-            "kind": kind,
+            "kind": items[0]["kind"],
+            "task": kind.task,
             "where": [item["where"] for item in items],
             "errors": [error for item in items for error in item["errors"]],
             "meaning": torch.tensor([item["meaning"] for item in items]),
         }
-        if kind != "text":
+        if kind.medium != "text":
             batch["pixels"] = torch.stack([item["pixels"] for item in items])
         captions = [item.get("caption") for item in items]
-        if "caption" in self.parts and all(captions):
+        if "caption" in parts and all(captions):
             ids, mask = self.tokenizer.encode(captions)
             batch |= {"caption_ids": ids, "caption_mask": mask}
-            batch |= self.masked(ids, mask, np.stack([item["noise"] for item in items]))
-        if "prompted" in self.parts and kind != "text" and all(captions):
-            prompt = PROMPTS[kind]
+            if "masked" in parts:
+                batch |= self.masked(ids, mask, np.stack([item["noise"] for item in items]))
+        if "prompted" in parts and kind.medium != "text" and all(captions):
+            prompt = PROMPTS[kind.medium]
             batch["prompted_ids"], batch["prompted_mask"] = self.tokenizer.encode([f"{prompt} {c}" for c in captions])
             prompt_length = 1 + self.tokenizer.encode([prompt], special=False)[0].shape[1]
             batch["prompted_places"] = label_places(batch["prompted_mask"], prompt_length)
-        if "question" in self.parts and all("questions" in item for item in items):
+            batch["prompt_length"] = prompt_length
+            batch["references"] = [item["references"] for item in items]
+        if "text" in parts:
+            batch["text_ids"], batch["text_mask"] = self.tokenizer.encode([item["text"] for item in items])
+        if "label" in parts:
+            batch["label"] = torch.tensor([self.number(kind.task, item) for item in items])
+        if "box" in parts:
+            batch["box"] = torch.tensor([item["box"] for item in items])
+        if "question" in parts and all("questions" in item for item in items):
             questions, answers = zip(*(pair for item in items for pair in item["questions"]))
             batch["question_ids"], batch["question_mask"] = self.tokenizer.encode(list(questions))
             batch["answer_ids"], batch["answer_mask"] = self.tokenizer.encode(list(answers))
             batch["answer_places"] = label_places(batch["answer_mask"])
         return batch
+
+    def number(self, task: str, item: dict) -> int | float:
+        """Of the class, or the number that is to be predicted. RecordError for a class that is not of the model's."""
+        numbers, label = self.numbers[task], item["label"]
+        if isinstance(label, float) == bool(numbers) or (numbers and label not in numbers):
+            expected = f"one of {', '.join(numbers)}" if numbers else "a number"
+            raise RecordError(f"{item['where']}: label {label!r}: this model was made for {expected}")
+        return numbers[label] if numbers else label
 
     def masked(self, ids: Tensor, mask: Tensor, noise: np.ndarray) -> dict[str, Tensor]:
         """15 % of the words, `b l`: of these 80 % become [MASK], 10 % a random token, 10 % stay. Source: BERT."""

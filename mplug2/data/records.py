@@ -12,6 +12,7 @@ The media are not looked at here: a picture that does not exist is reported when
 
 import difflib
 import json
+import math
 import os
 import re
 import reprlib
@@ -50,6 +51,9 @@ TASK_LABELS: dict[str, tuple[str, ...]] = {
     "image_pair_reasoning": ("true", "false"),
 }
 """Tasks whose labels are given; those of the other tasks are whatever class names the files use."""
+
+NUMBER_TASKS: tuple[str, ...] = ("text_classification", "text_pair_classification")
+"""Tasks whose labels may be numbers, to be predicted as such."""
 
 FILE_NAME = re.compile(r"([a-z_]+)\.([A-Za-z0-9_-]+)\.jsonl")
 BOX_SLACK = 1e-3  # how far a box may stick out of its image, in image sizes: what rounding to three digits can cause
@@ -91,8 +95,8 @@ class Record:
     text: str | None = None
     texts: tuple[str, ...] = ()
     """Two texts."""
-    label: str | None = None
-    """The name of a class."""
+    label: str | float | None = None
+    """The name of a class; or, for text, a number to be predicted (regression)."""
     box: tuple[float, float, float, float] | None = None
     """Centre x, centre y, width and height, in widths and heights of the image: 0 to 1 from its top left corner."""
     gallery: str | None = None
@@ -184,7 +188,7 @@ def _field_parsers(root: Path, task: str) -> dict[str, Callable[[str, Any], Any]
         "qa": _questions,
         "text": _string,
         "texts": partial(_pair, _string),
-        "label": partial(_label, TASK_LABELS.get(task, ())),
+        "label": partial(_label, TASK_LABELS.get(task, ()), task in NUMBER_TASKS),
         "box": _box,
         "gallery": _string,
     }
@@ -247,9 +251,11 @@ def _question(at: str, value: Any) -> Question:
     )
 
 
-def _label(labels: tuple[str, ...], at: str, value: Any) -> str:
+def _label(labels: tuple[str, ...], numbers: bool, at: str, value: Any) -> str | float:
     if labels and value not in labels:
         _fail(at, value, f"one of {_listing(labels)}")
+    if numbers and type(value) in (int, float) and math.isfinite(value):
+        return float(value)
     return _string(at, value)
 
 

@@ -23,6 +23,9 @@ from mplug2.pretrained.files import open_settings, open_weights, read_json
 from mplug2.pretrained.released import LARGE_BERT, LARGE_RUN, from_released
 from mplug2.tokenizer import Tokenizer, clean
 
+RELEASED = [name for name, task in TASKS.items() if not (task.classifier or task.box)]
+"""Tasks whose heads a checkpoint of others may hold."""
+
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
@@ -30,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("file", nargs="?", help="a released mPLUG-2 checkpoint")
-    parser.add_argument("--task", choices=TASKS, help="default: video_caption, or pretrain with --clip and --bert")
+    parser.add_argument("--task", choices=RELEASED, help="default: video_caption, or pretrain with --clip and --bert")
     parser.add_argument("--settings", help="JSON object with the settings of the released run as `config` and "
                         "`bert_config`; default: the run's own in FILE, and those of the large model")
     parser.add_argument("--clip", help="file or folder of a CLIP ViT, with its settings beside it")

@@ -1,0 +1,233 @@
+"""Every task for real: from a pre-training checkpoint through train.py, a step or two, to eval.py and its files."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from test_train_eval import FAST, MODEL, SIZES, lines, refused
+
+import eval as evaluation
+import train
+from mplug2.checkpoint import load_training, read_classes
+from mplug2.data.records import read_records
+from mplug2.model import TASKS
+from tiny_data import write
+
+FINE_TUNED = [task for task in TASKS if task != "pretrain"]
+KEYS = {"caption": "caption_exact", "qa": "qa_digit", "retrieval": "t2v_r1", "grounding": "grounding_accuracy"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """All tasks, two of the splits, and the retrieval of a single gallery."""
+    folder = write(tmp_path_factory.mktemp("tasks") / "world", seed=0, sizes=SIZES)
+    for file in folder.glob("*.combos.jsonl"):
+        file.unlink()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pretrained(world, tmp_path_factory) -> Path:
+    """A checkpoint after one step of pre-training."""
+    out, light = tmp_path_factory.mktemp("pretrained"), tmp_path_factory.mktemp("light")
+    (light / "media").symlink_to(world / "media")
+    for name in ("video_caption", "video_qa", "image_caption", "image_qa", "text_only"):
+        shutil.copy(world / f"{name}.train.jsonl", light)
+    shutil.copy(world / "text_classification.val.jsonl", light)  # nothing that pre-training would be tested by
+    train.main([*MODEL, *FAST, "--data", str(light), "--out", str(out), "--max-steps", "1"])
+    return out / "tiny" / "last"
+
+
+def fine_tune(task: str, init: Path, world: Path, out: Path, *arguments: str) -> Path:
+    train.main([*FAST, "--task", task, "--init", str(init), "--data", str(world), "--out", str(out),
+                "--name", "tuned", "--max-steps", "1", *arguments])
+    return out / "tuned"
+
+
+@pytest.mark.parametrize("task", FINE_TUNED)
+def test_every_task_is_fine_tuned_and_evaluated(task, pretrained, world, tmp_path, capsys):
+    run = fine_tune(task, pretrained, world, tmp_path)
+    (results,) = [line for line in lines(run) if any(key.startswith("test/") for key in line)]
+    what = task.partition("_")[2] or task
+    key = KEYS.get(what, KEYS.get(task, f"{task}_accuracy"))
+    key = f"image_{key}" if task.startswith("image") and what in KEYS else key
+    assert 0 <= results[f"test/{key}"] <= 1
+    said = capsys.readouterr().out
+    assert ("and therefore trained from scratch" in said) == (TASKS[task].classifier or TASKS[task].box)
+
+    found = evaluation.main(["--checkpoint", str(run / "last"), "--data", str(world), "--task", task])
+    trained = {name: value for name, value in results.items() if name != "step"}
+    assert found == pytest.approx(trained)
+    said = capsys.readouterr().out
+    assert "chance" in said.splitlines()[0]
+    records = read_records(world, task, "test")
+    written = [json.loads(line) for line in (run / "last" / "eval" / "predictions.jsonl").read_text().splitlines()]
+    expected = {"retrieval": 0, "qa": sum(len(record.qa) for record in records)}.get(what, len(records))
+    assert len(written) == expected
+    for line in written:
+        assert set(line) == {"task", "split", "media", "question", "prediction", "truth"}
+        assert (line["task"], line["split"]) == (task, "test")
+        assert len(line["media"]) == (2 if TASKS[task].pair else 1 if TASKS[task].vision else 0)
+    if f"test/{task}_accuracy" in found:
+        assert set(read_classes(run / "last")[task]) == {record.label for record in read_records(world, task, "train")}
+        right = sum(line["prediction"] in line["truth"] for line in written) / len(written)
+        assert found[f"test/{task}_accuracy"] == pytest.approx(right)
+
+
+def test_several_tasks_share_the_steps_by_their_weights(pretrained, world, tmp_path):
+    run = fine_tune("video_qa,visual_entailment,grounding", pretrained, world, tmp_path,
+                    *"--task-weights 1,3,0 --max-steps 8".split())
+    counts = [sum(f"loss/{name}" in line for line in lines(run)) for name in ("answer", "label", "l1")]
+    assert counts == [2, 6, 0]
+    (results,) = [line for line in lines(run) if "test/qa_digit" in line]
+    assert "test/visual_entailment_accuracy" in results and "test/caption_exact" not in results
+    # What was learned together can be taken apart, heads included.
+    again = fine_tune("visual_entailment", run / "last", world, tmp_path / "again", "--lr", "0")
+    before, after = (load_file(folder / "last" / "model.safetensors") for folder in (run, again))
+    assert all(tensor.equal(before[name]) for name, tensor in after.items())
+
+
+def test_a_checkpoint_is_tested_by_all_that_it_has_the_modules_for(pretrained, world):
+    found = evaluation.main(["--checkpoint", str(pretrained), "--data", str(world), "--limit", "16"])
+    tasks = {"caption_exact", "qa_digit", "t2v_r1", "image_caption_exact", "image_qa_digit", "image_t2v_r1",
+             "image_classification_zero_shot", "video_classification_zero_shot"}
+    assert {f"test/{key}" for key in tasks} <= set(found)
+    assert not any("accuracy" in key or "entailment" in key for key in found)
+
+
+def test_a_resumed_run_has_the_momentum_copy_and_the_queue_of_the_run_that_never_stopped(world, pretrained, tmp_path):
+    arguments = ["--data", str(world), "--init", str(pretrained), "--name", "m", "--task", "video_retrieval,video_qa",
+                 *FAST, *"--distil 0.4 --queue 20 --momentum 0.9 --save-every 2 --keep 9 --max-steps 4".split()]
+    test_files = [file for file in world.glob("*.test.jsonl") if "retrieval" in file.name or "qa" in file.name]
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "media").symlink_to(world / "media")
+    for file in (*world.glob("video_*.train.jsonl"), world / "video_qa.val.jsonl"):
+        shutil.copy(file, data)
+    assert test_files
+    arguments[1] = str(data)
+    train.main([*arguments, "--out", str(tmp_path / "whole")])
+    whole, resumed = tmp_path / "whole" / "m", tmp_path / "resumed" / "m"
+    shutil.copytree(whole, resumed, symlinks=True)
+    shutil.rmtree(resumed / "step_0000004")
+    (resumed / "last").unlink()
+    (resumed / "last").symlink_to("step_0000002")
+    train.main(["--resume", "--name", "m", "--out", str(tmp_path / "resumed")])
+    expected, found = (load_training(folder / "last")["momentum"] for folder in (whole, resumed))
+    assert expected["steps"] == 4 and expected["queued"] == 16
+    assert [name for name in expected if not expected[name].equal(found[name])] == []
+    expected, found = (load_file(folder / "last" / "model.safetensors") for folder in (whole, resumed))
+    assert [name for name in expected if not expected[name].equal(found[name])] == []
+    copy = load_training(whole / "last")["momentum"]
+    assert any(not copy[f"teacher.{name}"].equal(tensor) for name, tensor in expected.items())
+
+
+def test_captions_are_refined_by_their_reward_with_frozen_modules_as_they_were(pretrained, world, tmp_path):
+    run = fine_tune("video_caption", pretrained, world, tmp_path, "--self-critical", "--freeze",
+                    "vision_encoder,vision_projection,vision_norm,universal", "--max-steps", "2")
+    losses = {key for line in lines(run) for key in line if key.startswith("loss/")}
+    assert losses == {"loss/reward"}
+    before, after = load_file(pretrained / "model.safetensors"), load_file(run / "last" / "model.safetensors")
+    changed = {name.split(".")[0] for name, tensor in after.items() if not tensor.equal(before[name])}
+    assert changed <= {"decoder"}
+
+
+def test_numbers_are_learned_as_numbers(world, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for split in ("train", "test"):
+        lines_of = [json.dumps({"texts": ["a red one", f"a {word} one"], "label": number})
+                    for word, number in (("red", 5), ("blue", 1.5), ("green", 0))]
+        (data / f"text_pair_classification.{split}.jsonl").write_text("\n".join(lines_of * 3))
+    train.main([*MODEL, *FAST, "--data", str(data), "--out", str(tmp_path),
+                *"--task text_pair_classification --max-steps 60 --lr 5e-3 --batch-size 9".split()])
+    (results,) = [line for line in lines(tmp_path / "tiny") if "test/text_pair_classification_pearson" in line]
+    assert results["test/text_pair_classification_pearson"] > 0.9
+    assert results["test/text_pair_classification_spearman"] > 0.9
+    assert read_classes(tmp_path / "tiny" / "last") == {"text_pair_classification": ()}
+
+
+def test_where_words_look_is_drawn(pretrained, world, tmp_path, capsys):
+    clip = next((world / "media" / "test").glob("video-0*.gif"))
+    arguments = ["--checkpoint", str(pretrained), "--input", str(clip)]
+    for name, more in (("answer", ["--question", "Which digit is it?"]), ("caption", [])):
+        file = tmp_path / "deep" / f"{name}.png"
+        evaluation.main([*arguments, *more, "--attention", str(file)])
+        written = capsys.readouterr().out.splitlines()
+        assert written[-1] == f"attention: {file}"
+        with Image.open(file) as picture:
+            picture.load()
+            assert min(picture.size) > 200
+    looks = evaluation.load(pretrained).look(clip, "Which digit is it?")[1]
+    assert [look.word for look in looks if "fusion" in look.module] == ["which", "digit", "is", "it"]
+    for look in looks:
+        assert look.map.dim() == 3 and look.map.shape[0] == 4 and 0 < look.map.sum() <= 1 + 1e-5
+    # A picture shows the words of a caption, too.
+    picture = next((world / "media" / "test").glob("image-0*.png"))
+    assert all(look.map.shape[0] == 1 for look in evaluation.load(pretrained).look(picture)[1])
+
+
+def test_answers_are_chosen_from_a_list(pretrained, world, tmp_path, capsys):
+    (tmp_path / "answers.txt").write_text("Red!\nseven\n\nred\n")
+    arguments = ["--checkpoint", str(pretrained), "--data", str(world), "--task", "image_qa"]
+    evaluation.main([*arguments, "--answers", str(tmp_path / "answers.txt")])
+    read = (pretrained / "eval" / "predictions.jsonl").read_text().splitlines()
+    assert {json.loads(line)["prediction"] for line in read} <= {"red", "seven"}
+    evaluation.main([*arguments, "--answers", "train"])
+    known = {answer for record in [*read_records(world, "image_qa", "train"), *read_records(world, "video_qa", "train")]
+             for question in record.qa for answer in question.answers}
+    read = (pretrained / "eval" / "predictions.jsonl").read_text().splitlines()
+    assert {json.loads(line)["prediction"] for line in read} <= known
+    (tmp_path / "empty.txt").write_text("\n")
+    message = refused(capsys, evaluation.main, [*arguments, "--answers", tmp_path / "empty.txt"], 1)
+    assert "no answers there" in message
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ("--task video_cation", "unknown task 'video_cation'; known are text_classification, "),
+    ("--task video_qa,video_qa", "a task is named twice"),
+    ("--task video_qa,image_qa --task-weights 1", "expected a number for each of video_qa,image_qa"),
+    ("--task video_qa --task-weights x", "task_weights='x': expected numbers"),
+    ("--task video_qa --task-weights -1", "expected no negative number"),
+    ("--task video_qa --task-weights 0", "the weights of all kinds of batches are 0"),
+    ("--task video_caption --distil 0.4", "video_caption has no answers to distil, and no --queue"),
+    ("--queue 64", "the queue belongs to a momentum copy"),
+    ("--task video_qa --distil 0.4 --queue 64", "video_qa has no VTC that would use it"),
+    ("--momentum 1", "expected less than 1"),
+    ("--task video_qa --self-critical", "video_qa writes no captions"),
+    ("--layer-decay 1.5", "layer_decay are shares"),
+])
+def test_settings_of_tasks_that_do_not_fit_are_refused(capsys, tmp_path, arguments, message):
+    assert message in refused(capsys, train.main, [*arguments.split(), "--out", tmp_path], 2)
+
+
+def test_what_a_checkpoint_cannot_do_is_refused_with_the_way_to_it(capsys, pretrained, world, tmp_path):
+    arguments = ["--checkpoint", pretrained, "--data", world]
+    for task, message in (("grounding", "has not the modules for grounding; fine-tune it: train.py --task grounding"),
+                          ("pretrain", "task 'pretrain' cannot be evaluated")):
+        assert message in refused(capsys, evaluation.main, [*arguments, "--task", task], 1)
+    message = refused(capsys, train.main, [*FAST, "--task", "video_qa", "--init", pretrained, "--data", world,
+                                           "--out", tmp_path, "--freeze", "vision"], 1)
+    assert "for video_qa has no 'vision'; it has vision_encoder, " in message
+
+
+def test_classes_by_captions_are_those_of_the_file_or_of_the_prompt(pretrained, world, tmp_path):
+    from mplug2.evaluation import zero_shot
+
+    model = evaluation.load(pretrained)
+    records = read_records(world, "image_classification", "test")
+    media = [record.image for record in records]
+    found = zero_shot(model, "image_classification", media, ["one", "two"], tmp_path)
+    texts = model.embed(["a picture of a one", "a picture of a two"])
+    assert found == [["one", "two"][i] for i in (model.embed(media) @ texts.T).argmax(1).tolist()]
+    (tmp_path / "image_classification.captions.json").write_text(json.dumps({"one": ["red", "blue"], "two": ["two"]}))
+    one = torch.nn.functional.normalize(model.embed(["red", "blue"]).mean(0), dim=0)
+    scores = model.embed(media) @ torch.stack([one, model.embed(["two"])[0]]).T
+    found = zero_shot(model, "image_classification", media, ["one"], tmp_path)
+    assert found == [["one", "two"][i] for i in scores.argmax(1).tolist()]
+    with pytest.raises(ValueError, match="no captions of the class 'three'"):
+        zero_shot(model, "image_classification", media, ["three"], tmp_path)
