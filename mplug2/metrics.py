@@ -1,6 +1,6 @@
 """What each task is scored by, as its literature computes it.
 
-    captions         bleu, CiderD and cider_d, rouge_l; paper_captions (the papers' pipeline; needs the extra `eval`, Java)
+    captions         bleu, CiderD and cider_d, rouge_l; paper_captions (the papers' pipeline: the extra `eval`, Java)
     answers          exact_match, vqa_accuracy (ten answers a question)
     retrieval        retrieval (recall at 1, 5, 10 and median rank, of one direction)
     classification   top_k, matthews, f1
@@ -139,7 +139,7 @@ ROUGE_BETA = 1.2
 
 
 def rouge_l(references: list[list[str]], hypotheses: list[str]) -> float:
-    """ROUGE-L in [0, 1] (Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries"), the mean over the samples.
+    """ROUGE-L in [0, 1] (Lin 2004, "ROUGE: A Package for Automatic Evaluation ..."), the mean over the samples.
 
     As in the COCO caption evaluation: precision and recall of the longest common subsequence of words, each the best
     over the references, and their F-measure with beta 1.2. Raises ValueError as `bleu` does.

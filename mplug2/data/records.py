@@ -73,7 +73,7 @@ class Question:
 
     question: str
     answers: tuple[str, ...]
-    """Every answer that counts as right; at least one, but in an unlabelled record. Repeats are kept: they are votes."""
+    """Every answer that counts as right; at least one, unless unlabelled. Repeats are kept: they are votes."""
     kind: str | None = None
     """What is asked for ("colour", "order", ...), to score each kind by itself."""
 

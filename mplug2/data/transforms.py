@@ -14,7 +14,9 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 GREY = (128, 128, 128)  # what shows where an operation moves the picture away
-COLOURS = {"brightness": ImageEnhance.Brightness, "contrast": ImageEnhance.Contrast, "sharpness": ImageEnhance.Sharpness}
+COLOURS = {
+    "brightness": ImageEnhance.Brightness, "contrast": ImageEnhance.Contrast, "sharpness": ImageEnhance.Sharpness,
+}
 MOVES = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
 IMAGE_OPERATIONS = ("identity", "autocontrast", "equalize", "brightness", "sharpness", *MOVES)
 VIDEO_OPERATIONS = ("identity", "contrast", "brightness", "sharpness", *MOVES)

@@ -85,9 +85,9 @@ def visual_genome(files: Files) -> Iterator[Found]:
 
 def cc3m(files: Files) -> Iterator[Found]:
     """Train_GCC-training.tsv and, if it is there, Validation_GCC-1.1.0-Validation.tsv: caption and address. The
-    pictures of a split are named by the number of their row, from 0, in nine digits, as img2dataset does; put those of
-    validation into a folder `val`."""
-    yield from _web(files, "train", files.annotation("Train_GCC-training.tsv"), ["caption", "url"])
+    pictures of a split are named by the number of their row, from 0, in nine digits, as img2dataset does, and lie below
+    a folder `train` and a folder `val`."""
+    yield from _web(files, "train", files.annotation("Train_GCC-training.tsv"), ["caption", "url"], "train")
     if path := files.optional("Validation_GCC-1.1.0-Validation.tsv"):
         yield from _web(files, "val", path, ["caption", "url"], "val")
 

@@ -206,7 +206,7 @@ class Files:
     def annotation(self, *names: str) -> Path:
         """The first of these annotation files that is there. Raises FileNotFoundError with the names if none is."""
         if (path := self.optional(*names)) is None:
-            raise FileNotFoundError(f"{self.root}: no annotation file {' or '.join(names)}, there or in a folder below; "
+            raise FileNotFoundError(f"{self.root}: no annotation file {' or '.join(names)} there or in a folder below; "
                                     "unpack the published annotations into it")
         return path
 
@@ -230,6 +230,7 @@ class Files:
             stem, suffix = os.path.basename(name), ""
         found = [path for path in self._media.get(stem, []) if path.lower().endswith(SUFFIXES[kind])]
         for rule in (lambda path: path == name, lambda path: path.endswith(f"/{name}"),
+                     lambda path: f"/{os.path.dirname(name)}/" in f"/{path}",
                      lambda path: os.path.basename(path) == os.path.basename(name)):
             found = [path for path in found if rule(path)] or found
         if len(found) > 1:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mplug2.data.adapters.source import Files, Found, fail, table
+from mplug2.data.adapters.source import Files, Found, Item, fail, table
 
 NO_YES = {"0": "not_entailment", "1": "entailment"}
 ENTAILMENT = {"entailment": "entailment", "not_entailment": "not_entailment"}
@@ -62,8 +62,8 @@ def glue(files: Files, name: str) -> Iterator[Found]:
             yield Found(kind, split, row.where, fields)
 
 
-def _score(row, column: str) -> str:
+def _score(row: Item, column: str) -> float:
     value = row.number(column)
     if not 0 <= value <= 5:
         fail(f"{row.where}: {column}", "a score from 0 to 5", row.get(column))
-    return row.text(column)
+    return value
