@@ -11,7 +11,11 @@ from pathlib import Path
 
 from mplug2.data.adapters.text import GLUE
 
-SERVERS = ("vqav2", "nocaps", *(f"glue_{name}" for name in GLUE))
+TASKS = {"vqav2": "image_qa", "nocaps": "image_caption"} | {
+    f"glue_{name}": "text_classification" if len(task.texts) == 1 else "text_pair_classification"
+    for name, task in GLUE.items()
+}
+"""The benchmarks, and which of our tasks each is."""
 NUMBERED = ("CoLA", "SST-2", "MRPC", "QQP", "WNLI")
 """Tasks of GLUE whose files have 0 and 1 for the classes; the others have their names."""
 
@@ -20,10 +24,10 @@ def write(benchmark: str, folder: Path | str, split: str, predictions: Sequence[
     """Write (id of the record, prediction) pairs into `folder`, as the server of `benchmark` wants them; returns the
     file. Raises ValueError for an unknown benchmark, an id that is no number or is there twice, an empty prediction and
     a class that the task does not have, each with its id."""
-    if benchmark not in SERVERS:
-        raise ValueError(f"no server format for {benchmark!r}; there are {', '.join(SERVERS)}")
+    if benchmark not in TASKS:
+        raise ValueError(f"no server format for {benchmark!r}; there are {', '.join(TASKS)}")
     if not predictions:
-        raise ValueError(f"there is no prediction for {benchmark}, split {split}")
+        raise ValueError(f"there is no prediction of {TASKS[benchmark]} for {benchmark}, split {split}")
     seen = set()
     for name, prediction in predictions:
         if not name.isdecimal():

@@ -2,7 +2,7 @@
 
     python -m tiny_data.emoji --out data/emoji
 
-Fetches six packages with the `npm` client (about 800 MB; the folder that is written has about 60 MB):
+Fetches six packages with the `npm` client (about 800 MB; the folder that is written has about 160 MB):
 
     emoji-datasource-google@16              3,786 pictures of 64 pixels                    drawings: Apache-2.0 (Noto)
     emojibase-data@17                       names, keywords and groups                     MIT
