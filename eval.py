@@ -150,7 +150,7 @@ def score(predictor: Predictor, config: EvalConfig) -> dict[str, float]:
         if config.server:
             pairs = [(p.id, str(p.prediction)) for p in predictions if p.task == servers.TASKS[config.server]]
             print(f"for the server of {config.server}: {servers.write(config.server, folder, split, pairs)}")
-        seen = [prediction for prediction in predictions if prediction.media]
+        seen = [prediction for prediction in predictions if prediction.media and prediction.truth]
         if seen:
             contact_sheet(sample(seen, 16), predictor.preparation.frames, folder / f"contact_sheet_{split}.png")
     if not flat and not lines:

@@ -69,8 +69,8 @@ def test_cider_d_equals_the_coco_evaluation(corpus):
 def test_rouge_l_equals_the_coco_evaluation(corpus):
     references, hypotheses = corpus
     # The reference counts an empty caption as one empty word, which could match another one: leave these out.
-    references = [[text for text in texts if text] or ["a"] for texts in references]
-    hypotheses = [text or "x" for text in hypotheses]
+    references = [[" ".join(text.split()) for text in texts if text.strip()] or ["a"] for texts in references]
+    hypotheses = [" ".join(text.split()) or "x" for text in hypotheses]
     expected, _ = Rouge().compute_score(*as_coco(references, hypotheses))
     assert rouge_l(references, hypotheses) == pytest.approx(expected, abs=1e-12)
 
