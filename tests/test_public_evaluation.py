@@ -8,9 +8,11 @@ import torch
 from helpers import small
 
 import eval as evaluation
+import train
 from mplug2.checkpoint import Preparation, save_model
 from mplug2.data.__main__ import main
-from mplug2.data.loader import INSTRUCTIONS, PROMPTS
+from mplug2.data.loader import INSTRUCTIONS, PROMPTS, read_samples
+from mplug2.data.records import RecordError
 from mplug2.metrics import bleu, cider_d, rouge_l
 from mplug2.model import MPLUG2
 from mplug2.tokenizer import Tokenizer
@@ -58,6 +60,26 @@ def test_zero_shot_captions_and_retrieval_of_coco(checkpoint, tmp_path):
     metrics, predictions = run(checkpoint, tmp_path / "data", "--splits", "val,test")
     assert {line["id"] for line in predictions} == {"102", "103"}
     assert {"val/image_caption_cider", "test/image_t2v_r10", "test/image_v2t_median_rank"} <= set(metrics)
+
+
+def test_a_recipe_fine_tunes_on_what_was_written(checkpoint, tmp_path):
+    """One clip of two captions, ten epochs, batches of two: ten steps, augmented, and then it is evaluated."""
+    downloads.make("msrvtt_caption", tmp_path / "msrvtt")
+    main(["msrvtt_caption", str(tmp_path / "msrvtt"), "--out", str(tmp_path / "data")])
+    metrics = train.main([
+        "--recipe", "msrvtt_caption", "--init", str(checkpoint), "--data", str(tmp_path / "data"), "--batch-size", "2",
+        "--frames", "2", "--precision", "float32", "--device", "cpu", "--out", str(tmp_path / "runs"),
+    ])
+    assert "caption_cider" in metrics
+    settings = json.loads((tmp_path / "runs" / "msrvtt_caption" / "settings.json").read_text())["train"]
+    assert (settings["max_steps"], settings["epochs"], settings["augment"]) == (10, 0, "finetune")
+
+
+def test_unlabelled_records_are_not_trained_on(tmp_path):
+    downloads.picture(tmp_path / "a.png")
+    downloads.lines(tmp_path / "image_caption.train.jsonl", {"image": "a.png", "unlabelled": True})
+    with pytest.raises(RecordError, match="image_caption.train.jsonl:1: an unlabelled record can be predicted, but not"):
+        read_samples(tmp_path, "image_caption", "train")
 
 
 def test_every_caption_may_be_a_query(checkpoint, tmp_path):

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from mplug2.data.loader import Sample, Samples
 from mplug2.data.media import CLIP_MEAN, CLIP_STD, to_pixels
 from mplug2.data.transforms import (
     GREY,
@@ -127,6 +128,24 @@ def test_what_each_operation_does():
     np.testing.assert_allclose(after("shear_x", 0.3)[0, :19], pixels[0, :19], atol=20)  # by 0.15 of a pixel
     assert (after("shear_x", 0.3)[19, 15:] == GREY).all()
     np.testing.assert_array_equal(after("rotate", 90), np.rot90(pixels))
+
+
+def test_training_samples_are_augmented_by_their_own_number(tmp_path):
+    """The same sample is the same again, another epoch's is not, and without augmentation it is the whole picture."""
+    for number in range(2):
+        Image.fromarray(noise(1, 30, 30, number)[0]).save(tmp_path / f"{number}.png")
+    kinds = {
+        "image_caption": [Sample("a:1", 1, tmp_path / "0.png", ("a dog",))],
+        "image_pair_reasoning": [Sample("b:1", 1, images=(tmp_path / "0.png", tmp_path / "1.png"), texts=("both",),
+                                        label="true")],
+    }
+    made = Samples(kinds, 16, 2, 1, 8, 30, 0, Augmentation())
+    for kind in kinds:
+        first, again, later = (made[kind, epoch, 0]["pixels"] for epoch in (0, 0, 1))
+        assert torch.equal(first, again) and not torch.equal(first, later)
+        plain = Samples(kinds, 16, 2, 1, 8, 30, 0)[kind, 0, 0]["pixels"]
+        assert plain.shape == first.shape and not torch.equal(plain, first)
+    torch.testing.assert_close(plain[0], to_pixels(noise(1, 30, 30, 0), 16))
 
 
 @given(sides, sides, st.integers(4, 24))
