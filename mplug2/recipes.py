@@ -36,7 +36,7 @@ def _recipe(
     settings = dict(
         task=task, lr=lr, vision_lr=vision_lr, min_lr=round(1e-6 / lr, 4), epochs=epochs, batch_size=batch,
         weight_decay=0.02, beta2=0.999, augment="finetune" if clips or pictures else "none", flip=clips or pictures,
-        frames=16, precision="bfloat16",
+        frames=16, precision="bfloat16", optimizer="adamw", vtc_weight=1.0,
     )
     return Recipe(data, task, metric, source, paper, MappingProxyType(settings | more))
 
