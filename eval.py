@@ -3,6 +3,8 @@
     python eval.py --checkpoint runs/tiny/last                                # all tasks, test and combos
     python eval.py --checkpoint runs/tiny/last --task video_qa --answers train          # choose answers from a list
     python eval.py --checkpoint runs/tiny/last --json results.json
+    python eval.py --checkpoint CHECKPOINT --data DIR --beams 5 --paper-captions        # as captioning papers score
+    python eval.py --checkpoint CHECKPOINT --data DIR --task image_qa --splits test-dev --server vqav2
     python eval.py --checkpoint runs/tiny/last --input clip.mp4               # caption an image, GIF or video
     python eval.py --checkpoint runs/tiny/last --input clip.mp4 --question "which digit is it"
     python eval.py --checkpoint runs/tiny/last --input clip.mp4 --question "which digit is it" --attention out.png
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tiny_data
+from mplug2 import servers
 from mplug2.data.media import is_media
 from mplug2.data.records import available, read_records
 from mplug2.evaluation import Prediction, chance, evaluate, table
@@ -54,9 +57,15 @@ class EvalConfig:
     find: str = ""
     """A text: list the files of the folder --input that fit it best."""
     beams: int = 1
-    """Beams of the caption search for --input; 1 is greedy."""
+    """Beams of the search for captions; 1 is greedy, the papers take 5."""
     prompted: bool = True
     """Captions of --input continue the prompt, "a video of"; without, they start from [CLS] alone, as released."""
+    paper_captions: bool = False
+    """Score captions by the papers' pipeline too (Penn Treebank tokens, METEOR): the extra `eval`, and Java."""
+    all_captions: bool = False
+    """Retrieval asks for every caption of a record, as COCO and Flickr30k do, not only for the first."""
+    server: str = ""
+    """Write predictions as a benchmark's server takes them: vqav2, nocaps, glue_cola and the other tasks of GLUE."""
     device: str = "cpu"
     """cpu, cuda, mps."""
 
@@ -76,6 +85,8 @@ class EvalConfig:
             raise ValueError(f"--input {self.input}: no such file or folder")
         if self.input and bool(self.find) != Path(self.input).is_dir():
             raise ValueError("--find searches a folder, and a folder needs --find; captions are of one file")
+        if self.server and self.server not in servers.TASKS:
+            raise ValueError(f"--server {self.server}: expected one of {', '.join(servers.TASKS)}")
         if self.limit < 0 or self.beams < 1:
             raise ValueError("--limit has to be at least 0 and --beams at least 1")
 
@@ -130,13 +141,19 @@ def score(predictor: Predictor, config: EvalConfig) -> dict[str, float]:
     folder.mkdir(exist_ok=True)
     by_split, flat, lines = {}, {}, []
     for split in splits:
-        by_split[split], predictions = evaluate(predictor, root, split, config.limit or None, tasks, among)
+        by_split[split], predictions = evaluate(
+            predictor, root, split, config.limit or None, tasks, among, config.beams, config.paper_captions,
+            config.all_captions,
+        )
         flat |= {f"{split}/{name}": value for name, value in by_split[split].items()}
         lines += [json.dumps(prediction.line(split)) + "\n" for prediction in predictions]
-        seen = [prediction for prediction in predictions if prediction.media]
+        if config.server:
+            pairs = [(p.id, str(p.prediction)) for p in predictions if p.task == servers.TASKS[config.server]]
+            print(f"for the server of {config.server}: {servers.write(config.server, folder, split, pairs)}")
+        seen = [prediction for prediction in predictions if prediction.media and prediction.truth]
         if seen:
             contact_sheet(sample(seen, 16), predictor.preparation.frames, folder / f"contact_sheet_{split}.png")
-    if not flat:
+    if not flat and not lines:
         raise ValueError(f"{root} has no data, in the splits {config.splits}, for what this checkpoint can do "
                          f"(task {config.task}, trained for {predictor.model.task})")
     (folder / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -145,6 +162,9 @@ def score(predictor: Predictor, config: EvalConfig) -> dict[str, float]:
     file.write_text(json.dumps(flat, indent=2) + "\n")
     by_chance = chance(root, splits[0], config.limit or None)
     print(table({**by_split, "chance": {name: by_chance[name] for name in by_split[splits[0]] if name in by_chance}}))
+    if any("caption_" in name for name in flat):
+        print("captions scored: on lower-case words without punctuation, by this repository"
+              + ("; caption_paper_*: on Penn Treebank tokens, by pycocoevalcap" if config.paper_captions else ""))
     print(f"metrics: {file}; predictions and contact sheets: {folder}")
     return flat
 

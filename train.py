@@ -13,6 +13,7 @@ prints what was learned. All flags: python train.py --help
 """
 
 import dataclasses
+import difflib
 import json
 import math
 import random
@@ -45,6 +46,7 @@ from mplug2.data.loader import (
     read_samples,
 )
 from mplug2.data.records import available
+from mplug2.data.transforms import Augmentation
 from mplug2.evaluation import evaluate, table
 from mplug2.flags import Parser
 from mplug2.inference import Predictor
@@ -52,12 +54,15 @@ from mplug2.model import MPLUG2, TASKS, checkpoint_activations, compile_model, s
 from mplug2.momentum import Momentum
 from mplug2.objectives import Objectives
 from mplug2.plots import curves
+from mplug2.recipes import RECIPES
 from mplug2.self_critical import SelfCritical
 from mplug2.tokenizer import Tokenizer, clean
 
 
 @dataclass(frozen=True)
 class TrainConfig:
+    recipe: str = ""
+    """The settings of a public task, such as msrvtt_caption (mplug2/recipes.py lists them); other flags win over it."""
     task: str = "pretrain"
     """What to train: pretrain, text_classification, text_pair_classification, image_classification,
     video_classification, image_retrieval, video_retrieval, image_caption, video_caption, image_qa, video_qa,
@@ -80,10 +85,16 @@ class TrainConfig:
     """Go on from the newest checkpoint of this run, with its settings."""
     max_steps: int = 1500
     """Training steps; the learning rate falls over them."""
+    epochs: float = 0.0
+    """In place of max_steps: how often each caption, question or labelled sample is seen; 0: max_steps says."""
     batch_size: int = 32
     """Samples a step, over all processes together."""
     frames: int = 4
     """Frames taken of each clip."""
+    augment: Literal["none", "finetune", "pretrain"] = "none"
+    """Crops and RandAugment: of half of the area or more (finetune), or as in pre-training on web data."""
+    flip: bool = False
+    """With --augment: turn half of the samples over; not where texts or classes tell left from right."""
     questions: int = 2
     """Questions asked about each sample in a step."""
     max_words: int = 30
@@ -182,6 +193,10 @@ class TrainConfig:
             raise ValueError(f"distil={self.distil}: {self.task} has no answers to distil, and no --queue for VTC")
         if self.self_critical and not any("prompted" in kind.parts for task in tasks for kind in KINDS[task].values()):
             raise ValueError(f"self_critical: {self.task} writes no captions")
+        if self.augment != "none" and "grounding" in tasks:
+            raise ValueError(f"augment={self.augment!r}: crops and moves would leave the boxes of grounding behind")
+        if self.flip and self.augment == "none":
+            raise ValueError("flip is a part of augmentation: add --augment finetune")
         if not sum(self.kind_weights().values()):
             raise ValueError("the weights of all kinds of batches are 0: there is nothing to train on; "
                              "see task_weights, video_weight, image_weight and text_weight")
@@ -190,7 +205,7 @@ class TrainConfig:
 
     @property
     def run_name(self) -> str:
-        return self.name or self.preset
+        return self.name or self.recipe or self.preset
 
     def shares(self) -> list[float]:
         try:
@@ -250,7 +265,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
 def resolve(given: dict, changes: dict) -> tuple[TrainConfig, dict]:
     """The settings of this run and the changed settings of its model; those of the run itself if it is resumed."""
-    config = TrainConfig(**{**FINE_TUNING.get(given.get("task", ""), {}), **given})
+    defaults = {} if "recipe" in given else FINE_TUNING.get(given.get("task", ""), {})
+    config = TrainConfig(**{**defaults, **with_recipe(given)})
     folder = Path(config.out) / config.run_name
     saved_file = folder / "settings.json"
     if config.resume:
@@ -273,6 +289,26 @@ def resolve(given: dict, changes: dict) -> tuple[TrainConfig, dict]:
     else:
         PRESETS[config.preset](**changes)
     return config, changes
+
+
+def with_recipe(given: dict) -> dict:
+    """The flags that were given, over those of the recipe that they name."""
+    if "recipe" not in given or given.get("resume"):
+        return given
+    if given["recipe"] not in RECIPES:
+        near = difflib.get_close_matches(given["recipe"], RECIPES, n=1)
+        raise ValueError(f"recipe={given['recipe']!r}: " + (f"did you mean {near[0]}? " if near else "")
+                         + f"There are {', '.join(RECIPES)}")
+    recipe = RECIPES[given["recipe"]]
+    if "data" not in given:
+        raise ValueError(f"recipe {given['recipe']} needs its data: write them by python -m mplug2.data {recipe.data} "
+                         "ROOT --out DIR, and give --data DIR")
+    if not {"init", "preset"} & set(given):
+        raise ValueError(f"recipe {given['recipe']} fine-tunes a checkpoint: name it by --init (or a --preset, to "
+                         "train from scratch)")
+    if "max_steps" in given:
+        given = {"epochs": 0.0, **given}
+    return {**recipe.settings, **given}
 
 
 def run(config: TrainConfig, changes: dict, process: distributed.Process) -> dict[str, float]:
@@ -298,6 +334,11 @@ def run(config: TrainConfig, changes: dict, process: distributed.Process) -> dic
     if not weights:
         raise ValueError(f"{root} has training data of {', '.join(samples)} only, whose weights are 0")
     samples = {kind: samples[kind] for kind in weights}
+    if config.epochs:
+        texts = sum(max(len(sample.captions), math.ceil(len(sample.qa) / config.questions), 1)
+                    for of_kind in samples.values() for sample in of_kind)
+        steps = max(1, math.ceil(config.epochs * texts / config.batch_size))
+        config = dataclasses.replace(config, max_steps=steps, epochs=0.0)  # what is saved, and resumed
     classes = read_classes(samples)
 
     # ---- model and tokenizer
@@ -353,6 +394,7 @@ def run(config: TrainConfig, changes: dict, process: distributed.Process) -> dic
     dataset = Samples(
         samples, model.config.image_size, config.frames, config.questions, model.config.max_positions,
         config.max_words, config.seed,
+        None if config.augment == "none" else Augmentation(config.augment, config.flip),
     )
     batches = MixedBatches(
         {kind: len(of_kind) for kind, of_kind in samples.items()}, weights, config.batch_size, config.max_steps,

@@ -1,9 +1,11 @@
 """What a model learned: captions, answers, retrieval, classes and boxes on one split of a data set, as flat numbers.
 
-Keys on clips: caption_exact, caption_cider, caption_bleu4; qa_<kind of question>; t2v_r1, v2t_r1, ..._r5, ..._r10,
-..._r1_rerank. On pictures the same with the prefix `image_`. Of labels <task>_accuracy, of numbers <task>_pearson and
-<task>_spearman, of classes that are told by captions alone <task>_zero_shot; grounding_accuracy (boxes that overlap the
-true one by more than half) and grounding_iou. All but CIDEr and correlations are shares, from 0 to 1.
+Keys on clips: caption_exact, caption_cider, caption_bleu4, caption_rouge_l, and caption_paper_<metric> of the papers'
+pipeline; qa_<kind of question>, vqa_accuracy where there are ten answers each; t2v_r1, v2t_r1, ..._r5, ..._r10,
+..._median_rank, ..._r1_rerank. On pictures the same with the prefix `image_`. Of labels <task>_accuracy, _top5 where
+there are more classes, _matthews and _f1 where there are two; of numbers <task>_pearson and <task>_spearman, of classes
+that are told by captions alone <task>_zero_shot; grounding_accuracy (boxes that overlap the true one by half) and
+grounding_iou. All but CIDEr, correlations and ranks are shares, from 0 to 1.
 """
 
 import dataclasses
@@ -19,7 +21,21 @@ import torch
 from mplug2.data.loader import PROMPTS
 from mplug2.data.records import Record, available, read_records
 from mplug2.inference import Predictor
-from mplug2.metrics import bleu, cider_d, exact_match, retrieval
+from mplug2.metrics import (
+    bleu,
+    cider_d,
+    exact_match,
+    f1,
+    grounding_accuracy,
+    matthews,
+    paper_captions,
+    pearson,
+    retrieval,
+    rouge_l,
+    spearman,
+    top_k,
+    vqa_accuracy,
+)
 from mplug2.model import MPLUG2, TASKS
 from mplug2.objectives import generalised_iou
 from mplug2.tokenizer import clean
@@ -29,6 +45,8 @@ EVALUATED = (*ORDER, *(task for task in TASKS if task not in ORDER and task != "
 """Every task that is evaluated; pre-training is evaluated by the others."""
 CANDIDATES = 32
 """Answers of a list that are scored whole."""
+VOTES = 10
+"""Answers that VQAv2 has of each question."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +63,13 @@ class Prediction:
     """The other picture of a pair."""
     right: bool | None = None
     """Without it: is the prediction one of the truths?"""
+    id: str = ""
+    """Of the record."""
 
     def line(self, split: str) -> dict:
         """As in predictions.jsonl."""
         media = [str(path) for path in (self.media, self.second) if path]
-        return {"task": self.task, "split": split, "media": media, "question": self.question,
+        return {"task": self.task, "split": split, "id": self.id, "media": media, "question": self.question,
                 "prediction": self.prediction, "truth": list(self.truth)}
 
 
@@ -64,10 +84,12 @@ def can(model: MPLUG2, task: str) -> bool:
 
 def evaluate(
     predictor: Predictor, root: Path, split: str, limit: int | None = None, tasks: Sequence[str] | None = None,
-    among: Sequence[str] | None = None,
+    among: Sequence[str] | None = None, beams: int = 1, paper: bool = False, all_captions: bool = False,
 ) -> tuple[dict[str, float], list[Prediction]]:
     """All that the model has the modules for and the folder `root` the files; or these `tasks` only. `limit`: only the
-    first records of each. `among`: answers to rank, instead of writing them.
+    first records of each. `among`: answers to rank, instead of writing them. `beams`: of the search for captions.
+    `paper`: captions by the papers' pipeline too. `all_captions`: every caption is a query of retrieval, not only the
+    first. Unlabelled records are predicted, but not scored.
 
     Raises ValueError for a task among `tasks` that is unknown, or that the model has no modules for.
     """
@@ -87,11 +109,11 @@ def evaluate(
         medium, _, what = task.partition("_")
         prefix, written = "image_" if medium == "image" else "", []
         if what == "caption":
-            found, written = captions(predictor, records, medium)
+            found, written = captions(predictor, records, medium, beams, paper)
         elif what == "qa":
             found, written = answers(predictor, records, medium, among)
         elif what == "retrieval":
-            found = galleries(predictor, records)
+            found = galleries(predictor, records, all_captions=all_captions)
         elif task == "grounding":
             prefix, (found, written) = "", boxes(predictor, records)
         else:
@@ -101,66 +123,87 @@ def evaluate(
     return metrics, predictions
 
 
-def captions(predictor: Predictor, records: list[Record], kind: str) -> tuple[dict[str, float], list[Prediction]]:
+def captions(
+    predictor: Predictor, records: list[Record], kind: str, beams: int = 1, paper: bool = False
+) -> tuple[dict[str, float], list[Prediction]]:
     media = [record.video or record.image for record in records]
-    written = predictor.caption(media)
+    written = predictor.caption(media, beams)
     references = [[clean(caption) for caption in record.captions] for record in records]
-    metrics = {
-        "caption_exact": exact_match(references, written),
-        "caption_cider": cider_d(references, written)[0],
-        "caption_bleu4": bleu(references, written)[3],
-    }
+    scored = [(record.captions, truths, text) for record, truths, text in zip(records, references, written) if truths]
+    metrics = {}
+    if scored:
+        raw, truths, texts = map(list, zip(*scored))
+        metrics = {
+            "caption_exact": exact_match(truths, texts),
+            "caption_cider": cider_d(truths, texts)[0],
+            "caption_bleu4": bleu(truths, texts)[3],
+            "caption_rouge_l": rouge_l(truths, texts),
+        }
+        if paper:
+            found = paper_captions([list(captions) for captions in raw], texts)
+            metrics |= {f"caption_paper_{name}": value for name, value in found.items()}
     return metrics, [
-        Prediction(f"{kind}_caption", path, "", text, tuple(truth))
-        for path, text, truth in zip(media, written, references)
+        Prediction(f"{kind}_caption", path, "", text, tuple(truth), id=record.id)
+        for path, text, truth, record in zip(media, written, references, records)
     ]
 
 
 def answers(
     predictor: Predictor, records: list[Record], kind: str, among: Sequence[str] | None = None
 ) -> tuple[dict[str, float], list[Prediction]]:
-    asked = [(record.video or record.image, question) for record in records for question in record.qa]
-    media, questions = [media for media, _ in asked], [question.question for _, question in asked]
+    asked = [(record.video or record.image, question, record.id) for record in records for question in record.qa]
+    media, questions = [media for media, _, _ in asked], [question.question for _, question, _ in asked]
     if among is None:
         written = predictor.answer(media, questions)
     else:
         written = predictor.answer(media, questions, among=among, candidates=CANDIDATES)
     by_kind = defaultdict(list)
-    for (_, question), text in zip(asked, written):
-        by_kind[question.kind or "all"].append((question.answers, text))
+    for (_, question, _), text in zip(asked, written):
+        if question.answers:
+            by_kind[question.kind or "all"].append((list(question.answers), text))
     metrics = {
-        f"qa_{name}": exact_match([list(truth) for truth, _ in pairs], [text for _, text in pairs])
+        f"qa_{name}": exact_match([truth for truth, _ in pairs], [text for _, text in pairs])
         for name, pairs in sorted(by_kind.items())
     }
+    voted = [pair for pairs in by_kind.values() for pair in pairs]
+    if voted and all(len(truth) == VOTES for truth, _ in voted):
+        metrics["vqa_accuracy"] = vqa_accuracy([truth for truth, _ in voted], [text for _, text in voted])
     return metrics, [
-        Prediction(f"{kind}_qa", path, question.question, text, question.answers)
-        for (path, question), text in zip(asked, written)
+        Prediction(f"{kind}_qa", path, question.question, text, question.answers, id=name)
+        for (path, question, name), text in zip(asked, written)
     ]
 
 
-def galleries(predictor: Predictor, records: list[Record], rerank: int = 16) -> dict[str, float]:
-    """Mean over the galleries. The text of a record is the first of its captions; records of equal meaning are right
-    answers for each other. The `rerank` best by cosine are ranked anew by the matching head."""
+def galleries(
+    predictor: Predictor, records: list[Record], rerank: int = 16, all_captions: bool = False
+) -> dict[str, float]:
+    """Mean over the galleries. The text of a record is the first of its captions, or all of them are, each for itself
+    (COCO, Flickr30k); records of equal meaning are right answers for each other. The `rerank` best by cosine are ranked
+    anew by the matching head."""
     by_gallery = defaultdict(list)
     for record in records:
         by_gallery[record.gallery].append(record)
-    found = [gallery_metrics(predictor, of_gallery, rerank) for of_gallery in by_gallery.values()]
+    found = [gallery_metrics(predictor, of_gallery, rerank, all_captions) for of_gallery in by_gallery.values()]
     return {key: float(np.mean([metrics[key] for metrics in found])) for key in found[0]}
 
 
 @torch.no_grad()
-def gallery_metrics(predictor: Predictor, records: list[Record], rerank: int) -> dict[str, float]:
-    texts = [record.captions[0] for record in records]
+def gallery_metrics(
+    predictor: Predictor, records: list[Record], rerank: int, all_captions: bool
+) -> dict[str, float]:
+    written = [(text, record.meaning) for record in records
+               for text in (record.captions if all_captions else record.captions[:1])]
+    texts = [text for text, _ in written]
     vision = torch.stack(predictor.encode_media([record.video or record.image for record in records]))
     unit_vision, unit_text = predictor.model.project_vision(vision), predictor.embed(texts)
-    meaning = np.array([record.meaning for record in records])
-    positives = meaning[:, None] == meaning[None, :]
+    of_text, of_media = np.array([meaning for _, meaning in written]), np.array([record.meaning for record in records])
+    right = of_text[:, None] == of_media[None, :]
     cosines = (unit_text @ unit_vision.T).cpu()
     metrics = {}
-    for name, scores in (("t2v", cosines), ("v2t", cosines.T)):
+    for name, scores, positives in (("t2v", cosines, right), ("v2t", cosines.T, right.T)):
         ranks = retrieval(scores.numpy(), positives)
-        metrics |= {f"{name}_{key}": float(ranks[key]) for key in ("r1", "r5", "r10")}
-        best = scores.topk(min(rerank, len(records)), dim=1).indices
+        metrics |= {f"{name}_{key}": float(ranks[key]) for key in ("r1", "r5", "r10", "median_rank")}
+        best = scores.topk(min(rerank, scores.shape[1]), dim=1).indices
         # Candidates outside the best keep their order below them: cosines are at most 1, probabilities at least 0.
         again = scores - 2
         for query, candidates in enumerate(best):
@@ -180,29 +223,52 @@ def labels(
     """Classes by the head of the task, or numbers; without a head, classes of media by captions (`zero_shot`)."""
     media = [record.images or record.video or record.image for record in records]
     texts: list = [record.texts or record.text for record in records]
+    known = [place for place, record in enumerate(records) if not record.unlabelled]
     truths = [record.label for record in records]
     if task in predictor.model.classes:
-        name = "accuracy"
-        found = predictor.classify(task, media if any(media) else None, texts if any(texts) else None)
+        name, classes = "accuracy", predictor.model.classes[task]
+        scores = predictor.read(
+            media if any(media) else None, texts if any(texts) else None,
+            lambda hidden: predictor.model.classify(hidden, task),
+        )
+        found = [classes[best] for best in scores.argmax(dim=1).tolist()] if classes else scores[:, 0].tolist()
     else:
-        name, found = "zero_shot", zero_shot(predictor, task, media, sorted(set(truths)), root)
-    if any(isinstance(value, float) for value in found) != any(isinstance(value, float) for value in truths):
+        name, classes, scores = "zero_shot", (), None
+        found = zero_shot(predictor, task, media, sorted({truths[place] for place in known}), root)
+    numbers = {isinstance(truths[place], float) for place in known} or {isinstance(found[0], float)}
+    if numbers != {isinstance(found[0], float)}:
         raise ValueError(f"{records[0].where}: the labels here are not of the kind that the model was made for: "
                          "one has names of classes, the other numbers")
-    if isinstance(found[0], float):
-        metrics = {"pearson": correlation(truths, found), "spearman": correlation(ranks(truths), ranks(found))}
-    else:
-        metrics = {name: float(np.mean([one == other for one, other in zip(found, truths)]))}
+    metrics = {}
+    if known and numbers == {True}:
+        pairs = [truths[place] for place in known], [found[place] for place in known]
+        metrics = {"pearson": pearson(*pairs), "spearman": spearman(*pairs)}
+    elif known:
+        metrics = {name: float(np.mean([found[place] == truths[place] for place in known]))}
+        metrics |= of_classes([truths[place] for place in known], [found[place] for place in known], classes)
+        if len(classes) > 5 and {truths[place] for place in known} <= set(classes):
+            right = [classes.index(truths[place]) for place in known]
+            metrics["top5"] = top_k(scores[known].cpu().numpy(), right, 5)
     return metrics, [
         Prediction(
             task, shown[0] if isinstance(shown, tuple) else shown,
-            " / ".join(text) if isinstance(text, tuple) else text or "", value, (truth,),
-            shown[1] if isinstance(shown, tuple) and shown else None,
+            " / ".join(text) if isinstance(text, tuple) else text or "", value,
+            () if record.unlabelled else (record.label,), shown[1] if isinstance(shown, tuple) and shown else None,
+            id=record.id,
         )
-        for shown, text, value, truth in zip(
-            [item or None for item in media], texts, found, truths
+        for shown, text, value, record in zip(
+            [item or None for item in media], texts, found, records
         )
     ]
+
+
+def of_classes(truths: list[str], found: list[str], classes: Sequence[str]) -> dict[str, float]:
+    """What GLUE scores two classes by: Matthews' correlation, and F1 where one class is the other's "not_"."""
+    if len(classes) != 2:
+        return {}
+    positive = next((name for name in classes if f"not_{name}" in classes), classes[0])
+    pairs = [truth == positive for truth in truths], [name == positive for name in found]
+    return {"matthews": matthews(*pairs)} | ({"f1": f1(*pairs)} if f"not_{positive}" in classes else {})
 
 
 def zero_shot(
@@ -227,26 +293,20 @@ def zero_shot(
 
 
 def boxes(predictor: Predictor, records: list[Record]) -> tuple[dict[str, float], list[Prediction]]:
+    records = [record for record in records if not record.unlabelled]  # no server takes boxes
+    if not records:
+        return {}, []
     found = predictor.locate([record.image for record in records], [record.text for record in records]).cpu()
-    overlap = generalised_iou(found, torch.tensor([record.box for record in records]))[0]
+    truths = torch.tensor([record.box for record in records])
+    overlap = generalised_iou(found, truths)[0]
     return {
-        "grounding_accuracy": float((overlap > 0.5).float().mean()), "grounding_iou": float(overlap.mean())
+        "grounding_accuracy": grounding_accuracy(truths.numpy(), found.numpy()),
+        "grounding_iou": float(overlap.mean()),
     }, [
-        Prediction("grounding", record.image, record.text, tuple(round(x, 4) for x in box), (record.box,), None, good)
-        for record, box, good in zip(records, found.tolist(), (overlap > 0.5).tolist())
+        Prediction("grounding", record.image, record.text, tuple(round(x, 4) for x in box), (record.box,), None, good,
+                   record.id)
+        for record, box, good in zip(records, found.tolist(), (overlap >= 0.5).tolist())
     ]
-
-
-def correlation(one: Sequence[float], other: Sequence[float]) -> float:
-    """Pearson's; 0 if one of them is constant."""
-    one, other = np.asarray(one), np.asarray(other)
-    return float(np.corrcoef(one, other)[0, 1]) if one.std() > 0 and other.std() > 0 else 0.0
-
-
-def ranks(values: Sequence[float]) -> np.ndarray:
-    """Place of each value in their order; equal ones share the mean of their places."""
-    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[which]
 
 
 def chance(root: Path, split: str, limit: int | None = None) -> dict[str, float]:
@@ -256,7 +316,9 @@ def chance(root: Path, split: str, limit: int | None = None) -> dict[str, float]
     for task in EVALUATED:
         if split not in there.get(task, ()):
             continue
-        records = read_records(root, task, split)[:limit]
+        records = [record for record in read_records(root, task, split)[:limit] if not record.unlabelled]
+        if not records:
+            continue
         medium, _, what = task.partition("_")
         prefix = "image_" if medium == "image" else ""
         if what == "qa":
@@ -298,7 +360,7 @@ def table(by_split: dict[str, dict[str, float]]) -> str:
     width = max([23, *map(len, names)]) + 1
     lines = [f"{'':<{width}}" + "".join(f"{split:>10}" for split in by_split)]
     for name in names:
-        scale, digits = (1, 3) if name.endswith("cider") else (100, 1)
+        scale, digits = (1, 3) if name.endswith("cider") else (1, 1) if name.endswith("median_rank") else (100, 1)
         cells = [f"{metrics[name] * scale:>10.{digits}f}" if name in metrics else f"{'':>10}"
                  for metrics in by_split.values()]
         lines.append(f"{name:<{width}}" + "".join(cells))

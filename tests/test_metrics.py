@@ -1,5 +1,8 @@
 """Caption metrics against their reference implementation, exact match and retrieval against hand values and laws."""
 
+import shutil
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,8 +10,27 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.rouge.rouge import Rouge
 
-from mplug2.metrics import CiderD, bleu, cider_d, exact_match, normalise, retrieval
+from mplug2.metrics import (
+    CiderD,
+    bleu,
+    box_iou,
+    cider_d,
+    exact_match,
+    f1,
+    grounding_accuracy,
+    matthews,
+    normalise,
+    paper_captions,
+    pearson,
+    retrieval,
+    rouge_l,
+    spearman,
+    top_k,
+    vqa_accuracy,
+    vqa_normalise,
+)
 
 captions = st.lists(st.sampled_from(["a", "red", "blue", "seven", "moves"]), max_size=9).map(" ".join)
 """Few words, so that n-grams are shared; often one word or none."""
@@ -42,6 +64,52 @@ def test_cider_d_equals_the_coco_evaluation(corpus):
     assert mean == pytest.approx(expected_mean, abs=1e-9)
 
 
+@settings(max_examples=100, deadline=None)
+@given(corpora())
+def test_rouge_l_equals_the_coco_evaluation(corpus):
+    references, hypotheses = corpus
+    # The reference counts an empty caption as one empty word, which could match another one: leave these out.
+    references = [[" ".join(text.split()) for text in texts if text.strip()] or ["a"] for texts in references]
+    hypotheses = [" ".join(text.split()) or "x" for text in hypotheses]
+    expected, _ = Rouge().compute_score(*as_coco(references, hypotheses))
+    assert rouge_l(references, hypotheses) == pytest.approx(expected, abs=1e-12)
+
+
+def test_rouge_l_by_hand():
+    assert rouge_l([["a red seven moves"]], ["a seven moves"]) == pytest.approx(2.44 * 0.75 / (0.75 + 1.44))
+    assert rouge_l([["a red seven"]], [""]) == 0
+
+
+CAPTIONS = (
+    [["A man is riding a horse.", "Man rides horse"], ["Two dogs run, fast!"]], ["a man rides a horse", "two dogs"],
+)
+
+
+def test_the_papers_pipeline():
+    """For real where there is Java; elsewhere its absence is said."""
+    if shutil.which("java") is None:
+        with pytest.raises(ValueError, match="there is no `java`"):
+            paper_captions(*CAPTIONS)
+        return
+    found = paper_captions(*CAPTIONS)
+    assert set(found) == {"bleu1", "bleu2", "bleu3", "bleu4", "meteor", "rouge_l", "cider"}
+    # The tokenizer lower-cases and drops punctuation: what is left is scored as by the functions above.
+    tokens = [["a man is riding a horse", "man rides horse"], ["two dogs run fast"]], CAPTIONS[1]
+    assert found["cider"] == pytest.approx(cider_d(*tokens)[0], abs=1e-9)
+    assert found["bleu4"] == pytest.approx(bleu(*tokens)[3], abs=1e-9)
+    assert found["rouge_l"] == pytest.approx(rouge_l(*tokens), abs=1e-9)
+    assert 0.2 < found["meteor"] < 0.7
+
+
+def test_the_papers_pipeline_says_what_it_needs(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match="there is no `java`: install a Java runtime, or leave --paper-captions out"):
+        paper_captions(*CAPTIONS)
+    monkeypatch.setitem(sys.modules, "pycocoevalcap.meteor.meteor", None)
+    with pytest.raises(ValueError, match=r"pip install mplug2\[eval\]"):
+        paper_captions(*CAPTIONS)
+
+
 @settings(max_examples=50, deadline=None)
 @given(corpora(), st.data())
 def test_cider_d_keeps_the_document_frequencies_of_its_corpus(corpus, data):
@@ -61,7 +129,7 @@ def test_caption_metrics_of_perfect_and_hopeless_captions():
     assert cider_d(references, hopeless)[0] == 0
 
 
-@pytest.mark.parametrize("metric", [bleu, cider_d, exact_match])
+@pytest.mark.parametrize("metric", [bleu, cider_d, rouge_l, exact_match, vqa_accuracy, paper_captions])
 def test_lists_that_do_not_fit_are_refused(metric):
     with pytest.raises(ValueError, match="2 lists of references but 1 predictions"):
         metric([["a"], ["b"]], ["a"])
@@ -159,3 +227,110 @@ def test_retrieval_errors():
         retrieval(square, np.diag([True, True, False]))
     with pytest.raises(ValueError, match="query 1 hold NaN"):
         retrieval(np.diag([0, np.nan, 0]), square.astype(bool))
+
+
+def test_vqa_accuracy_by_hand():
+    """Leave one of ten out: with h of them agreeing, h times min(1, (h - 1) / 3) and 10 - h times min(1, h / 3)."""
+    by_hits = {0: 0, 1: 0.3, 2: 0.6, 3: 0.9, 4: 1, 9: 1, 10: 1}
+    for hits, expected in by_hits.items():
+        answers = ["yes"] * hits + [f"no {k}" for k in range(10 - hits)]
+        assert vqa_accuracy([answers], ["yes"]) == pytest.approx(expected), hits
+    assert vqa_accuracy([["yes"] * 10, ["no"] * 10], ["yes", "yes"]) == 0.5
+
+
+def test_vqa_accuracy_normalises_unless_all_people_agree():
+    people = ["2"] * 4 + ["dont know"] * 6
+    assert vqa_accuracy([people], [" two\n"]) == 1
+    assert vqa_accuracy([["don't know"] * 5 + ["no"] * 5], ["Dont know"]) == 1
+    assert vqa_accuracy([["2"] * 10], ["two"]) == 0  # as the official evaluation has it
+    assert vqa_accuracy([["a dog"] * 10], ["a  dog"]) == 1
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("The two dogs", "2 dogs"),
+    ("none", "0"),
+    ("Whats that?", "what's that"),
+    ("black/white", "black white"),
+    ("black / white", "black white"),
+    ("1,000 people", "1000 people"),
+    ("3.5 m.", "3.5 m"),
+    ("u.s.", "us"),
+    ("t-shirt", "t shirt"),
+    ("wont", "won't"),
+    ("a", ""),
+])
+def test_vqa_normalise(text, expected):
+    assert vqa_normalise(text) == expected
+
+
+def test_top_k():
+    scores = np.array([[0.1, 0.9, 0.5, 0.0], [0.3, 0.3, 0.2, 0.1], [0.4, 0.3, 0.2, 0.1]])
+    assert top_k(scores, [2, 0, 3], 1) == 0  # the second sample ties with a wrong class
+    assert top_k(scores, [2, 0, 3], 2) == pytest.approx(2 / 3)
+    assert top_k(scores, [2, 0, 3], 4) == 1
+    assert top_k(scores, [1, 0, 0], 1) == pytest.approx(2 / 3)
+    with pytest.raises(ValueError, match="sample 1: label 4 is not one of the 4 classes"):
+        top_k(scores, [0, 4, 0], 1)
+    with pytest.raises(ValueError, match=r"found \(3, 4\) and \(2,\)"):
+        top_k(scores, [0, 1], 1)
+    with pytest.raises(ValueError, match="sample 2 hold NaN"):
+        top_k(np.array([[0.0], [0.0], [np.nan]]), [0, 0, 0], 1)
+
+
+two_classes = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=30)
+
+
+@settings(max_examples=100, deadline=None)
+@given(two_classes)
+def test_matthews_and_f1_by_their_definitions(pairs):
+    truths, found = zip(*pairs)
+    tp, tn = sum(t and p for t, p in pairs), sum(not t and not p for t, p in pairs)
+    fp, fn = sum(p and not t for t, p in pairs), sum(t and not p for t, p in pairs)
+    below = ((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)) ** 0.5
+    assert matthews(truths, found) == pytest.approx((tp * tn - fp * fn) / below if below else 0, abs=1e-12)
+    precision, recall = tp / (tp + fp) if tp + fp else 0, tp / (tp + fn) if tp + fn else 0
+    expected = 2 * precision * recall / (precision + recall) if precision + recall else 0
+    assert f1(truths, found) == pytest.approx(expected, abs=1e-12)
+
+
+def test_two_classes_are_asked_for():
+    with pytest.raises(ValueError, match="expected truths of two classes"):
+        matthews([0, 1, 2], [0, 1, 1])
+    with pytest.raises(ValueError, match="expected predictions of two classes"):
+        f1([0, 1], [0, 0.5])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(-5, 5), st.integers(-5, 5)), min_size=2, max_size=20))
+def test_pearson_and_spearman_by_their_definitions(pairs):
+    first, second = map(np.array, zip(*pairs))
+
+    def ranks(values):
+        return np.array([(values < value).sum() + ((values == value).sum() + 1) / 2 for value in values])
+
+    constant = np.ptp(first) == 0 or np.ptp(second) == 0
+    assert pearson(first, second) == pytest.approx(0 if constant else np.corrcoef(first, second)[0, 1], abs=1e-9)
+    expected = 0 if constant else np.corrcoef(ranks(first), ranks(second))[0, 1]
+    assert spearman(first, second) == pytest.approx(expected, abs=1e-9)
+    assert spearman(first, second) == pytest.approx(spearman(first**3, second * 2 + 1), abs=1e-9)
+
+
+def test_correlations_refuse_what_has_none():
+    with pytest.raises(ValueError, match=r"found \(2,\) and \(3,\)"):
+        pearson([1, 2], [1, 2, 3])
+    with pytest.raises(ValueError, match="not finite"):
+        spearman([1, 2], [1, float("nan")])
+
+
+def test_boxes_by_hand():
+    box = [0.5, 0.5, 0.4, 0.4]
+    assert box_iou(box, box) == pytest.approx(1)
+    assert box_iou(box, [0.7, 0.5, 0.4, 0.4]) == pytest.approx(1 / 3)  # half of each overlaps
+    assert box_iou(box, [0.1, 0.1, 0.1, 0.1]) == 0
+    assert box_iou(box, [0.5, 0.5, 0.2, 0.4]) == pytest.approx(0.5)
+    assert box_iou([0.5, 0.5, 0, 0], [0.5, 0.5, 0, 0]) == 0
+    truths = np.array([box] * 4)
+    found = np.array([box, [0.5, 0.5, 0.25, 0.4], [0.7, 0.5, 0.4, 0.4], [0.1, 0.1, 0.1, 0.1]])
+    assert grounding_accuracy(truths, found) == 0.5
+    with pytest.raises(ValueError, match=r"found \(4, 4\) and \(3, 4\)"):
+        grounding_accuracy(truths, found[:3])

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from mplug2.data.media import MediaError, read_image, read_video, to_pixels
 from mplug2.data.records import Question, Record, RecordError, available, read_records
+from mplug2.data.transforms import Augmentation, augment
 from mplug2.model import split_tasks
 from mplug2.tokenizer import Tokenizer, clean
 
@@ -101,6 +102,9 @@ def read_samples(root: Path, tasks: str, split: str) -> dict[str, list[Sample]]:
         for name, kind in KINDS[task].items():
             records = [record for file in kind.files if split in there.get(file, ())
                        for record in read_records(root, file, split)]
+            if hidden := next((record for record in records if record.unlabelled), None):
+                raise RecordError(f"{hidden.where}: an unlabelled record can be predicted, but not learned from; "
+                                  "give it its truth, or move it to a split of its own")
             if records:
                 apart = kind.parts & {"label", "box"}
                 of_task[name] = [_labelled(record) for record in records] if apart else _merge(records)
@@ -202,9 +206,9 @@ class Samples(torch.utils.data.Dataset):
 
     def __init__(
         self, samples: dict[str, list[Sample]], image_size: int, frames: int, questions: int, max_positions: int,
-        max_words: int, seed: int,
+        max_words: int, seed: int, augmentation: Augmentation | None = None,
     ):
-        self.samples, self.seed = samples, seed
+        self.samples, self.seed, self.augmentation = samples, seed, augmentation
         self.image_size, self.frames, self.questions = image_size, frames, questions
         self.max_positions, self.max_words = max_positions, max_words
 
@@ -225,13 +229,17 @@ class Samples(torch.utils.data.Dataset):
     def pixels(self, sample: Sample, kind: str, rng: np.random.Generator) -> Tensor | None:
         """`3 t H W`, of a pair of images `2 3 1 H W`, of a text None."""
         if sample.images:
-            return torch.stack([to_pixels(read_image(image), self.image_size) for image in sample.images])
+            return torch.stack([self.prepare(read_image(image), "image", rng) for image in sample.images])
         if sample.media is None:
             return None
-        video = KIND[kind].medium == "video"
-        return to_pixels(
-            read_video(sample.media, self.frames, rng) if video else read_image(sample.media), self.image_size
-        )
+        medium = KIND[kind].medium
+        frames = read_video(sample.media, self.frames, rng) if medium == "video" else read_image(sample.media)
+        return self.prepare(frames, medium, rng)
+
+    def prepare(self, frames: np.ndarray, medium: str, rng: np.random.Generator) -> Tensor:
+        if self.augmentation:
+            frames = augment(frames, self.image_size, medium, self.augmentation, rng)
+        return to_pixels(frames, self.image_size)
 
     def texts(self, sample: Sample, kind: str, rng: np.random.Generator) -> dict:
         """One caption, r questions with an answer each, and the random numbers that choose the masked words; or the

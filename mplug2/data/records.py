@@ -40,8 +40,12 @@ TASK_FIELDS: dict[str, tuple[str, ...]] = {
 }
 """Every task, and the fields that each of its lines must have."""
 
-OPTIONAL_FIELDS: tuple[str, ...] = ("id", "meaning")
+OPTIONAL_FIELDS: tuple[str, ...] = ("id", "meaning", "unlabelled")
 """Fields that a line of any task may have."""
+
+TRUTH_FIELDS: tuple[str, ...] = ("captions", "label", "box")
+"""Fields, beside the answers of questions, that a line with `"unlabelled": true` does without: its truth is kept by the
+server of a benchmark. It can be predicted, but neither trained on nor scored."""
 
 GALLERY_TASKS: tuple[str, ...] = ("image_retrieval", "video_retrieval")
 """Tasks whose lines may also name their `gallery`."""
@@ -69,7 +73,7 @@ class Question:
 
     question: str
     answers: tuple[str, ...]
-    """Every answer that counts as right; at least one. Repeats are kept: they are votes."""
+    """Every answer that counts as right; at least one, unless unlabelled. Repeats are kept: they are votes."""
     kind: str | None = None
     """What is asked for ("colour", "order", ...), to score each kind by itself."""
 
@@ -101,6 +105,8 @@ class Record:
     """Centre x, centre y, width and height, in widths and heights of the image: 0 to 1 from its top left corner."""
     gallery: str | None = None
     """In retrieval tasks: records of the same value are ranked against each other; the default is "all"."""
+    unlabelled: bool = False
+    """Whether the truth is left out."""
 
 
 def read_records(root: Path | str, task: str, split: str) -> list[Record]:
@@ -119,7 +125,7 @@ def read_records(root: Path | str, task: str, split: str) -> list[Record]:
             f"no file {path.name} in {root}: split {split!r} of task {task!r} is not there. The folder has:\n"
             + "\n".join(f"  {t}.{s}.jsonl" for t, splits in available(root).items() for s in splits)
         )
-    parsers = _field_parsers(root, task)
+    parsers = {unlabelled: _field_parsers(root, task, unlabelled) for unlabelled in (False, True)}
     records: list[Record] = []
     lines_by_id: dict[str, int] = {}
     with path.open("rb") as file:
@@ -157,7 +163,9 @@ def available(root: Path | str) -> dict[str, list[str]]:
     return found
 
 
-def _parse_line(where: str, default_id: str, line: bytes, task: str, parsers: dict[str, Callable]) -> Record:
+def _parse_line(
+    where: str, default_id: str, line: bytes, task: str, parsers: dict[bool, dict[str, Callable]]
+) -> Record:
     try:
         fields = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or brackets nested thousands deep
@@ -166,8 +174,10 @@ def _parse_line(where: str, default_id: str, line: bytes, task: str, parsers: di
         ) from error
     if not isinstance(fields, dict):
         _fail(where, fields, "a JSON object")
-    _check_names(where, f"task {task!r}", fields, TASK_FIELDS[task], tuple(parsers))
-    values = {name: parsers[name](f"{where}: {name}", value) for name, value in fields.items()}
+    unlabelled = fields.get("unlabelled") is True
+    needed = tuple(name for name in TASK_FIELDS[task] if not (unlabelled and name in TRUTH_FIELDS))
+    _check_names(where, f"task {task!r}", fields, needed, tuple(parsers[unlabelled]))
+    values = {name: parsers[unlabelled][name](f"{where}: {name}", value) for name, value in fields.items()}
     record_id = values.setdefault("id", default_id)
     values.setdefault("meaning", record_id)
     if task in GALLERY_TASKS:
@@ -175,7 +185,7 @@ def _parse_line(where: str, default_id: str, line: bytes, task: str, parsers: di
     return Record(where=where, **values)
 
 
-def _field_parsers(root: Path, task: str) -> dict[str, Callable[[str, Any], Any]]:
+def _field_parsers(root: Path, task: str, unlabelled: bool) -> dict[str, Callable[[str, Any], Any]]:
     """How each field of the task's lines is checked: (where it stands, JSON value) -> value in the record."""
     path = partial(_path, root)
     parsers = {
@@ -185,12 +195,13 @@ def _field_parsers(root: Path, task: str) -> dict[str, Callable[[str, Any], Any]
         "video": path,
         "images": partial(_pair, path),
         "captions": partial(_strings, "paraphrases"),
-        "qa": _questions,
+        "qa": partial(_questions, unlabelled),
         "text": _string,
         "texts": partial(_pair, _string),
         "label": partial(_label, TASK_LABELS.get(task, ()), task in NUMBER_TASKS),
         "box": _box,
         "gallery": _string,
+        "unlabelled": _true,
     }
     names = OPTIONAL_FIELDS + TASK_FIELDS[task] + (("gallery",) if task in GALLERY_TASKS else ())
     return {name: parsers[name] for name in names}
@@ -234,19 +245,26 @@ def _path(root: Path, at: str, value: Any) -> Path:
     return root / name
 
 
-def _questions(at: str, value: Any) -> tuple[Question, ...]:
+def _true(at: str, value: Any) -> bool:
+    if value is not True:
+        _fail(at, value, "true; leave the field out otherwise")
+    return value
+
+
+def _questions(unlabelled: bool, at: str, value: Any) -> tuple[Question, ...]:
     if not isinstance(value, list) or not value:
         _fail(at, value, 'a list of one or more {"question": ..., "answers": [...]}')
-    return tuple(_question(f"{at}[{k}]", item) for k, item in enumerate(value))
+    return tuple(_question(unlabelled, f"{at}[{k}]", item) for k, item in enumerate(value))
 
 
-def _question(at: str, value: Any) -> Question:
+def _question(unlabelled: bool, at: str, value: Any) -> Question:
     if not isinstance(value, dict):
         _fail(at, value, 'an object {"question": ..., "answers": [...]}')
-    _check_names(at, "a question", value, ("question", "answers"), ("question", "answers", "kind"))
+    needed = ("question",) if unlabelled else ("question", "answers")
+    _check_names(at, "a question", value, needed, ("question", "answers", "kind"))
     return Question(
         question=_string(f"{at}.question", value["question"]),
-        answers=_strings("the right answers", f"{at}.answers", value["answers"]),
+        answers=_strings("the right answers", f"{at}.answers", value["answers"]) if "answers" in value else (),
         kind=_string(f"{at}.kind", value["kind"]) if "kind" in value else None,
     )
 

@@ -1,0 +1,39 @@
+"""Public data sets from the command line: check a download, and write it as our JSONL files.
+
+    python -m mplug2.data msrvtt_caption downloads/msrvtt
+    python -m mplug2.data msrvtt_caption downloads/msrvtt --out data/msrvtt      # then: train.py --data data/msrvtt
+
+Counts by split stand beside the published ones; media that are missing or cannot be read are named; one sample of each
+task is drawn. --out writes one file a task and split and a link `media` to the download. Records whose media are not
+there are left out, and counted.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from mplug2.data.adapters import ADAPTERS
+from mplug2.data.check import check
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m mplug2.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("name", metavar="NAME", help=f"the data set: {', '.join(ADAPTERS)}")
+    parser.add_argument("root", metavar="ROOT", type=Path, help="folder of the download, annotations and media")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="folder to write the JSONL files into")
+    parser.add_argument("--decode", type=int, default=32, help="media of each split to decode; 0: all (default 32)")
+    parser.add_argument("--picture", metavar="FILE", type=Path,
+                        help="where to draw the sample (default: NAME.png, in --out if given)")
+    given = parser.parse_args(arguments)
+    try:
+        check(given.name, given.root, given.out, given.decode, given.picture)
+    except (ValueError, OSError) as error:
+        print(f"python -m mplug2.data: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+
+
+if __name__ == "__main__":
+    main()

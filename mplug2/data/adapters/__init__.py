@@ -1,0 +1,97 @@
+"""Public data sets: from the annotation files as they are published to our records.
+
+    for found in read("msrvtt_caption", Files("downloads/msrvtt")): ...
+
+`python -m mplug2.data NAME ROOT` checks a download, and with `--out DIR` writes the JSONL files that training takes.
+`source.py` has what all adapters share; `video.py`, `image.py` and `text.py` one small function a data set.
+"""
+
+import difflib
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from mplug2.data.adapters import image, text, video
+from mplug2.data.adapters.source import Files, Found
+
+ADAPTERS: dict[str, Callable[[Files], Iterator[Found]]] = {
+    "msrvtt_caption": video.msrvtt_caption,
+    "msrvtt_qa": video.msrvtt_qa,
+    "msrvtt_retrieval": video.msrvtt_retrieval,
+    "msrvtt_retrieval_7k": video.msrvtt_retrieval_7k,
+    "msvd_caption": video.msvd_caption,
+    "msvd_qa": video.msvd_qa,
+    "msvd_retrieval": video.msvd_retrieval,
+    "tgif_qa": video.tgif_qa,
+    "didemo": video.didemo,
+    "lsmdc": video.lsmdc,
+    "webvid": video.webvid,
+    "kinetics": video.kinetics,
+    "ssv2": video.ssv2,
+    "coco": image.coco,
+    "flickr30k": image.flickr30k,
+    "nocaps": image.nocaps,
+    "visual_genome": image.visual_genome,
+    "cc3m": image.cc3m,
+    "cc12m": image.cc12m,
+    "sbu": image.sbu,
+    "vqav2": image.vqav2,
+    "snli_ve": image.snli_ve,
+    "nlvr2": image.nlvr2,
+    "refcoco": image.refcoco,
+    "refcoco+": image.refcoco,
+    "refcocog": image.refcocog,
+    "imagenet": image.imagenet,
+    **{f"glue_{name}": partial(text.glue, name=name) for name in text.GLUE},
+    "mplug2_caption": video.mplug2_caption,
+    "mplug2_qa": video.mplug2_qa,
+    "mplug2_retrieval": video.mplug2_retrieval,
+}
+"""By the name on the command line: a function from the files of a download to records."""
+
+PUBLISHED: dict[str, tuple[str, dict[str, int]]] = {
+    # videos by split: the archive's own readme (video0 to video6512, to video7009, to video9999)
+    "msrvtt_caption": ("media", {"train": 6513, "val": 497, "test": 2990}),
+    # JSFusion's 1k-A protocol as in github.com/choisw0823/vr, reranking/new_d/MSR-VTT/README.md
+    "msrvtt_retrieval": ("media", {"train": 9000, "test": 1000}),
+    "msrvtt_retrieval_7k": ("media", {"train": 7010, "test": 1000}),
+    # github.com/albanie/collaborative-experts, misc/datasets/{msvd,lsmdc,didemo}/README.md
+    "msvd_caption": ("media", {"train": 1200, "val": 100, "test": 670}),
+    "msvd_retrieval": ("media", {"train": 1200, "val": 100, "test": 670}),
+    "lsmdc": ("records", {"train": 101079, "test": 1000}),
+    "didemo": ("media", {"train": 8395, "val": 1065, "test": 1004}),
+    # github.com/YunseokJANG/tgif-qa, README.md, row "Frame QA"
+    "tgif_qa": ("records", {"train": 39392, "test": 13691}),
+    # github.com/OpenGVLab/VideoMAEv2, docs/DATASET.md, row ssv2
+    "ssv2": ("records", {"train": 168913, "val": 24777}),
+    # Karpathy's splits with restval in training, as in huggingface.co/datasets/undefined443/coco-karpathy-wds
+    "coco": ("media", {"train": 113287, "val": 5000, "test": 5000}),
+    # nocaps.org/download
+    "nocaps": ("media", {"val": 4500, "test": 10600}),
+    # visualqa.org/download.html: questions
+    "vqav2": ("records", {"train": 443757, "val": 214354, "test": 447793}),
+    # github.com/necla-ml/SNLI-VE, README.md
+    "snli_ve": ("records", {"train": 529527, "val": 17858, "test": 17901}),
+    # ILSVRC 2012, huggingface.co/datasets/mlx-vision/imagenet-1k
+    "imagenet": ("media", {"train": 1281167, "val": 50000}),
+    # tensorflow.org/datasets/catalog/glue
+    "glue_cola": ("records", {"train": 8551, "val": 1043, "test": 1063}),
+    "glue_sst2": ("records", {"train": 67349, "val": 872, "test": 1821}),
+    "glue_mrpc": ("records", {"train": 3668, "val": 408, "test": 1725}),
+    "glue_qqp": ("records", {"train": 363846, "val": 40430, "test": 390965}),
+    "glue_stsb": ("records", {"train": 5749, "val": 1500, "test": 1379}),
+    "glue_mnli": ("records", {"train": 392702, "val": 9815, "val_mismatched": 9832, "test": 9796,
+                              "test_mismatched": 9847}),
+    "glue_qnli": ("records", {"train": 104743, "val": 5463, "test": 5463}),
+}
+"""Published counts, of records or of the media that they name, by split; only where a source was found, which stands
+above each. Kinetics and the web sets shrink with time, so that no count can be expected of a download."""
+
+
+def read(name: str, files: Files) -> Iterator[Found]:
+    """The records of a data set. Raises ValueError for an unknown name, RecordError for an annotation that is not as
+    published, with its place, FileNotFoundError for an annotation file that is not there."""
+    if name not in ADAPTERS:
+        near = difflib.get_close_matches(name, ADAPTERS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"unknown data set {name!r}{hint} There are {', '.join(ADAPTERS)}")
+    return ADAPTERS[name](files)

@@ -1,0 +1,69 @@
+"""GLUE: the TSV files of its nine tasks to our records. Test labels are kept by the server."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mplug2.data.adapters.source import Files, Found, Item, fail, table
+
+NO_YES = {"0": "not_entailment", "1": "entailment"}
+ENTAILMENT = {"entailment": "entailment", "not_entailment": "not_entailment"}
+EQUIVALENT = {"0": "not_equivalent", "1": "equivalent"}
+THREE = {name: name for name in ("entailment", "neutral", "contradiction")}
+
+
+@dataclass(frozen=True)
+class GlueTask:
+    folder: str
+    """Of the published archive; also the name of the file that the server takes."""
+    texts: tuple[str, ...]
+    """The columns of the sentence, or of the two."""
+    label: str
+    """The column of the label."""
+    labels: dict[str, str]
+    """What the files write -> our class; {} for a score."""
+
+
+GLUE = {
+    "cola": GlueTask("CoLA", ("sentence",), "label", {"0": "unacceptable", "1": "acceptable"}),
+    "sst2": GlueTask("SST-2", ("sentence",), "label", {"0": "negative", "1": "positive"}),
+    "mrpc": GlueTask("MRPC", ("#1 String", "#2 String"), "Quality", EQUIVALENT),
+    "qqp": GlueTask("QQP", ("question1", "question2"), "is_duplicate", EQUIVALENT),
+    "stsb": GlueTask("STS-B", ("sentence1", "sentence2"), "score", {}),
+    "mnli": GlueTask("MNLI", ("sentence1", "sentence2"), "gold_label", THREE),
+    "qnli": GlueTask("QNLI", ("question", "sentence"), "label", ENTAILMENT),
+    "rte": GlueTask("RTE", ("sentence1", "sentence2"), "label", ENTAILMENT),
+    "wnli": GlueTask("WNLI", ("sentence1", "sentence2"), "label", NO_YES),
+}
+"""The tasks by their short name. QQP's server file too writes 0 and 1, as its training file does."""
+
+COLA_COLUMNS = ["source", "label", "mark", "sentence"]  # its files for training and validation have no names
+
+
+def glue(files: Files, name: str) -> Iterator[Found]:
+    """train.tsv, dev.tsv and test.tsv, alone in the download or in the folder of their task (CoLA/, SST-2/, ...)."""
+    task = GLUE[name]
+    parts = {"train": "train.tsv", "val": "dev.tsv", "test": "test.tsv"}
+    if name == "mnli":
+        parts = {"train": "train.tsv", "val": "dev_matched.tsv", "val_mismatched": "dev_mismatched.tsv",
+                 "test": "test_matched.tsv", "test_mismatched": "test_mismatched.tsv"}
+    for split, file in parts.items():
+        labelled = not split.startswith("test")
+        path = (files.annotation if labelled else files.optional)(f"{task.folder}/{file}", file)
+        columns = COLA_COLUMNS if name == "cola" and labelled else None
+        for number, row in enumerate(table(path, "\t", columns, quoted=False)) if path else ():
+            texts = [row.text(column) for column in task.texts]
+            fields = {"text": texts[0]} if len(texts) == 1 else {"texts": texts}
+            if labelled:
+                fields["label"] = row.choice(task.label, task.labels) if task.labels else _score(row, task.label)
+            else:
+                index = next((row.key(column) for column in ("index", "id") if column in row), str(number))
+                fields |= {"id": index, "unlabelled": True}
+            kind = "text_classification" if len(texts) == 1 else "text_pair_classification"
+            yield Found(kind, split, row.where, fields)
+
+
+def _score(row: Item, column: str) -> float:
+    value = row.number(column)
+    if not 0 <= value <= 5:
+        fail(f"{row.where}: {column}", "a score from 0 to 5", row.get(column))
+    return value

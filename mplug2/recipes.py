@@ -1,0 +1,103 @@
+"""Recipes: the settings of each public task, by name, for `train.py --recipe NAME --init CHECKPOINT --data DIR`.
+
+A recipe is nothing but values for the flags of train.py; any of them can be given beside it, and wins. Where they are
+from: "mPLUG-2" is the paper's and its released settings for clips (16 frames, 10 epochs, 4 samples on each of 8 GPUs);
+what it does not give comes from its lineage, the published settings of mPLUG and ALBEF, and BERT's for GLUE. Where a
+source counts the batch by GPUs of an unknown number, it is 256 here for pictures and 128 for clips. Pictures stay at
+the size of the checkpoint, 224 (the lineage fine-tunes at 336 or 384); the share of warm-up is train.py's, but for
+BERT's. None of these has been run here.
+"""
+
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Recipe:
+    data: str
+    """The data set, for `python -m mplug2.data`."""
+    task: str
+    metric: str
+    """What the literature reports on it."""
+    source: str
+    """Where the settings are from."""
+    paper: str = ""
+    """What the mPLUG-2 paper reports for its large model, where it does."""
+    settings: MappingProxyType[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    """Values of train.py's settings."""
+
+
+def _recipe(
+    data: str, task: str, metric: str, source: str, lr: float, vision_lr: float, epochs: int, batch: int,
+    paper: str = "", **more: Any,
+) -> Recipe:
+    clips, pictures = task.startswith("video"), task.startswith(("image", "visual"))
+    settings = dict(
+        task=task, lr=lr, vision_lr=vision_lr, min_lr=round(1e-6 / lr, 4), epochs=epochs, batch_size=batch,
+        weight_decay=0.02, beta2=0.999, augment="finetune" if clips or pictures else "none", flip=clips or pictures,
+        frames=16, precision="bfloat16", optimizer="adamw", vtc_weight=1.0,
+    )
+    return Recipe(data, task, metric, source, paper, MappingProxyType(settings | more))
+
+
+def _mplug2(data: str, task: str, metric: str, paper: str = "", source: str = "mPLUG-2", **more: Any) -> Recipe:
+    return _recipe(data, task, metric, source, 2e-5, 2e-6, 10, 32, paper, **more)
+
+
+def _glue(name: str, metric: str) -> Recipe:
+    task = "text_classification" if name in ("cola", "sst2") else "text_pair_classification"
+    return _recipe(f"glue_{name}", task, metric, "BERT", 2e-5, 0.0, 3, 32, max_words=64, warmup=0.1)
+
+
+SETTINGS_OF_10 = "mPLUG-2's for clips"
+"""Classification: no settings are published, so that of its video fine-tuning stand in."""
+
+RECIPES: dict[str, Recipe] = {
+    "msrvtt_caption": _mplug2("msrvtt_caption", "video_caption", "CIDEr", "80.3"),
+    "msvd_caption": _mplug2("msvd_caption", "video_caption", "CIDEr", "165.8"),
+    "msrvtt_qa": _mplug2("msrvtt_qa", "video_qa", "accuracy", "48.0", questions=1, distil=0.4),
+    "msvd_qa": _mplug2("msvd_qa", "video_qa", "accuracy", "58.1", questions=1, distil=0.4),
+    "tgif_qa": _mplug2("tgif_qa", "video_qa", "accuracy", questions=1, distil=0.4),
+    "msrvtt_retrieval": _recipe(
+        "msrvtt_retrieval", "video_retrieval", "text-to-video R@1", "mPLUG", 1e-5, 1e-6, 5, 128, "53.1", frames=12),
+    "didemo": _recipe(
+        "didemo", "video_retrieval", "text-to-video R@1", "mPLUG, for MSR-VTT", 1e-5, 1e-6, 5, 128, "56.4", frames=12,
+        max_words=64),
+    "lsmdc": _recipe(
+        "lsmdc", "video_retrieval", "text-to-video R@1", "mPLUG, for MSR-VTT", 1e-5, 1e-6, 5, 128, frames=12),
+    "kinetics400": _mplug2("kinetics", "video_classification", "top-1", "87.1", SETTINGS_OF_10),
+    "ssv2": _mplug2("ssv2", "video_classification", "top-1", "", SETTINGS_OF_10, flip=False),
+    "imagenet": _mplug2("imagenet", "image_classification", "top-1", "88.5", SETTINGS_OF_10, batch_size=1024),
+    "coco_caption": _recipe("coco", "image_caption", "CIDEr", "mPLUG", 1e-5, 5e-6, 5, 256),
+    "coco_retrieval": _recipe("coco", "image_retrieval", "R@1", "mPLUG", 1e-5, 2e-6, 8, 256),
+    "flickr30k_retrieval": _recipe("flickr30k", "image_retrieval", "R@1", "mPLUG", 1e-5, 2e-6, 8, 256),
+    "vqav2": _recipe(
+        "vqav2", "image_qa", "VQA accuracy", "mPLUG, batch of ALBEF", 3e-5, 5e-6, 8, 256, questions=1, distil=0.4),
+    "snli_ve": _recipe("snli_ve", "visual_entailment", "accuracy", "ALBEF", 2e-5, 0.0, 5, 256),
+    "nlvr2": _recipe("nlvr2", "image_pair_reasoning", "accuracy", "ALBEF", 2e-5, 0.0, 10, 128, flip=False),
+    "refcoco": _recipe("refcoco", "grounding", "IoU > 0.5", "mPLUG", 2e-5, 5e-6, 120, 192),
+    "refcoco+": _recipe("refcoco+", "grounding", "IoU > 0.5", "mPLUG", 2e-5, 5e-6, 120, 192),
+    "refcocog": _recipe("refcocog", "grounding", "IoU > 0.5", "mPLUG", 2e-5, 5e-6, 120, 192),
+    "glue_cola": _glue("cola", "Matthews"),
+    "glue_sst2": _glue("sst2", "accuracy"),
+    "glue_mrpc": _glue("mrpc", "F1, accuracy"),
+    "glue_qqp": _glue("qqp", "F1, accuracy"),
+    "glue_stsb": _glue("stsb", "Pearson, Spearman"),
+    "glue_mnli": _glue("mnli", "accuracy"),
+    "glue_qnli": _glue("qnli", "accuracy"),
+    "glue_rte": _glue("rte", "accuracy"),
+    "glue_wnli": _glue("wnli", "accuracy"),
+}
+
+
+def recipe_table() -> str:
+    """The recipes as the table of the README."""
+    lines = ["| recipe | data | task | metric | settings from | lr / vision | epochs | batch | paper, not run here |",
+             "|---|---|---|---|---|---|---|---|---|"]
+    for name, recipe in RECIPES.items():
+        s = recipe.settings
+        rates = f"{s['lr']:.0e} / {s['vision_lr'] or s['lr']:.0e}".replace("e-0", "e-")
+        lines.append(f"| `{name}` | `{recipe.data}` | `{recipe.task}` | {recipe.metric} | {recipe.source} | {rates} | "
+                     f"{s['epochs']} | {s['batch_size']} | {recipe.paper} |")
+    return "\n".join(lines)

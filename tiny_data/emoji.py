@@ -1,0 +1,274 @@
+"""Emoji: a real data set of pictures and clips with names, small and free.
+
+    python -m tiny_data.emoji --out data/emoji
+
+Fetches six packages with the `npm` client (about 800 MB; the folder that is written has about 160 MB):
+
+    emoji-datasource-google@16              3,786 pictures of 64 pixels                    drawings: Apache-2.0 (Noto)
+    emojibase-data@17                       names, keywords and groups                     MIT
+    @lobehub/fluent-emoji-anim-1 ... -4     2,109 animations, of 72 frames for the most    MIT
+
+A concept is an emoji whatever its skin tone, gender or direction ("woman running: dark skin tone" and "man running" are
+one). Splits are by concept: no tone or gender of a test concept is seen in training. Flags are all for training, as the
+name of an unseen country cannot be told from its flag. Validation and test have emoji without skin tone only.
+
+Clips are stored at 64 pixels and 16 frames, which decode in milliseconds. `test_still` and `test_shuffled` are the
+test clips with one frame held, and with their four quarters in another order: at `--frames 4` the same four frames.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+PICTURES, WORDS = "emoji-datasource-google", "emojibase-data"
+CLIPS = tuple(f"@lobehub/fluent-emoji-anim-{part}" for part in (1, 2, 3, 4))
+VERSIONS = {PICTURES: "16", WORDS: "17", **{name: "1" for name in CLIPS}}
+
+TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
+IGNORED = {"FE0F", "200D", "2640", "2642", "27A1", *TONES}  # picture style, joiner, female, male, facing right, tones
+PERSON = {"1F468": "1F9D1", "1F469": "1F9D1"}  # man, woman -> person
+SIZE, FRAMES = 64, 16
+SHARES = {"test": 0.15, "val": 0.05}
+QUESTION = "which group is it from"
+
+
+@dataclass(frozen=True)
+class Emoji:
+    """What is known of one emoji."""
+
+    code: str
+    """Code points in hexadecimal, joined by dashes, without the picture-style mark."""
+    name: str
+    keywords: tuple[str, ...]
+    group: str
+
+    @property
+    def concept(self) -> str:
+        return "-".join(PERSON.get(point, point) for point in self.code.split("-") if point not in IGNORED)
+
+    @property
+    def toned(self) -> bool:
+        return bool(TONES & set(self.code.split("-")))
+
+    @property
+    def split(self) -> str | None:
+        """None: a skin tone of a concept that is held out."""
+        if self.group == "flags":
+            return "train"
+        place = int.from_bytes(hashlib.blake2b(self.concept.encode(), digest_size=8).digest(), "big") / 2**64
+        for split, share in SHARES.items():
+            if place < share:
+                return None if self.toned else split
+            place -= share
+        return "train"
+
+    @property
+    def captions(self) -> list[str]:
+        """Its name, and its name with two keywords."""
+        pairs = [self.keywords[first : first + 2] for first in range(0, min(len(self.keywords), 6), 2)]
+        return [self.name, *(f"{self.name}, {', '.join(pair)}" for pair in pairs)]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tiny_data.emoji", description="Fetch and write the emoji data.")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write, which must be new or empty")
+    parser.add_argument("--packages", type=Path, help="folder of packages fetched before (*.tgz)")
+    given = parser.parse_args(arguments)
+    try:
+        if given.out.exists() and any(given.out.iterdir()):
+            raise FileExistsError(f"{given.out} is not empty; choose a new folder")
+        with tempfile.TemporaryDirectory() as folder:
+            packages = given.packages or fetch(Path(folder))
+            counts = write(packages, given.out)
+    except (ValueError, OSError) as error:
+        print(f"python -m tiny_data.emoji: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+    for (task, split), count in sorted(counts.items()):
+        print(f"{task}.{split}: {count:,}")
+
+
+def fetch(folder: Path) -> Path:
+    """Fetch the packages into `folder` by `npm pack`, which checks their digests. ValueError without npm, or for what
+    npm says when it fails."""
+    npm = shutil.which("npm")
+    if npm is None:
+        raise ValueError("there is no `npm`, the package client of Node.js, by which the emoji are fetched; install "
+                         "Node.js, or fetch the packages elsewhere by `npm pack` and name their folder by --packages: "
+                         + " ".join(f"{name}@{version}" for name, version in VERSIONS.items()))
+    for name, version in VERSIONS.items():
+        print(f"fetching {name}@{version}", flush=True)
+        command = [npm, "pack", "--silent", f"{name}@{version}"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(f"npm pack {name}@{version} failed: {(done.stderr or done.stdout).strip()[-500:]}")
+    return folder
+
+
+def open_package(packages: Path, name: str) -> tarfile.TarFile:
+    """The archive of a package; ValueError, naming it, if it is absent, damaged, or of another package or version."""
+    pattern = f"{name.strip('@').replace('/', '-')}-{VERSIONS[name]}.*.tgz"
+    found = sorted(packages.glob(pattern))
+    if not found:
+        raise ValueError(f"{packages} has no {pattern}: fetch it by `npm pack {name}@{VERSIONS[name]}`")
+    try:
+        archive = tarfile.open(found[-1])
+        about = json.load(archive.extractfile("package/package.json"))
+    except (tarfile.TarError, KeyError, EOFError, OSError, ValueError) as error:
+        raise ValueError(f"{found[-1]} is not a whole package ({error}); fetch it again") from error
+    if about.get("name") != name or about.get("version", "").split(".")[0] != VERSIONS[name]:
+        raise ValueError(f"{found[-1]} is {about.get('name')} {about.get('version')}, expected {name} {VERSIONS[name]}")
+    return archive
+
+
+def read_words(packages: Path) -> dict[str, Emoji]:
+    """Every emoji, by code."""
+    with open_package(packages, WORDS) as archive:
+        entries = json.load(archive.extractfile("package/en/data.json"))
+        messages = json.load(archive.extractfile("package/en/messages.json"))
+    groups = {group["order"]: group["message"].replace("&", "and") for group in messages["groups"]}
+    found = {}
+    for entry in entries:
+        if "group" not in entry:  # the 26 letters of which flags are made
+            continue
+        for form in (entry, *entry.get("skins", ())):
+            code = plain(form["hexcode"])
+            found[code] = Emoji(code, form["label"], tuple(entry.get("tags", ())), groups[entry["group"]])
+    return found
+
+
+def plain(code: str) -> str:
+    return "-".join(point for point in code.upper().split("-") if point != "FE0F")
+
+
+def write(packages: Path, out: Path) -> Counter[tuple[str, str]]:
+    """Write pictures, clips and JSONL files; returns the number of records by task and split."""
+    words = read_words(packages)
+    out.mkdir(parents=True, exist_ok=True)
+    records: dict[tuple[str, str], list[dict]] = {}
+    unknown = []
+    for folder in ("images", "clips", "clips_still", "clips_shuffled"):
+        (out / folder).mkdir(exist_ok=True)
+    for code, content in pictures(packages):
+        emoji = words.get(code)
+        if emoji is None:
+            unknown.append(code)
+        elif emoji.split:
+            (out / "images" / f"{code}.png").write_bytes(content)
+            add(records, "image", emoji, emoji.split, f"images/{code}.png")
+    for code, content in clips(packages):
+        emoji = words.get(code)
+        if emoji is None:
+            unknown.append(code)
+        elif emoji.split and (frames := read_frames(content, code)) is not None:
+            save_clip(frames, out / "clips" / f"{code}.webp")
+            add(records, "video", emoji, emoji.split, f"clips/{code}.webp")
+            if emoji.split == "test":
+                for name, changed in (("still", still(frames)), ("shuffled", shuffled(frames, code))):
+                    save_clip(changed, out / f"clips_{name}" / f"{code}.webp")
+                    add(records, "video", emoji, f"test_{name}", f"clips_{name}/{code}.webp")
+    check(records, unknown)
+    for (task, split), lines in records.items():
+        (out / f"{task}.{split}.jsonl").write_text(
+            "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
+        )
+    return Counter({part: len(lines) for part, lines in records.items()})
+
+
+def check(records: dict[tuple[str, str], list[dict]], unknown: list[str]) -> None:
+    """Refuse packages in which much less was found than the versions that this file knows have."""
+    for medium, least in (("image", 3000), ("video", 1500)):
+        count = sum(len(lines) for (task, split), lines in records.items()
+                    if task == f"{medium}_caption" and split in ("train", "val", "test"))
+        if count < least:
+            raise ValueError(f"only {count} emoji with a name and a {medium} were found, expected {least} or more; "
+                             f"{len(unknown)} have no name, such as {', '.join(unknown[:5])}; fetch the packages again")
+
+
+def add(records: dict, medium: str, emoji: Emoji, split: str, path: str) -> None:
+    about = {medium: path, "id": f"{medium}-{emoji.code}", "meaning": emoji.code}
+    lines = {
+        "caption": {"captions": emoji.captions},
+        "qa": {"qa": [{"question": QUESTION, "answers": [emoji.group], "kind": "group"}]},
+        "retrieval": {"captions": emoji.captions},
+        "classification": {"label": emoji.group},
+    }
+    for task, fields in lines.items():
+        records.setdefault((f"{medium}_{task}", split), []).append({**about, **fields})
+
+
+def pictures(packages: Path):
+    """(code, PNG) of each picture, skin tones included."""
+    with open_package(packages, PICTURES) as archive:
+        codes = {}
+        for entry in json.load(archive.extractfile("package/emoji.json")):
+            for form in (entry, *entry.get("skin_variations", {}).values()):
+                codes[form["image"]] = plain(form["unified"])
+        for member in archive:
+            path, _, name = member.name.rpartition("/")
+            if path == "package/img/google/64" and name in codes:
+                yield codes[name], archive.extractfile(member).read()
+
+
+def clips(packages: Path):
+    """(code, WebP) of each animation, and of the still pictures among them."""
+    for name in CLIPS:
+        with open_package(packages, name) as archive:
+            for member in archive:
+                path, _, file = member.name.rpartition("/")
+                if path == "package/assets" and file.endswith(".webp"):
+                    yield plain(file.removesuffix(".webp")), archive.extractfile(member).read()
+
+
+def read_frames(content: bytes, code: str) -> np.ndarray | None:
+    """FRAMES frames at equal distances, over white: uint8 (t, SIZE, SIZE, 3). None for a still picture."""
+    try:
+        with Image.open(BytesIO(content), formats=["WEBP"]) as image:
+            total = getattr(image, "n_frames", 1)
+            if total == 1:
+                return None
+            frames = []
+            for number in range(FRAMES):
+                image.seek(number * total // FRAMES)
+                layer = image.convert("RGBA").resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+                frames.append(Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB"))
+    except OSError as error:
+        raise ValueError(f"the animation of {code} cannot be decoded ({error}); fetch the packages again") from error
+    return np.stack([np.asarray(frame) for frame in frames])
+
+
+def still(frames: np.ndarray) -> np.ndarray:
+    return np.repeat(frames[5:6], FRAMES, axis=0)
+
+
+def shuffled(frames: np.ndarray, code: str) -> np.ndarray:
+    """The quarters of a clip in an order that is neither theirs nor its reverse, drawn by its code."""
+    rng = np.random.default_rng(list(code.encode()))
+    while True:
+        order = rng.permutation(4)
+        if order.tolist() not in ([0, 1, 2, 3], [3, 2, 1, 0]):
+            return frames.reshape(4, FRAMES // 4, *frames.shape[1:])[order].reshape(frames.shape)
+
+
+def save_clip(frames: np.ndarray, path: Path) -> None:
+    frames = frames.copy()
+    # An encoder joins equal frames into one: the last corner tells them apart, by one level of 255.
+    frames[::2, -1, -1] = frames[::2, -1, -1] // 2 * 2
+    frames[1::2, -1, -1] = frames[1::2, -1, -1] // 2 * 2 + 1
+    first, *rest = (Image.fromarray(frame) for frame in frames)
+    first.save(path, save_all=True, append_images=rest, duration=1000 // 8, lossless=True, quality=0, method=0)
+
+
+if __name__ == "__main__":
+    main()
