@@ -55,8 +55,7 @@ class VisionBlock(Block):
 
     def add_to_patches(self, x: Tensor, module: LocalTemporal) -> Tensor:
         """The class token of each frame, first in m, bypasses the module."""
-        class_token, patches = x[:, :, :1], x[:, :, 1:]
-        return torch.cat([class_token, patches + self.drop_path(module(patches))], dim=2)
+        return x + F.pad(self.drop_path(module(x[:, :, 1:])), (0, 0, 1, 0))
 
 
 class VisionEncoder(nn.Module):
