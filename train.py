@@ -613,8 +613,7 @@ def run(config: TrainConfig, changes: dict, process: distributed.Process) -> dic
                 if process.is_main:
                     predictor = Predictor(one.to(process.device), tokenizer, preparation)
                     found = validate(predictor, root, "val", config, config.eval_limit, done, log)
-                    parts = [value for name, value in found.items() if not name.endswith("cider")]
-                    score = sum(parts) / len(parts) if parts else None
+                    score = mean_share(found)
                 distributed.barrier()
             if done % config.save_every == 0 or done == config.max_steps or leave:
                 save(done, score)
@@ -698,6 +697,13 @@ def batch_names(batches: MixedBatches, dataset: Samples, step: int) -> str:
     if keys[0][0] not in dataset.samples:
         return f"from the shards of {keys[0][0]}"
     return ", ".join(dataset.samples[stream][index].where for stream, _, index in keys)
+
+
+def mean_share(metrics: dict[str, float]) -> float | None:
+    """What `best` goes by: the mean of all that are shares; CIDEr and ranks are not."""
+    shares = [value for name, value in metrics.items()
+              if math.isfinite(value) and not name.endswith(("cider", "median_rank"))]
+    return sum(shares) / len(shares) if shares else None
 
 
 def make_tokenizer(config: TrainConfig, samples: dict, changes: dict) -> Tokenizer:

@@ -187,10 +187,12 @@ def take_back(whole: Path, out: Path, step: int) -> None:
 @pytest.mark.parametrize(("way", "world", "workers"), [("ddp", 2, 0), ("fsdp", 3, 0), ("ddp", 1, 1)])
 def test_a_resumed_run_is_the_run_that_never_stopped_to_the_bit(processes, data, tmp_path, way, world, workers):
     """Weights, optimizer, all generators and losses; with dropout and hard negatives, which are drawn; the sharded one
-    in micro-batches and bfloat16."""
+    in micro-batches and bfloat16, with activation checkpointing, momentum copy and queue."""
     arguments = [*SMALL, *f"--data {data} --max-steps 5 --save-every 2 --keep 9 --dropout 0.2 --parallel {way}".split(),
                  *f"--accumulate {2 if world == 3 else 1} --workers {workers}".split(),
                  *f"--precision {'bfloat16' if way == 'fsdp' else 'float32'}".split()]
+    if way == "fsdp":
+        arguments += "--activation-checkpointing --distil 0.4 --queue 12".split()
     run = [([*arguments, "--out", str(tmp_path / "whole")],)] * world
     assert processes.run(train.main, *run) == [{}] * world
     whole, resumed = tmp_path / "whole" / "tiny", tmp_path / "resumed" / "tiny"
@@ -204,6 +206,8 @@ def test_a_resumed_run_is_the_run_that_never_stopped_to_the_bit(processes, data,
     for old, new in zip(expected["generators"], found["generators"]):
         assert old["torch"].equal(new["torch"]) and old["python"] == new["python"]
         assert old["numpy"][1].equal(new["numpy"][1])
+    assert all(value.equal(found["objectives"][name]) for name, value in expected["objectives"].items())
+    assert len(expected["objectives"]) > 50 or way == "ddp"
     for name, state in expected["optimizer"].items():
         assert all(value.equal(found["optimizer"][name][key]) for key, value in state.items()), name
     steps = [[line["loss"] for line in lines(folder)] for folder in (whole, resumed)]
