@@ -4,6 +4,7 @@
     torchrun train.py --max-steps 20                   # a smoke run, within a minute
     torchrun --nproc-per-node 8 train.py --preset base --data DIR --name web
     torchrun train.py --resume                         # go on where runs/tiny/last stopped
+    python train.py --plan --preset large --gpus 64    # memory, steps and days, before a GPU is asked for
 
 It writes runs/tiny/: settings.json, metrics.jsonl, curves.png and checkpoints, of which `last` is the newest. Then
 
@@ -12,10 +13,13 @@ It writes runs/tiny/: settings.json, metrics.jsonl, curves.png and checkpoints, 
 prints what was learned. All flags: python train.py --help
 """
 
+import copy
 import dataclasses
 import difflib
+import functools
 import json
 import math
+import os
 import random
 import sys
 import time
@@ -25,12 +29,21 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import tiny_data
 from mplug2 import distributed, optim
-from mplug2.checkpoint import Preparation, load_model, load_training, read_config, save_checkpoint
+from mplug2.checkpoint import (
+    Preparation,
+    load_beside,
+    load_model,
+    load_training,
+    point,
+    read_config,
+    recover,
+    save_checkpoint,
+    state_beside,
+    whole_model,
+)
 from mplug2.config import PRESETS, ModelConfig
 from mplug2.data.loader import (
     INSTRUCTIONS,
@@ -39,23 +52,30 @@ from mplug2.data.loader import (
     PROMPTS,
     Collate,
     MixedBatches,
+    Sample,
     Samples,
     check_texts,
     make_loader,
     read_classes,
     read_samples,
+    stream_kind,
 )
 from mplug2.data.records import available
+from mplug2.data.shards import MixedStream, Positions, ShardSet, is_shards, make_stream_loader, read_shards
 from mplug2.data.transforms import Augmentation
 from mplug2.evaluation import evaluate, table
 from mplug2.flags import Parser
 from mplug2.inference import Predictor
+from mplug2.layers import Block
+from mplug2.logs import Log, peak_tflops
 from mplug2.model import MPLUG2, TASKS, checkpoint_activations, compile_model, split_tasks
 from mplug2.momentum import Momentum
 from mplug2.objectives import Objectives
+from mplug2.plan import PlanConfig, Work, cost, report
 from mplug2.plots import curves
 from mplug2.recipes import RECIPES
 from mplug2.self_critical import SelfCritical
+from mplug2.survival import StopSignal, Watchdog, generator_states, set_generator_states
 from mplug2.tokenizer import Tokenizer, clean
 
 
@@ -72,7 +92,10 @@ class TrainConfig:
     preset: str = "tiny"
     """Size of the model: tiny, base, large; single settings of the model can be changed by the flags below."""
     data: str = ""
-    """Folder with <task>.<split>.jsonl files; without it the tiny world, written to a cache when first used."""
+    """Folder with <task>.<split>.jsonl files or tar shards, or several with their weights: DIR=2,OTHER=1; without it
+    the tiny world, written to a cache when first used."""
+    eval_data: str = ""
+    """Folder with <task>.<split>.jsonl files to validate on; without it the first of `data` that has such files."""
     init: str = ""
     """Checkpoint folder to start from: its weights, model settings and tokenizer."""
     tokenizer: str = ""
@@ -82,13 +105,23 @@ class TrainConfig:
     name: str = ""
     """Name of this run, a folder in `out`; without it the name of the preset."""
     resume: bool = False
-    """Go on from the newest checkpoint of this run, with its settings."""
+    """Go on from the newest checkpoint of this run, with its settings. A run that torchrun or Slurm starts again does
+    so by itself."""
+    resume_from: str = ""
+    """With --resume: go on from this checkpoint of the run, such as step_0000375, in place of the newest."""
     max_steps: int = 1500
     """Training steps; the learning rate falls over them."""
     epochs: float = 0.0
     """In place of max_steps: how often each caption, question or labelled sample is seen; 0: max_steps says."""
     batch_size: int = 32
-    """Samples a step, over all processes together."""
+    """Samples a step, over all processes and micro-batches together."""
+    accumulate: int = 1
+    """Micro-batches a step: so many forward and backward passes, then one update. Each is a batch of its own to the
+    contrastive and matching losses; the gradient is the mean of theirs."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """What several processes share: ddp, the gradients; fsdp, also parameters and optimizer state (FSDP2)."""
+    offload: bool = False
+    """With --parallel fsdp: keep parameters and optimizer state in the memory of the CPU."""
     frames: int = 4
     """Frames taken of each clip."""
     augment: Literal["none", "finetune", "pretrain"] = "none"
@@ -165,9 +198,18 @@ class TrainConfig:
     save_every: int = 375
     """Steps between two checkpoints; there is always one at the end."""
     keep: int = 2
-    """Checkpoints that are kept, the newest ones."""
+    """Checkpoints that are kept, the newest ones; and the one of the best validation (mean of its shares)."""
     max_skipped: float = 0.02
     """Share of media files that may fail to decode before the run stops."""
+    max_nonfinite: int = 5
+    """Steps in a row whose loss or gradient is not finite, each of which is skipped, before the run stops."""
+    timeout: float = 1800.0
+    """Seconds without a step (ten times as many for a validation), after which the run names who hangs, and ends."""
+    shuffle_buffer: int = 256
+    """Samples that a reader of tar shards shuffles at a time; they are in memory, as files."""
+    peak_tflops: float = 0.0
+    """Operations that the device can do, in 10^12 a second, for the model FLOPs utilisation (mfu) in the log; 0: from
+    its name, where that is known."""
 
     def __post_init__(self):
         tasks = split_tasks(self.task)
@@ -175,7 +217,8 @@ class TrainConfig:
             raise ValueError(f"task_weights={self.task_weights!r}: expected a number for each of {self.task}")
         if self.preset not in PRESETS:
             raise ValueError(f"preset={self.preset!r}: expected one of {', '.join(PRESETS)}")
-        for name in ("max_steps", "batch_size", "frames", "max_words", "log_every", "eval_every", "save_every", "keep"):
+        for name in ("max_steps", "batch_size", "frames", "max_words", "log_every", "eval_every", "save_every", "keep",
+                     "accumulate", "max_nonfinite", "shuffle_buffer"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
         for field in dataclasses.fields(self):
@@ -197,6 +240,17 @@ class TrainConfig:
             raise ValueError(f"augment={self.augment!r}: crops and moves would leave the boxes of grounding behind")
         if self.flip and self.augment == "none":
             raise ValueError("flip is a part of augmentation: add --augment finetune")
+        if self.offload and self.parallel != "fsdp":
+            raise ValueError("offload needs --parallel fsdp")
+        if self.self_critical and self.parallel == "fsdp":
+            raise ValueError("self_critical writes captions of another length on each process, and FSDP2 would wait "
+                             "for the longest in vain: use --parallel ddp")
+        if self.compile and self.parallel == "fsdp":
+            raise ValueError("compile and --parallel fsdp do not go together: use one of them")
+        if self.timeout <= 0:
+            raise ValueError(f"timeout={self.timeout}: expected more than 0 seconds")
+        if self.resume_from and not self.resume:
+            raise ValueError("--resume-from names the checkpoint of a run that goes on: give --resume, too")
         if not sum(self.kind_weights().values()):
             raise ValueError("the weights of all kinds of batches are 0: there is nothing to train on; "
                              "see task_weights, video_weight, image_weight and text_weight")
@@ -238,8 +292,10 @@ FINE_TUNING = {
 }
 """Defaults of single tasks, where they differ from those above: a minute or two each on the tiny world."""
 
-MAY_CHANGE = ("resume", "max_steps", "out", "name", "device", "workers", "log_every", "eval_every", "eval_limit",
-              "save_every", "keep", "max_skipped")
+MAY_CHANGE = ("resume", "resume_from", "max_steps", "epochs", "out", "name", "device", "workers", "accumulate",
+              "parallel", "offload", "activation_checkpointing", "compile", "log_every", "eval_every", "eval_limit",
+              "eval_data", "save_every", "keep", "max_skipped", "max_nonfinite", "timeout", "shuffle_buffer",
+              "peak_tflops")
 """Settings that a resumed run may be given anew; any other is refused."""
 
 
@@ -248,19 +304,44 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser = Parser(__doc__)
     parser.add(TrainConfig, "training")
     parser.add(ModelConfig, "model", defaults="default: the preset's, or that of --init")
+    parser.add(PlanConfig, "plan")
     given = parser.read(arguments)
     try:
+        if given["PlanConfig"].get("plan"):
+            print(planned(PlanConfig(**given["PlanConfig"]), TrainConfig(**given["TrainConfig"]), given["ModelConfig"]))
+            return {}
+        if given["PlanConfig"]:
+            raise ValueError(f"{', '.join(given['PlanConfig'])}: settings of a plan, which is asked for by --plan")
         config, changes = resolve(given["TrainConfig"], given["ModelConfig"])
         process = distributed.start(config.device)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     try:
         return run(config, changes, process)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"\ntrain.py: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:  # OSError: a full disk, a folder that may not be written to
+        if process.is_main or not isinstance(error, distributed.EverywhereError):
+            print(f"\ntrain.py: {error}", file=sys.stderr)
         raise SystemExit(1) from error
     finally:
         distributed.stop()
+
+
+def planned(plan: PlanConfig, config: TrainConfig, changes: dict) -> str:
+    """What this run would need on many devices."""
+    if config.init:
+        model = dataclasses.replace(read_config(config.init)[1], **changes)
+    else:
+        model = PRESETS[config.preset](**changes)
+    return report(plan, work_of(config, model, plan.gpus), config.accumulate)
+
+
+def work_of(config: TrainConfig, model: ModelConfig, world: int) -> Work:
+    """What each of `world` processes does at a time. ValueError if they cannot share a batch."""
+    if config.batch_size % (world * config.accumulate):
+        raise ValueError(f"batch_size={config.batch_size} cannot be shared by {world} processes evenly"
+                         + (f", in {config.accumulate} micro-batches" if config.accumulate > 1 else ""))
+    return Work(model, config.batch_size // world // config.accumulate, config.frames, config.questions,
+                config.max_words, config.task, config.precision == "bfloat16", config.optimizer)
 
 
 def resolve(given: dict, changes: dict) -> tuple[TrainConfig, dict]:
@@ -269,9 +350,19 @@ def resolve(given: dict, changes: dict) -> tuple[TrainConfig, dict]:
     config = TrainConfig(**{**defaults, **with_recipe(given)})
     folder = Path(config.out) / config.run_name
     saved_file = folder / "settings.json"
+    recover(folder)
+    again = started_again(saved_file)
+    if again and (folder / "last").exists():
+        config = dataclasses.replace(config, resume=True)
+        given = {**given, "resume": True, "resume_from": ""}  # where it was asked to start from, it has been already
+    elif again:
+        config = dataclasses.replace(config, resume=False, resume_from="")  # it was stopped before its first checkpoint
     if config.resume:
         if not (folder / "last").exists():
             raise FileNotFoundError(f"{folder} has no checkpoint to resume from; start it without --resume")
+        if config.resume_from and not (folder / config.resume_from).is_dir():
+            raise FileNotFoundError(f"{folder} has no checkpoint {config.resume_from}; it has "
+                                    f"{', '.join(sorted(path.name for path in folder.glob('step_*')))}")
         saved = json.loads(saved_file.read_text())
         refused = [name for name in given if name not in MAY_CHANGE and given[name] != saved["train"][name]]
         refused += [name for name in changes if changes[name] != saved["model"][name]]
@@ -280,7 +371,7 @@ def resolve(given: dict, changes: dict) -> tuple[TrainConfig, dict]:
                              "or start another run with --init and --name")
         kept = {name: value for name, value in given.items() if name in MAY_CHANGE}
         return TrainConfig(**{**saved["train"], **kept}), {}
-    if saved_file.exists():
+    if saved_file.exists() and not again:
         raise ValueError(f"{folder} holds a run already; go on with it by --resume, or choose another --name or --out")
     if config.init:
         if "preset" in given:
@@ -311,41 +402,48 @@ def with_recipe(given: dict) -> dict:
     return {**recipe.settings, **given}
 
 
+def started_again(saved_file: Path) -> bool:
+    """Whether torchrun (after a process failed) or Slurm (after a node did) started this run before."""
+    if not saved_file.exists():
+        return False
+    launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    same = launch != "none" and launch == json.loads(saved_file.read_text()).get("launch")
+    return same or any(int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
 def run(config: TrainConfig, changes: dict, process: distributed.Process) -> dict[str, float]:
     started = time.time()
     folder = Path(config.out) / config.run_name
-    if config.batch_size % process.world:
-        raise ValueError(f"batch_size={config.batch_size} cannot be shared by {process.world} processes evenly")
+    work_of(config, PRESETS[config.preset](), process.world)  # refuses what cannot be shared
     random.seed(config.seed)
     np.random.seed(config.seed)
     torch.manual_seed(config.seed)  # the same weights on every process
 
-    # ---- data
-    if config.data:
-        root = Path(config.data)
-    else:
+    # ---- data: a stream for each kind of batch and each source
+    if not config.data:
         if process.is_main:
             print("the tiny world: written to a cache when first used, in seconds", flush=True)
-            tiny_data.ensure()
-        distributed.barrier()
-        root = tiny_data.ensure()
-    samples = read_samples(root, config.task, "train")
-    weights = {kind: weight for kind, weight in config.kind_weights().items() if kind in samples and weight}
-    if not weights:
-        raise ValueError(f"{root} has training data of {', '.join(samples)} only, whose weights are 0")
-    samples = {kind: samples[kind] for kind in weights}
+        distributed.together(tiny_data.ensure, process)
+    roots = read_sources(config.data) if config.data else {tiny_data.ensure(): 1.0}
+    samples, shards, weights = read_streams(config, roots)
+    root = Path(config.eval_data) if config.eval_data else next((root for root in roots if not is_shards(root)), None)
+    merged: dict[str, list[Sample]] = {}
+    for stream, of_stream in samples.items():
+        merged.setdefault(stream_kind(stream), []).extend(of_stream)
     if config.epochs:
         texts = sum(max(len(sample.captions), math.ceil(len(sample.qa) / config.questions), 1)
-                    for of_kind in samples.values() for sample in of_kind)
+                    for of_kind in merged.values() for sample in of_kind)
+        texts += sum(map(len, shards.values()))
         steps = max(1, math.ceil(config.epochs * texts / config.batch_size))
         config = dataclasses.replace(config, max_steps=steps, epochs=0.0)  # what is saved, and resumed
-    classes = read_classes(samples)
+    classes = read_classes(merged)
 
     # ---- model and tokenizer
-    resumed = load_training(folder / "last") if config.resume else None
+    checkpoint = folder / (config.resume_from or "last")
+    resumed = load_training(checkpoint) if config.resume else None
     if config.resume or config.init:
         model, tokenizer, saved = (
-            load_model(folder / "last", config.task, changes) if config.resume
+            load_model(checkpoint, config.task, changes) if config.resume
             else load_model(config.init, config.task, changes, classes)
         )
         if model.fresh and process.is_main:
@@ -355,112 +453,188 @@ def run(config: TrainConfig, changes: dict, process: distributed.Process) -> dic
     else:
         tokenizer = make_tokenizer(config, samples, changes)
         model = MPLUG2(PRESETS[config.preset](**{**changes, "vocab_size": len(tokenizer)}), config.task, classes)
-    check_texts(samples, tokenizer, model.config.max_positions, config.max_words)
+    check_texts(merged, tokenizer, model.config.max_positions, config.max_words)
     preparation = Preparation(config.frames, config.max_words)
-    model.to(process.device).train()
-    optim.freeze(model, config.freeze.split(",") if config.freeze else [])
+    optim.freeze(model.train(), config.freeze.split(",") if config.freeze else [])
     if config.activation_checkpointing:
         checkpoint_activations(model)
     if config.compile:
         compile_model(model)
+    momentum, self_critical = None, None
+    if config.distil:
+        epoch = math.ceil(sum(map(len, [*samples.values(), *shards.values()])) / config.batch_size)
+        momentum = Momentum(model, config.momentum, config.distil, epoch, config.queue)
+    if config.self_critical:
+        self_critical = SelfCritical(tokenizer, [
+            [clean(caption, config.max_words) for caption in sample.captions]
+            for kind, of_kind in merged.items() if "prompted" in KIND[kind].parts for sample in of_kind
+            if sample.captions
+        ])
+    objectives = Objectives(model, momentum, self_critical)
+    parallel = distributed.parallelise(
+        objectives, process, config.parallel == "fsdp", Block, config.precision == "bfloat16", config.offload
+    )
     optimizer = optim.make_optimizer(
         model, config.lr, config.vision_lr or config.lr, config.weight_decay, (0.9, config.beta2),
         config.optimizer, config.layer_decay,
     )
-    momentum, self_critical = None, None
-    if config.distil:
-        epoch = math.ceil(sum(map(len, samples.values())) / config.batch_size)
-        momentum = Momentum(model, config.momentum, config.distil, epoch, config.queue).to(process.device)
-    if config.self_critical:
-        self_critical = SelfCritical(tokenizer, [
-            [clean(caption, config.max_words) for caption in sample.captions]
-            for kind, of_kind in samples.items() if "prompted" in KIND[kind].parts for sample in of_kind
-            if sample.captions
-        ])
-    first_step = 0
+    distributed.separate(optimizer)
+    first_step = resumed["step"] if resumed else 0
     torch.manual_seed(config.seed + process.rank)  # but dropout and negatives of its own
     if resumed:
-        first_step = resumed["step"]
-        optimizer.load_state_dict(resumed["optimizer"])
-        if process.rank < len(resumed["generators"]):
-            torch.set_rng_state(resumed["generators"][process.rank])
-        if momentum:
-            momentum.load_state_dict(resumed["momentum"])
-    objectives = Objectives(model, momentum, self_critical)
-    if process.world > 1:
-        # Buffers, those of the momentum copy, are the same on every process by themselves.
-        objectives = DistributedDataParallel(objectives, find_unused_parameters=True, broadcast_buffers=False)
+        distributed.load_optimizer_state(optimizer, model, resumed["optimizer"])
+        load_beside(objectives, resumed["objectives"])
+        if len(resumed["generators"]) == process.world:
+            set_generator_states(resumed["generators"][process.rank], process.device)
+        else:  # no process is any of the old ones
+            torch.manual_seed(int(np.random.default_rng((config.seed, first_step, process.rank)).integers(2**63)))
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     dataset = Samples(
         samples, model.config.image_size, config.frames, config.questions, model.config.max_positions,
         config.max_words, config.seed,
         None if config.augment == "none" else Augmentation(config.augment, config.flip),
     )
+    sizes = {stream: len(of_stream) for stream, of_stream in {**samples, **shards}.items()}
     batches = MixedBatches(
-        {kind: len(of_kind) for kind, of_kind in samples.items()}, weights, config.batch_size, config.max_steps,
-        config.seed, first_step, process.rank, process.world,
+        sizes, weights, config.batch_size, config.max_steps, config.seed, first_step, process.rank, process.world,
+        config.accumulate,
     )
-    collate = Collate(tokenizer, model.classes)
-    loader = make_loader(dataset, batches, collate, config.workers, pin=process.device.type == "cuda")
+    collate, pin = Collate(tokenizer, model.classes), process.device.type == "cuda"
+    positions = Positions(
+        shards, process.world * max(1, config.workers), config.shuffle_buffer, config.seed,
+        resumed["positions"] if resumed else {},
+    )
+    if shards:
+        stream = MixedStream(dataset, shards, batches, collate, positions, config.max_words)
+        loader = make_stream_loader(stream, config.workers, pin)
+    else:
+        loader = make_loader(dataset, batches, collate, config.workers, pin)
     loss_weights = {name: getattr(config, f"{name}_weight") for name in ("vtc", "vtm", "mlm", "caption", "answer")}
 
-    if process.is_main:
+    def start_folder() -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        settings = {"train": dataclasses.asdict(config), "model": dataclasses.asdict(model.config), "data": str(root)}
+        settings = {
+            "train": dataclasses.asdict(config), "model": dataclasses.asdict(model.config),
+            "data": {str(root): weight for root, weight in roots.items()},
+            "launch": os.environ.get("TORCHELASTIC_RUN_ID", "none"),
+        }
         (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
         count = sum(parameter.numel() for parameter in model.parameters())
-        sizes = ", ".join(f"{len(of_kind):,} {kind}" for kind, of_kind in samples.items())
-        print(f"{config.task}: {count:,} parameters, vocabulary {len(tokenizer)}, samples: {sizes}, {process.device}")
+        counts = ", ".join(f"{size:,} {name}" for name, size in sizes.items())
+        print(f"{config.task}: {count:,} parameters, vocabulary {len(tokenizer)}, samples: {counts}, {process.device}"
+              + (f" x {process.world}, {config.parallel}" if process.world > 1 else ""))
+
+    distributed.together(start_folder, process)
+    peak = config.peak_tflops or peak_tflops(process.device)
+    log = Log(folder, process, first_step, config.max_steps, peak)
+    work = work_of(config, model.config, process.world)
+    flops = functools.cache(lambda kind: cost(work, kind).flops if peak else 0.0)
+
+    def unsharded() -> MPLUG2 | None:
+        """The model in one piece; if it is sharded, only on the main process, None on others. All have to call it."""
+        return whole_model(model, process) if config.parallel == "fsdp" else model
+
+    def save(step: int, score: float | None) -> None:
+        """All processes together write a checkpoint."""
+        watchdog.beat(step, "saving", patience=10)
+        one = unsharded()
+        state = positions.collected(distributed.collect(positions))
+        training = {
+            "step": step, "optimizer": distributed.optimizer_state(optimizer, model), "positions": state,
+            "objectives": state_beside(objectives), "nonfinite_steps": log.nonfinite_steps,
+            "generators": distributed.collect(generator_states(process.device)),
+        }
+        distributed.together(lambda: save_checkpoint(
+            folder, f"step_{step:07d}", one, tokenizer, preparation, training, config.keep, score
+        ), process)
 
     # ---- the loop
-    log = Log(folder, process)
-    predictor = Predictor(model, tokenizer, preparation)
-    bar = tqdm(total=config.max_steps, initial=first_step, disable=not process.is_main, unit="step", mininterval=0.5)
-    fetched = time.time()
-    for step, batch in enumerate(loader, start=first_step):
-        log.waited(time.time() - fetched)
-        log.skipped(batch["errors"], sum(map(len, samples.values())), config.max_skipped)
-        batch = {name: value.to(process.device, non_blocking=True) if torch.is_tensor(value) else value
-                 for name, value in batch.items()}
-        warmup = math.ceil(config.warmup * config.max_steps)
-        optim.set_rates(optimizer, optim.schedule(step, config.max_steps, warmup, config.min_lr))
-        with torch.autocast(process.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            losses = objectives(batch)
-            loss = sum(loss_weights.get(name, 1.0) * value for name, value in losses.items())
-        if not torch.isfinite(loss):
-            raise ValueError(f"the loss is {loss.item()} at step {step}: " + ", ".join(
-                f"{name} {value.item():.3g}" for name, value in losses.items()
-            ) + f"; the batch: {', '.join(batch['where'])}")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
-        optimizer.step()
-        if momentum:
-            momentum.follow(model)
-        log.step(losses, loss, norm, len(batch["where"]) * process.world)
-        bar.update()
+    if config.resume_from:
+        distributed.together(lambda: point(folder / "last", config.resume_from), process)
+    log.nonfinite_steps = resumed["nonfinite_steps"] if resumed else 0
+    in_a_row, warmup = 0, math.ceil(config.warmup * config.max_steps)
+    with StopSignal() as stop, Watchdog(process, config.timeout) as watchdog:
+        coming = iter(loader)
+        for step in range(first_step, config.max_steps):
+            optim.set_rates(optimizer, optim.schedule(step, config.max_steps, warmup, config.min_lr))
+            where, operations, means = [], 0.0, {}
+            for micro in range(config.accumulate):
+                watchdog.beat(step, "waiting for data", names=functools.partial(batch_names, batches, dataset, step))
+                asked = time.time()
+                batch = next(coming)
+                log.waited(time.time() - asked)
+                log.skipped(batch["errors"], sum(sizes.values()), config.max_skipped)
+                positions.passed(batch)
+                where += batch["where"]
+                watchdog.beat(step, "in a step", names=functools.partial(", ".join, batch["where"]))
+                batch = {name: value.to(process.device, non_blocking=True) if torch.is_tensor(value) else value
+                         for name, value in batch.items()}
+                with distributed.accumulating(parallel, last=micro == config.accumulate - 1):
+                    with torch.autocast(process.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+                        losses = parallel(batch)
+                        loss = sum(loss_weights.get(name, 1.0) * value for name, value in losses.items())
+                    (loss / config.accumulate).backward()
+                losses = {"loss": loss, **{f"loss/{name}": value for name, value in losses.items()}}
+                for name, value in losses.items():
+                    means[name] = means.get(name, 0.0) + value.detach() / config.accumulate
+                operations += flops(batch["kind"])
+            distributed.average_replicated(parallel)
+            norm = distributed.clip_gradient(parameters, config.clip_grad)
 
-        done = step + 1
-        if done % config.log_every == 0 or done == config.max_steps:
-            log.write(done, {"lr": optimizer.param_groups[0]["lr"]}, bar)
-        if done % config.eval_every == 0 and done != config.max_steps and process.is_main:
-            validate(predictor, root, "val", config, config.eval_limit, done, log)
-        if done % config.save_every == 0 or done == config.max_steps:
-            generators = distributed.collect(torch.get_rng_state())
-            if process.is_main:
-                training = {"step": done, "optimizer": optimizer.state_dict(), "generators": generators}
+            # One process may see what the others do not: they skip, and they stop, together.
+            local = bool(torch.isfinite(means["loss"]))
+            skip, leave = distributed.anywhere(not local or not bool(torch.isfinite(norm)), bool(stop.name))
+            if skip:
+                seen = distributed.collect((local, where, {name: value.item() for name, value in means.items()}))
+                guilty = [one for one in seen if not one[0]] or seen
+                names = [name for _, of_process, _ in guilty for name in of_process]
+                message, in_a_row = log.nonfinite(step, guilty[0][2], norm.item(), names), in_a_row + 1
+                if in_a_row == config.max_nonfinite:
+                    raise distributed.EverywhereError(
+                        f"{in_a_row} steps in a row were not finite, as many as --max-nonfinite allows; the last: "
+                        f"{message}. Look at these samples, lower --lr, or go on from an older checkpoint")
+            else:
+                in_a_row = 0
+                optimizer.step()
                 if momentum:
-                    training["momentum"] = momentum.state_dict()
-                save_checkpoint(folder, f"step_{done:07d}", model, tokenizer, preparation, training, config.keep)
-                curves(folder / "metrics.jsonl", folder / "curves.png")
-            distributed.barrier()
-        fetched = time.time()
-    bar.close()
+                    momentum.follow(model)
+                log.step(means, norm, len(where) * process.world, operations)
+            optimizer.zero_grad(set_to_none=True)
+            log.bar.update()
+
+            done, score = step + 1, None
+            if done % config.log_every == 0 or done == config.max_steps:
+                rates = [group["lr"] for group in optimizer.param_groups]
+                log.write(done, {"lr": max(rates), "lr_lowest": min(rates)})
+            if done % config.eval_every == 0 and root:
+                watchdog.beat(done, "validating", patience=10)
+                one = unsharded()
+                if process.is_main:
+                    predictor = Predictor(one.to(process.device), tokenizer, preparation)
+                    found = validate(predictor, root, "val", config, config.eval_limit, done, log)
+                    score = mean_share(found)
+                distributed.barrier()
+            if done % config.save_every == 0 or done == config.max_steps or leave:
+                save(done, score)
+                if process.is_main:
+                    curves(folder / "metrics.jsonl", folder / "curves.png")
+            if leave:
+                break
+        del coming
+    log.close()
+    if first_step < config.max_steps and leave:
+        if process.is_main:
+            print(f"{stop.name or 'another process got a signal'}: saved after step {done} of {config.max_steps}; "
+                  f"--resume goes on from {folder / 'last'}")
+        return {}
 
     # ---- what was learned
     results: dict[str, float] = {}
-    if process.is_main:
+    one = unsharded()
+    if process.is_main and root:
         split = "test" if any("test" in splits for splits in available(root).values()) else "val"
+        predictor = Predictor(one.to(process.device), tokenizer, preparation)
         results = validate(predictor, root, split, config, None, config.max_steps, log)
         curves(folder / "metrics.jsonl", folder / "curves.png")
         print(table({split: results}))
@@ -470,10 +644,75 @@ def run(config: TrainConfig, changes: dict, process: distributed.Process) -> dic
     return results
 
 
+def read_sources(text: str) -> dict[Path, float]:
+    """`DIR=2,OTHER=1`, or only `DIR`: the folders with data and their weights."""
+    sources: dict[Path, float] = {}
+    for part in text.split(","):
+        name, _, weight = part.rpartition("=") if "=" in part else (part, "", "1")
+        try:
+            sources[Path(name)] = float(weight)
+        except ValueError as error:
+            raise ValueError(f"data={text!r}: expected folders with weights, such as DIR=2,OTHER=1") from error
+    if len(sources) < len(text.split(",")) or min(sources.values()) < 0 or not sum(sources.values()):
+        raise ValueError(f"data={text!r}: expected each folder once, and weights of which one is above 0")
+    return sources
+
+
+def read_streams(
+    config: TrainConfig, roots: dict[Path, float]
+) -> tuple[dict[str, list[Sample]], dict[str, ShardSet], dict[str, float]]:
+    """The samples and the shards of each stream, and the share of the steps that each stream has.
+
+    A stream is named after its kind ("video"), and from the second source on after that, too ("video@1").
+    """
+    samples: dict[str, list[Sample]] = {}
+    shards: dict[str, ShardSet] = {}
+    weights: dict[str, float] = {}
+    of_kind, found = config.kind_weights(), set()
+    for number, (root, weight) in enumerate(roots.items()):
+        if is_shards(root) and config.task != "pretrain":
+            raise ValueError(f"{root} holds tar shards, which are for pre-training; {config.task} reads jsonl files")
+        streams = read_shards(root) if is_shards(root) else read_samples(root, config.task, "train")
+        found |= set(streams)
+        for kind, of_stream in streams.items():
+            if weight and of_kind[kind]:
+                stream = f"{kind}@{number}" if number else kind
+                (shards if is_shards(root) else samples)[stream] = of_stream
+                weights[stream] = weight
+    if not weights:
+        raise ValueError(f"{', '.join(map(str, roots))} has training data of {', '.join(sorted(found))} only, whose "
+                         "weights are 0")
+    for kind in {stream_kind(stream) for stream in weights}:  # its share, divided among its sources
+        sources = [stream for stream in weights if stream_kind(stream) == kind]
+        whole = sum(weights[stream] for stream in sources)
+        weights |= {stream: of_kind[kind] * weights[stream] / whole for stream in sources}
+    return samples, shards, weights
+
+
+def batch_names(batches: MixedBatches, dataset: Samples, step: int) -> str:
+    """The samples that this process waits for at a step, by their places."""
+    at_step = copy.copy(batches)
+    at_step.start = step
+    keys = next(iter(at_step))
+    if keys[0][0] not in dataset.samples:
+        return f"from the shards of {keys[0][0]}"
+    return ", ".join(dataset.samples[stream][index].where for stream, _, index in keys)
+
+
+def mean_share(metrics: dict[str, float]) -> float | None:
+    """What `best` goes by: the mean of all that are shares; CIDEr and ranks are not."""
+    shares = [value for name, value in metrics.items()
+              if math.isfinite(value) and not name.endswith(("cider", "median_rank"))]
+    return sum(shares) / len(shares) if shares else None
+
+
 def make_tokenizer(config: TrainConfig, samples: dict, changes: dict) -> Tokenizer:
     """The tokenizer that was asked for, or a vocabulary trained on the texts of the training samples."""
     if config.tokenizer:
         return Tokenizer.load(config.tokenizer)
+    if not samples:
+        raise ValueError("no vocabulary can be trained on a stream of shards: name one by --tokenizer, or a checkpoint "
+                         "by --init")
     texts = [text for of_kind in samples.values() for sample in of_kind for text in sample.captions]
     texts += [
         text for of_kind in samples.values() for sample in of_kind for question in sample.qa
@@ -486,7 +725,7 @@ def make_tokenizer(config: TrainConfig, samples: dict, changes: dict) -> Tokeniz
 
 
 def validate(
-    predictor: Predictor, root: Path, split: str, config: TrainConfig, limit: int | None, step: int, log: "Log"
+    predictor: Predictor, root: Path, split: str, config: TrainConfig, limit: int | None, step: int, log: Log
 ) -> dict[str, float]:
     """Evaluate on a split, if the data has it, and write what was found to metrics.jsonl: after pre-training all that
     the model can do, else the tasks that are trained."""
@@ -499,56 +738,6 @@ def validate(
     if metrics:
         log.line({"step": step, **{f"{split}/{name}": value for name, value in metrics.items()}})
     return metrics
-
-
-class Log:
-    """metrics.jsonl and the progress bar, by the main process; sums since the last line."""
-
-    def __init__(self, folder: Path, process: distributed.Process):
-        self.path, self.process = folder / "metrics.jsonl", process
-        self.failed: set[str] = set()
-        self.reset()
-
-    def reset(self) -> None:
-        self.losses: dict[str, list[torch.Tensor]] = {}
-        self.samples, self.waiting, self.since = 0, 0.0, time.time()
-
-    def waited(self, seconds: float) -> None:
-        self.waiting += seconds
-
-    def skipped(self, errors: list[str], files: int, allowed: float) -> None:
-        """Count files that could not be decoded, by name; too many of them stop the run."""
-        for error in sorted(set(errors) - self.failed):
-            tqdm.write(f"skipped: {error}", file=sys.stderr)
-        self.failed |= set(errors)
-        if len(self.failed) > allowed * files:
-            raise ValueError(f"{len(self.failed)} of {files} media files cannot be decoded, more than max_skipped="
-                             f"{allowed} allows; mend the data (the files are named above), or raise --max-skipped")
-
-    def step(self, losses: dict, loss: torch.Tensor, norm: torch.Tensor, samples: int) -> None:
-        for name, value in {**{f"loss/{name}": value for name, value in losses.items()}, "loss": loss,
-                            "grad_norm": norm}.items():
-            self.losses.setdefault(name, []).append(value.detach())
-        self.samples += samples
-
-    def write(self, step: int, values: dict, bar: tqdm) -> None:
-        """One line: means since the last one."""
-        seconds = time.time() - self.since
-        means = {name: torch.stack(found).mean().item() for name, found in self.losses.items()}
-        bar.set_postfix_str(
-            " ".join(f"{name.removeprefix('loss/')} {value:.2f}" for name, value in means.items() if "/" in name)
-            + f" {self.samples / seconds:.0f} samples/s"
-        )
-        self.line({
-            "step": step, **means, **values, "samples_per_second": self.samples / seconds,
-            "waiting_for_data": self.waiting / seconds, "skipped_files": len(self.failed),
-        })
-        self.reset()
-
-    def line(self, values: dict) -> None:
-        if self.process.is_main:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(values) + "\n")
 
 
 if __name__ == "__main__":

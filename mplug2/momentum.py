@@ -61,6 +61,8 @@ class Momentum(nn.Module):
 
         Every process keeps the same queue."""
         vision, text, meaning = gather(vision), gather(text), gather(meaning)
+        if not (vision.isfinite().all() and text.isfinite().all()):
+            return  # the step is going to be skipped
         size, count = len(self.queue_meaning), len(meaning)
         if count > size:
             raise ValueError(f"queue={size}: expected room for the {count} samples of a batch at least")

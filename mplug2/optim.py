@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from mplug2.distributed import part_of, whole
 from mplug2.model import MPLUG2
 
 
@@ -105,7 +106,9 @@ class Muon(torch.optim.AdamW):
             momenta = [self.state[parameter]["momentum"] for parameter in parameters]
             torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
             ahead = torch._foreach_lerp(gradients, momenta, self.momentum)  # Nesterov
-            steps = orthogonalize(torch.stack(ahead)).to(parameters[0].dtype).unbind()
+            # A sharded matrix is put together for this, by every process: its singular values are those of the whole.
+            steps = orthogonalize(torch.stack([whole(matrix) for matrix in ahead])).to(parameters[0].dtype).unbind()
+            steps = [part_of(step, parameter) for step, parameter in zip(steps, parameters)]
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(parameters, steps, alpha=-0.2 * group["lr"] * max(rows, columns) ** 0.5)
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from mplug2.checkpoint import (
     load_model,
     load_training,
     read_config,
+    recover,
     save_checkpoint,
     save_model,
 )
@@ -260,21 +263,112 @@ def test_the_one_just_written_is_kept_even_if_others_are_of_later_steps(tmp_path
     assert load_training(tmp_path / "last") == {"step": 21}
 
 
-def test_a_run_that_died_while_saving_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+def test_a_disk_that_is_full_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):
     save(tmp_path, 1, make_model(seed=1))
     with monkeypatch.context() as patched:
         patched.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError("no space left on device")))
-        with pytest.raises(OSError, match="no space"):
+        with pytest.raises(CheckpointError) as refused:
             save(tmp_path, 2, make_model(seed=2))
-    assert names(tmp_path) == [".step_0000002.part", "last", "step_0000001"]
+    assert "step_0000002 could not be written (no space left on device)" in str(refused.value)
+    assert "The checkpoint before it: step_0000001 is whole" in str(refused.value)
+    assert names(tmp_path) == ["last", "step_0000001"]
     assert_same_weights(load_model(tmp_path / "last")[0], make_model(seed=1))
 
+
+def test_what_an_earlier_attempt_left_does_not_get_into_a_checkpoint(tmp_path):
+    save(tmp_path, 1, make_model(seed=1))
+    (tmp_path / ".step_0000002.part").mkdir()
     (tmp_path / ".step_0000002.part" / "debris").write_text("of an earlier attempt")
     (tmp_path / ".last.part").symlink_to("nowhere")
     save(tmp_path, 2, make_model(seed=2))
     assert names(tmp_path) == ["last", "step_0000001", "step_0000002"]
     assert "debris" not in names(tmp_path / "last")
     assert_same_weights(load_model(tmp_path / "last")[0], make_model(seed=2))
+
+
+def save_until_killed(run: Path, step: int, model: MPLUG2, moment: int) -> bool:
+    """Save in a process of its own, which kills itself at its `moment`-th operation on files; whether it got there."""
+    child = os.fork()
+    if child == 0:
+        count, flush = 0, os.fsync
+
+        def another(*_) -> None:
+            nonlocal count
+            count += 1
+            if count == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        os.fsync = lambda handle: (another(), flush(handle))
+        sys.addaudithook(lambda event, _: another() if event == "open" or event.startswith(("os.", "shutil.")) else 0)
+        save(run, step, model, keep=1)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert status in (0, signal.SIGKILL)
+    return status == signal.SIGKILL
+
+
+@pytest.mark.parametrize("step", [2, 1])
+def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(tmp_path, step):
+    """A real SIGKILL at every operation on files, one after the other; also where the same step is saved again."""
+    old, new, moment, seen = make_model("video_caption", 1), make_model("video_caption", 2), 1, set()
+    while True:
+        run = tmp_path / str(moment)
+        save(run, 1, old)
+        killed = save_until_killed(run, step, new, moment)
+        recover(run)  # as a run does when it starts again
+        found, saved = load_model(run / "last")[0], load_training(run / "last")
+        is_new = found.decoder.head.bias.equal(new.decoder.head.bias)
+        assert_same_weights(found, new if is_new else old)
+        assert saved == {"step": step if is_new else 1}
+        seen.add(is_new)
+        if not killed:
+            break
+        save(run, 3, new, keep=1)  # and the next one finds nothing in its way
+        assert names(run) == ["last", "step_0000003"]
+        moment += 1
+    assert moment > 20 and seen == {False, True}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "training.pt", "manifest.json"])
+def test_a_checkpoint_that_was_cut_off_or_changed_is_refused_and_the_one_before_it_offered(tmp_path, name):
+    for step in (1, 2, 3):
+        save(tmp_path, step, make_model("video_caption", step), keep=3)
+    path = tmp_path / "step_0000003" / name
+    content = path.read_bytes()
+    for damaged in (content[:-1], content[: len(content) // 2], bytes([content[0] ^ 1]) + content[1:], None):
+        path.unlink() if damaged is None else path.write_bytes(damaged)
+        # What the model does not need, and a checkpoint that was made by hand does not have, it can do without.
+        loads = [load_model] if name not in ("training.pt", "manifest.json") else [load_training]
+        loads += [load_model] if name == "manifest.json" and damaged is not None else []
+        for load in loads:
+            with pytest.raises(CheckpointError) as refused:
+                load(tmp_path / "last")
+            assert name in str(refused.value)
+            if (damaged, name) != (None, "training.pt"):
+                assert f"the checkpoint {tmp_path / 'last'} (step_0000003) is damaged: " in str(refused.value)
+                assert "before it is whole: go on from it by --resume --resume-from step_0000002" in str(refused.value)
+        path.write_bytes(content)
+    load_model(tmp_path / "last")
+    (tmp_path / "step_0000002" / "model.safetensors").write_bytes(b"")
+    path.write_bytes(content[1:])
+    load = load_training if name == "training.pt" else load_model
+    with pytest.raises(CheckpointError, match="--resume-from step_0000001"):
+        load(tmp_path / "last")
+    (tmp_path / "step_0000001" / "training.pt").unlink()
+    with pytest.raises(CheckpointError, match="there is no whole one before it"):
+        load(tmp_path / "last")
+
+
+def test_the_best_is_kept_beside_the_newest(tmp_path):
+    scores = [(1, 0.2), (2, 0.7), (3, None), (4, 0.5), (5, None)]
+    for step, score in scores:
+        save_checkpoint(tmp_path, f"step_{step:07d}", make_model("video_caption", step), TOKENIZER, PREPARATION,
+                        {"step": step}, 2, score)
+    assert names(tmp_path) == ["best", "last", "step_0000002", "step_0000004", "step_0000005"]
+    assert os.readlink(tmp_path / "best") == "step_0000002"
+    assert_same_weights(load_model(tmp_path / "best")[0], make_model("video_caption", 2))
+    save_checkpoint(tmp_path, "step_0000006", make_model("video_caption"), TOKENIZER, PREPARATION, {"step": 6}, 1, 0.7)
+    assert names(tmp_path) == ["best", "last", "step_0000006"]
 
 
 def test_the_training_state_goes_to_disk_and_back(tmp_path):

@@ -82,6 +82,23 @@ def test_the_processes_share_the_global_batch(drawn):
 
 
 @settings(max_examples=40, deadline=None)
+@given(batch_settings(), st.integers(1, 3), st.data())
+def test_micro_batches_are_the_parts_of_the_batch_wherever_a_run_starts(drawn, accumulate, data):
+    drawn["batch_size"] *= accumulate
+    alone = list(MixedBatches(**{**drawn, "world": 1}))
+    start = data.draw(st.integers(0, drawn["steps"]))
+    shares = [list(MixedBatches(**drawn, rank=rank, start=start, accumulate=accumulate))
+              for rank in range(drawn["world"])]
+    for step, batch in enumerate(alone[start:]):
+        parts = [share[step * accumulate : (step + 1) * accumulate] for share in shares]
+        assert {len(part) for share in parts for part in share} == {len(batch) // accumulate // drawn["world"]}
+        for micro in range(accumulate):
+            size = len(batch) // accumulate
+            assert sorted(key for part in parts for key in part[micro]) == sorted(batch[micro * size :][:size])
+    assert all(len(share) == (drawn["steps"] - start) * accumulate for share in shares)
+
+
+@settings(max_examples=40, deadline=None)
 @given(batch_settings())
 def test_every_sample_comes_once_an_epoch(drawn):
     keys = [key for batch in MixedBatches(**{**drawn, "world": 1}) for key in batch]
@@ -469,6 +486,14 @@ def test_a_clip_is_sampled_anew_each_epoch_and_a_picture_is_its_first_frame(root
 
 
 # ---- files that cannot be decoded ------------------------------------------------------------------------------------
+
+
+def test_two_sources_of_one_kind_are_streams_of_their_own(root):
+    samples = read_samples(root, "pretrain", "train")
+    data = dataset({"video": samples["video"], "video@1": samples["video"]})
+    one, other = data["video", 0, 0], data["video@1", 0, 0]
+    assert one["kind"] == other["kind"] == "video" and one["where"] == other["where"]
+    assert not np.array_equal(one["noise"], other["noise"])
 
 
 def test_a_corrupt_clip_is_replaced_by_the_next_and_reported(tmp_path, tokenizer):

@@ -6,6 +6,8 @@
 Counts by split stand beside the published ones; media that are missing or cannot be read are named; one sample of each
 task is drawn. --out writes one file a task and split and a link `media` to the download. Records whose media are not
 there are left out, and counted.
+
+    python -m mplug2.data pack DIR OUT           # records of pre-training as tar shards, for train.py --data OUT
 """
 
 import argparse
@@ -14,9 +16,30 @@ from pathlib import Path
 
 from mplug2.data.adapters import ADAPTERS
 from mplug2.data.check import check
+from mplug2.data.shards import pack
 
 
 def main(arguments: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        (pack_command if arguments[:1] == ["pack"] else check_command)(arguments)
+    except (ValueError, OSError) as error:
+        print(f"python -m mplug2.data: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+
+
+def pack_command(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m mplug2.data pack", allow_abbrev=False)
+    parser.add_argument("root", metavar="DIR", type=Path, help="folder with <task>.<split>.jsonl files")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder for the shards")
+    parser.add_argument("--split", default="train", help="which records (default train)")
+    parser.add_argument("--samples-per-shard", type=int, default=1000, help="samples of a tar (default 1000)")
+    given = parser.parse_args(arguments[1:])
+    counts = pack(given.root, given.out, given.split, given.samples_per_shard)
+    print(f"{given.out}: " + ", ".join(f"{count:,} {kind}" for kind, count in counts.items()))
+
+
+def check_command(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m mplug2.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -28,11 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--picture", metavar="FILE", type=Path,
                         help="where to draw the sample (default: NAME.png, in --out if given)")
     given = parser.parse_args(arguments)
-    try:
-        check(given.name, given.root, given.out, given.decode, given.picture)
-    except (ValueError, OSError) as error:
-        print(f"python -m mplug2.data: {error}", file=sys.stderr)
-        raise SystemExit(1) from error
+    check(given.name, given.root, given.out, given.decode, given.picture)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ Axes: b samples of this process, r questions a sample, t frames, l text tokens, 
 
 import gc
 import hashlib
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,6 +150,11 @@ def _labelled(record: Record) -> Sample:
     )
 
 
+def stream_kind(stream: str) -> str:
+    """What a stream has batches of: "video" for both "video" and "video@1", that of the second source."""
+    return stream.partition("@")[0]
+
+
 def _merge(records: list[Record]) -> list[Sample]:
     by_media: dict[Path | str, list[Record]] = {}
     for record in records:
@@ -201,7 +207,7 @@ def joined(texts: Sequence[str], max_words: int) -> str:
 
 
 class Samples(torch.utils.data.Dataset):
-    """`samples[kind, epoch, index]`: a training item. A file that cannot be decoded is replaced by the next sample,
+    """`samples[stream, epoch, index]`: a training item. A file that cannot be decoded is replaced by the next sample,
     and its error travels with the item."""
 
     def __init__(
@@ -213,12 +219,12 @@ class Samples(torch.utils.data.Dataset):
         self.max_positions, self.max_words = max_positions, max_words
 
     def __getitem__(self, key: tuple[str, int, int]) -> dict:
-        kind, epoch, index = key
-        of_kind, errors = self.samples[kind], []
+        stream, epoch, index = key
+        kind, of_kind, errors = stream_kind(stream), self.samples[stream], []
         for shift in range(min(16, len(of_kind))):
             number = (index + shift) % len(of_kind)
             sample = of_kind[number]
-            rng = np.random.default_rng((self.seed, *kind.encode(), epoch, number))
+            rng = np.random.default_rng((self.seed, *stream.encode(), epoch, number))
             try:
                 pixels = self.pixels(sample, kind, rng)
                 return {**self.texts(sample, kind, rng), "pixels": pixels, "where": sample.where, "errors": errors}
@@ -366,30 +372,33 @@ def schedule(weights: dict[str, float], steps: int) -> list[str]:
 
 
 class MixedBatches(torch.utils.data.Sampler):
-    """Keys (kind, epoch, index) of this process' share of every batch, from step `start` to step `steps`.
+    """Keys (kind, epoch, index) of this process' share of every batch, from step `start` to step `steps`; if a step is
+    made of several micro-batches (`accumulate`), those of each of them.
 
     Each kind runs through its samples in an order that is drawn anew every epoch. Process `rank` of `world` takes every
-    world-th sample of the global batch.
+    world-th sample of the global batch: where a step stands in the stream does not depend on the number of processes.
     """
 
     def __init__(
         self, sizes: dict[str, int], weights: dict[str, float], batch_size: int, steps: int, seed: int, start: int = 0,
-        rank: int = 0, world: int = 1,
+        rank: int = 0, world: int = 1, accumulate: int = 1,
     ):
         self.sizes, self.batch_size, self.seed, self.start = sizes, batch_size, seed, start
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.accumulate = rank, world, accumulate
         self.kinds = schedule(weights, steps)
         self.orders: dict[tuple[str, int], np.ndarray] = {}
 
     def __len__(self) -> int:
-        return len(self.kinds) - self.start
+        return (len(self.kinds) - self.start) * self.accumulate
 
     def __iter__(self) -> Iterator[list[tuple[str, int, int]]]:
         counts = dict.fromkeys(self.sizes, 0)
+        size = self.batch_size // self.accumulate
         for step, kind in enumerate(self.kinds):
             if step >= self.start:
-                first = counts[kind] * self.batch_size
-                yield [self.key(kind, first + i) for i in range(self.rank, self.batch_size, self.world)]
+                for micro in range(self.accumulate):
+                    first = counts[kind] * self.batch_size + micro * size
+                    yield [self.key(kind, first + i) for i in range(self.rank, size, self.world)]
             counts[kind] += 1
 
     def key(self, kind: str, position: int) -> tuple[str, int, int]:
@@ -407,10 +416,15 @@ def make_loader(dataset: Samples, batches: MixedBatches, collate: Collate, worke
     # random numbers than the run that never stopped.
     return DataLoader(
         dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin,
-        prefetch_factor=4 if workers else None, generator=torch.Generator(), worker_init_fn=_start_worker,
+        prefetch_factor=4 if workers else None, generator=torch.Generator(), worker_init_fn=start_worker,
     )
 
 
-def _start_worker(_: int) -> None:
-    """imageio collects garbage whenever it closes a video: what is there at the start need not be looked at again."""
+def start_worker(_: int) -> None:
+    """imageio collects garbage whenever it closes a video: what is there at the start need not be looked at again.
+
+    Signals that ask the run to stop reach its workers too: they go on until the training process has what it needs, and
+    end with it."""
     gc.freeze()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
