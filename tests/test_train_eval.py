@@ -29,9 +29,9 @@ MODEL = (
 ).split()
 FAST = "--batch-size 8 --log-every 1 --eval-limit 4 --workers 0 --device cpu".split()
 KEYS = (
-    ["caption_exact", "caption_cider", "caption_bleu4"]
+    ["caption_exact", "caption_cider", "caption_bleu4", "caption_rouge_l"]
     + [f"qa_{kind}" for kind in ("order", "colour", "digit", "count", "yesno", "binding")]
-    + [f"{way}_{key}" for way in ("t2v", "v2t") for key in ("r1", "r5", "r10", "r1_rerank")]
+    + [f"{way}_{key}" for way in ("t2v", "v2t") for key in ("r1", "r5", "r10", "median_rank", "r1_rerank")]
 )
 """What eval.py reports of clips. Of images the same, with a prefix, but for the order of frames."""
 
@@ -300,7 +300,7 @@ def test_evaluation_reports_every_metric_of_both_splits_and_draws_contact_sheets
     assert set(found) == expected
     assert json.loads((tmp_path / "results" / "all.json").read_text()) == found
     for key, value in found.items():
-        assert value >= 0 and (value <= 1 or key.endswith("cider")), key
+        assert value >= 0 and (value <= 1 or key.endswith(("cider", "median_rank"))), key
     for split in ("test", "combos"):
         with Image.open(run / "last" / "eval" / f"contact_sheet_{split}.png") as picture:
             picture.load()
