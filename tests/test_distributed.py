@@ -18,6 +18,7 @@ from test_objectives import likeness, make_batch, make_model, with_places
 
 from mplug2 import distributed
 from mplug2.distributed import collect, gather, global_mean, start, stop, total, world_size
+from mplug2.momentum import Momentum
 from mplug2.objectives import Objectives, matching_loss
 
 
@@ -191,6 +192,36 @@ def test_two_processes_have_the_losses_and_gradients_of_one_with_the_whole_batch
                 )
     if kind != "text":
         assert whole["vtc"][1][names.index("temperature")] != 0
+
+
+def distilled(batches: list[dict], rank: int, world: int) -> tuple[list, list, list]:
+    """Losses and gradients at the second of two batches, whose first is in the queue by then; and the queue."""
+    model = make_model()
+    momentum = Momentum(model, alpha=0.4, queue=6).double()
+    momentum.teacher = make_model(seed=1)
+    momentum.steps += 1
+    objectives = Objectives(model, momentum).train()
+    for batch in batches:
+        losses = objectives(share(batch, rank, world))
+    (losses["vtc"] + losses["answer"]).backward()
+    gradients = [p.grad.numpy() if p.grad is not None else None for p in model.parameters()]
+    return [losses["vtc"].item(), losses["answer"].item()], gradients, [part.tolist() for part in momentum.queue()]
+
+
+def test_distillation_and_the_queue_are_those_of_one_process(pair):
+    batches = [make_batch("image", b=4, seed=seed) for seed in (0, 1)]
+    batches[1]["meaning"] = torch.tensor([0, 4, 5, 1])  # two of the second batch are in the queue already
+    losses, gradients, queue = distilled(batches, 0, 1)
+    one, other = pair.run(distilled, (batches, 0, 2), (batches, 1, 2))
+    np.testing.assert_allclose((np.array(one[0]) + other[0]) / 2, losses, rtol=1e-9)
+    for expected, first, second in zip(gradients, one[1], other[1], strict=True):
+        assert (expected is None) == (first is None) == (second is None)
+        if expected is not None:
+            np.testing.assert_allclose((first + second) / 2, expected, rtol=1e-7, atol=1e-10)
+    for expected, first, second in zip(queue, one[2], other[2], strict=True):
+        np.testing.assert_allclose(first, expected, rtol=1e-9)
+        np.testing.assert_allclose(second, expected, rtol=1e-9)
+    assert queue[2] == [5, 1, 2, 3, 0, 4]
 
 
 def matching(batch: dict, rank: int, world: int, partner: list[int]) -> tuple[float, list]:

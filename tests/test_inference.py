@@ -260,7 +260,7 @@ def root(tmp_path_factory) -> Path:
 class Oracle(Predictor):
     """Writes the right caption and "yes" for every second file, nonsense and "no" for the others, and all colours."""
 
-    def caption(self, paths: list[Path]) -> list[str]:
+    def caption(self, paths: list[Path], beams: int = 1) -> list[str]:
         right = {".gif": "a {} one moving left", ".png": "a {} two"}
         numbers = [int(path.stem) for path in paths]
         return ["nonsense" if number % 2 else right[path.suffix].format(COLOURS[number % 3])
@@ -279,8 +279,8 @@ def test_captions_and_answers_are_scored_by_kind(root, predictor):
     assert metrics["qa_colour"] == 1.0 and metrics["qa_yesno"] == 0.5 and metrics["qa_all"] == 0.0
     assert 0 < metrics["caption_bleu4"] < 1 and metrics["caption_cider"] > 0
     galleries = {f"{prefix}{way}_{key}" for prefix in ("", "image_") for way in ("t2v", "v2t")
-                 for key in ("r1", "r5", "r10", "r1_rerank")}
-    described = {f"{prefix}caption_{key}" for prefix in ("", "image_") for key in ("exact", "cider", "bleu4")}
+                 for key in ("r1", "r5", "r10", "median_rank", "r1_rerank")}
+    described = {f"{prefix}caption_{key}" for prefix in ("", "image_") for key in ("exact", "cider", "bleu4", "rouge_l")}
     assert set(metrics) == galleries | described | {"qa_colour", "qa_yesno", "qa_all"}
     assert predictions[0] == Prediction(
         "video_caption", root / "0.gif", "", "a red one moving left", ("a red one moving left", "red")

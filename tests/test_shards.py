@@ -231,7 +231,7 @@ def test_a_resumed_stream_is_the_stream_that_never_stopped(root, packed, tokeniz
         after, _ = batches_of(packed, tokenizer, 14, stop, state, workers=workers, mixed=root)
         assert where(after) == where(whole[stop:])
         for one, other in zip(after, whole[stop:]):
-            assert one["caption_ids"].equal(other["caption_ids"]) and one["masked"].equal(other["masked"])
+            assert one["caption_ids"].equal(other["caption_ids"]) and one["masked_ids"].equal(other["masked_ids"])
             assert "pixels" not in one or one["pixels"].equal(other["pixels"])
 
 

@@ -69,10 +69,10 @@ def test_every_task_is_fine_tuned_and_evaluated(task, pretrained, world, tmp_pat
     expected = {"retrieval": 0, "qa": sum(len(record.qa) for record in records)}.get(what, len(records))
     assert len(written) == expected
     for line in written:
-        assert set(line) == {"task", "split", "media", "question", "prediction", "truth"}
+        assert set(line) == {"id", "task", "split", "media", "question", "prediction", "truth"}
         assert (line["task"], line["split"]) == (task, "test")
         assert len(line["media"]) == (2 if TASKS[task].pair else 1 if TASKS[task].vision else 0)
-    if f"test/{task}_accuracy" in found:
+    if TASKS[task].classifier:
         assert set(read_classes(run / "last")[task]) == {record.label for record in read_records(world, task, "train")}
         right = sum(line["prediction"] in line["truth"] for line in written) / len(written)
         assert found[f"test/{task}_accuracy"] == pytest.approx(right)
@@ -130,7 +130,7 @@ def test_a_resumed_run_has_the_momentum_copy_and_the_queue_of_the_run_that_never
 
 def test_captions_are_refined_by_their_reward_with_frozen_modules_as_they_were(pretrained, world, tmp_path):
     run = fine_tune("video_caption", pretrained, world, tmp_path, "--self-critical", "--freeze",
-                    "vision_encoder,vision_projection,vision_norm,universal", "--max-steps", "2")
+                    "vision_encoder,universal", "--max-steps", "2")
     losses = {key for line in lines(run) for key in line if key.startswith("loss/")}
     assert losses == {"loss/reward"}
     before, after = load_file(pretrained / "model.safetensors"), load_file(run / "last" / "model.safetensors")
