@@ -283,9 +283,11 @@ def test_captions_and_answers_are_scored_by_kind(root, predictor):
     described = {f"{prefix}caption_{key}" for prefix in ("", "image_") for key in ("exact", "cider", "bleu4", "rouge_l")}
     assert set(metrics) == galleries | described | {"qa_colour", "qa_yesno", "qa_all"}
     assert predictions[0] == Prediction(
-        "video_caption", root / "0.gif", "", "a red one moving left", ("a red one moving left", "red")
+        "video_caption", root / "0.gif", "", "a red one moving left", ("a red one moving left", "red"),
+        id="video_caption.test.jsonl:1",
     )
-    assert predictions[6] == Prediction("video_qa", root / "0.gif", "Which colour is it?", "red", ("red",))
+    assert predictions[6] == Prediction("video_qa", root / "0.gif", "Which colour is it?", "red", ("red",),
+                                        id="video_qa.test.jsonl:1")
     assert len(predictions) == 6 + 18 + 4
 
 
