@@ -41,7 +41,7 @@ class PlanConfig:
     """Pictures of the plan's data; as in the paper (COCO, Visual Genome, SBU, CC3M, CC12M)."""
     videos: int = 2_500_000
     """Clips of the plan's data; as in the paper (WebVid-2M)."""
-    epochs: int = 30
+    passes: int = 30
     """Passes through the plan's data."""
     device_tflops: float = 989.0
     """Operations a device can do, in 10^12 a second; an H100 or H200 in bfloat16 does 989 at most."""
@@ -49,8 +49,8 @@ class PlanConfig:
     """Share of these that the plan reckons with."""
 
     def __post_init__(self):
-        if self.gpus < 1 or self.epochs < 1 or min(self.images, self.videos) < 0 or not self.images + self.videos:
-            raise ValueError("gpus and epochs: expected at least 1; images and videos: expected at least 0, not both 0")
+        if self.gpus < 1 or self.passes < 1 or min(self.images, self.videos) < 0 or not self.images + self.videos:
+            raise ValueError("gpus and passes: expected at least 1; images and videos: expected at least 0, not both 0")
         if not self.device_tflops > 0 or not 0 < self.utilisation <= 1:
             raise ValueError("device_tflops: expected more than 0; utilisation: expected a share above 0, at most 1")
 
@@ -234,11 +234,11 @@ def report(plan: PlanConfig, work: Work, accumulate: int) -> str:
             lines.append(f"{name:<34}" + "".join(cells))
     clip = costs[False].flops / work.b if plan.videos else 0.0
     picture = (cost(work, "image") if plan.videos else costs[False]).flops / work.b if plan.images else 0.0
-    steps = plan.epochs * (plan.images + plan.videos) // batch_size
-    flops = plan.epochs * (plan.images * picture + plan.videos * clip)
+    steps = plan.passes * (plan.images + plan.videos) // batch_size
+    flops = plan.passes * (plan.images * picture + plan.videos * clip)
     days = flops / (plan.gpus * plan.device_tflops * 1e12 * plan.utilisation) / 86400
     lines += ["", f"{picture / 1e12:.3f} TFLOP a picture, {clip / 1e12:.3f} a clip (forward and backward, all losses)",
-              f"{plan.images:,} pictures and {plan.videos:,} clips, {plan.epochs} times: {steps:,} steps, {days:.1f} "
+              f"{plan.images:,} pictures and {plan.videos:,} clips, {plan.passes} times: {steps:,} steps, {days:.1f} "
               f"days at {plan.utilisation:.0%} of {plan.device_tflops:g} TFLOP/s",
               "A step that recomputes activations takes about a third longer. Not counted: buffers of libraries, and",
               "memory that is free, but in pieces: leave a tenth."]

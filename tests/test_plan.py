@@ -83,7 +83,7 @@ def test_sharding_divides_what_a_device_keeps():
 
 def test_the_plan_is_printed(capsys):
     """Nothing else happens: no data, no folder."""
-    assert train.main("--plan --gpus 4 --batch-size 8 --images 0 --videos 800 --epochs 2".split()) == {}
+    assert train.main("--plan --gpus 4 --batch-size 8 --images 0 --videos 800 --passes 2".split()) == {}
     said = capsys.readouterr().out
     for words in ("4 devices, 2 samples each at a time, x 1 = 8 a step", "0 pictures and 800 clips, 2 times: 200 steps",
                   "DDP, activation checkpointing", "FSDP2, activation checkpointing", "days at 40% of 989 TFLOP/s"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_loader import ALL, CLIPS, dataset, tokenizer, write_data, write_gif, write_records  # noqa: F401
+from test_loader import CLIPS, dataset, tokenizer, write_data, write_gif, write_records  # noqa: F401
 
 from mplug2.data.__main__ import main
 from mplug2.data.loader import Collate, MixedBatches, read_samples
@@ -191,7 +191,7 @@ def batches_of(
     batches = MixedBatches({name: len(found) for name, found in streams.items()}, {name: 1.0 for name in streams},
                            2 * world, steps, 0, start, rank, world)
     positions = Positions(shards, world * max(1, workers), window, 0, state or {})
-    stream = MixedStream(dataset(samples), shards, batches, Collate(tokenizer, ALL), positions, 30)
+    stream = MixedStream(dataset(samples), shards, batches, Collate(tokenizer), positions, 30)
     found = list(make_stream_loader(stream, workers, pin=False))
     for batch in found:
         positions.passed(batch)
