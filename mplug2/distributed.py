@@ -189,6 +189,10 @@ def parallelise(
         if isinstance(part, block):
             fully_shard(part, **settings)
     fully_shard(module, **settings)
+    for part in module.modules():  # put together once, as accumulation expects of blocks that a batch passes by, too
+        if isinstance(part, FSDPModule):
+            part.unshard()
+            part.reshard()
     for parameter in settings["ignored_params"]:
         parameter.data = parameter.data.to("cpu" if offload else process.device)
     for buffers in module.modules():

@@ -2,6 +2,8 @@
 
 import os
 import socket
+import time
+import traceback
 from collections.abc import Callable
 
 import torch
@@ -26,9 +28,13 @@ def serve(rank: int, world: int, jobs: mp.Queue, results: mp.Queue) -> None:
             start("cpu")
         try:
             results.put(function(*arguments))
-        except SystemExit as stopped:
-            results.put(stopped)
+        except BaseException:  # the test that asked has to hear of it, whatever it is
+            results.put(Failed(traceback.format_exc()))
         stop()
+
+
+class Failed(str):
+    """What a process said when it failed."""
 
 
 class Processes:
@@ -49,7 +55,13 @@ class Processes:
         port = free_port()
         for (jobs, _), own in zip(self.queues, arguments):
             jobs.put((function, own, port, len(arguments)))
-        return [results.get(timeout=1800) for (_, results), _ in zip(self.queues, arguments)]
+        found = []
+        for (_, results), process in zip(self.queues[: len(arguments)], self.processes):
+            while results.empty() and process.is_alive() and not any(isinstance(one, Failed) for one in found):
+                time.sleep(0.02)
+            found.append(results.get(timeout=60))
+            assert not isinstance(found[-1], Failed), found[-1]
+        return found
 
     def close(self) -> list[int | None]:
         """Let all end; their exit codes."""

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -57,8 +58,9 @@ def processes_of(launcher: subprocess.Popen) -> dict[int, int]:
     """The process ids of the training processes that a torchrun started, by rank."""
     found = {}
     for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
-        settings = Path(f"/proc/{child}/environ").read_text().split("\0")
-        found |= {int(line.removeprefix("RANK=")): int(child) for line in settings if line.startswith("RANK=")}
+        with suppress(OSError):  # it has ended in the meantime
+            settings = Path(f"/proc/{child}/environ").read_text().split("\0")
+            found |= {int(line.removeprefix("RANK=")): int(child) for line in settings if line.startswith("RANK=")}
     return found
 
 
