@@ -220,7 +220,7 @@ def bench_data(options: argparse.Namespace) -> dict[str, float]:
     config = PRESETS[options.preset](vocab_size=len(tokenizer))
     check_texts(samples, tokenizer, config.max_positions, max_words=30)
     dataset = Samples(samples, config.image_size, options.frames, 2, config.max_positions, max_words=30, seed=0)
-    collate = Collate(tokenizer, frozenset({"caption", "prompted", "question"}))
+    collate = Collate(tokenizer)
     counts = {kind: len(of_kind) for kind, of_kind in samples.items()}
 
     def loader(weights: dict[str, float], steps: int) -> Iterator[dict]:

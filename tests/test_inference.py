@@ -280,7 +280,8 @@ def test_captions_and_answers_are_scored_by_kind(root, predictor):
     assert 0 < metrics["caption_bleu4"] < 1 and metrics["caption_cider"] > 0
     galleries = {f"{prefix}{way}_{key}" for prefix in ("", "image_") for way in ("t2v", "v2t")
                  for key in ("r1", "r5", "r10", "median_rank", "r1_rerank")}
-    described = {f"{prefix}caption_{key}" for prefix in ("", "image_") for key in ("exact", "cider", "bleu4", "rouge_l")}
+    scores = ("exact", "cider", "bleu4", "rouge_l")
+    described = {f"{prefix}caption_{key}" for prefix in ("", "image_") for key in scores}
     assert set(metrics) == galleries | described | {"qa_colour", "qa_yesno", "qa_all"}
     assert predictions[0] == Prediction(
         "video_caption", root / "0.gif", "", "a red one moving left", ("a red one moving left", "red"),

@@ -20,7 +20,7 @@ def lines(folder: Path) -> list[dict]:
 
 
 def test_a_line_has_means_since_the_last_one(tmp_path, monkeypatch):
-    clock = iter([100.0, 104.0, 110.0, 120.0])
+    clock = iter([100.0, 104.0, 110.0, 120.0, 120.0])
     monkeypatch.setattr(logs, "time", types.SimpleNamespace(time=lambda: next(clock)))
     log = Log(tmp_path, ALONE, 0, 9, peak=2.0)
     for loss in (1.0, 2.0):

@@ -62,8 +62,8 @@ def test_operations_are_those_of_a_real_step_and_checkpointing_gives_memory_for_
         sum(work.objectives()(work.batch("image")).values()).backward()
     assert counted.flops == pytest.approx(real.get_total_flops(), rel=0.03)
     again = cost(work, "image", checkpointing=True)
-    assert again.activations < 0.7 * counted.activations and 1.1 < again.flops / counted.flops < 1.5
-    assert counted.activations < counted.peak
+    assert again.activations < 0.85 * counted.activations and 1.1 < again.flops / counted.flops < 1.5
+    assert counted.activations <= counted.peak
 
 
 def test_sharding_divides_what_a_device_keeps():
