@@ -194,13 +194,13 @@ def test_every_setting_is_explained(capsys):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     ("--max-step 3", "unknown argument --max-step; did you mean --max-steps?"),
-    ("--task captions", "task='captions': expected one of pretrain, video_caption, "),
+    ("--task captions", "unknown task 'captions'; known are text_classification, "),
     ("--preset huge", "preset='huge': expected one of tiny, base, large"),
     ("--max-steps 0", "max_steps=0: expected at least 1"),
     ("--batch-size many", "--batch-size: invalid int value: 'many'"),
     ("--lr -1", "lr=-1.0: expected no negative number"),
-    ("--max-skipped 2", "max_skipped, warmup and min_lr are shares: expected at most 1"),
-    ("--video-weight 0 --image-weight 0 --text-weight 0", "are all 0: there is nothing to train on"),
+    ("--max-skipped 2", "are shares: expected at most 1"),
+    ("--video-weight 0 --image-weight 0 --text-weight 0", "are 0: there is nothing to train on"),
     ("--name a/b", "name='a/b': expected a folder name without slashes"),
     ("--width 100 --heads 3", "heads=3 does not divide width=100"),
     ("--patch-size 7", "patch_size=7 does not divide image_size=32"),
@@ -297,6 +297,8 @@ def test_evaluation_reports_every_metric_of_both_splits_and_draws_contact_sheets
                              "--limit", "28"])
     expected = {f"{split}/{key}" for split in ("test", "combos") for key in KEYS}
     expected |= {f"{split}/image_{key}" for split in ("test", "combos") for key in KEYS if key != "qa_order"}
+    expected |= {f"{split}/{kind}_classification_zero_shot" for split in ("test", "combos")
+                 for kind in ("image", "video")}
     assert set(found) == expected
     assert json.loads((tmp_path / "results" / "all.json").read_text()) == found
     for key, value in found.items():
