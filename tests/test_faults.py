@@ -32,13 +32,29 @@ def data(tmp_path_factory) -> Path:
     return write_data(tmp_path_factory.mktemp("data"))
 
 
+LAUNCHED: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running():
+    """Whatever became of a test, its processes end with it."""
+    yield
+    while LAUNCHED:
+        process = LAUNCHED.pop()
+        if process.poll() is None:
+            for pid in (*processes_of(process).values(), process.pid):
+                os.kill(pid, signal.SIGKILL)
+            process.communicate()
+
+
 def launch(*arguments, torchrun: tuple | None = None, new_session: bool = False) -> subprocess.Popen:
     """train.py in the background, by torchrun with its own arguments if there are any."""
     program = [sys.executable] if torchrun is None else [sys.executable, "-m", "torch.distributed.run", *torchrun]
-    return subprocess.Popen(
+    LAUNCHED.append(subprocess.Popen(
         [*map(str, program), str(HERE / "train.py"), *map(str, arguments)], start_new_session=new_session, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    ))
+    return LAUNCHED[-1]
 
 
 def wait_for(condition: Callable, process: subprocess.Popen):

@@ -174,6 +174,12 @@ def lines(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def train_together(processes: Processes, world: int, arguments: list[str]) -> None:
+    """train.py on so many processes; on one, in this process, which may have workers of its own."""
+    found = processes.run(train.main, *[(arguments,)] * world) if world > 1 else [train.main(arguments)]
+    assert found == [{}] * world  # there is nothing to evaluate
+
+
 def take_back(whole: Path, out: Path, step: int) -> None:
     """A copy of a run as it was when it was killed after `step`, and a little later."""
     shutil.copytree(whole, out, symlinks=True)
@@ -193,11 +199,10 @@ def test_a_resumed_run_is_the_run_that_never_stopped_to_the_bit(processes, data,
                  *f"--precision {'bfloat16' if way == 'fsdp' else 'float32'}".split()]
     if way == "fsdp":
         arguments += "--activation-checkpointing --distil 0.4 --queue 12".split()
-    run = [([*arguments, "--out", str(tmp_path / "whole")],)] * world
-    assert processes.run(train.main, *run) == [{}] * world
+    train_together(processes, world, [*arguments, "--out", str(tmp_path / "whole")])
     whole, resumed = tmp_path / "whole" / "tiny", tmp_path / "resumed" / "tiny"
     take_back(whole, resumed, 2)
-    assert processes.run(train.main, *[(["--resume", "--out", str(tmp_path / "resumed")],)] * world) == [{}] * world
+    train_together(processes, world, ["--resume", "--out", str(tmp_path / "resumed")])
 
     expected, found = (load_file(folder / "last" / "model.safetensors") for folder in (whole, resumed))
     assert [name for name in expected if not expected[name].equal(found[name])] == []
@@ -219,15 +224,14 @@ def test_a_run_goes_on_with_another_number_of_processes_and_another_way_to_share
     matching loss is left out: each process draws its own negatives."""
     arguments = [*SMALL, *f"--data {data} --max-steps 6 --save-every 3 --keep 9 --vtm-weight 0".split()]
     arguments += ["--dropout", "0", "--lr", "1e-3"]
-    sharded = [*arguments, "--parallel", "fsdp", "--out", str(tmp_path / "two")]
-    assert processes.run(train.main, (sharded,), (sharded,)) == [{}, {}]
+    train_together(processes, 2, [*arguments, "--parallel", "fsdp", "--out", str(tmp_path / "two")])
     model = mplug2.load(tmp_path / "two" / "tiny" / "last")  # what eval.py reads
     assert model.model.task == "pretrain"
     expected = [line["grad_norm"] for line in lines(tmp_path / "two" / "tiny")]
     for world in (1, 3):
         take_back(tmp_path / "two" / "tiny", tmp_path / str(world) / "tiny", 3)
-        resume = ["--resume", "--parallel", "ddp" if world == 1 else "fsdp", "--out", str(tmp_path / str(world))]
-        assert processes.run(train.main, *[(resume,)] * world) == [{}] * world
+        way = "ddp" if world == 1 else "fsdp"
+        train_together(processes, world, ["--resume", "--parallel", way, "--out", str(tmp_path / str(world))])
         found = lines(tmp_path / str(world) / "tiny")
         assert [line["step"] for line in found] == [1, 2, 3, 4, 5, 6]
         np.testing.assert_allclose([line["grad_norm"] for line in found], expected, rtol=2e-3)
