@@ -358,10 +358,11 @@ def table(by_split: dict[str, dict[str, float]]) -> str:
     """A row for each metric, a column for each split; shares in per cent, CIDEr as it is."""
     names = list(dict.fromkeys(name for metrics in by_split.values() for name in metrics))
     width = max([23, *map(len, names)]) + 1
-    lines = [f"{'':<{width}}" + "".join(f"{split:>10}" for split in by_split)]
+    column = max([8, *map(len, by_split)]) + 2
+    lines = [f"{'':<{width}}" + "".join(f"{split:>{column}}" for split in by_split)]
     for name in names:
         scale, digits = (1, 3) if name.endswith("cider") else (1, 1) if name.endswith("median_rank") else (100, 1)
-        cells = [f"{metrics[name] * scale:>10.{digits}f}" if name in metrics else f"{'':>10}"
+        cells = [f"{metrics[name] * scale:>{column}.{digits}f}" if name in metrics else f"{'':>{column}}"
                  for metrics in by_split.values()]
         lines.append(f"{name:<{width}}" + "".join(cells))
     return "\n".join(lines)

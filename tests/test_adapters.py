@@ -138,7 +138,7 @@ BAD = [
     ("msrvtt_qa", "val_qa.json", dict(question="GONE"), r"val_qa.json: entry\[0\]: field 'question' is missing"),
     ("msvd_qa", "test_qa.json", dict(video_id=99), "expected a number of youtube_mapping.txt; found '99'"),
     ("ssv2", "labels/train.json", dict(template="Eating [something]"),
-     r"train.json: entry\[0\]: template: template: expected one of .*; found 'Eating something'"),
+     r"train.json: entry\[0\]: template: expected one of .*; found 'Eating something'"),
     ("coco", "dataset_coco.json", dict(images__split="dev"), r"images\[0\]: split: .* found 'dev'"),
     ("coco", "dataset_coco.json", dict(images__sentences=[]), r"images\[0\]: sentences: expected one or more"),
     ("nocaps", "nocaps_val_4500_captions.json", dict(annotations__image_id=77),

@@ -116,3 +116,10 @@ def test_predictions_for_servers_whose_truths_are_kept(checkpoint, tmp_path, cap
     with pytest.raises(SystemExit):
         evaluation.main(["--checkpoint", str(checkpoint), "--server", "coco"])
     assert "--server coco: expected one of vqav2, nocaps" in capsys.readouterr().err
+
+
+def test_columns_hold_the_names_of_their_splits():
+    printed = evaluation.table({"test": {"t2v_r1": 0.5}, "test_shuffled": {"t2v_r1": 0.25, "t2v_median_rank": 3.0}})
+    assert [line.split() for line in printed.splitlines()] == [
+        ["test", "test_shuffled"], ["t2v_r1", "50.0", "25.0"], ["t2v_median_rank", "3.0"],
+    ]

@@ -195,7 +195,7 @@ def ssv2(files: Files) -> Iterator[Found]:
     for split, name in (("train", "train.json"), ("val", "validation.json")):
         for entry in json_list(files.annotation(f"something-something-v2-{name}", name)):
             template = entry.text("template").replace("[", "").replace("]", "")
-            label = Item(f"{entry.where}: template", {"template": template}).choice("template", classes)
+            label = Item(entry.where, {"template": template}).choice("template", classes)
             yield Found("video_classification", split, entry.where, {
                 "id": entry.key("id"), "video": files.media("video", f"{entry.key('id')}.webm"), "label": label,
             })
