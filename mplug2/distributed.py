@@ -12,6 +12,7 @@ Axes: b samples of this process, B samples of all processes.
 
 import inspect
 import os
+import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -58,10 +59,34 @@ def start(device: str = "auto") -> Process:
         # gloo beside NCCL: flags and names of samples travel without waiting for the GPU, offloaded gradients too.
         # No operation of the group times out: a process that hangs is found, and named, by survival.Watchdog.
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", rank=rank, world_size=world,
-            timeout=timedelta(days=7),
+            "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", store=meeting_point(rank, world), rank=rank,
+            world_size=world, timeout=timedelta(days=7),
         )
     return Process(rank, world, chosen)
+
+
+def meeting_point(rank: int, world: int) -> dist.Store:
+    """The store through which the processes find each other, of this attempt alone. The one that torchrun shares with
+    them lives on over its restarts (--max-restarts) and still holds the addresses of processes that are gone, for which
+    a new process would wait for ever (pytorch issue 135712). So process 0 opens a new one and leaves its port in the
+    old; who reads a port where nobody answers has read an old one, and reads again."""
+    shared, _, _ = next(dist.rendezvous("env://", rank, world))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return shared
+    host = os.environ["MASTER_ADDR"]
+    if rank == 0:
+        own = dist.TCPStore(host, 0, world, is_master=True, wait_for_workers=False)
+        shared.set("port of this attempt", str(own.port))
+        return own
+    while True:
+        port = int(shared.get("port of this attempt"))
+        try:
+            own = dist.TCPStore(host, port, world, is_master=False, timeout=timedelta(seconds=2))
+        except dist.DistError:
+            time.sleep(0.1)
+        else:
+            own.set_timeout(timedelta(days=7))
+            return own
 
 
 def stop() -> None:

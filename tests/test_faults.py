@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -24,7 +25,8 @@ from mplug2.checkpoint import load_training
 HERE = Path(train.__file__).parent
 LONG = ["--max-steps", "100000", "--warmup", "0.00001", "--save-every", "4"]
 """A run that nothing but a fault ends."""
-PATIENCE = 300
+PATIENCE = 120
+"""Seconds until a test that waits gives up."""
 
 
 @pytest.fixture(scope="module")
@@ -44,24 +46,42 @@ def nothing_is_left_running():
         if process.poll() is None:
             for pid in (*processes_of(process).values(), process.pid):
                 os.kill(pid, signal.SIGKILL)
-            process.communicate()
+            process.wait()
 
 
 def launch(*arguments, torchrun: tuple | None = None, new_session: bool = False) -> subprocess.Popen:
-    """train.py in the background, by torchrun with its own arguments if there are any."""
+    """train.py in the background, by torchrun with its own arguments if there are any. What it says goes to a file, as
+    a pipe that nobody reads would stop it when full."""
     program = [sys.executable] if torchrun is None else [sys.executable, "-m", "torch.distributed.run", *torchrun]
-    LAUNCHED.append(subprocess.Popen(
-        [*map(str, program), str(HERE / "train.py"), *map(str, arguments)], start_new_session=new_session, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    ))
-    return LAUNCHED[-1]
+    output = tempfile.TemporaryFile("w+")
+    process = subprocess.Popen(
+        [*map(str, program), str(HERE / "train.py"), *map(str, arguments)], start_new_session=new_session,
+        stdout=output, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    process.output = output
+    LAUNCHED.append(process)
+    return process
+
+
+def said_by(process: subprocess.Popen) -> str:
+    """All that a process printed until now."""
+    process.output.seek(0)
+    return process.output.read()
+
+
+def end_of(process: subprocess.Popen) -> str:
+    """Wait until a process has ended; what it printed."""
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(PATIENCE)
+    assert process.returncode is not None, said_by(process)
+    return said_by(process)
 
 
 def wait_for(condition: Callable, process: subprocess.Popen):
     """What `condition` returns, as soon as it is true; fails with what was printed if the process ends before."""
     end = time.monotonic() + PATIENCE
     while not (found := condition()):
-        assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
+        assert process.poll() is None and time.monotonic() < end, said_by(process)
         time.sleep(0.1)
     return found
 
@@ -98,7 +118,7 @@ def test_sigterm_to_one_process_makes_all_save_at_the_same_step_and_exit_cleanly
                       torchrun=("--standalone", "--nproc-per-node", 2))
     wait_for(lambda: len(steps(run)) >= 3, launcher)
     os.kill(processes_of(launcher)[1], signal.SIGTERM)
-    said, _ = launcher.communicate(timeout=PATIENCE)
+    said = end_of(launcher)
     assert launcher.returncode == 0, said
     step = steps(run)[-1]
     assert f"saved after step {step} of 100000; --resume goes on from {run / 'last'}" in said
@@ -112,7 +132,7 @@ def test_ctrl_c_reaches_the_loaders_workers_too_and_the_run_saves_all_the_same(d
     process = launch(*SMALL, *LONG, "--workers", 1, "--data", data, "--out", tmp_path, new_session=True)
     wait_for(lambda: len(steps(run)) >= 2, process)
     os.killpg(process.pid, signal.SIGINT)
-    said, _ = process.communicate(timeout=PATIENCE)
+    said = end_of(process)
     assert process.returncode == 0, said
     assert f"SIGINT: saved after step {steps(run)[-1]} of 100000" in said
     assert load_training(run / "last")["step"] == steps(run)[-1]
@@ -128,6 +148,7 @@ def test_two_nodes_go_on_from_the_last_checkpoint_after_a_process_is_killed(data
         launch(*SMALL, *LONG, "--data", data, "--out", tmp_path, torchrun=(
             "--nnodes", 2, "--node-rank", node, "--nproc-per-node", 1, "--max-restarts", 2, "--rdzv-backend", "c10d",
             "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test", "--monitor-interval", "0.1",
+            "--local-addr", "127.0.0.1",  # else the nodes look for each other by a host name, which may not resolve
         )) for node in range(2)
     ]
     wait_for(lambda: (run / "last").exists() and len(steps(run)) >= 6, nodes[0])
@@ -140,7 +161,7 @@ def test_two_nodes_go_on_from_the_last_checkpoint_after_a_process_is_killed(data
     for node in nodes:
         for pid in processes_of(node).values():
             os.kill(pid, signal.SIGTERM)
-    said = [node.communicate(timeout=PATIENCE)[0] for node in nodes]
+    said = [end_of(node) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said
     found = steps(run)
     assert found == list(range(1, found[-1] + 1)) and found[-1] >= killed_at + 4  # each step once
@@ -159,7 +180,7 @@ def test_a_process_that_hangs_is_named_and_the_run_ends(data, tmp_path):
     status = Path(f"/proc/{waiting}/status")
     wait_for(lambda: not status.exists() or "State:\tZ" in status.read_text(), launcher)
     os.kill(hanging, signal.SIGKILL)  # else torchrun waits half a minute for it to obey
-    said, _ = launcher.communicate(timeout=PATIENCE)
+    said = end_of(launcher)
     assert launcher.returncode != 0
     assert "nothing went on for 8 seconds (--timeout): process 1 of 2 holds up the others" in said, said
     assert "process 1 of 2: " in said and "NO SIGN OF LIFE" in said
@@ -173,7 +194,7 @@ def test_a_sample_that_hangs_is_named(data, tmp_path):
     os.mkfifo(pipe)
     (tmp_path / "video_caption.train.jsonl").write_text('{"video": "pipe.gif", "captions": ["a red three"]}\n')
     process = launch(*SMALL, "--data", tmp_path, "--out", tmp_path, "--timeout", 3)
-    said, _ = process.communicate(timeout=PATIENCE)
+    said = end_of(process)
     assert process.returncode == 70
     assert "nothing went on for 3 seconds (--timeout)" in said and "waiting for data" in said
     assert f"{tmp_path / 'video_caption.train.jsonl'}:1" in said
