@@ -54,11 +54,14 @@ class Preparation:
     """Words after which a text is cut."""
 
 
-def save_model(folder: Path | str, model: MPLUG2, tokenizer: Tokenizer, preparation: Preparation) -> None:
-    """Write the three files that inference needs into `folder`, which is made."""
+def save_model(
+    folder: Path | str, model: MPLUG2, tokenizer: Tokenizer, preparation: Preparation, dtype: torch.dtype | None = None
+) -> None:
+    """Write the three files that inference needs into `folder`, which is made; the weights as `dtype`, if one is given.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = {
         "format": FORMAT, "task": model.task, "model": dataclasses.asdict(model.config),

@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor
 
 from mplug2.attention_maps import attention_maps
-from mplug2.checkpoint import Preparation, load_model
+from mplug2.checkpoint import Preparation, load_model, save_model
 from mplug2.data.loader import PROMPTS, joined
 from mplug2.data.media import is_media, kind_of, read_image, read_video, to_pixels
 from mplug2.generation import Special, beam_search, best_texts, greedy, rank
@@ -61,6 +61,13 @@ class Predictor:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    def save(self, folder: str | Path, dtype: torch.dtype = torch.float16) -> None:
+        """Export the model: a checkpoint folder without what only training needs, small in half precision; `load`
+        opens it, in single precision, and `train.py --init` starts from it."""
+        if Path(folder).exists() and any(Path(folder).iterdir()):
+            raise FileExistsError(f"{folder} is not empty: export a model into a new folder")
+        save_model(folder, self.model, self.tokenizer, self.preparation, dtype)
 
     def caption(
         self, paths: Sequence[str | Path], beams: int = 1, max_length: int = 20, prompted: bool = True

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import mplug2
+import tiny_data
 from mplug2.checkpoint import Preparation, save_model
 from mplug2.data.loader import PROMPTS
 from mplug2.data.media import MediaError, read_media, to_pixels
@@ -24,7 +25,7 @@ from mplug2.generation import beam_search, best_texts
 from mplug2.inference import Predictor
 from mplug2.model import MPLUG2
 from mplug2.plots import contact_sheet, curves
-from mplug2.tokenizer import Tokenizer
+from mplug2.tokenizer import Tokenizer, clean
 
 WORDS = ("a video of a picture of red green blue one two three moving left right which colour digit is it and "
          "yes no up down")
@@ -370,3 +371,26 @@ def test_curves_and_contact_sheets_are_pictures(root, tmp_path):
     half = len(pixels) // 2
     firebrick = (np.abs(pixels - (178, 34, 34)).sum(-1) < 20).sum(1)  # the second one is wrong
     assert firebrick[:half].sum() == 0 < firebrick[half:].sum()
+
+
+def test_an_exported_model_is_half_as_large_and_says_the_same(tmp_path):
+    predictor = make_predictor()
+    save_model(tmp_path / "whole", predictor.model, predictor.tokenizer, predictor.preparation)
+    predictor.save(tmp_path / "half")
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "half")]
+    assert 0.5 <= sizes[1] / sizes[0] < 0.6
+    again = mplug2.load(tmp_path / "half")
+    assert {parameter.dtype for parameter in again.model.parameters()} == {torch.float32}
+    clip = write_media(tmp_path / "clip.gif", 0, 4)
+    torch.testing.assert_close(again.similarity([clip], TEXTS), predictor.similarity([clip], TEXTS), atol=5e-3, rtol=0)
+    with pytest.raises(FileExistsError, match="half is not empty"):
+        predictor.save(tmp_path / "half")
+
+
+def test_the_model_that_comes_with_the_tiny_world_knows_it():
+    """A clip of its test split, as committed: the caption is one of the true ones."""
+    root = tiny_data.ensure()
+    records = read_records(root, "video_caption", "test")[:40]
+    written = mplug2.load(Path(tiny_data.__file__).parent / "pretrained").caption([record.video for record in records])
+    right = sum(text in map(clean, record.captions) for text, record in zip(written, records))
+    assert right >= 30, f"{right} of 40"
