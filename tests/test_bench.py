@@ -61,10 +61,10 @@ def compile_eagerly(module: torch.nn.Module, **how) -> None:
     plain_compile(module, backend="eager", **how)
 
 
-def test_a_compiled_model_trains_and_writes_the_same(monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=64)
+def test_a_compiled_model_trains_and_writes_the_same():
     """The vision encoder in one graph. With a compiler that runs the graphs as they are: what is tested is that all of
     it can be traced, at changing lengths of texts."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)
     found = []
     for compiled in (False, True):
         model = randomised(MPLUG2(small(fusion_layers=2), "pretrain")).train()

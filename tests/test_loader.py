@@ -1,9 +1,14 @@
 """The loader: which samples a step sees, as a function of the step alone; what is masked; what happens to bad data."""
 
 import json
+import os
+import subprocess
+import sys
+import textwrap
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
@@ -11,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from mplug2.data import loader
 from mplug2.data.loader import (
     INSTRUCTIONS,
     Collate,
@@ -176,6 +182,29 @@ def tokenizer() -> Tokenizer:
 def dataset(samples: dict[str, list[Sample]], **changes) -> Samples:
     return Samples(samples, **{**dict(image_size=8, frames=4, questions=2, max_positions=24, max_words=30, seed=0),
                                **changes})
+
+
+def test_what_small_files_show_is_kept_in_memory_and_changes_nothing(tmp_path, monkeypatch):
+    """Also where frames of longer clips are drawn at random, and where a picture is the first frame of an animation."""
+    frames = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), np.uint8)
+    iio.imwrite(tmp_path / "long.gif", frames)
+    iio.imwrite(tmp_path / "clip.mp4", frames.repeat(4, 1).repeat(4, 2), plugin="pyav", codec="libx264", fps=8)
+    clip, video, picture = (Sample("here", 0, tmp_path / name) for name in ("long.gif", "clip.mp4", "long.gif"))
+    samples = {"video_classification": [clip, video], "image_classification": [picture]}
+    kept = dataset(samples)
+    keys = [(kind, epoch, i) for epoch in range(4) for kind in samples for i in range(len(samples[kind]))]
+    first = {key: kept[key]["pixels"] for key in keys}
+    assert {path.name for path, _ in kept.kept} == {"long.gif"} and len(kept.kept) == 2
+    monkeypatch.setattr(loader, "SMALL", 0)
+    plain = dataset(samples)
+    assert all(plain[key]["pixels"].equal(first[key]) for key in keys) and not plain.kept
+    assert not first["video_classification", 0, 0].equal(first["video_classification", 1, 0])  # other frames
+    monkeypatch.setattr(loader, "SMALL", 2**15)
+    monkeypatch.setattr(loader, "KEPT", 1)
+    full = dataset(samples)
+    assert all(full[key]["pixels"].equal(first[key]) for key in keys) and len(full.kept) == 1  # room for no more
+    (tmp_path / "long.gif").unlink()
+    assert all(kept[key]["pixels"].equal(first[key]) for key in keys)
 
 
 def test_questions_join_the_captions_of_their_clip(root):
@@ -534,3 +563,19 @@ def test_nothing_but_corrupt_clips_stops_the_run(tmp_path, tokenizer, workers):
         batches_of(tmp_path, tokenizer, workers)
     assert "6 files in a row cannot be decoded; the first: " in str(stopped.value)
     assert ".gif is empty (0 bytes)" in str(stopped.value)
+
+
+def test_a_program_that_fails_with_workers_at_work_ends(tmp_path):
+    """The error's traceback still holds the workers, which do not hear SIGTERM, when Python wants to exit."""
+    write_data(tmp_path)
+    for clip in tmp_path.glob("*.gif"):
+        clip.write_bytes(b"GIF89a")
+    program = textwrap.dedent(f"""
+        from pathlib import Path
+        from test_loader import batches_of
+        from mplug2.tokenizer import Tokenizer
+        batches_of(Path({str(tmp_path)!r}), Tokenizer.train(["a"], 120), workers=1)
+    """)
+    ended = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent, capture_output=True, text=True,
+                           env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}, timeout=120)
+    assert ended.returncode == 1 and "files in a row cannot be decoded" in ended.stderr, ended.stderr

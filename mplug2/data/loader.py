@@ -8,8 +8,10 @@ batch is a function of the step number alone, however many workers and processes
 Axes: b samples of this process, r questions a sample, t frames, l text tokens, y classes.
 """
 
+import atexit
 import gc
 import hashlib
+import multiprocessing
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mplug2.data.media import MediaError, read_image, read_video, to_pixels
+from mplug2.data.media import VIDEO_SUFFIXES, MediaError, read_image, read_video, segment_indices, to_pixels
 from mplug2.data.records import Question, Record, RecordError, available, read_records
 from mplug2.data.transforms import Augmentation, augment
 from mplug2.model import split_tasks
@@ -30,6 +32,9 @@ from mplug2.tokenizer import Tokenizer, clean
 PROMPTS = {"video": "a video of", "image": "a picture of"}
 INSTRUCTIONS = {"video": "what does the video describe", "image": "what does the picture describe"}
 
+SMALL, KEPT = 2**15, 2**29
+"""Files of up to SMALL bytes are kept in memory once decoded, until that is KEPT bytes, in each process that decodes.
+"""
 
 
 @dataclass(frozen=True)
@@ -217,6 +222,8 @@ class Samples(torch.utils.data.Dataset):
         self.samples, self.seed, self.augmentation = samples, seed, augmentation
         self.image_size, self.frames, self.questions = image_size, frames, questions
         self.max_positions, self.max_words = max_positions, max_words
+        self.kept: dict[tuple[Path, str], np.ndarray] = {}
+        self.room = KEPT
 
     def __getitem__(self, key: tuple[str, int, int]) -> dict:
         stream, epoch, index = key
@@ -239,8 +246,20 @@ class Samples(torch.utils.data.Dataset):
         if sample.media is None:
             return None
         medium = KIND[kind].medium
-        frames = read_video(sample.media, self.frames, rng) if medium == "video" else read_image(sample.media)
-        return self.prepare(frames, medium, rng)
+        return self.prepare(self.read(sample.media, medium, rng), medium, rng)
+
+    def read(self, path: Path, medium: str, rng: np.random.Generator) -> np.ndarray:
+        """Frames `t H W 3` of a picture or clip. A small picture or animation is decoded once, whole, and kept; which
+        frames are taken of it does not change by that."""
+        key = path, medium
+        if key not in self.kept:
+            small = path.suffix.lower() not in VIDEO_SUFFIXES and path.is_file() and path.stat().st_size <= SMALL
+            if not small or self.room <= 0:
+                return read_video(path, self.frames, rng) if medium == "video" else read_image(path)
+            self.kept[key] = read_video(path, None) if medium == "video" else read_image(path)
+            self.room -= self.kept[key].nbytes
+        frames = self.kept[key]
+        return frames[segment_indices(len(frames), self.frames, rng)] if medium == "video" else frames
 
     def prepare(self, frames: np.ndarray, medium: str, rng: np.random.Generator) -> Tensor:
         if self.augmentation:
@@ -428,3 +447,12 @@ def start_worker(_: int) -> None:
     gc.freeze()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def end_workers() -> None:
+    """Python ends what workers are left when it exits by SIGTERM, which they do not hear: it would wait for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call it a fault
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
