@@ -583,8 +583,9 @@ def run(config: TrainConfig, changes: dict, process: distributed.Process) -> dic
             norm = distributed.clip_gradient(parameters, config.clip_grad)
 
             # One process may see what the others do not: they skip, and they stop, together.
-            local = bool(torch.isfinite(means["loss"]))
-            skip, leave = distributed.anywhere(not local or not bool(torch.isfinite(norm)), bool(stop.name))
+            # To ask is to wait for the device, once a step: the weights may change only when the answer is known.
+            local, whole_norm = torch.stack([means["loss"], norm.to(means["loss"])]).isfinite().tolist()
+            skip, leave = distributed.anywhere(not (local and whole_norm), bool(stop.name))
             if skip:
                 seen = distributed.collect((local, where, {name: value.item() for name, value in means.items()}))
                 guilty = [one for one in seen if not one[0]] or seen

@@ -2,19 +2,25 @@
 
 Axes: b batch, l text tokens (or any sequence), m tokens of the other sequence, d width, c heads, e width of a head.
 
-Both modules end in `scaled_dot_product_attention`, which picks the fastest kernel at hand;
-`plain_attention` is the formula, kept as its oracle in the tests. Masks are boolean, true = may be attended to.
+Both modules end in `scaled_dot_product_attention`, which picks the fastest kernel at hand, but for the one case in
+which it has none (`DropoutAttention`); `plain_attention` is the formula, kept as its oracle in the tests. Masks are
+boolean, true = may be attended to.
 """
+
+from itertools import product
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.functional import scaled_dot_product_attention
 
 from mplug2.shapes import check
 
 FEW_ROWS = 16
+MANY_WEIGHTS = 2**18
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias, for x `... d`. The few rows of a step of generation go the other way round, as (W x^T)^T: on a CPU
@@ -42,6 +48,51 @@ def plain_attention(
         scores = scores.masked_fill(~mask, float("-inf"))
     weights = F.dropout(scores.softmax(dim=-1), dropout)
     return torch.einsum("b c l m, b c m e -> b c l e", weights, value)
+
+
+class DropoutAttention(torch.autograd.Function):
+    """softmax(Q K^T / sqrt(e)) V with dropout of the weights, for long sequences on a CPU, where torch has no kernel
+    for it and reads and writes all weights `b c l m` a dozen times. Here it is a head at a time, in the processor's
+    cache; what the backward pass needs of the weights is computed again, but for which of them were kept."""
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+        """query `b c l e`, key and value `b c m e` -> `b c l e`."""
+        query = query * query.shape[-1] ** -0.5
+        out, total = torch.empty_like(query), query.new_empty(*query.shape[:3], 1)
+        kept = torch.empty(*query.shape[:3], key.shape[2], dtype=torch.bool)
+        for head in product(*map(range, query.shape[:2])):
+            scores = query[head] @ key[head].T
+            total[head] = scores.logsumexp(dim=-1, keepdim=True)
+            weights = scores.sub_(total[head]).exp_()
+            torch.mm(weights.mul_(kept[head].bernoulli_(1 - dropout)), value[head], out=out[head])
+        out /= 1 - dropout
+        ctx.save_for_backward(query, key, value, out, total, kept)
+        ctx.dropout = dropout
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, key, value, out, total, kept = ctx.saved_tensors
+        to_query, to_key, to_value = (torch.empty_like(x) for x in (query, key, value))
+        through_softmax = (grad * out).sum(dim=-1, keepdim=True)
+        grad = grad / (1 - ctx.dropout)
+        for head in product(*map(range, query.shape[:2])):
+            weights = (query[head] @ key[head].T).sub_(total[head]).exp_()
+            torch.mm((weights * kept[head]).T, grad[head], out=to_value[head])
+            to_scores = (grad[head] @ value[head].T).mul_(kept[head]).sub_(through_softmax[head]).mul_(weights)
+            torch.mm(to_scores, key[head], out=to_query[head])
+            torch.mm(to_scores.T, query[head], out=to_key[head])
+        return to_query * query.shape[-1] ** -0.5, to_key, to_value, None
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """query `b c l e`, key and value `b c m e`, mask broadcastable to `b c l m` -> `b c l e`."""
+    many = query.shape[2] * key.shape[2] >= MANY_WEIGHTS and query.dtype.itemsize >= 4
+    if dropout and many and mask is None and query.device.type == "cpu":
+        return DropoutAttention.apply(query, key, value, dropout)
+    return scaled_dot_product_attention(query, key, value, mask, dropout)
 
 
 def padding_mask(mask: Tensor) -> Tensor:
@@ -98,7 +149,7 @@ class SelfAttention(nn.Module):
         query, key, value = rearrange(self.qkv(x), "b l (three c e) -> three b c l e", b=b, l=l, three=3, c=self.heads)
         if cache is not None:
             key, value = cache.append(key, value)
-        mixed = scaled_dot_product_attention(query, key, value, mask, self.dropout if self.training else 0.0)
+        mixed = attend(query, key, value, mask, self.dropout if self.training else 0.0)
         return self.out(rearrange(mixed, "b c l e -> b l (c e)", b=b, l=l, c=self.heads))
 
 
@@ -132,5 +183,5 @@ class CrossAttention(nn.Module):
         if sizes["br"] % b:
             raise ValueError(f"{sizes['br']} sequences cannot share {b} memories evenly")
         query = rearrange(self.query(x), "(b r) l (c e) -> b c (r l) e", b=b, l=l, c=self.heads)
-        mixed = scaled_dot_product_attention(query, key, value, mask, self.dropout if self.training else 0.0)
+        mixed = attend(query, key, value, mask, self.dropout if self.training else 0.0)
         return self.out(rearrange(mixed, "b c (r l) e -> (b r) l (c e)", b=b, l=l, c=self.heads))

@@ -117,7 +117,7 @@ MEASUREMENTS = {"encoder": encoder, "generation": generation, "train": train, "t
 
 def plain() -> AbstractContextManager:
     """Attention by its formula, in place of the fused kernel."""
-    return patch.object(attention, "scaled_dot_product_attention", attention.plain_attention)
+    return patch.object(attention, "attend", attention.plain_attention)
 
 
 def prepare(name: str, options: argparse.Namespace) -> Callable[[], object]:

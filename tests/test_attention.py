@@ -17,7 +17,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from mplug2.attention import CrossAttention, SelfAttention, causal_mask, padding_mask, plain_attention
+from mplug2 import attention
+from mplug2.attention import (
+    CrossAttention,
+    DropoutAttention,
+    SelfAttention,
+    attend,
+    causal_mask,
+    padding_mask,
+    plain_attention,
+)
 
 sizes = st.integers(1, 4)
 heads_and_widths = st.tuples(st.integers(1, 4), st.integers(1, 5))
@@ -29,6 +38,40 @@ def test_the_fast_kernel_is_the_plain_formula(b, l, m, c, e, seed):
     mask = padding_mask(random_mask(b, m, seed))
     assert_same(scaled_dot_product_attention(query, key, value), plain_attention(query, key, value))
     assert_same(scaled_dot_product_attention(query, key, value, mask), plain_attention(query, key, value, mask))
+
+
+@given(b=sizes, l=sizes, m=sizes, c=sizes, e=sizes, dropout=st.sampled_from([0.1, 0.5, 0.9]), seed=seeds)
+def test_dropout_by_heads_is_the_formula_with_these_weights_dropped(b, l, m, c, e, dropout, seed):
+    given = [noise(b, c, n, e, seed=seed + i).requires_grad_() for i, n in enumerate((l, m, m))]
+    copies = [x.detach().clone().requires_grad_() for x in given]
+    torch.manual_seed(seed)
+    found = DropoutAttention.apply(*given, dropout)
+    torch.manual_seed(seed)
+    kept = torch.stack([torch.empty(l, m).bernoulli_(1 - dropout) for _ in range(b * c)]).view(b, c, l, m)
+    weights = (copies[0] @ copies[1].mT * e**-0.5).softmax(dim=-1) * kept.to(found) / (1 - dropout)
+    expected = weights @ copies[2]
+    assert_same(found, expected)
+    direction = noise(b, c, l, e, seed=seed + 9)
+    (found * direction).sum().backward()
+    (expected * direction).sum().backward()
+    for x, copy in zip(given, copies):
+        assert_same(x.grad, copy.grad)
+
+
+def test_many_weights_without_a_mask_are_dropped_by_heads_and_others_by_the_kernel(monkeypatch):
+    monkeypatch.setattr(attention, "MANY_WEIGHTS", 12)
+    query, key, value = (noise(1, 2, n, 3).float().requires_grad_() for n in (3, 4, 4))
+
+    def taken(*arguments) -> str:
+        return attend(*arguments).grad_fn.name()
+
+    mask = torch.ones(1, 1, 3, 4, dtype=torch.bool)
+    assert taken(query, key, value, None, 0.1) == "DropoutAttentionBackward"
+    for others in [(None, 0.0), (mask, 0.1)]:
+        assert taken(query, key, value, *others) != "DropoutAttentionBackward"
+    assert taken(query[:, :, 1:], key, value, None, 0.1) != "DropoutAttentionBackward"  # few weights
+    half = (x.bfloat16() for x in (query, key, value))  # whose sums would be too coarse
+    assert taken(*half, None, 0.1) != "DropoutAttentionBackward"
 
 
 @given(b=sizes, l=sizes, c_and_e=heads_and_widths, seed=seeds)
