@@ -54,6 +54,7 @@ from mplug2.data.loader import (
     MixedBatches,
     Sample,
     Samples,
+    ahead,
     check_texts,
     make_loader,
     read_classes,
@@ -555,7 +556,7 @@ def run(config: TrainConfig, changes: dict, process: distributed.Process) -> dic
     log.nonfinite_steps = resumed["nonfinite_steps"] if resumed else 0
     in_a_row, warmup = 0, math.ceil(config.warmup * config.max_steps)
     with StopSignal() as stop, Watchdog(process, config.timeout) as watchdog:
-        coming = iter(loader)
+        coming = iter(loader) if config.workers else ahead(loader)
         for step in range(first_step, config.max_steps):
             optim.set_rates(optimizer, optim.schedule(step, config.max_steps, warmup, config.min_lr))
             where, operations, means = [], 0.0, {}

@@ -41,6 +41,7 @@ from mplug2.data.loader import (
     Collate,
     MixedBatches,
     Samples,
+    ahead,
     check_texts,
     label_places,
     make_loader,
@@ -225,7 +226,8 @@ def bench_data(options: argparse.Namespace) -> dict[str, float]:
 
     def loader(weights: dict[str, float], steps: int) -> Iterator[dict]:
         batches = MixedBatches(counts, weights, options.batch_size, steps, seed=0)
-        return iter(make_loader(dataset, batches, collate, options.workers, pin=options.device == "cuda"))
+        made = make_loader(dataset, batches, collate, options.workers, pin=options.device == "cuda")
+        return iter(made) if options.workers else ahead(made)
 
     main_kind = next(iter(samples))
     batches = loader({main_kind: 1.0}, DATA_STEPS)

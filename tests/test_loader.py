@@ -5,10 +5,10 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mplug2.data import loader
 from mplug2.data.loader import (
     INSTRUCTIONS,
     Collate,
     MixedBatches,
     Sample,
     Samples,
+    ahead,
     check_texts,
     make_loader,
     read_classes,
@@ -182,29 +182,6 @@ def tokenizer() -> Tokenizer:
 def dataset(samples: dict[str, list[Sample]], **changes) -> Samples:
     return Samples(samples, **{**dict(image_size=8, frames=4, questions=2, max_positions=24, max_words=30, seed=0),
                                **changes})
-
-
-def test_what_small_files_show_is_kept_in_memory_and_changes_nothing(tmp_path, monkeypatch):
-    """Also where frames of longer clips are drawn at random, and where a picture is the first frame of an animation."""
-    frames = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), np.uint8)
-    iio.imwrite(tmp_path / "long.gif", frames)
-    iio.imwrite(tmp_path / "clip.mp4", frames.repeat(4, 1).repeat(4, 2), plugin="pyav", codec="libx264", fps=8)
-    clip, video, picture = (Sample("here", 0, tmp_path / name) for name in ("long.gif", "clip.mp4", "long.gif"))
-    samples = {"video_classification": [clip, video], "image_classification": [picture]}
-    kept = dataset(samples)
-    keys = [(kind, epoch, i) for epoch in range(4) for kind in samples for i in range(len(samples[kind]))]
-    first = {key: kept[key]["pixels"] for key in keys}
-    assert {path.name for path, _ in kept.kept} == {"long.gif"} and len(kept.kept) == 2
-    monkeypatch.setattr(loader, "SMALL", 0)
-    plain = dataset(samples)
-    assert all(plain[key]["pixels"].equal(first[key]) for key in keys) and not plain.kept
-    assert not first["video_classification", 0, 0].equal(first["video_classification", 1, 0])  # other frames
-    monkeypatch.setattr(loader, "SMALL", 2**15)
-    monkeypatch.setattr(loader, "KEPT", 1)
-    full = dataset(samples)
-    assert all(full[key]["pixels"].equal(first[key]) for key in keys) and len(full.kept) == 1  # room for no more
-    (tmp_path / "long.gif").unlink()
-    assert all(kept[key]["pixels"].equal(first[key]) for key in keys)
 
 
 def test_questions_join_the_captions_of_their_clip(root):
@@ -579,3 +556,26 @@ def test_a_program_that_fails_with_workers_at_work_ends(tmp_path):
     ended = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent, capture_output=True, text=True,
                            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}, timeout=120)
     assert ended.returncode == 1 and "files in a row cannot be decoded" in ended.stderr, ended.stderr
+
+
+@given(st.integers(0, 6), st.integers(0, 6))
+@settings(max_examples=20, deadline=None)
+def test_one_batch_is_made_ahead_and_each_comes_once_in_order(count, taken):
+    made = []
+    batches = ahead(made.append(i) or {"step": i} for i in range(count))
+    for i in range(min(taken, count)):
+        assert next(batches) == {"step": i}
+    time.sleep(0.001)
+    assert len(made) <= taken + 1
+    assert [batch["step"] for batch in batches] == list(range(taken, count))
+
+
+def test_an_error_in_a_batch_that_is_made_ahead_comes_when_the_batch_is_due():
+    def failing():
+        yield {"step": 0}
+        raise MediaError("broken.gif")
+
+    batches = ahead(failing())
+    assert next(batches) == {"step": 0}
+    with pytest.raises(MediaError, match="broken.gif"):
+        next(batches)

@@ -13,7 +13,8 @@ import gc
 import hashlib
 import multiprocessing
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mplug2.data.media import VIDEO_SUFFIXES, MediaError, read_image, read_video, segment_indices, to_pixels
+from mplug2.data.media import MediaError, read_image, read_video, to_pixels
 from mplug2.data.records import Question, Record, RecordError, available, read_records
 from mplug2.data.transforms import Augmentation, augment
 from mplug2.model import split_tasks
@@ -31,10 +32,6 @@ from mplug2.tokenizer import Tokenizer, clean
 
 PROMPTS = {"video": "a video of", "image": "a picture of"}
 INSTRUCTIONS = {"video": "what does the video describe", "image": "what does the picture describe"}
-
-SMALL, KEPT = 2**15, 2**29
-"""Files of up to SMALL bytes are kept in memory once decoded, until that is KEPT bytes, in each process that decodes.
-"""
 
 
 @dataclass(frozen=True)
@@ -222,8 +219,6 @@ class Samples(torch.utils.data.Dataset):
         self.samples, self.seed, self.augmentation = samples, seed, augmentation
         self.image_size, self.frames, self.questions = image_size, frames, questions
         self.max_positions, self.max_words = max_positions, max_words
-        self.kept: dict[tuple[Path, str], np.ndarray] = {}
-        self.room = KEPT
 
     def __getitem__(self, key: tuple[str, int, int]) -> dict:
         stream, epoch, index = key
@@ -246,20 +241,8 @@ class Samples(torch.utils.data.Dataset):
         if sample.media is None:
             return None
         medium = KIND[kind].medium
-        return self.prepare(self.read(sample.media, medium, rng), medium, rng)
-
-    def read(self, path: Path, medium: str, rng: np.random.Generator) -> np.ndarray:
-        """Frames `t H W 3` of a picture or clip. A small picture or animation is decoded once, whole, and kept; which
-        frames are taken of it does not change by that."""
-        key = path, medium
-        if key not in self.kept:
-            small = path.suffix.lower() not in VIDEO_SUFFIXES and path.is_file() and path.stat().st_size <= SMALL
-            if not small or self.room <= 0:
-                return read_video(path, self.frames, rng) if medium == "video" else read_image(path)
-            self.kept[key] = read_video(path, None) if medium == "video" else read_image(path)
-            self.room -= self.kept[key].nbytes
-        frames = self.kept[key]
-        return frames[segment_indices(len(frames), self.frames, rng)] if medium == "video" else frames
+        frames = read_video(sample.media, self.frames, rng) if medium == "video" else read_image(sample.media)
+        return self.prepare(frames, medium, rng)
 
     def prepare(self, frames: np.ndarray, medium: str, rng: np.random.Generator) -> Tensor:
         if self.augmentation:
@@ -447,6 +430,16 @@ def start_worker(_: int) -> None:
     gc.freeze()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+def ahead(batches: Iterable[dict]) -> Iterator[dict]:
+    """Each batch is made by a thread while the one before it is used: what workers do, where there are none."""
+    coming = iter(batches)
+    with ThreadPoolExecutor(1) as thread:
+        made = thread.submit(next, coming, None)
+        while (batch := made.result()) is not None:
+            made = thread.submit(next, coming, None)
+            yield batch
 
 
 @atexit.register
