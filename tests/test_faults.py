@@ -25,7 +25,7 @@ from mplug2.checkpoint import load_training
 HERE = Path(train.__file__).parent
 LONG = ["--max-steps", "100000", "--warmup", "0.00001", "--save-every", "4"]
 """A run that nothing but a fault ends."""
-PATIENCE = 120
+PATIENCE = 250
 """Seconds until a test that waits gives up."""
 
 
