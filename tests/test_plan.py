@@ -19,6 +19,7 @@ SIZES = dict(
     ff_width=768, text_layers=2, universal_layers=1, latents=8, fusion_layers=1, decoder_layers=1, vocab_size=2000,
     max_positions=32, contrastive_width=64, dropout=0.0,
 )
+SHALLOW = "--plan --vision-layers 1 --text-layers 2 --universal-layers 1 --fusion-layers 1 --decoder-layers 1".split()
 MEASURE = """
 import sys, torch
 from mplug2.config import ModelConfig
@@ -85,7 +86,7 @@ def test_sharding_divides_what_a_device_keeps():
 
 def test_the_plan_is_printed(capsys):
     """Nothing else happens: no data, no folder."""
-    assert train.main("--plan --gpus 4 --batch-size 8 --images 0 --videos 800 --passes 2".split()) == {}
+    assert train.main([*SHALLOW, *"--gpus 4 --batch-size 8 --images 0 --videos 800 --passes 2".split()]) == {}
     said = capsys.readouterr().out
     for words in ("4 devices, 2 samples each at a time, x 1 = 8 a step", "800 clips, 2 times: 200 steps",
                   "DDP, activation checkpointing", "FSDP2, activation checkpointing", "days at 40% of 989 TFLOP/s"):
@@ -95,7 +96,7 @@ def test_the_plan_is_printed(capsys):
 
 
 def test_every_task_has_a_plan_of_what_it_sees(capsys):
-    train.main("--plan --task grounding --gpus 4 --batch-size 8 --images 100 --passes 2".split())
+    train.main([*SHALLOW, *"--task grounding --gpus 4 --batch-size 8 --images 100 --passes 2".split()])
     said = capsys.readouterr().out
     assert "100 pictures, 2 times: 25 steps" in said and "clip" not in said
     with pytest.raises(SystemExit):
