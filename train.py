@@ -62,7 +62,7 @@ from mplug2.data.loader import (
     stream_kind,
 )
 from mplug2.data.records import available
-from mplug2.data.shards import MixedStream, Positions, ShardSet, is_shards, make_stream_loader, read_shards
+from mplug2.data.shards import Positions, ShardSet, is_shards, read_shards, stream_batches
 from mplug2.data.transforms import Augmentation
 from mplug2.evaluation import evaluate, table
 from mplug2.flags import Parser
@@ -507,8 +507,7 @@ def run(config: TrainConfig, changes: dict, process: distributed.Process) -> dic
         resumed["positions"] if resumed else {},
     )
     if shards:
-        stream = MixedStream(dataset, shards, batches, collate, positions, config.max_words)
-        loader = make_stream_loader(stream, config.workers, pin)
+        loader = stream_batches(dataset, shards, batches, collate, positions, config.max_words, config.workers, pin)
     else:
         loader = make_loader(dataset, batches, collate, config.workers, pin)
     loss_weights = {name: getattr(config, f"{name}_weight") for name in ("vtc", "vtm", "mlm", "caption", "answer")}

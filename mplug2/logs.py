@@ -40,7 +40,7 @@ class Log:
         self.path, self.process, self.peak = folder / "metrics.jsonl", process, peak
         self.failed: set[str] = set()
         self.failed_anywhere: set[str] = set()
-        self.nonfinite_steps, self.board = 0, None
+        self.files, self.allowed, self.nonfinite_steps, self.board = 0, 0.0, 0, None
         self.bar = tqdm(total=steps, initial=first_step, disable=not process.is_main, unit="step", mininterval=0.5)
         if process.is_main:
             self._take_back(first_step)
@@ -69,13 +69,18 @@ class Log:
         self.waiting += seconds
 
     def skipped(self, errors: list[str], files: int, allowed: float) -> None:
-        """Count files that could not be decoded, by name; too many of them stop the run."""
+        """Count files that could not be decoded, by name; too many of them stop the run: at once if one process has
+        them all, else when the next line is written."""
         for error in sorted(set(errors) - self.failed):
             tqdm.write(f"skipped: {error}", file=sys.stderr)
         self.failed |= set(errors)
-        if len(self.failed) > allowed * files:
-            raise ValueError(f"{len(self.failed)} of {files} media files cannot be decoded, more than max_skipped="
-                             f"{allowed} allows; mend the data (the files are named above), or raise --max-skipped")
+        self.files, self.allowed = files, allowed
+        self._refuse_too_many(self.failed, ValueError)
+
+    def _refuse_too_many(self, failed: set[str], error: type[ValueError]) -> None:
+        if len(failed) > self.allowed * self.files:
+            raise error(f"{len(failed)} of {self.files} media files cannot be decoded, more than max_skipped="
+                        f"{self.allowed} allows; mend the data (the files are named above), or raise --max-skipped")
 
     def step(self, losses: dict, norm: torch.Tensor, samples: int, flops: float) -> None:
         """A step that was taken; `flops` of this process."""
@@ -114,6 +119,7 @@ class Log:
         if self.peak:
             line["mfu"] = self.flops / seconds / (self.peak * 1e12)
         self.line(line)
+        self._refuse_too_many(self.failed_anywhere, distributed.EverywhereError)
         self._reset()
 
     def line(self, values: dict[str, float]) -> None:

@@ -23,9 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from mplug2.attention import CrossAttention, SelfAttention
 from mplug2.config import ModelConfig
-from mplug2.data.loader import KIND
+from mplug2.data.loader import KIND, KINDS
 from mplug2.layers import Block
-from mplug2.model import MPLUG2, TASKS, checkpoint_activations
+from mplug2.model import MPLUG2, TASKS, checkpoint_activations, split_tasks
 from mplug2.objectives import Objectives
 
 aten = torch.ops.aten
@@ -199,13 +199,15 @@ def parameter_counts(config: ModelConfig) -> tuple[int, int, int, int]:
 def device_memory(work: Work, costs: Cost, gpus: int, sharded: bool) -> dict[str, int]:
     """Bytes on each device, at the moment of a step when most is needed.
 
-    Parameters, gradients and optimizer state are float32. FSDP2 keeps 1 / gpus of them, and at work, in the
-    precision of the pass: what is in no block, with its gradients, and two blocks, one at work and the next one.
+    Parameters, gradients and optimizer state are float32. DDP keeps its buckets, which all gradients lie in, from the
+    first step on. FSDP2 keeps 1 / gpus of everything, and at work, in the precision of the pass: what is in no block,
+    with its gradients, and two blocks, one at work and the next one.
     """
     whole, outside, block, matrices = parameter_counts(work.config)
     state = 8 * whole - 4 * matrices * (work.optimizer == "muon")
     if not sharded:
-        parts = {"parameters": 4 * whole, "optimizer": state, "gradients": costs.peak - costs.activations,
+        parts = {"parameters": 4 * whole, "optimizer": state,
+                 "gradients": costs.peak - costs.activations if gpus == 1 else 4 * whole,
                  "activations": costs.activations}
     else:
         width = 2 if work.low_precision else 4
@@ -223,8 +225,13 @@ def report(plan: PlanConfig, work: Work, accumulate: int) -> str:
              f"{'bfloat16' if work.low_precision else 'float32'} passes",
              "", f"{'GiB on each device':<34}{'parameters':>11}{'optimizer':>11}{'gradients':>11}{'activations':>13}"
                  f"{'in all':>9}"]
-    kind = "video" if plan.videos else "image"
-    costs = {recompute: cost(work, kind, recompute) for recompute in (False, True)}
+    kinds = {kind.medium: name for task in split_tasks(work.task) for name, kind in KINDS[task].items()}
+    counts = {kinds[medium]: count for medium, count in (("video", plan.videos), ("image", plan.images))
+              if count and medium in kinds}
+    if not counts:
+        raise ValueError(f"the plan is of pictures and clips; {work.task} with --images {plan.images} and --videos "
+                         f"{plan.videos} has none of them")
+    costs = {recompute: cost(work, next(iter(counts)), recompute) for recompute in (False, True)}
     for sharded in (False, True):
         for recompute in (False, True):
             memory = device_memory(work, costs[recompute], plan.gpus, sharded)
@@ -232,13 +239,16 @@ def report(plan: PlanConfig, work: Work, accumulate: int) -> str:
             cells = [f"{memory[key] / 2**30:>{width}.2f}" for key, width in
                      (("parameters", 11), ("optimizer", 11), ("gradients", 11), ("activations", 13), ("in all", 9))]
             lines.append(f"{name:<34}" + "".join(cells))
-    clip = costs[False].flops / work.b if plan.videos else 0.0
-    picture = (cost(work, "image") if plan.videos else costs[False]).flops / work.b if plan.images else 0.0
-    steps = plan.passes * (plan.images + plan.videos) // batch_size
-    flops = plan.passes * (plan.images * picture + plan.videos * clip)
-    days = flops / (plan.gpus * plan.device_tflops * 1e12 * plan.utilisation) / 86400
-    lines += ["", f"{picture / 1e12:.3f} TFLOP a picture, {clip / 1e12:.3f} a clip (forward and backward, all losses)",
-              f"{plan.images:,} pictures and {plan.videos:,} clips, {plan.passes} times: {steps:,} steps, {days:.1f} "
+    flops = {kind: (costs[False] if number == 0 else cost(work, kind)).flops / work.b
+             for number, kind in enumerate(counts)}
+    steps = plan.passes * sum(counts.values()) // batch_size
+    load = plan.passes * sum(counts[kind] * flops[kind] for kind in counts)
+    days = load / (plan.gpus * plan.device_tflops * 1e12 * plan.utilisation) / 86400
+    names = {kind: "clip" if KIND[kind].medium == "video" else "picture" for kind in counts}
+    lines += ["", ", ".join(f"{flops[kind] / 1e12:.3f} TFLOP a {names[kind]}" for kind in counts)
+              + " (forward and backward, all losses)",
+              " and ".join(f"{counts[kind]:,} {names[kind]}s" for kind in counts)
+              + f", {plan.passes} times: {steps:,} steps, {days:.1f} "
               f"days at {plan.utilisation:.0%} of {plan.device_tflops:g} TFLOP/s",
               "A step that recomputes activations takes about a third longer. Not counted: buffers of libraries, and",
               "memory that is free, but in pieces: leave a tenth."]

@@ -9,6 +9,7 @@ for processes that hang.
 
 import faulthandler
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -123,6 +124,8 @@ class Watchdog:
               file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr)
         sys.stderr.flush()
+        for worker in multiprocessing.active_children():  # one that hangs would not notice that nobody waits for it
+            worker.kill()
         os._exit(self.EXIT_CODE)
 
 

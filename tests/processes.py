@@ -19,12 +19,12 @@ def free_port() -> int:
 
 
 def serve(rank: int, world: int, jobs: mp.Queue, results: mp.Queue) -> None:
-    """The life of one of the processes: do what is asked, within a group or, with port 0, outside of any."""
+    """The life of one of the processes: do what is asked, within a group, or by something that joins one itself."""
     torch.set_num_threads(1)
     while (job := jobs.get()) is not None:
-        function, arguments, port, size = job
+        function, arguments, port, size, joined = job
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        if port and function.__module__ != "train":
+        if joined:
             start("cpu")
         try:
             results.put(function(*arguments))
@@ -50,11 +50,12 @@ class Processes:
         for process in self.processes:
             process.start()
 
-    def run(self, function: Callable, *arguments: tuple) -> list:
-        """`function` of `arguments[rank]` on as many processes as there are arguments; what each of them returned."""
+    def run(self, function: Callable, *arguments: tuple, joined: bool = True) -> list:
+        """`function` of `arguments[rank]` on as many processes as there are arguments; what each of them returned.
+        They are joined in a group, or, if not `joined`, only told how to meet."""
         port = free_port()
         for (jobs, _), own in zip(self.queues, arguments):
-            jobs.put((function, own, port, len(arguments)))
+            jobs.put((function, own, port, len(arguments), joined))
         found = []
         for (_, results), process in zip(self.queues[: len(arguments)], self.processes):
             while results.empty() and process.is_alive() and not any(isinstance(one, Failed) for one in found):

@@ -3,17 +3,13 @@
 Two real processes, joined by gloo, serve the whole file: each test hands them a function and the arguments of each.
 """
 
-import os
-import socket
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from helpers import seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import Processes
 from test_objectives import likeness, make_batch, make_model, with_places
 
 from mplug2 import distributed
@@ -22,62 +18,20 @@ from mplug2.momentum import Momentum
 from mplug2.objectives import Objectives, matching_loss
 
 
-def serve(rank: int, port: int, jobs: mp.Queue, results: mp.Queue) -> None:
-    """The life of one of the two processes: join the group, do what is asked, leave it."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    process = start("cpu")
-    results.put((process.rank, process.world, process.is_main, str(process.device)))
-    while (job := jobs.get()) is not None:
-        function, arguments = job
-        results.put(function(*arguments))
-    stop()
-
-
-class Pair:
-    """Two processes, which do the same at the same time."""
-
-    def __init__(self):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        context = mp.get_context("spawn")
-        self.queues = [(context.Queue(), context.Queue()) for _ in range(2)]
-        self.processes = [
-            context.Process(target=serve, args=(rank, port, *queues), daemon=True)
-            for rank, queues in enumerate(self.queues)
-        ]
-        for process in self.processes:
-            process.start()
-        self.started = self.results()
-
-    def run(self, function: Callable, *arguments: tuple) -> list:
-        """`function` of `arguments[rank]` on each process; what each returned, as numpy arrays or plain values."""
-        for (jobs, _), own in zip(self.queues, arguments, strict=True):
-            jobs.put((function, own))
-        return self.results()
-
-    def results(self) -> list:
-        return [results.get(timeout=120) for _, results in self.queues]
-
-    def close(self) -> list[int | None]:
-        """Let both end; their exit codes."""
-        for jobs, _ in self.queues:
-            jobs.put(None)
-        for process in self.processes:
-            process.join(timeout=60)
-        return [process.exitcode for process in self.processes]
-
-
 @pytest.fixture(scope="module")
 def pair():
-    two = Pair()
+    two = Processes(2)
     yield two
     assert two.close() == [0, 0]
 
 
+def place() -> tuple:
+    process = start("cpu")
+    return process.rank, process.world, process.is_main, str(process.device)
+
+
 def test_each_process_knows_its_place(pair):
-    assert pair.started == [(0, 2, True, "cpu"), (1, 2, False, "cpu")]
+    assert pair.run(place, (), (), joined=False) == [(0, 2, True, "cpu"), (1, 2, False, "cpu")]
 
 
 # ---- gathering and counting ------------------------------------------------------------------------------------------

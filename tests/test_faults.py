@@ -22,10 +22,11 @@ from test_parallel import SMALL, lines
 import train
 from mplug2.checkpoint import load_training
 
+pytestmark = pytest.mark.timeout(900)  # on a machine with other work, too
 HERE = Path(train.__file__).parent
 LONG = ["--max-steps", "100000", "--warmup", "0.00001", "--save-every", "4"]
 """A run that nothing but a fault ends."""
-PATIENCE = 120
+PATIENCE = 250
 """Seconds until a test that waits gives up."""
 
 
@@ -100,6 +101,16 @@ def processes_of(launcher: subprocess.Popen) -> dict[int, int]:
     return found
 
 
+def processes_of_session(leader: int) -> list[int]:
+    """The processes of a session that have not ended; also those whose parent is gone."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            state, _, _, session, *_ = (process / "stat").read_text().rpartition(")")[2].split()
+            found += [int(process.name)] * (int(session) == leader and state != "Z")
+    return found
+
+
 def refused(capsys, arguments: list) -> str:
     """What is said when a run ends with an error, on one line."""
     with pytest.raises(SystemExit) as stopped:
@@ -111,16 +122,23 @@ def refused(capsys, arguments: list) -> str:
 # ---- signals ---------------------------------------------------------------------------------------------------------
 
 
-def test_sigterm_to_one_process_makes_all_save_at_the_same_step_and_exit_cleanly(data, tmp_path):
+def test_one_node_goes_on_after_sigkill_and_sigterm_to_one_process_makes_all_save_and_exit_cleanly(data, tmp_path):
     """Then the run goes on from there, on one process."""
     run = tmp_path / "tiny"
-    launcher = launch(*SMALL, *LONG, "--save-every", 100000, "--data", data, "--out", tmp_path,
-                      torchrun=("--standalone", "--nproc-per-node", 2))
-    wait_for(lambda: len(steps(run)) >= 3, launcher)
+    launcher = launch(*SMALL, *LONG, "--save-every", 2, "--data", data, "--out", tmp_path, torchrun=(
+        "--standalone", "--nproc-per-node", 2, "--max-restarts", 1, "--monitor-interval", "0.1"))
+    wait_for(lambda: (run / "last").exists() and len(steps(run)) >= 3, launcher)
+    first = processes_of(launcher)
+    os.kill(first[1], signal.SIGKILL)
+    killed_at = wait_for(lambda: not set(first.values()) & set(processes_of(launcher).values()) and steps(run)[-1],
+                         launcher)
+    wait_for(lambda: steps(run)[-1] > killed_at + 1, launcher)
     os.kill(processes_of(launcher)[1], signal.SIGTERM)
     said = end_of(launcher)
     assert launcher.returncode == 0, said
     step = steps(run)[-1]
+    assert steps(run) == list(range(1, step + 1))
+    assert said.count("pretrain: ") == 2  # one process of two speaks, once each time
     assert f"saved after step {step} of 100000; --resume goes on from {run / 'last'}" in said
     assert os.readlink(run / "last") == f"step_{step:07d}" and load_training(run / "last")["step"] == step
     train.main(["--resume", "--out", str(tmp_path), "--max-steps", str(step + 2)])
@@ -142,12 +160,14 @@ def test_ctrl_c_reaches_the_loaders_workers_too_and_the_run_saves_all_the_same(d
 
 
 def test_two_nodes_go_on_from_the_last_checkpoint_after_a_process_is_killed(data, tmp_path):
-    """Two agents of torchrun, as on two machines, meet at a port of the loopback; one of their processes is killed."""
+    """Two agents of torchrun, as on two machines, meet at a port of the loopback; one of their processes is killed. In
+    the end the agents are asked to stop, and wait until their processes have saved."""
     run, port = tmp_path / "tiny", free_port()
     nodes = [
         launch(*SMALL, *LONG, "--data", data, "--out", tmp_path, torchrun=(
             "--nnodes", 2, "--node-rank", node, "--nproc-per-node", 1, "--max-restarts", 2, "--rdzv-backend", "c10d",
             "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test", "--monitor-interval", "0.1",
+            "--shutdown-timeout", 150,
             "--local-addr", "127.0.0.1",  # else the nodes look for each other by a host name, which may not resolve
         )) for node in range(2)
     ]
@@ -158,11 +178,9 @@ def test_two_nodes_go_on_from_the_last_checkpoint_after_a_process_is_killed(data
     killed_at = steps(run)[-1]
     wait_for(lambda: len(processes_of(nodes[0])) == 1 and set(processes_of(nodes[0]).values()) != {first[0]}
              and steps(run)[-1:] > [killed_at + 4], nodes[0])
-    for node in nodes:
-        for pid in processes_of(node).values():
-            os.kill(pid, signal.SIGTERM)
+    for node in nodes:  # as Slurm does before the time is up: to torchrun itself, which passes it on
+        node.send_signal(signal.SIGTERM)
     said = [end_of(node) for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], said
     found = steps(run)
     assert found == list(range(1, found[-1] + 1)) and found[-1] >= killed_at + 4  # each step once
     assert "saved after step" in said[0] + said[1]
@@ -171,7 +189,7 @@ def test_two_nodes_go_on_from_the_last_checkpoint_after_a_process_is_killed(data
 
 def test_a_process_that_hangs_is_named_and_the_run_ends(data, tmp_path):
     run = tmp_path / "tiny"
-    launcher = launch(*SMALL, *LONG, "--data", data, "--out", tmp_path, "--timeout", 8,
+    launcher = launch(*SMALL, *LONG, "--data", data, "--out", tmp_path, "--timeout", 12,
                       torchrun=("--standalone", "--nproc-per-node", 2))
     wait_for(lambda: len(steps(run)) >= 5, launcher)
     hanging = processes_of(launcher)[1]
@@ -182,21 +200,27 @@ def test_a_process_that_hangs_is_named_and_the_run_ends(data, tmp_path):
     os.kill(hanging, signal.SIGKILL)  # else torchrun waits half a minute for it to obey
     said = end_of(launcher)
     assert launcher.returncode != 0
-    assert "nothing went on for 8 seconds (--timeout): process 1 of 2 holds up the others" in said, said
+    assert "nothing went on for 12 seconds (--timeout): process 1 of 2 holds up the others" in said, said
     assert "process 1 of 2: " in said and "NO SIGN OF LIFE" in said
     assert "train.py" in said.split("What this process is doing:")[1]  # its stack
     assert load_training(run / "last")["step"] % 4 == 0
 
 
-def test_a_sample_that_hangs_is_named(data, tmp_path):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sample_that_hangs_is_named_and_nothing_is_left_of_the_run(tmp_path, workers):
     """A clip whose decoder never comes back: here, a pipe that nobody writes to."""
     pipe = tmp_path / "pipe.gif"
     os.mkfifo(pipe)
     (tmp_path / "video_caption.train.jsonl").write_text('{"video": "pipe.gif", "captions": ["a red three"]}\n')
-    process = launch(*SMALL, "--data", tmp_path, "--out", tmp_path, "--timeout", 3)
+    process = launch(*SMALL, "--data", tmp_path, "--out", tmp_path, "--timeout", 4, "--workers", workers,
+                     new_session=True)
     said = end_of(process)
+    end = time.monotonic() + PATIENCE
+    while running := processes_of_session(process.pid):
+        assert time.monotonic() < end, running
+        time.sleep(0.1)
     assert process.returncode == 70
-    assert "nothing went on for 3 seconds (--timeout)" in said and "waiting for data" in said
+    assert "nothing went on for 4 seconds (--timeout)" in said and "waiting for data" in said
     assert f"{tmp_path / 'video_caption.train.jsonl'}:1" in said
 
 

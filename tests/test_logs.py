@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mplug2 import logs
-from mplug2.distributed import Process
+from mplug2.distributed import EverywhereError, Process
 from mplug2.logs import Log, peak_memory_gib, peak_tflops
 
 ALONE = Process(0, 1, torch.device("cpu"))
@@ -53,7 +53,21 @@ def test_a_resumed_run_takes_back_the_lines_of_steps_that_it_does_again(tmp_path
 def test_only_the_main_process_writes(tmp_path):
     log = Log(tmp_path, Process(1, 2, torch.device("cpu")), 0, 9)
     log.line({"step": 1})
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [] and log.bar.disable
+    assert not Log(tmp_path, ALONE, 0, 9).bar.disable
+
+
+def test_files_that_failed_are_counted_over_all_processes(tmp_path, monkeypatch):
+    """Each of two processes may skip as many as are allowed, but not both of them; the line is written before."""
+    monkeypatch.setattr(logs.distributed, "collect", lambda one: [one, (["c: gone", "d: gone"], 0.5)])
+    log = Log(tmp_path, ALONE, 0, 9)
+    log.skipped(["a: gone"], 100, 0.03)
+    log.write(1, {})
+    log.skipped(["a: gone", "b: gone"], 100, 0.03)
+    with pytest.raises(EverywhereError, match="4 of 100 media files cannot be decoded, more than max_skipped=0.03"):
+        log.write(2, {})
+    log.close()
+    assert [line["skipped_files"] for line in lines(tmp_path)] == [3, 4]
 
 
 @pytest.mark.parametrize("installed", [True, False])

@@ -252,21 +252,23 @@ def with_places(batch: dict) -> dict:
 WITHOUT_KIND = ("task", "meaning", "pixels")
 
 
-def task_batch(task: str, seed: int = 0) -> dict:
+def task_batch(task: str, seed: int = 0, b: int = 3) -> dict:
     """A batch of a task's own kind, as data/loader.py makes it."""
     parts = next(iter(KINDS[task].values())).parts
     frames = "video" if TASKS[task].temporal else "image" if TASKS[task].vision else "text"
-    batch = make_batch(frames, seed=seed)
+    batch = make_batch(frames, b=b, seed=seed)
     wanted = [name for part, names in PARTS.items() if part in parts for name in names]
     batch = {name: value for name, value in batch.items() if name in (*wanted, *WITHOUT_KIND)} | {"task": task}
     if TASKS[task].pair:
-        batch["pixels"] = noise(3, 2, 3, 1, 8, 8, seed=seed)
+        batch["pixels"] = noise(b, 2, 3, 1, 8, 8, seed=seed)
+    rng = torch.Generator().manual_seed(seed)
     if "text" in parts:
-        batch["text_ids"], batch["text_mask"] = make_texts([4, 6, 5], torch.Generator().manual_seed(seed))
+        batch["text_ids"], batch["text_mask"] = make_texts([4, 6, 5] * (b // 3) + [7] * (b % 3), rng)
     if "label" in parts:
-        batch["label"] = torch.tensor([2, 0, 1])
+        batch["label"] = (torch.arange(b) + 2) % 3
     if "box" in parts:
-        batch["box"] = torch.tensor([[0.5, 0.5, 0.4, 0.2], [0.2, 0.3, 0.1, 0.3], [0.7, 0.6, 0.2, 0.5]]).double()
+        boxes = torch.tensor([[0.5, 0.5, 0.4, 0.2], [0.2, 0.3, 0.1, 0.3], [0.7, 0.6, 0.2, 0.5]])
+        batch["box"] = boxes.double()[torch.arange(b) % 3]
     return batch
 
 

@@ -3,6 +3,8 @@
 Three real processes serve the whole file.
 """
 
+import contextlib
+import io
 import json
 import shutil
 from pathlib import Path
@@ -11,17 +13,19 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from helpers import randomised, small
 from processes import Processes
 from safetensors.torch import load_file
 from test_distributed import share
 from test_loader import write_data
-from test_objectives import make_batch, make_model
+from test_objectives import make_batch, make_model, task_batch
 
 import mplug2
 import train
 from mplug2 import distributed, objectives
 from mplug2.checkpoint import load_training, whole_model
 from mplug2.layers import Block
+from mplug2.model import MPLUG2
 from mplug2.objectives import Objectives
 from mplug2.optim import make_optimizer
 
@@ -108,6 +112,62 @@ def test_losses_and_gradients_of_several_processes_are_those_of_one(processes, w
                 )
 
 
+HEADS = {"text_classification": ("label",), "video_classification": ("label",), "image_pair_reasoning": ("label",),
+         "number": ("label",), "grounding": ("l1", "giou"), "video_retrieval": ("vtc", "vtm")}
+"""Losses of other tasks than pre-training; "number" is a head that predicts one."""
+
+
+def task_gradients(b: int, rank: int, world: int) -> dict:
+    """Of each of these losses for a batch of b, by DDP and by FSDP2."""
+    process, found = distributed.Process(rank, world, torch.device("cpu")), {}
+    for name, losses in HEADS.items():
+        task = "text_pair_classification" if name == "number" else name
+        batch = task_batch(task, b=b)
+        if name == "number":
+            batch["label"] = batch["label"].double()
+        batch = {key: value.chunk(world)[rank] if torch.is_tensor(value) else value for key, value in batch.items()}
+        for way in ("ddp", "fsdp") if world > 1 else ("alone",):
+            model = randomised(MPLUG2(small(), task, {} if name == "number" else {task: ("a", "b", "c")}))
+            parallel = distributed.parallelise(Objectives(model), process, way == "fsdp", Block, False, False)
+            with patch.object(objectives, "hard_negatives", neighbours):
+                for loss in losses:
+                    found[name, loss, way] = gradients(parallel, [batch], loss)
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_losses_and_gradients_of_other_tasks_are_those_of_one_process(processes, world):
+    """Classes from text, from vision, from pairs of images; numbers; boxes; and retrieval."""
+    expected = task_gradients(2 * world, 0, 1)
+    for found in processes.run(task_gradients, *((2 * world, rank, world) for rank in range(world))):
+        assert len(found) == 2 * len(expected) == 16
+        for (name, loss, way), (value, grads) in found.items():
+            wanted, wanted_grads = expected[name, loss, "alone"]
+            assert value == pytest.approx(wanted, rel=1e-9) and value > 0, (name, loss, way)
+            for parameter, gradient in wanted_grads.items():
+                np.testing.assert_allclose(
+                    grads[parameter], gradient, rtol=1e-7, atol=1e-10, err_msg=f"{name}, {loss}, {way}, {parameter}"
+                )
+
+
+def exchanges(rank: int, way: str) -> list[bool]:
+    """After each of two micro-batches: have the processes exchanged their gradients?"""
+    process, found = distributed.Process(rank, 2, torch.device("cpu")), []
+    parallel = distributed.parallelise(Objectives(make_model()), process, way == "fsdp", Block, False, False)
+    for last in (False, True):
+        with distributed.accumulating(parallel, last):
+            parallel(share(make_batch("text", 4, 2, 1), rank, 2))["mlm"].backward()
+        there = [distributed.whole(p.grad) for p in parallel.parameters() if p.dim() and p.grad is not None]
+        sums = distributed.collect(float(sum(gradient.abs().sum() for gradient in there)))
+        found.append(sums[0] > 0 and sums[0] == sums[1])
+    return found
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_only_the_last_micro_batch_exchanges_gradients(processes, way):
+    assert processes.run(exchanges, (0, way), (1, way)) == [[False, True]] * 2
+
+
 def clipped(rank: int, world: int, way: str, name: str) -> tuple[float, list[np.ndarray], dict, bool]:
     """Three steps with clipping; the last norm, the weights in one piece, and the optimizer's state there and back."""
     process = distributed.Process(rank, world, torch.device("cpu"))
@@ -162,6 +222,29 @@ def one_sided(rank: int) -> tuple:
         return distributed.anywhere(rank == 1, False), str(error)
 
 
+def spoilt(rank: int, arguments: list[str]) -> str:
+    """What a process says while it trains; the second loss of process 1 is infinite."""
+    forward, count = Objectives.forward, iter(range(1000))
+
+    def spoilt_forward(self, batch: dict) -> dict:
+        losses, bad = forward(self, batch), next(count) == rank == 1
+        return {name: loss * float("inf") if bad else loss for name, loss in losses.items()}
+
+    said = io.StringIO()
+    with patch.object(Objectives, "forward", spoilt_forward), contextlib.redirect_stderr(said):
+        train.main(arguments)
+    return said.getvalue()
+
+
+def test_all_skip_a_step_that_one_finds_not_finite_and_its_samples_are_named(processes, data, tmp_path):
+    """By process 0 alone, which also has the only progress bar."""
+    arguments = [*SMALL, "--data", str(data), "--out", str(tmp_path), "--max-steps", "3"]
+    said, nothing = processes.run(spoilt, (0, arguments), (1, arguments), joined=False)
+    (line,) = [line for line in said.splitlines() if "step 1 is not finite" in line]
+    assert line.count(".jsonl:") == 3 and "3/3" in said and nothing == ""
+    assert [line["nonfinite_steps"] for line in lines(tmp_path / "tiny")] == [0, 1, 1]
+
+
 def test_what_one_process_finds_all_of_them_know(processes):
     assert processes.run(one_sided, (0,), (1,)) == [([True, False], "no room")] * 2
     assert distributed.anywhere(True, False) == [True, False]
@@ -176,7 +259,7 @@ def lines(run: Path) -> list[dict]:
 
 def train_together(processes: Processes, world: int, arguments: list[str]) -> None:
     """train.py on so many processes; on one, in this process, which may have workers of its own."""
-    found = processes.run(train.main, *[(arguments,)] * world) if world > 1 else [train.main(arguments)]
+    found = processes.run(train.main, *[(arguments,)] * world, joined=False) if world > 1 else [train.main(arguments)]
     assert found == [{}] * world  # there is nothing to evaluate
 
 

@@ -19,6 +19,7 @@ SIZES = dict(
     ff_width=768, text_layers=2, universal_layers=1, latents=8, fusion_layers=1, decoder_layers=1, vocab_size=2000,
     max_positions=32, contrastive_width=64, dropout=0.0,
 )
+SHALLOW = "--plan --vision-layers 1 --text-layers 2 --universal-layers 1 --fusion-layers 1 --decoder-layers 1".split()
 MEASURE = """
 import sys, torch
 from mplug2.config import ModelConfig
@@ -75,7 +76,9 @@ def test_sharding_divides_what_a_device_keeps():
     one, many = (device_memory(work, costs, gpus, sharded=True) for gpus in (1, 64))
     assert many["optimizer"] == one["optimizer"] // 64 == 8 * whole // 64
     assert many["activations"] == one["activations"] and sum(many.values()) < sum(one.values()) / 4
-    assert device_memory(work, costs, 64, sharded=False)["optimizer"] == 8 * whole
+    shared = device_memory(work, costs, 64, sharded=False)
+    assert shared["optimizer"] == 2 * shared["gradients"] == 8 * whole  # the buckets of DDP
+    assert device_memory(work, costs, 1, sharded=False)["gradients"] == costs.peak - costs.activations
     muon = Work(large(), b=1, optimizer="muon")
     assert device_memory(muon, costs, 64, sharded=False)["optimizer"] == 8 * whole - 4 * matrices
     assert 0.8 * whole < matrices < whole
@@ -83,10 +86,19 @@ def test_sharding_divides_what_a_device_keeps():
 
 def test_the_plan_is_printed(capsys):
     """Nothing else happens: no data, no folder."""
-    assert train.main("--plan --gpus 4 --batch-size 8 --images 0 --videos 800 --passes 2".split()) == {}
+    assert train.main([*SHALLOW, *"--gpus 4 --batch-size 8 --images 0 --videos 800 --passes 2".split()]) == {}
     said = capsys.readouterr().out
-    for words in ("4 devices, 2 samples each at a time, x 1 = 8 a step", "0 pictures and 800 clips, 2 times: 200 steps",
+    for words in ("4 devices, 2 samples each at a time, x 1 = 8 a step", "800 clips, 2 times: 200 steps",
                   "DDP, activation checkpointing", "FSDP2, activation checkpointing", "days at 40% of 989 TFLOP/s"):
         assert words in said
     with pytest.raises(ValueError, match="not both 0"):
         PlanConfig(images=0, videos=0)
+
+
+def test_every_task_has_a_plan_of_what_it_sees(capsys):
+    train.main([*SHALLOW, *"--task grounding --gpus 4 --batch-size 8 --images 100 --passes 2".split()])
+    said = capsys.readouterr().out
+    assert "100 pictures, 2 times: 25 steps" in said and "clip" not in said
+    with pytest.raises(SystemExit):
+        train.main("--plan --task text_classification --batch-size 8".split())
+    assert "the plan is of pictures and clips; text_classification with --images" in capsys.readouterr().err

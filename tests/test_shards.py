@@ -15,7 +15,6 @@ from mplug2.data.__main__ import main
 from mplug2.data.loader import Collate, MixedBatches, read_samples
 from mplug2.data.media import MediaError
 from mplug2.data.shards import (
-    MixedStream,
     Piece,
     Plan,
     Positions,
@@ -23,9 +22,9 @@ from mplug2.data.shards import (
     ShardSet,
     deal,
     is_shards,
-    make_stream_loader,
     pack,
     read_shards,
+    stream_batches,
 )
 
 
@@ -191,10 +190,13 @@ def batches_of(
     batches = MixedBatches({name: len(found) for name, found in streams.items()}, {name: 1.0 for name in streams},
                            2 * world, steps, 0, start, rank, world)
     positions = Positions(shards, world * max(1, workers), window, 0, state or {})
-    stream = MixedStream(dataset(samples), shards, batches, Collate(tokenizer), positions, 30)
-    found = list(make_stream_loader(stream, workers, pin=False))
+    items = dataset(samples)
+    found = list(stream_batches(
+        items, shards, batches, Collate(tokenizer), positions, 30, workers, pin=False
+    ))
     for batch in found:
         positions.passed(batch)
+    assert mixed or not items.kept  # in memory stays what can be read again
     return found, positions
 
 
@@ -244,6 +246,15 @@ def test_processes_and_workers_have_shards_of_their_own(packed, tokenizer):  # n
         batches_of(packed, tokenizer, 3, world=4)
 
 
+def test_every_worker_has_its_turn_in_every_stream(packed, tokenizer):  # noqa: F811
+    """Three kinds in turn and three workers: none reads all of a kind, and every sample comes once an epoch."""
+    found, positions = batches_of(packed, tokenizer, 9, workers=3)
+    assert [batch["kind"] for batch in found] == [batch["kind"] for batch in batches_of(packed, tokenizer, 9)[0]]
+    assert {stream: sorted(at) for stream, at in positions.at.items()} == dict.fromkeys(positions.at, [0, 1, 2])
+    clips = [place for batch in found if batch["kind"] == "video" for place in batch["where"]]
+    assert len(clips) == len(set(clips)) == 6
+
+
 # ---- damage ----------------------------------------------------------------------------------------------------------
 
 
@@ -274,14 +285,16 @@ def test_corrupt_members_are_skipped_and_counted_by_name(root, tmp_path, tokeniz
         changed["000000002.json"] = b"{"
         changed["000000003.json"] = json.dumps({**json.loads(changed["000000003.json"]), "captions": ["?!"]}).encode()
         del changed["000000004.gif"]
+        changed["000000005.json"] = json.dumps({**json.loads(changed["000000005.json"]), "captions": []}).encode()
         return list(changed.items())
 
     found, errors = clips(broken(root, tmp_path / "out", change), tokenizer)
-    assert {place.split(":")[1].split(" ")[0] for place in found} == {"1", "5"}
+    assert {place.split(":")[1].split(" ")[0] for place in found} == {"1"}
     reasons = dict(error.split("video-000000.tar:", 1)[1].split(": ", 1) for error in errors)
-    assert sorted(reasons) == ["0", "2", "3", "4"]
+    assert sorted(reasons) == ["0", "2", "3", "4", "5"]
     assert "cannot be" in reasons["0"] and "not a sample" in reasons["2"]
     assert "has no words" in reasons["3"] and "no picture or clip" in reasons["4"]
+    assert "captions: expected a list of one or more strings, found []" in reasons["5"]
 
 
 def test_a_shard_that_was_cut_off_gives_what_is_there(root, tmp_path, tokenizer):  # noqa: F811
@@ -298,7 +311,7 @@ def test_a_shard_that_was_cut_off_gives_what_is_there(root, tmp_path, tokenizer)
 
 def test_nothing_but_corrupt_samples_stops_the_run(root, tmp_path, tokenizer):  # noqa: F811
     out = broken(root, tmp_path / "out", lambda members: [(name, b"") for name, _ in members])
-    with pytest.raises(MediaError, match=r"6 samples in a row cannot be read; the first: .*video-000000.tar:"):
+    with pytest.raises(MediaError, match=r"12 samples in a row cannot be read; the first: .*video-000000.tar:"):
         clips(out, tokenizer)
 
 

@@ -393,15 +393,19 @@ class MixedBatches(torch.utils.data.Sampler):
     def __len__(self) -> int:
         return (len(self.kinds) - self.start) * self.accumulate
 
-    def __iter__(self) -> Iterator[list[tuple[str, int, int]]]:
+    def turns(self) -> Iterator[tuple[str, int]]:
+        """Of each micro-batch its kind, and how many of that kind came before it, since step 0."""
         counts = dict.fromkeys(self.sizes, 0)
-        size = self.batch_size // self.accumulate
         for step, kind in enumerate(self.kinds):
-            if step >= self.start:
-                for micro in range(self.accumulate):
-                    first = counts[kind] * self.batch_size + micro * size
-                    yield [self.key(kind, first + i) for i in range(self.rank, size, self.world)]
-            counts[kind] += 1
+            for _ in range(self.accumulate):
+                if step >= self.start:
+                    yield kind, counts[kind]
+                counts[kind] += 1
+
+    def __iter__(self) -> Iterator[list[tuple[str, int, int]]]:
+        size = self.batch_size // self.accumulate
+        for kind, count in self.turns():
+            yield [self.key(kind, count * size + i) for i in range(self.rank, size, self.world)]
 
     def key(self, kind: str, position: int) -> tuple[str, int, int]:
         """The sample at a position of the endless stream of one kind."""

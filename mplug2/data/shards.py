@@ -26,9 +26,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 
 from mplug2.data.loader import (
+    KIND,
     Collate,
     MixedBatches,
     Sample,
@@ -38,7 +40,7 @@ from mplug2.data.loader import (
     start_worker,
     stream_kind,
 )
-from mplug2.data.media import MediaError
+from mplug2.data.media import MediaError, read_image, read_video
 from mplug2.data.records import Question, RecordError
 
 INDEX = "shards.json"
@@ -169,6 +171,8 @@ def _parse(path: Path, number: int, files: dict[str, bytes]) -> tuple[Sample, st
         )
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise RecordError(f"its .json is missing or not a sample ({type(error).__name__}: {error})") from error
+    if not isinstance(texts["captions"], list) or not sample.captions:  # without, this process would have other losses
+        raise RecordError(f"captions: expected a list of one or more strings, found {texts['captions']!r}")
     media = [suffix for suffix in files if suffix != "json"]
     if len(media) > 1:
         raise RecordError(f"files {', '.join(media)}: expected one picture or clip")
@@ -235,7 +239,7 @@ class Reader:
                     buffer[place] = None
                     if isinstance(found, str):
                         errors.append(found)
-                        if len(errors) >= total:
+                        if len(errors) >= 2 * max(self.shards.sizes):  # not one good one in two whole shards
                             raise MediaError(f"{len(errors)} samples in a row cannot be read; the first: {errors[0]}")
                         continue
                     yield {**found, "errors": errors}
@@ -270,12 +274,17 @@ class Reader:
                 with tempfile.NamedTemporaryFile(suffix=f".{suffix}") as media:  # decoders want a file with a name
                     media.write(files[suffix])
                     media.flush()
-                    pixels = self.samples.pixels(Sample(sample.where, sample.meaning, Path(media.name)), kind, rng)
+                    pixels = self._pixels(Path(media.name), KIND[kind].medium, rng)
             elif kind != "text":
                 raise RecordError("there is no picture or clip")
             return {**self.samples.texts(sample, kind, rng), "pixels": pixels, "where": sample.where}
         except (MediaError, RecordError) as error:
             return f"{path}:{number}: {error}"
+
+    def _pixels(self, path: Path, medium: str, rng: np.random.Generator) -> Tensor:
+        """`3 t H W`; the file is gone afterwards, so that nothing of it is kept as `Samples` keeps small files."""
+        frames = read_video(path, self.samples.frames, rng) if medium == "video" else read_image(path)
+        return self.samples.prepare(frames, medium, rng)
 
 
 class Positions:
@@ -344,27 +353,24 @@ def deal(
 
 
 class MixedStream(IterableDataset):
-    """The batches of a run of which some kinds are read from shards: this process' share, in the order of `batches`.
+    """What one worker makes of the batches of a run of which some streams are read from shards, in their order: of each
+    stream every `workers`-th batch of this process, from number `worker` on.
 
     A batch from shards says, as `position`, where its reader stands after it.
     """
 
     def __init__(
         self, samples: Samples, shards: dict[str, ShardSet], batches: MixedBatches, collate: Collate,
-        positions: Positions, max_words: int,
+        positions: Positions, max_words: int, worker: int, workers: int,
     ):
         self.samples, self.shards, self.batches, self.collate = samples, shards, batches, collate
-        self.positions, self.max_words = positions, max_words
+        self.positions, self.max_words, self.worker, self.workers = positions, max_words, worker, workers
 
     def check(self, samples: dict[str, list[Sample]]) -> None:
         check_texts(samples, self.collate.tokenizer, self.samples.max_positions, self.max_words)
 
     def __iter__(self) -> Iterator[dict]:
-        info, batches = get_worker_info(), self.batches
-        workers, worker = (info.num_workers, info.id) if info else (1, 0)
-        # Worker 0 is asked first, also by a resumed run: it goes on as the reader whose turn it was.
-        lane = (batches.start * batches.accumulate + worker) % workers
-        number = batches.rank * workers + lane
+        number = self.batches.rank * self.workers + self.worker
         readers = {
             stream: Reader(
                 shards, stream, self.samples, self.check, self.positions.plans[stream], number, self.positions.window,
@@ -372,10 +378,9 @@ class MixedStream(IterableDataset):
             )
             for stream, shards in self.shards.items()
         }
-        for turn, keys in enumerate(batches):
-            if turn % workers != worker:
+        for (stream, count), keys in zip(self.batches.turns(), self.batches):
+            if count % self.workers != self.worker:
                 continue
-            stream = keys[0][0]
             if stream in readers:
                 batch = self.collate([next(readers[stream]) for _ in keys])
                 yield {**batch, "position": (stream, number, readers[stream].at)}
@@ -383,8 +388,22 @@ class MixedStream(IterableDataset):
                 yield self.collate([self.samples[key] for key in keys])
 
 
-def make_stream_loader(stream: MixedStream, workers: int, pin: bool) -> DataLoader:
-    return DataLoader(
-        stream, batch_size=None, num_workers=workers, pin_memory=pin, prefetch_factor=4 if workers else None,
-        generator=torch.Generator(), worker_init_fn=start_worker,
-    )
+def stream_batches(
+    samples: Samples, shards: dict[str, ShardSet], batches: MixedBatches, collate: Collate, positions: Positions,
+    max_words: int, workers: int, pin: bool,
+) -> Iterator[dict]:
+    """This process' share of the batches of a run of which some streams are read from shards.
+
+    Each worker has a loader of its own, and the batches of a stream come from all workers in turn. (One loader for all
+    would ask its workers in turn for whatever comes: if every 20th batch is of text, one of 4 workers would read all
+    the text there is, and the shards of the other three would never be read.)
+    """
+    coming = [
+        iter(DataLoader(
+            MixedStream(samples, shards, batches, collate, positions, max_words, worker, max(1, workers)),
+            batch_size=None, num_workers=min(1, workers), pin_memory=pin, prefetch_factor=4 if workers else None,
+            generator=torch.Generator(), worker_init_fn=start_worker,
+        )) for worker in range(max(1, workers))
+    ]
+    for _, count in batches.turns():
+        yield next(coming[count % len(coming)])
