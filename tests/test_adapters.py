@@ -155,6 +155,7 @@ BAD = [
      r"annotations\[0\]: bbox: expected a box with an area inside the picture, 12 x 8 pixels; found \[9, 2, 6, 4\]"),
     ("refcoco", "instances.json", dict(annotations__bbox=[1, 1, 0, 4]), "a box with an area"),
     ("refcoco", "instances.json", dict(annotations__bbox=[1, 1]), "expected four numbers"),
+    ("refcoco", "instances.json", dict(images__width=float("nan")), r"images\[0\]: width: expected a number; found nan"),
     ("mplug2_caption", "test.jsonl", dict(golden_captions=["", "b"]),
      r"test.jsonl:2: golden_captions\[0\]: text: expected a text that is not empty"),
     ("mplug2_qa", "train.jsonl", dict(video_id=["a"]), r"train.jsonl:2: video_id: expected a text"),
@@ -187,6 +188,45 @@ def test_bad_rows_are_named(name, file, line, message, tmp_path):
         out.write(line + "\n")
     with pytest.raises(RecordError, match=message):
         found_in(name, tmp_path)
+
+
+def test_the_rows_of_qqp_that_are_at_fault_as_published_are_named_and_left_out(tmp_path, capsys):
+    expected = downloads.make("glue_qqp", tmp_path)
+    with (tmp_path / "QQP" / "train.tsv").open("a") as out:
+        out.write('6\t1\t2\t"Was he real?\n\tWas he?\t0\n7\t1\t2\tHow?\t\t0\n8\t1\t2\tHow?\tWhy?\t1\n')
+    parts, _ = found_in("glue_qqp", tmp_path)
+    added = {"texts": ["How?", "Why?"], "label": "equivalent"}
+    assert parts == expected | {
+        ("text_pair_classification", "train"): [*expected["text_pair_classification", "train"], added],
+    }
+    main(["glue_qqp", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "at fault as published, and left out: 3\n" in said and "train.tsv:3: 4 columns, not 6\n" in said
+    assert "train.tsv:5: a question is empty\n" in said
+
+
+@pytest.mark.parametrize("name, file, content, message", [
+    ("webvid", "results_2M_val.csv", b"videoid,contentUrl,duration,page_dir,name\n1,a,b,c,\xff\n",
+     "results_2M_val.csv:2: expected text in UTF-8"),
+    ("webvid", "results_2M_val.csv", b"videoid,contentUrl,duration,page_dir,name\n1,a,b\rb,c,d\n",
+     "results_2M_val.csv:2: expected a table"),
+    ("glue_rte", "RTE/dev.tsv", b"index\tsentence1\tsentence2\tlabel\n0\t\xff\tb\tentailment\n",
+     "dev.tsv:2: expected text in UTF-8"),
+    ("glue_rte", "RTE/dev.tsv", b"index\tsentence1\tsentence2\tlabel\n\t\t\t\n",
+     "dev.tsv:2: sentence1: expected a text that is not empty"),
+    ("mplug2_qa", "test.jsonl", b"\xef\xbb\xbf\n{", "test.jsonl:2: expected a JSON object"),
+])
+def test_damaged_lines_are_named(name, file, content, message, tmp_path):
+    downloads.make(name, tmp_path)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(RecordError, match=message):
+        found_in(name, tmp_path)
+
+
+def test_a_carriage_return_within_a_caption_ends_no_row(tmp_path):
+    downloads.make("cc12m", tmp_path)
+    (tmp_path / "cc12m.tsv").write_bytes(b"http://e.org/1\ta\rtree\r\n")
+    assert found_in("cc12m", tmp_path)[0]["image_caption", "train"][0]["captions"] == ["a\rtree"]
 
 
 def test_a_file_that_is_cut_off_is_named_with_its_line(tmp_path):

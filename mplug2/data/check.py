@@ -43,6 +43,8 @@ def check(name: str, root: Path, out: Path | None, decode: int, picture: Path | 
     broken = unreadable(files, parts, decode)
     tell("missing", sorted(files.missing))
     tell("unreadable", broken)
+    if files.faulty:
+        tell("at fault as published, and left out", files.faulty)
     whole = {part: [found for found in records if not files.missing.intersection(media_of(found))]
              for part, records in parts.items()}
     if out:
