@@ -91,6 +91,16 @@ def test_missing_and_unreadable_media_are_named_and_left_out(tmp_path, capsys):
     assert "has image_caption.train.jsonl" in capsys.readouterr().err
 
 
+def test_a_published_id_that_two_records_share_is_left_out(tmp_path):
+    downloads.make("snli_ve", tmp_path / "download")
+    path = tmp_path / "download" / "snli_ve_dev.jsonl"
+    other = {**json.loads(path.read_text()), "pairID": "other"}
+    path.write_text(path.read_text() * 2 + json.dumps(other) + "\n")
+    main(["snli_ve", str(tmp_path / "download"), "--out", str(tmp_path / "data")])
+    ids = [record.id for record in read_records(tmp_path / "data", "visual_entailment", "val")]
+    assert ids == ["visual_entailment.val.jsonl:1", "visual_entailment.val.jsonl:2", "other"]
+
+
 def test_a_name_in_two_places_is_refused_unless_the_published_path_decides(tmp_path):
     downloads.make("flickr30k", tmp_path)
     downloads.picture(tmp_path / "copy" / "1000092790.jpg")
@@ -179,7 +189,7 @@ def test_bad_annotations_are_named(name, file, values, message, tmp_path):
     ("glue_stsb", "STS-B/train.tsv", "1\tm\tf\t2012\t1\tn\tn\ta\tb\tx", "train.tsv:3: score: expected a number"),
     ("kinetics", "validate.csv", "surfing,abc,1,11,val", "validate.csv:3: label: expected one of air drumming; found"),
     ("tgif_qa", "Test_frameqa_question.csv", "g\tq\ta\t7\tv\tk\td", "question.csv:3: type: expected one of 0, 1, 2, 3"),
-    ("lsmdc", "LSMDC16_annos_val.csv", "clip\t1\t2", "annos_val.csv:2: expected 6 columns"),
+    ("lsmdc", "LSMDC16_annos_val.csv", "clip\t1\t2", "annos_val.csv:3: expected 6 columns"),
     ("cc3m", "Train_GCC-training.tsv", " \thttp://e.org", "training.tsv:3: caption: expected a text that is not empty"),
 ])
 def test_bad_rows_are_named(name, file, line, message, tmp_path):
