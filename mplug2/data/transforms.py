@@ -29,8 +29,8 @@ class Augmentation:
     """finetune: crops of half of the area or more, for pictures and clips. pretrain: of a fifth or more for pictures;
     clips are resized to 1.14 of the size and cropped at a random place."""
     flip: bool = True
-    """Turn half of the samples over, left to right; clips of pre-training fewer, as one of RandAugment's operations. Not
-    for data that speaks of left and right."""
+    """Turn half of the samples over, left to right (clips of pre-training: fewer, by one of RandAugment's operations).
+    Not for data that speaks of left and right."""
 
 
 def augment(
