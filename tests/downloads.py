@@ -202,11 +202,11 @@ def lsmdc(root: Path) -> dict:
     for n, (split, name) in enumerate(files.items()):
         key = f"000{n}_American_Beauty_00.00.51.926-00.00.54.129"
         times = ["00.00.51.926", "00.00.54.129", "00.00.51.815", "00.00.54.400"]
-        rows(root / name, "\t", [key, *times, 'SOMEONE says "no".'])
+        rows(root / name, "\t", [key, *times, 'SOMEONE says "no".'], [key, *times, "He sits."])
         clip(root / f"000{n}_American_Beauty" / f"{key}.avi")
         found["video_retrieval", split] = [{
-            "id": key, "video": f"000{n}_American_Beauty/{key}.avi", "captions": ['SOMEONE says "no".'],
-        }]
+            "video": f"000{n}_American_Beauty/{key}.avi", "captions": [text], "meaning": key,
+        } for text in ('SOMEONE says "no".', "He sits.")]
     return found
 
 

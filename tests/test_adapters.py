@@ -91,6 +91,16 @@ def test_missing_and_unreadable_media_are_named_and_left_out(tmp_path, capsys):
     assert "has image_caption.train.jsonl" in capsys.readouterr().err
 
 
+def test_a_published_id_that_two_records_share_is_left_out(tmp_path):
+    downloads.make("snli_ve", tmp_path / "download")
+    path = tmp_path / "download" / "snli_ve_dev.jsonl"
+    other = {**json.loads(path.read_text()), "pairID": "other"}
+    path.write_text(path.read_text() * 2 + json.dumps(other) + "\n")
+    main(["snli_ve", str(tmp_path / "download"), "--out", str(tmp_path / "data")])
+    ids = [record.id for record in read_records(tmp_path / "data", "visual_entailment", "val")]
+    assert ids == ["visual_entailment.val.jsonl:1", "visual_entailment.val.jsonl:2", "other"]
+
+
 def test_a_name_in_two_places_is_refused_unless_the_published_path_decides(tmp_path):
     downloads.make("flickr30k", tmp_path)
     downloads.picture(tmp_path / "copy" / "1000092790.jpg")
@@ -155,6 +165,7 @@ BAD = [
      r"annotations\[0\]: bbox: expected a box with an area inside the picture, 12 x 8 pixels; found \[9, 2, 6, 4\]"),
     ("refcoco", "instances.json", dict(annotations__bbox=[1, 1, 0, 4]), "a box with an area"),
     ("refcoco", "instances.json", dict(annotations__bbox=[1, 1]), "expected four numbers"),
+    ("refcoco", "instances.json", dict(images__width=float("nan")), r"images\[0\]: width: expected a number; .* nan"),
     ("mplug2_caption", "test.jsonl", dict(golden_captions=["", "b"]),
      r"test.jsonl:2: golden_captions\[0\]: text: expected a text that is not empty"),
     ("mplug2_qa", "train.jsonl", dict(video_id=["a"]), r"train.jsonl:2: video_id: expected a text"),
@@ -178,7 +189,7 @@ def test_bad_annotations_are_named(name, file, values, message, tmp_path):
     ("glue_stsb", "STS-B/train.tsv", "1\tm\tf\t2012\t1\tn\tn\ta\tb\tx", "train.tsv:3: score: expected a number"),
     ("kinetics", "validate.csv", "surfing,abc,1,11,val", "validate.csv:3: label: expected one of air drumming; found"),
     ("tgif_qa", "Test_frameqa_question.csv", "g\tq\ta\t7\tv\tk\td", "question.csv:3: type: expected one of 0, 1, 2, 3"),
-    ("lsmdc", "LSMDC16_annos_val.csv", "clip\t1\t2", "annos_val.csv:2: expected 6 columns"),
+    ("lsmdc", "LSMDC16_annos_val.csv", "clip\t1\t2", "annos_val.csv:3: expected 6 columns"),
     ("cc3m", "Train_GCC-training.tsv", " \thttp://e.org", "training.tsv:3: caption: expected a text that is not empty"),
 ])
 def test_bad_rows_are_named(name, file, line, message, tmp_path):
@@ -187,6 +198,45 @@ def test_bad_rows_are_named(name, file, line, message, tmp_path):
         out.write(line + "\n")
     with pytest.raises(RecordError, match=message):
         found_in(name, tmp_path)
+
+
+def test_the_rows_of_qqp_that_are_at_fault_as_published_are_named_and_left_out(tmp_path, capsys):
+    expected = downloads.make("glue_qqp", tmp_path)
+    with (tmp_path / "QQP" / "train.tsv").open("a") as out:
+        out.write('6\t1\t2\t"Was he real?\n\tWas he?\t0\n7\t1\t2\tHow?\t\t0\n8\t1\t2\tHow?\tWhy?\t1\n')
+    parts, _ = found_in("glue_qqp", tmp_path)
+    added = {"texts": ["How?", "Why?"], "label": "equivalent"}
+    assert parts == expected | {
+        ("text_pair_classification", "train"): [*expected["text_pair_classification", "train"], added],
+    }
+    main(["glue_qqp", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "at fault as published, and left out: 3\n" in said and "train.tsv:3: 4 columns, not 6\n" in said
+    assert "train.tsv:5: a question is empty\n" in said
+
+
+@pytest.mark.parametrize("name, file, content, message", [
+    ("webvid", "results_2M_val.csv", b"videoid,contentUrl,duration,page_dir,name\n1,a,b,c,\xff\n",
+     "results_2M_val.csv:2: expected text in UTF-8"),
+    ("webvid", "results_2M_val.csv", b"videoid,contentUrl,duration,page_dir,name\n1,a,b\rb,c,d\n",
+     "results_2M_val.csv:2: expected a table"),
+    ("glue_rte", "RTE/dev.tsv", b"index\tsentence1\tsentence2\tlabel\n0\t\xff\tb\tentailment\n",
+     "dev.tsv:2: expected text in UTF-8"),
+    ("glue_rte", "RTE/dev.tsv", b"index\tsentence1\tsentence2\tlabel\n\t\t\t\n",
+     "dev.tsv:2: sentence1: expected a text that is not empty"),
+    ("mplug2_qa", "test.jsonl", b"\xef\xbb\xbf\n{", "test.jsonl:2: expected a JSON object"),
+])
+def test_damaged_lines_are_named(name, file, content, message, tmp_path):
+    downloads.make(name, tmp_path)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(RecordError, match=message):
+        found_in(name, tmp_path)
+
+
+def test_a_carriage_return_within_a_caption_ends_no_row(tmp_path):
+    downloads.make("cc12m", tmp_path)
+    (tmp_path / "cc12m.tsv").write_bytes(b"http://e.org/1\ta\rtree\r\n")
+    assert found_in("cc12m", tmp_path)[0]["image_caption", "train"][0]["captions"] == ["a\rtree"]
 
 
 def test_a_file_that_is_cut_off_is_named_with_its_line(tmp_path):

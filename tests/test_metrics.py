@@ -238,12 +238,15 @@ def test_vqa_accuracy_by_hand():
     assert vqa_accuracy([["yes"] * 10, ["no"] * 10], ["yes", "yes"]) == 0.5
 
 
-def test_vqa_accuracy_normalises_unless_all_people_agree():
-    people = ["2"] * 4 + ["dont know"] * 6
-    assert vqa_accuracy([people], [" two\n"]) == 1
+def test_vqa_accuracy_normalises_as_the_official_evaluation():
+    """Predictions always, with digits and articles; people's answers by their punctuation, where they differ."""
+    assert vqa_accuracy([["2"] * 4 + ["dont know"] * 6], [" Two\n"]) == 1
     assert vqa_accuracy([["don't know"] * 5 + ["no"] * 5], ["Dont know"]) == 1
-    assert vqa_accuracy([["2"] * 10], ["two"]) == 0  # as the official evaluation has it
-    assert vqa_accuracy([["a dog"] * 10], ["a  dog"]) == 1
+    assert vqa_accuracy([["2"] * 10], ["two"]) == 1
+    assert vqa_accuracy([["yes"] * 10], ["Yes."]) == 1
+    assert vqa_accuracy([["a dog"] * 10], ["a dog"]) == 0  # people's articles stay
+    assert vqa_accuracy([["t-shirt"] * 10], ["t-shirt"]) == 0  # all agree: people's punctuation stays
+    assert vqa_accuracy([["t-shirt"] * 9 + ["shirt"]], ["t-shirt"]) == 1
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -257,6 +260,12 @@ def test_vqa_accuracy_normalises_unless_all_people_agree():
     ("u.s.", "us"),
     ("t-shirt", "t shirt"),
     ("wont", "won't"),
+    ("couldn'tve", "couldn't've"),
+    ("yall'd've", "y'all'd've"),
+    ("ows'at", "ows'at"),
+    ("somebody'd", "somebodyd"),
+    ("im shes let's", "im shes let's"),
+    ("a\tb\n- c", "b c"),
     ("a", ""),
 ])
 def test_vqa_normalise(text, expected):

@@ -74,6 +74,20 @@ def test_flips_are_a_setting(flip, expected, monkeypatch):
     assert {int(one[0, 0, 0, 0] == 0) for one in made} == expected
 
 
+def test_clips_of_pretraining_are_flipped_by_an_operation(monkeypatch):
+    """One of ten operations, of which two are drawn: 18 % of the clips (two flips undo each other), not half."""
+    monkeypatch.setattr("mplug2.data.transforms.MOVES", ())
+    frames = np.zeros((1, 100, 100, 3), np.uint8)
+    frames[:, :, :50] = 255
+
+    def share(flip: bool) -> float:
+        made = [augment(frames, 20, "video", Augmentation("pretrain", flip), np.random.default_rng(s))[0, 10]
+                for s in range(300)]
+        return float(np.mean([row[0, 0] < 10 < 245 < row[-1, 0] for row in made]))
+
+    assert share(False) == 0 and 0.1 < share(True) < 0.26
+
+
 def test_clips_of_pretraining_slide_within_a_larger_picture(monkeypatch):
     """Resized to 1.14 of the size, then cropped: never the whole picture, and no crop by area."""
     monkeypatch.setattr("mplug2.data.transforms.draw_operations", lambda *_: [])
@@ -128,6 +142,7 @@ def test_what_each_operation_does():
     np.testing.assert_allclose(after("shear_x", 0.3)[0, :19], pixels[0, :19], atol=20)  # by 0.15 of a pixel
     assert (after("shear_x", 0.3)[19, 15:] == GREY).all()
     np.testing.assert_array_equal(after("rotate", 90), np.rot90(pixels))
+    np.testing.assert_array_equal(after("flip", 1), pixels[:, ::-1])
 
 
 def test_training_samples_are_augmented_by_their_own_number(tmp_path):

@@ -4,7 +4,7 @@ import json
 import os
 import random
 import textwrap
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +43,8 @@ def check(name: str, root: Path, out: Path | None, decode: int, picture: Path | 
     broken = unreadable(files, parts, decode)
     tell("missing", sorted(files.missing))
     tell("unreadable", broken)
+    if files.faulty:
+        tell("at fault as published, and left out", files.faulty)
     whole = {part: [found for found in records if not files.missing.intersection(media_of(found))]
              for part, records in parts.items()}
     if out:
@@ -87,7 +89,8 @@ def tell(what: str, names: list[str]) -> None:
 
 
 def write(out: Path, root: Path, parts: dict[tuple[str, str], list[Found]]) -> None:
-    """`out/<task>.<split>.jsonl`, whose paths lead through the link `out/media` into the download."""
+    """`out/<task>.<split>.jsonl`, whose paths lead through the link `out/media` into the download. A published id that
+    several records of a file share is left out: ours are unique."""
     names = [f"{task}.{split}.jsonl" for (task, split), records in parts.items() if records]
     if taken := [name for name in names if (out / name).exists()]:
         raise FileExistsError(f"{out} has {', '.join(taken)} already; remove them, or choose another folder")
@@ -100,9 +103,10 @@ def write(out: Path, root: Path, parts: dict[tuple[str, str], list[Found]]) -> N
     for (task, split), records in parts.items():
         if not records:
             continue
+        ids = Counter(found.fields.get("id") for found in records)
         with (out / f"{task}.{split}.jsonl").open("w", encoding="utf-8") as file:
             for found in records:
-                fields = dict(found.fields)
+                fields = {name: value for name, value in found.fields.items() if name != "id" or ids[value] == 1}
                 for name in ("image", "video"):
                     if name in fields:
                         fields[name] = f"media/{fields[name]}"

@@ -29,7 +29,8 @@ class Augmentation:
     """finetune: crops of half of the area or more, for pictures and clips. pretrain: of a fifth or more for pictures;
     clips are resized to 1.14 of the size and cropped at a random place."""
     flip: bool = True
-    """Turn half of the samples over, left to right. Not for data that speaks of left and right."""
+    """Turn half of the samples over, left to right (clips of pre-training: fewer, by one of RandAugment's operations).
+    Not for data that speaks of left and right."""
 
 
 def augment(
@@ -44,9 +45,9 @@ def augment(
     least = 0.2 if augmentation.style == "pretrain" else 0.5
     box = (0, 0, width, height) if slides else crop_box(height, width, least, rng)
     images = [Image.fromarray(frame).resize((inner, inner), Image.Resampling.BICUBIC, box=box) for frame in frames]
-    if augmentation.flip and rng.random() < 0.5:
+    if augmentation.flip and not slides and rng.random() < 0.5:
         images = [ImageOps.mirror(image) for image in images]
-    for name, value in draw_operations(kind, inner, rng):
+    for name, value in draw_operations(kind, inner, rng, augmentation.flip and slides):
         images = [apply(image, name, value) for image in images]
     if slides:
         left, top = rng.integers(0, inner - size + 1, 2).tolist()
@@ -70,16 +71,20 @@ def crop_box(height: int, width: int, least: float, rng: np.random.Generator) ->
     return float(left), float(top), float(left + w), float(top + h)
 
 
-def draw_operations(kind: str, size: int, rng: np.random.Generator) -> list[tuple[str, float]]:
-    """Two operations and their values: factors, pixels or degrees. On pictures each is left out half of the time.
+def draw_operations(
+    kind: str, size: int, rng: np.random.Generator, flips: bool = False
+) -> list[tuple[str, float]]:
+    """Two operations and their values: factors, pixels or degrees. On pictures each is left out half of the time. With
+    `flips` a flip is one of the operations.
 
     The levels run to 10: a colour factor from 0.1 to 1.9, a shear to 0.3, a shift to 10 of 224 pixels, a rotation to
     30 degrees, to either side. At level 5, that of clips, the colour factor is 1: only moves change anything, as
     released.
     """
     level = MAGNITUDE[kind] / 10
+    operations = (IMAGE_OPERATIONS if kind == "image" else VIDEO_OPERATIONS) + (("flip",) if flips else ())
     drawn = []
-    for name in rng.choice(IMAGE_OPERATIONS if kind == "image" else VIDEO_OPERATIONS, 2).tolist():
+    for name in rng.choice(operations, 2).tolist():
         side, used = rng.choice([-1, 1]), kind == "video" or rng.random() < 0.5
         largest = {"shear": 0.3, "translate": 10 / 224 * size, "rotate": 30.0}.get(name.split("_")[0])
         value = float(side * largest * level) if largest else 0.1 + 1.8 * level
@@ -96,6 +101,8 @@ def apply(image: Image.Image, name: str, value: float) -> Image.Image:
         return ImageOps.autocontrast(image)
     if name == "equalize":
         return ImageOps.equalize(image)
+    if name == "flip":
+        return ImageOps.mirror(image)
     if name == "rotate":
         return image.rotate(value, Image.Resampling.BILINEAR, fillcolor=GREY)
     if name in MOVES:

@@ -3,6 +3,7 @@ download, found wherever in it they lie."""
 
 import csv
 import json
+import math
 import os
 import pickle
 import reprlib
@@ -73,9 +74,12 @@ class Item:
     def number(self, name: str) -> float:
         value = self.get(name)
         try:
-            return float(value)
+            number = float(value)
         except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
             fail(f"{self.where}: {name}", "a number", value)
+        return number
 
     def choice(self, name: str, choices: dict[str, str]) -> str:
         """What `choices` has for the value of a field: a split, or a class."""
@@ -121,38 +125,58 @@ def json_list(path: Path) -> list[Item]:
     return Item(str(path), {"entry": read_json(path)}).items("entry")
 
 
-def json_lines(path: Path) -> Iterator[Item]:
-    with path.open(encoding="utf-8-sig") as file:
+def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """(place, line) of each line of a text file, with its end."""
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    yield Item(f"{path}:{number}", json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise RecordError(f"{path}:{number}: expected a JSON object, {error.msg}") from error
-
-
-def table(path: Path, delimiter: str, columns: list[str] | None = None, quoted: bool = True) -> Iterator[Item]:
-    """Rows of a CSV or TSV file, whose first line names the columns unless `columns` does. Every row must have as many
-    cells. `quoted`: cells may stand in quotes, as in CSV; in most TSV files a quote is a quote."""
-    csv.field_size_limit(2**30)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.reader(file, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE)
-        for row in rows:
-            if columns is None:
-                columns = [cell.strip() for cell in row]
-            elif row:
-                where = f"{path}:{rows.line_num}"
-                if len(row) != len(columns):
-                    fail(where, f"{len(columns)} columns ({', '.join(columns)})", row)
-                yield Item(where, dict(zip(columns, row, strict=True)))
+            try:
+                yield f"{path}:{number}", line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise RecordError(f"{path}:{number}: expected text in UTF-8: {error}; fetch the file again") from error
 
 
 def text_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """(place, line) of each line that is not blank."""
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield f"{path}:{number}", line.strip()
+    """(place, line) of each line that is not blank, without the blanks around it."""
+    return ((where, line.strip()) for where, line in numbered_lines(path) if line.strip())
+
+
+def json_lines(path: Path) -> Iterator[Item]:
+    for where, line in text_lines(path):
+        try:
+            yield Item(where, json.loads(line))
+        except json.JSONDecodeError as error:
+            raise RecordError(f"{where}: expected a JSON object, {error.msg}") from error
+
+
+def table(
+    path: Path, delimiter: str, columns: list[str] | None = None, quoted: bool = True, faulty: list[str] | None = None
+) -> Iterator[Item]:
+    """Rows of a CSV or TSV file, whose first line names the columns unless `columns` does. Every row must have as many
+    cells. `quoted`: cells may stand in quotes, as in CSV; in most TSV files a quote is a quote. `faulty`: where
+    to note rows of another number of cells, for a file that is known to have some, in place of an error."""
+    for where, row in _quoted_rows(path, delimiter) if quoted else _rows(path, delimiter):
+        if columns is None:
+            columns = [cell.strip() for cell in row]
+        elif len(row) == len(columns):
+            yield Item(where, dict(zip(columns, row, strict=True)))
+        elif faulty is None:
+            fail(where, f"{len(columns)} columns ({', '.join(columns)})", row)
+        else:
+            faulty.append(f"{where}: {len(row)} columns, not {len(columns)}")
+
+
+def _rows(path: Path, delimiter: str) -> Iterator[tuple[str, list[str]]]:
+    lines = ((where, line.rstrip("\r\n")) for where, line in numbered_lines(path))
+    return ((where, line.split(delimiter)) for where, line in lines if line)
+
+
+def _quoted_rows(path: Path, delimiter: str) -> Iterator[tuple[str, list[str]]]:
+    csv.field_size_limit(2**30)
+    rows = csv.reader((line for _, line in numbered_lines(path)), delimiter=delimiter)
+    try:
+        yield from ((f"{path}:{rows.line_num}", row) for row in rows if row)
+    except csv.Error as error:
+        raise RecordError(f"{path}:{rows.line_num}: expected a table: {error}; fetch the file again") from error
 
 
 class _Plain(pickle.Unpickler):
@@ -180,6 +204,8 @@ class Files:
     root: Path
     missing: set[str] = field(default_factory=set)
     """Media that annotations name and the download lacks."""
+    faulty: list[str] = field(default_factory=list)
+    """Rows that are at fault in the publisher's own file, and left out: their places."""
 
     def __post_init__(self):
         self.root = Path(os.path.abspath(self.root))

@@ -40,8 +40,10 @@ COLA_COLUMNS = ["source", "label", "mark", "sentence"]  # its files for training
 
 
 def glue(files: Files, name: str) -> Iterator[Found]:
-    """train.tsv, dev.tsv and test.tsv, alone in the download or in the folder of their task (CoLA/, SST-2/, ...)."""
-    task = GLUE[name]
+    """train.tsv, dev.tsv and test.tsv, alone in the download or in the folder of their task (CoLA/, SST-2/, ...). In
+    QQP's published files line breaks cut a few rows in two, and two have no second question: they are left out, and
+    named."""
+    task, faulty = GLUE[name], files.faulty if name == "qqp" else None
     parts = {"train": "train.tsv", "val": "dev.tsv", "test": "test.tsv"}
     if name == "mnli":
         parts = {"train": "train.tsv", "val": "dev_matched.tsv", "val_mismatched": "dev_mismatched.tsv",
@@ -50,7 +52,10 @@ def glue(files: Files, name: str) -> Iterator[Found]:
         labelled = not split.startswith("test")
         path = (files.annotation if labelled else files.optional)(f"{task.folder}/{file}", file)
         columns = COLA_COLUMNS if name == "cola" and labelled else None
-        for number, row in enumerate(table(path, "\t", columns, quoted=False)) if path else ():
+        for number, row in enumerate(table(path, "\t", columns, False, faulty)) if path else ():
+            if faulty is not None and not all(row.get(column).strip() for column in task.texts):
+                faulty.append(f"{row.where}: a question is empty")
+                continue
             texts = [row.text(column) for column in task.texts]
             fields = {"text": texts[0]} if len(texts) == 1 else {"texts": texts}
             if labelled:

@@ -147,7 +147,7 @@ def didemo(files: Files) -> Iterator[Found]:
 
 def lsmdc(files: Files) -> Iterator[Found]:
     """LSMDC16_annos_training.csv, LSMDC16_annos_val.csv and LSMDC16_challenge_1000_publictect.csv: tabs, no names;
-    first the clip, last the sentence, times between them."""
+    first the clip, last the sentence, times between them. A clip may have several lines: they mean the same."""
     names = {"train": "LSMDC16_annos_training.csv", "val": "LSMDC16_annos_val.csv",
              "test": "LSMDC16_challenge_1000_publictect.csv"}
     columns = ["clip", "start_aligned", "end_aligned", "start_extracted", "end_extracted", "sentence"]
@@ -155,7 +155,7 @@ def lsmdc(files: Files) -> Iterator[Found]:
         for row in table(files.annotation(name), "\t", columns, quoted=False):
             clip = row.text("clip")
             yield Found("video_retrieval", split, row.where, {
-                "id": clip, "video": files.media("video", f"{clip}.avi"), "captions": [row.text("sentence")],
+                "video": files.media("video", f"{clip}.avi"), "captions": [row.text("sentence")], "meaning": clip,
             })
 
 
