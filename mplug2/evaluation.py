@@ -229,7 +229,7 @@ def labels(
         name, classes = "accuracy", predictor.model.classes[task]
         scores = predictor.read(
             media if any(media) else None, texts if any(texts) else None,
-            lambda hidden: predictor.model.classify(hidden, task),
+            lambda hidden, _: predictor.model.classify(hidden, task),
         )
         found = [classes[best] for best in scores.argmax(dim=1).tolist()] if classes else scores[:, 0].tolist()
     else:

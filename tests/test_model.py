@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from mplug2.config import PRESETS
-from mplug2.model import FRESH, MPLUG2, TASKS, answer_memory
+from mplug2.model import FRESH, MPLUG2, TASKS, BoxHead, answer_memory
 
 BUILT = {  # task -> the modules of its row, heads included
     "caption": {"vision_encoder", "universal", "decoder"},
@@ -75,7 +75,7 @@ def forward(model, pixels, ids, mask):
     if parts.classifier:
         outputs |= {f"class of {name}": model.classify(read, name) for name in model.classes}
     if parts.box:
-        outputs["box"] = model.locate(fused)
+        outputs["box"] = model.locate(fused, seen)
     if parts.contrastive:
         outputs["unit_vision"], outputs["unit_text"] = model.project_vision(vision), model.project_text(text)
     if parts.matching:
@@ -235,9 +235,25 @@ def test_classes_and_boxes_are_read_from_the_class_token(config, seed):
         head = model.classifier[task]
         assert head.weight.shape == (classes, config.width)
         assert_same(model.classify(hidden, task), hidden[:, 0] @ head.weight.T + head.bias)
-    boxes = model.locate(hidden)
+    vision = noise(3, 1 + config.patches, config.width, seed=seed + 1)
+    boxes = model.locate(hidden, vision)
     assert boxes.shape == (3, 4) and (0 < boxes).all() and (boxes < 1).all()
-    assert_same(boxes, model.locate(hidden[:, :1]))
+    assert_same(boxes, model.locate(hidden[:, :1], vision))
+
+
+@given(side=st.integers(1, 4), seed=seeds)
+def test_a_box_is_where_the_patches_are_that_the_token_finds(side, seed):
+    head = randomised(BoxHead(6, side), seed)
+    token, patches = noise(2, 6, seed=seed), noise(2, side * side, 6, seed=seed + 1)
+    chances = ((patches @ head.key.weight.T) @ head.query(token)[:, :, None] / 6**0.5)[..., 0].softmax(-1)
+    centre = [sum(chances[:, row * side + column] * (place + 0.5) / side
+                  for row in range(side) for column in range(side) for place in [(column, row)[axis]])
+              for axis in (0, 1)]
+    change = head.correct(token)
+    for axis in (0, 1):
+        odds = centre[axis] / (1 - centre[axis]) * change[:, axis].exp()
+        assert_same(head(token, patches)[:, axis], odds / (1 + odds))
+    assert_same(head(token, patches)[:, 2:], 1 / (1 + (-change[:, 2:]).exp()))
 
 
 @given(v=st.integers(1, 4), seed=seeds)
@@ -314,7 +330,7 @@ def test_refuses_what_a_task_does_not_have():
         "text_encoder": lambda: model.encode_text(random_ids(1, 2), mask), "fusion": lambda: model.fuse(x, x, mask),
         "contrastive_vision": lambda: model.project_vision(x), "contrastive_text": lambda: model.project_text(x),
         "matching_head": lambda: model.match(x), "masked_head": lambda: model.unmask(x),
-        "box_head": lambda: model.locate(x),
+        "box_head": lambda: model.locate(x, torch.zeros(1, 5, 16)),
     }.items():
         with pytest.raises(ValueError, match=f"for the task 'video_caption' has no {part}; build it for another"):
             call()
