@@ -103,7 +103,7 @@ class TrainConfig:
     out: str = "runs"
     """Folder of all runs."""
     name: str = ""
-    """Name of this run, a folder in `out`; without it the name of the preset."""
+    """Name of this run, a folder in `out`; without it that of the recipe or the task, or, in pre-training, the preset."""
     resume: bool = False
     """Go on from the newest checkpoint of this run, with its settings. A run that torchrun or Slurm starts again does
     so by itself."""
@@ -259,7 +259,7 @@ class TrainConfig:
 
     @property
     def run_name(self) -> str:
-        return self.name or self.recipe or self.preset
+        return self.name or self.recipe or (self.preset if self.task == "pretrain" else self.task)
 
     def shares(self) -> list[float]:
         try:
@@ -282,13 +282,13 @@ class TrainConfig:
 
 
 FINE_TUNING = {
-    "text_classification": dict(max_steps=60), "text_pair_classification": dict(max_steps=400),
-    "image_classification": dict(max_steps=200), "video_classification": dict(max_steps=200),
-    "image_retrieval": dict(max_steps=200), "video_retrieval": dict(max_steps=200),
-    "image_caption": dict(max_steps=200), "video_caption": dict(max_steps=200),
-    "image_qa": dict(max_steps=200), "video_qa": dict(max_steps=200),
-    "visual_entailment": dict(max_steps=400), "image_pair_reasoning": dict(max_steps=400),
-    "grounding": dict(max_steps=300),
+    task: dict(max_steps=steps, lr=2e-3) for steps, tasks in {
+        60: ["text_classification"],
+        200: ["image_classification", "video_classification", "image_retrieval", "video_retrieval", "image_caption",
+              "video_caption", "image_qa", "video_qa"],
+        300: ["grounding"],
+        400: ["text_pair_classification", "visual_entailment", "image_pair_reasoning"],
+    }.items() for task in tasks
 }
 """Defaults of single tasks, where they differ from those above: a minute or two each on the tiny world."""
 

@@ -207,9 +207,12 @@ class MPLUG2(nn.Module):
 
     def locate(self, fused: Tensor, vision: Tensor) -> Tensor:
         """Fused text `b l d` and V' of an image `b v d` -> boxes `b 4`: centre x, centre y, width and height, as shares
-        of the image."""
-        check(vision, "b v d", v=1 + self.config.patches, **check(fused, "b l d", d=self.config.width))
-        return self.part("box_head")(fused[:, 0], vision[:, 1:])
+        of the image. ValueError for V' of a clip: a box has no frame."""
+        head, sizes = self.part("box_head"), check(vision, "b v d", **check(fused, "b l d", d=self.config.width))
+        if sizes["v"] != 1 + len(head.places):
+            raise ValueError(f"boxes are found in single images, whose V' has 1 + {len(head.places)} tokens; this one "
+                             f"has {sizes['v']}: give images, one frame each")
+        return head(fused[:, 0], vision[:, 1:])
 
     def part(self, name: str) -> nn.Module:
         """A module by name, such as "decoder". ValueError if the task does not have it."""
@@ -219,25 +222,31 @@ class MPLUG2(nn.Module):
 
 
 class BoxHead(nn.Module):
-    """The class token of fused text asks every patch whether it is what the text is about; the centre of the box is the
-    mean of the patches' places by their attention (a soft argmax), corrected, like the size, by an MLP on the token.
+    """The class token of fused text asks each of the `side * side` patches whether it is what the text is about; the
+    centre of the box is the mean of the patches' places by their attention (a soft argmax), corrected, like the size,
+    by an MLP on the token.
 
     An MLP alone would need places in V', and tokens that only ever had to say what is to be seen have lost them.
     """
 
     def __init__(self, width: int, side: int):
         super().__init__()
+        if side < 2:
+            raise ValueError("grounding finds a box among the patches of an image, and there is only one: "
+                             "patch_size has to be smaller than image_size")
+        self.side = side
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(width, width, bias=False)
         self.correct = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 4))
-        middles = (torch.arange(side) + 0.5) / side
+        middles = torch.arange(side) + 0.5
         places = torch.stack(torch.meshgrid(middles, middles, indexing="xy"), dim=-1)
-        self.register_buffer("places", rearrange(places, "h w xy -> (h w) xy"), persistent=False)
+        self.register_buffer("places", rearrange(places, "h w xy -> (h w) xy"), persistent=False)  # in patches
 
     def forward(self, token: Tensor, patches: Tensor) -> Tensor:
         """token `b d`, patches `b n d`, row by row -> boxes `b 4`, each number between 0 and 1."""
         scores = torch.einsum("b d, b n d -> b n", self.query(token), self.key(patches)) * token.shape[1] ** -0.5
-        centre = scores.softmax(dim=1) @ self.places.to(scores.dtype)
+        # Not a matrix product, which autocast would round to bfloat16.
+        centre = (scores.softmax(dim=1)[..., None] * self.places).sum(dim=1) / self.side
         return (torch.cat([centre.logit(), torch.zeros_like(centre)], dim=1) + self.correct(token)).sigmoid()
 
 

@@ -48,6 +48,11 @@ PROJECTION = {"vision_projection", "vision_norm"}
 tasks = pytest.mark.parametrize("task", list(TASKS))
 
 
+def with_patches(config):
+    """The same with at least four patches: a box is found among several."""
+    return dataclasses.replace(config, image_size=2 * config.image_size)
+
+
 def modules_of(model):
     return {name.split(".")[0] for name in parameter_names(model)}
 
@@ -127,6 +132,8 @@ def test_the_parameters_of_a_task_are_among_those_of_pretraining(task, readout):
 @given(config=configs(temporal_downsampling=False), on_images=st.booleans(), seed=seeds)
 def test_no_parameter_is_without_gradient(task, config, on_images, seed):
     config = dataclasses.replace(config, temporal_on_images=on_images)
+    if TASKS[task].box:
+        config = with_patches(config)
     model = randomised(MPLUG2(config, task, {task: ("a", "b", "c")}), seed)
     outputs = forward(model, *batch(config, 2, seed, t=3 if TASKS[task].temporal else 1))
     if "unit_vision" in outputs:
@@ -228,6 +235,7 @@ def test_heads_read_the_class_token_alone(seed):
 
 @given(config=configs(), seed=seeds)
 def test_classes_and_boxes_are_read_from_the_class_token(config, seed):
+    config = with_patches(config)
     model = randomised(MPLUG2(config, "visual_entailment,image_classification,grounding,image_pair_reasoning",
                               {"visual_entailment": ("a", "b", "c"), "image_classification": ("d", "e")}), seed)
     hidden = noise(3, 4, config.width, seed=seed)
@@ -241,7 +249,7 @@ def test_classes_and_boxes_are_read_from_the_class_token(config, seed):
     assert_same(boxes, model.locate(hidden[:, :1], vision))
 
 
-@given(side=st.integers(1, 4), seed=seeds)
+@given(side=st.integers(2, 4), seed=seeds)
 def test_a_box_is_where_the_patches_are_that_the_token_finds(side, seed):
     head = randomised(BoxHead(6, side), seed)
     token, patches = noise(2, 6, seed=seed), noise(2, side * side, 6, seed=seed + 1)
@@ -254,6 +262,15 @@ def test_a_box_is_where_the_patches_are_that_the_token_finds(side, seed):
         odds = centre[axis] / (1 - centre[axis]) * change[:, axis].exp()
         assert_same(head(token, patches)[:, axis], odds / (1 + odds))
     assert_same(head(token, patches)[:, 2:], 1 / (1 + (-change[:, 2:]).exp()))
+
+
+@given(config=configs(temporal_downsampling=True), seed=seeds)
+def test_boxes_are_of_images_and_a_clip_is_refused(config, seed):
+    model = randomised(MPLUG2(with_patches(config), "grounding"), seed)
+    pixels, ids, mask = batch(model.config, 2, seed, t=3)
+    assert forward(model, pixels[:, :, :1], ids, mask)["box"].shape == (2, 4)
+    with pytest.raises(ValueError, match=r"found in single images, .* this one has \d+: give images, one frame each"):
+        forward(model, pixels, ids, mask)
 
 
 @given(v=st.integers(1, 4), seed=seeds)
@@ -273,7 +290,7 @@ def test_masked_tokens_are_read_out_by_the_word_embedding_of_the_text_encoder():
 @tasks
 def test_evaluation_is_deterministic_and_training_is_not(task):
     model = randomised(MPLUG2(small(dropout=0.3, drop_path=0.3), task))
-    inputs = batch(model.config, 4, 0)
+    inputs = batch(model.config, 4, 0, t=3 if TASKS[task].temporal else 1)
     expected = forward(model, *inputs)
     for name, found in forward(model, *inputs).items():
         assert torch.equal(found, expected[name])
@@ -334,6 +351,8 @@ def test_refuses_what_a_task_does_not_have():
     }.items():
         with pytest.raises(ValueError, match=f"for the task 'video_caption' has no {part}; build it for another"):
             call()
+    with pytest.raises(ValueError, match="there is only one: patch_size has to be smaller than image_size"):
+        MPLUG2(small(patch_size=8), "grounding")
     with pytest.raises(ValueError, match="'video_caption' takes no pairs of images"):
         model.join_pair(torch.zeros(1, 2, 2, 16))
     with pytest.raises(ValueError, match="'text_classification' has no classifier for 'visual_entailment'; fine-tune"):
