@@ -343,7 +343,7 @@ def chance(root: Path, split: str, limit: int | None = None) -> dict[str, float]
         elif task == "grounding":
             truth = torch.tensor([record.box for record in records])
             overlap = generalised_iou(truth.mean(dim=0).expand_as(truth), truth)[0]
-            found |= {"grounding_accuracy": float((overlap > 0.5).float().mean()),
+            found |= {"grounding_accuracy": float((overlap >= 0.5).float().mean()),
                       "grounding_iou": float(overlap.mean())}
         elif what == "caption":
             commonest = Counter(clean(caption) for record in records for caption in set(record.captions))

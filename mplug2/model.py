@@ -209,9 +209,9 @@ class MPLUG2(nn.Module):
         """Fused text `b l d` and V' of an image `b v d` -> boxes `b 4`: centre x, centre y, width and height, as shares
         of the image. ValueError for V' of a clip: a box has no frame."""
         head, sizes = self.part("box_head"), check(vision, "b v d", **check(fused, "b l d", d=self.config.width))
-        if sizes["v"] != 1 + len(head.places):
-            raise ValueError(f"boxes are found in single images, whose V' has 1 + {len(head.places)} tokens; this one "
-                             f"has {sizes['v']}: give images, one frame each")
+        if sizes["v"] != 1 + head.side**2:
+            raise ValueError(f"boxes are found in single images, whose V' has 1 + {head.side**2} tokens; this one has "
+                             f"{sizes['v']}: give images, one frame each")
         return head(fused[:, 0], vision[:, 1:])
 
     def part(self, name: str) -> nn.Module:
@@ -238,15 +238,15 @@ class BoxHead(nn.Module):
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(width, width, bias=False)
         self.correct = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 4))
-        middles = torch.arange(side) + 0.5
-        places = torch.stack(torch.meshgrid(middles, middles, indexing="xy"), dim=-1)
-        self.register_buffer("places", rearrange(places, "h w xy -> (h w) xy"), persistent=False)  # in patches
 
     def forward(self, token: Tensor, patches: Tensor) -> Tensor:
         """token `b d`, patches `b n d`, row by row -> boxes `b 4`, each number between 0 and 1."""
         scores = torch.einsum("b d, b n d -> b n", self.query(token), self.key(patches)) * token.shape[1] ** -0.5
-        # Not a matrix product, which autocast would round to bfloat16.
-        centre = (scores.softmax(dim=1)[..., None] * self.places).sum(dim=1) / self.side
+        chances = rearrange(scores.softmax(dim=1), "b (h w) -> b h w", h=self.side, w=self.side)
+        middles = (torch.arange(self.side, device=chances.device, dtype=chances.dtype) + 0.5) / self.side
+        # Sums of products, not matrix products, which autocast would round to bfloat16.
+        x, y = ((chances.sum(dim=other) * middles).sum(dim=1) for other in (1, 2))
+        centre = torch.stack([x, y], dim=1)
         return (torch.cat([centre.logit(), torch.zeros_like(centre)], dim=1) + self.correct(token)).sigmoid()
 
 

@@ -147,10 +147,11 @@ def test_numbers_are_learned_as_numbers(world, tmp_path):
         (data / f"text_pair_classification.{split}.jsonl").write_text("\n".join(lines_of * 3))
     train.main([*MODEL, *FAST, "--data", str(data), "--out", str(tmp_path),
                 *"--task text_pair_classification --max-steps 60 --lr 5e-3 --batch-size 9".split()])
-    (results,) = [line for line in lines(tmp_path / "text_pair_classification") if "test/text_pair_classification_pearson" in line]
+    run = tmp_path / "text_pair_classification"
+    (results,) = [line for line in lines(run) if "test/text_pair_classification_pearson" in line]
     assert results["test/text_pair_classification_pearson"] > 0.9
     assert results["test/text_pair_classification_spearman"] > 0.9
-    assert read_classes(tmp_path / "text_pair_classification" / "last") == {"text_pair_classification": ()}
+    assert read_classes(run / "last") == {"text_pair_classification": ()}
 
 
 def test_where_words_look_is_drawn(pretrained, world, tmp_path, capsys):
