@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 from unittest.mock import patch
 
@@ -292,7 +293,25 @@ def test_captions_and_answers_are_scored_by_kind(root, predictor):
     )
     assert predictions[6] == Prediction("video_qa", root / "0.gif", "Which colour is it?", "red", ("red",),
                                         id="video_qa.test.jsonl:1")
-    assert len(predictions) == 6 + 18 + 4
+    retrieved = [prediction for prediction in predictions if "retrieval" in prediction.task]
+    assert len(predictions) - len(retrieved) == 6 + 18 + 4
+    for medium, prefix in (("video", ""), ("image", "image_")):
+        records = read_records(root, f"{medium}_retrieval", "test")
+        found = [prediction for prediction in retrieved if prediction.task.startswith(medium)]
+        for way in ("t2v", "v2t"):  # a text looks for a file, a file for a text
+            of_way = [prediction for prediction in found if (prediction.media is None) == (way == "t2v")]
+            assert sorted(p.id for p in of_way) == sorted(record.id for record in records)
+            sizes = Counter(record.gallery for record in records)
+            of_gallery = {record.id: record.gallery for record in records}
+            shares = [(p.prediction in p.truth) / sizes[of_gallery[p.id]] / len(sizes) for p in of_way]
+            assert sum(shares) == pytest.approx(metrics[f"{prefix}{way}_r1_rerank"])
+        for p in found:
+            (record,) = [record for record in records if record.id == p.id]
+            path, text = record.video or record.image, record.captions[0]
+            if p.media is None:
+                assert p.question == text and str(path) in p.truth
+            else:
+                assert p.media == path and text in p.truth
 
 
 def by_hand(scores: torch.Tensor, meanings: list[str], k: int) -> float:
@@ -322,12 +341,12 @@ def test_retrieval_is_the_mean_over_galleries_by_cosine_then_by_the_matching_hea
 def test_only_the_best_by_cosine_are_ranked_anew(root, predictor, monkeypatch):
     """With one candidate nothing can change."""
     records = [dataclasses.replace(record, gallery="all") for record in read_records(root, "video_retrieval", "test")]
-    one = galleries(predictor, records, rerank=1)
+    one = galleries(predictor, "video_retrieval", records, rerank=1)[0]
     for way in ("t2v", "v2t"):
         assert one[f"{way}_r1_rerank"] == one[f"{way}_r1"]
     # A head that finds the best candidate unlikely moves it behind the second best, and no further.
     monkeypatch.setattr(Predictor, "match", lambda self, vision, texts: torch.linspace(0, 1, len(texts)))
-    two = galleries(predictor, records, rerank=2)
+    two = galleries(predictor, "video_retrieval", records, rerank=2)[0]
     meanings = [record.meaning for record in records]
     cosines = predictor.similarity([record.video for record in records], [record.captions[0] for record in records])
     for way, scores in (("t2v", cosines.T), ("v2t", cosines)):
@@ -342,7 +361,8 @@ def test_a_task_is_evaluated_on_what_it_has_modules_for_and_the_data_has_files_f
     assert {"qa_colour", "caption_exact"} <= set(keys) and not any("r1" in key for key in keys)
     assert len(predictions) == 2 + 6 + 2
     keys, predictions = evaluate(make_predictor("image_retrieval"), root, "test")
-    assert {key.removeprefix("image_")[:3] for key in keys} == {"t2v", "v2t"} and predictions == []
+    assert {key.removeprefix("image_")[:3] for key in keys} == {"t2v", "v2t"}
+    assert {prediction.task for prediction in predictions} == {"image_retrieval"}
     assert evaluate(make_predictor(), root, "val") == ({}, [])
 
 

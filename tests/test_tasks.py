@@ -66,12 +66,13 @@ def test_every_task_is_fine_tuned_and_evaluated(task, pretrained, world, tmp_pat
     assert "chance" in said.splitlines()[0]
     records = read_records(world, task, "test")
     written = [json.loads(line) for line in (run / "last" / "eval" / "predictions.jsonl").read_text().splitlines()]
-    expected = {"retrieval": 0, "qa": sum(len(record.qa) for record in records)}.get(what, len(records))
+    expected = {"retrieval": 2 * len(records), "qa": sum(len(record.qa) for record in records)}.get(what, len(records))
     assert len(written) == expected
     for line in written:
         assert set(line) == {"id", "task", "split", "media", "question", "prediction", "truth"}
         assert (line["task"], line["split"]) == (task, "test")
-        assert len(line["media"]) == (2 if TASKS[task].pair else 1 if TASKS[task].vision else 0)
+        searched = what == "retrieval" and line["question"]  # by a text, among files
+        assert len(line["media"]) == (2 if TASKS[task].pair else 1 if TASKS[task].vision and not searched else 0)
     if TASKS[task].classifier:
         assert set(read_classes(run / "last")[task]) == {record.label for record in read_records(world, task, "train")}
         right = sum(line["prediction"] in line["truth"] for line in written) / len(written)
