@@ -362,7 +362,7 @@ def test_a_task_is_evaluated_on_what_it_has_modules_for_and_the_data_has_files_f
     assert len(predictions) == 2 + 6 + 2
     keys, predictions = evaluate(make_predictor("image_retrieval"), root, "test")
     assert {key.removeprefix("image_")[:3] for key in keys} == {"t2v", "v2t"}
-    assert {prediction.task for prediction in predictions} == {"image_retrieval"}
+    assert {prediction.task for prediction in predictions} == {"image_retrieval", "video_retrieval"}
     assert evaluate(make_predictor(), root, "val") == ({}, [])
 
 
