@@ -92,6 +92,20 @@ def test_several_tasks_share_the_steps_by_their_weights(pretrained, world, tmp_p
     assert all(tensor.equal(before[name]) for name, tensor in after.items())
 
 
+def test_fine_tuning_has_defaults_of_its_own_that_flags_win_over(tmp_path):
+    assert set(train.FINE_TUNING) == set(FINE_TUNED)
+
+    def settings(**given) -> tuple[str, int, float]:
+        config = train.resolve({"out": str(tmp_path), **given}, {})[0]
+        return config.run_name, config.max_steps, config.lr
+
+    assert settings(task="grounding") == ("grounding", 300, 2e-3)
+    assert settings(task="video_qa,grounding", lr=1.0) == ("video_qa,grounding", 500, 1.0)
+    assert settings(task="grounding", max_steps=7, name="boxes") == ("boxes", 7, 2e-3)
+    assert settings() == settings(task="pretrain") == ("tiny", 1500, 4e-3)
+    assert settings(task="pretrain,video_qa")[1:] == (1500, 4e-3)
+
+
 def test_a_checkpoint_is_tested_by_all_that_it_has_the_modules_for(pretrained, world):
     found = evaluation.main(["--checkpoint", str(pretrained), "--data", str(world), "--limit", "16"])
     tasks = {"caption_exact", "qa_digit", "t2v_r1", "image_caption_exact", "image_qa_digit", "image_t2v_r1",
