@@ -3,6 +3,7 @@
     torchrun train.py                                  # or: python train.py
     torchrun train.py --max-steps 20                   # a smoke run, within a minute
     torchrun --nproc-per-node 8 train.py --preset base --data DIR --name web
+    torchrun train.py --task video_qa --init runs/tiny/last     # fine-tuning of a task, into runs/video_qa/
     torchrun train.py --resume                         # go on where runs/tiny/last stopped
     python train.py --plan --preset large --gpus 64    # memory, steps and days, before a GPU is asked for
 
