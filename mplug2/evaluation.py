@@ -56,7 +56,7 @@ class Prediction:
     task: str
     media: Path | None
     question: str
-    """Or the text that a label or a box is about."""
+    """Or the text that a label or a box is about, or that a file is looked for by."""
     prediction: str | float | tuple[float, ...]
     truth: tuple
     second: Path | None = None
@@ -107,13 +107,13 @@ def evaluate(
             continue
         records = read_records(root, task, split)[:limit]
         medium, _, what = task.partition("_")
-        prefix, written = "image_" if medium == "image" else "", []
+        prefix = "image_" if medium == "image" else ""
         if what == "caption":
             found, written = captions(predictor, records, medium, beams, paper)
         elif what == "qa":
             found, written = answers(predictor, records, medium, among)
         elif what == "retrieval":
-            found = galleries(predictor, records, all_captions=all_captions)
+            found, written = galleries(predictor, task, records, all_captions=all_captions)
         elif task == "grounding":
             prefix, (found, written) = "", boxes(predictor, records)
         else:
@@ -175,31 +175,36 @@ def answers(
 
 
 def galleries(
-    predictor: Predictor, records: list[Record], rerank: int = 16, all_captions: bool = False
-) -> dict[str, float]:
-    """Mean over the galleries. The text of a record is the first of its captions, or all of them are, each for itself
-    (COCO, Flickr30k); records of equal meaning are right answers for each other. The `rerank` best by cosine are ranked
-    anew by the matching head."""
+    predictor: Predictor, task: str, records: list[Record], rerank: int = 16, all_captions: bool = False
+) -> tuple[dict[str, float], list[Prediction]]:
+    """Mean over the galleries, and the best of the re-ranked ones for each query: a file for a text, a text for a file.
+    The text of a record is the first of its captions, or all of them are, each for itself (COCO, Flickr30k); records of
+    equal meaning are right answers for each other. The `rerank` best by cosine are ranked anew by the matching head."""
     by_gallery = defaultdict(list)
     for record in records:
         by_gallery[record.gallery].append(record)
-    found = [gallery_metrics(predictor, of_gallery, rerank, all_captions) for of_gallery in by_gallery.values()]
-    return {key: float(np.mean([metrics[key] for metrics in found])) for key in found[0]}
+    found, written = [], []
+    for of_gallery in by_gallery.values():
+        metrics, predictions = in_gallery(predictor, task, of_gallery, rerank, all_captions)
+        found.append(metrics)
+        written += predictions
+    return {key: float(np.mean([metrics[key] for metrics in found])) for key in found[0]}, written
 
 
 @torch.no_grad()
-def gallery_metrics(
-    predictor: Predictor, records: list[Record], rerank: int, all_captions: bool
-) -> dict[str, float]:
-    written = [(text, record.meaning) for record in records
-               for text in (record.captions if all_captions else record.captions[:1])]
-    texts = [text for text, _ in written]
-    vision = torch.stack(predictor.encode_media([record.video or record.image for record in records]))
+def in_gallery(
+    predictor: Predictor, task: str, records: list[Record], rerank: int, all_captions: bool
+) -> tuple[dict[str, float], list[Prediction]]:
+    asked = [(text, record) for record in records
+             for text in (record.captions if all_captions else record.captions[:1])]
+    texts, media = [text for text, _ in asked], [record.video or record.image for record in records]
+    vision = torch.stack(predictor.encode_media(media))
     unit_vision, unit_text = predictor.model.project_vision(vision), predictor.embed(texts)
-    of_text, of_media = np.array([meaning for _, meaning in written]), np.array([record.meaning for record in records])
+    of_text = np.array([record.meaning for _, record in asked])
+    of_media = np.array([record.meaning for record in records])
     right = of_text[:, None] == of_media[None, :]
     cosines = (unit_text @ unit_vision.T).cpu()
-    metrics = {}
+    metrics, predictions = {}, []
     for name, scores, positives in (("t2v", cosines, right), ("v2t", cosines.T, right.T)):
         ranks = retrieval(scores.numpy(), positives)
         metrics |= {f"{name}_{key}": float(ranks[key]) for key in ("r1", "r5", "r10", "median_rank")}
@@ -214,7 +219,13 @@ def gallery_metrics(
                     vision[query : query + 1], [texts[i] for i in candidates.tolist()]
                 ).cpu()
         metrics[f"{name}_r1_rerank"] = float(retrieval(again.numpy(), positives)["r1"])
-    return metrics
+        queries = asked if name == "t2v" else [("", record) for record in records]
+        answers = [str(path) for path in media] if name == "t2v" else texts
+        for (text, record), first, is_right in zip(queries, again.argmax(dim=1).tolist(), positives):
+            truth = tuple(answers[i] for i in is_right.nonzero()[0])
+            shown = None if name == "t2v" else record.video or record.image
+            predictions.append(Prediction(task, shown, text, answers[first], truth, id=record.id))
+    return metrics, predictions
 
 
 def labels(
@@ -229,7 +240,7 @@ def labels(
         name, classes = "accuracy", predictor.model.classes[task]
         scores = predictor.read(
             media if any(media) else None, texts if any(texts) else None,
-            lambda hidden: predictor.model.classify(hidden, task),
+            lambda hidden, _: predictor.model.classify(hidden, task),
         )
         found = [classes[best] for best in scores.argmax(dim=1).tolist()] if classes else scores[:, 0].tolist()
     else:
@@ -343,7 +354,7 @@ def chance(root: Path, split: str, limit: int | None = None) -> dict[str, float]
         elif task == "grounding":
             truth = torch.tensor([record.box for record in records])
             overlap = generalised_iou(truth.mean(dim=0).expand_as(truth), truth)[0]
-            found |= {"grounding_accuracy": float((overlap > 0.5).float().mean()),
+            found |= {"grounding_accuracy": float((overlap >= 0.5).float().mean()),
                       "grounding_iou": float(overlap.mean())}
         elif what == "caption":
             commonest = Counter(clean(caption) for record in records for caption in set(record.captions))

@@ -127,7 +127,7 @@ class Predictor:
         """The class of each input, by name, or its number (regression): of the media, of the texts, or of both, as
         `task` has it. An item is a path or a pair of paths, a text or a pair of texts."""
         classes = self.model.classes.get(task)
-        outputs = self.read(media, texts, lambda hidden: self.model.classify(hidden, task))
+        outputs = self.read(media, texts, lambda hidden, _: self.model.classify(hidden, task))
         if not classes:
             return outputs[:, 0].tolist()
         return [classes[number] for number in outputs.argmax(dim=1).tolist()]
@@ -139,17 +139,20 @@ class Predictor:
 
     @torch.no_grad()
     def read(
-        self, media: Sequence[Media] | None, texts: Sequence[Text] | None, head: Callable[[Tensor], Tensor]
+        self, media: Sequence[Media] | None, texts: Sequence[Text] | None,
+        head: Callable[[Tensor, Tensor | None], Tensor],
     ) -> Tensor:
-        """What `head` makes of text `b l d`, of V' `b v d`, or, if both are given, of the fused text: `b ...`."""
+        """What `head` makes of text `b l d`, of V' `b v d`, or, if both are given, of the fused text; its second
+        argument is V'. Returns `b ...`."""
         if media is not None and texts is not None and len(media) != len(texts):
             raise ValueError(f"{len(media)} media, but {len(texts)} texts: expected one text for each")
 
         def on_vision(vision: Tensor, _, places: list[int]) -> Tensor:
             if texts is None:
-                return head(vision)
+                return head(vision, vision)
             text, mask = self.encode_text([texts[place] for place in places])
-            return head(self.model.fuse(vision, text, mask)[1])
+            vision, fused = self.model.fuse(vision, text, mask)
+            return head(fused, vision)
 
         if media is not None and not any(isinstance(item, tuple) for item in media):
             return torch.stack(self.on_media(media, on_vision))
@@ -157,7 +160,7 @@ class Predictor:
         for first in range(0, count, self.batch_size):
             places = list(range(first, min(first + self.batch_size, count)))
             if media is None:
-                rows.append(head(self.encode_text([texts[place] for place in places])[0]))
+                rows.append(head(self.encode_text([texts[place] for place in places])[0], None))
             else:
                 paths = [path for place in places for path in media[place]]
                 vision = rearrange(torch.stack(self.encode_media(paths)), "(b two) v d -> b two v d", two=2)

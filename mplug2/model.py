@@ -46,7 +46,7 @@ class Task:
     classifier: bool = False
     """Head: linear, to the classes of the task, or to a number."""
     box: bool = False
-    """Head: a box in the image, on the fused class token."""
+    """Head: a box in the image, where the fused class token finds what it is about."""
     pair: bool = False
     """Two images at once, told apart by a learned embedding."""
     temporal: bool = False
@@ -139,7 +139,7 @@ class MPLUG2(nn.Module):
                 name: nn.Linear(width, len(names) or 1) for name, names in self.classes.items()
             })
         if parts.box:
-            self.box_head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 4))
+            self.box_head = BoxHead(width, config.image_size // config.patch_size)
         if parts.pair:
             self.pair_place = nn.Parameter(torch.zeros(2, width))
         self.fresh: list[str] = []  # parameters that a checkpoint had no weights for, see checkpoint.load_model
@@ -205,16 +205,49 @@ class MPLUG2(nn.Module):
             raise ValueError(f"a model for the task {self.task!r} has no classifier for {task!r}; fine-tune one for it")
         return self.classifier[task](hidden[:, 0])
 
-    def locate(self, fused: Tensor) -> Tensor:
-        """Fused text `b l d` -> boxes `b 4`: centre x, centre y, width and height, as shares of the image."""
-        check(fused, "b l d", d=self.config.width)
-        return self.part("box_head")(fused[:, 0]).sigmoid()
+    def locate(self, fused: Tensor, vision: Tensor) -> Tensor:
+        """Fused text `b l d` and V' of an image `b v d` -> boxes `b 4`: centre x, centre y, width and height, as shares
+        of the image. ValueError for V' of a clip: a box has no frame."""
+        head, sizes = self.part("box_head"), check(vision, "b v d", **check(fused, "b l d", d=self.config.width))
+        if sizes["v"] != 1 + head.side**2:
+            raise ValueError(f"boxes are found in single images, whose V' has 1 + {head.side**2} tokens; this one has "
+                             f"{sizes['v']}: give images, one frame each")
+        return head(fused[:, 0], vision[:, 1:])
 
     def part(self, name: str) -> nn.Module:
         """A module by name, such as "decoder". ValueError if the task does not have it."""
         if not hasattr(self, name):
             raise ValueError(f"a model for the task {self.task!r} has no {name}; build it for another task")
         return getattr(self, name)
+
+
+class BoxHead(nn.Module):
+    """The class token of fused text asks each of the `side * side` patches whether it is what the text is about; the
+    centre of the box is the mean of the patches' places by their attention (a soft argmax), corrected, like the size,
+    by an MLP on the token.
+
+    An MLP alone would need places in V', and tokens that only ever had to say what is to be seen have lost them.
+    """
+
+    def __init__(self, width: int, side: int):
+        super().__init__()
+        if side < 2:
+            raise ValueError("grounding finds a box among the patches of an image, and there is only one: "
+                             "patch_size has to be smaller than image_size")
+        self.side = side
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width, bias=False)
+        self.correct = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 4))
+
+    def forward(self, token: Tensor, patches: Tensor) -> Tensor:
+        """token `b d`, patches `b n d`, row by row -> boxes `b 4`, each number between 0 and 1."""
+        scores = torch.einsum("b d, b n d -> b n", self.query(token), self.key(patches)) * token.shape[1] ** -0.5
+        chances = rearrange(scores.softmax(dim=1), "b (h w) -> b h w", h=self.side, w=self.side)
+        middles = (torch.arange(self.side, device=chances.device, dtype=chances.dtype) + 0.5) / self.side
+        # Sums of products, not matrix products, which autocast would round to bfloat16.
+        x, y = ((chances.sum(dim=other) * middles).sum(dim=1) for other in (1, 2))
+        centre = torch.stack([x, y], dim=1)
+        return (torch.cat([centre.logit(), torch.zeros_like(centre)], dim=1) + self.correct(token)).sigmoid()
 
 
 def answer_memory(vision: Tensor, text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -225,10 +225,10 @@ class Objectives(nn.Module):
                 *self.soft_answers(batch),
             )
         if "label" in batch:
-            output = model.classify(described(model, batch, vision), batch["task"])
+            output = model.classify(described(model, batch, vision)[0], batch["task"])
             losses["label"] = label_loss(output, batch["label"])
         if "box" in batch:
-            losses |= box_losses(model.locate(described(model, batch, vision)), batch["box"])
+            losses |= box_losses(model.locate(*described(model, batch, vision)), batch["box"])
         return losses
 
     @torch.no_grad()
@@ -303,10 +303,14 @@ def encode_pixels(model: MPLUG2, batch: dict) -> Tensor | None:
     return model.join_pair(rearrange(vision, "(b two) v d -> b two v d", two=2))
 
 
-def described(model: MPLUG2, batch: dict, vision: Tensor | None) -> Tensor:
-    """What a label or a box is read from: V' `b v d`, or the text of the batch `b l d`, fused with V' if there is."""
+def described(model: MPLUG2, batch: dict, vision: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What a label or a box is read from: V' `b v d`, or the text of the batch `b l d`, fused with V' if there is; and
+    V' as fusion leaves it."""
     if "text_ids" not in batch:
-        return vision
+        return vision, vision
     mask = batch["text_mask"]
-    hidden = model.encode_text(batch["text_ids"], mask)
-    return hidden if vision is None else model.fuse(vision, hidden, mask)[1]
+    text = model.encode_text(batch["text_ids"], mask)
+    if vision is None:
+        return text, None
+    vision, text = model.fuse(vision, text, mask)
+    return text, vision

@@ -88,7 +88,8 @@ def test_another_task_loads_the_part_that_it_needs(saved, task):
 NEW = {"text_classification": ["classifier.text_classification.bias", "classifier.text_classification.weight"],
        "image_pair_reasoning": ["classifier.image_pair_reasoning.bias", "classifier.image_pair_reasoning.weight",
                                 "pair_place"],
-       "grounding": [f"box_head.{i}.{name}" for i in (0, 2) for name in ("bias", "weight")]}
+       "grounding": [*(f"box_head.correct.{i}.{name}" for i in (0, 2) for name in ("bias", "weight")),
+                     "box_head.key.weight", "box_head.query.bias", "box_head.query.weight"]}
 
 
 @pytest.mark.parametrize("task", NEW)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 from unittest.mock import patch
 
@@ -20,7 +21,7 @@ from mplug2.checkpoint import Preparation, save_model
 from mplug2.data.loader import PROMPTS
 from mplug2.data.media import MediaError, read_media, to_pixels
 from mplug2.data.records import read_records
-from mplug2.evaluation import Prediction, evaluate, galleries, table
+from mplug2.evaluation import Prediction, chance, evaluate, galleries, table
 from mplug2.generation import beam_search, best_texts
 from mplug2.inference import Predictor
 from mplug2.model import MPLUG2
@@ -35,10 +36,12 @@ COLOURS = ("red", "green", "blue")
 TEXTS = ("a red one", "two moving left", "three up", "green and blue", "down right", "a digit")
 
 
-def make_predictor(task: str = "pretrain", batch_size: int = 3, frames: int = 4) -> Predictor:
+def make_predictor(
+    task: str = "pretrain", batch_size: int = 3, frames: int = 4, classes: dict[str, tuple[str, ...]] | None = None
+) -> Predictor:
     """A model that knows nothing, but whose answers depend on all that it is given."""
     tokenizer = Tokenizer.train([WORDS], 120)
-    model = randomised(MPLUG2(small(vocab_size=len(tokenizer), max_positions=24), task)).float()
+    model = randomised(MPLUG2(small(vocab_size=len(tokenizer), max_positions=24), task, classes or {})).float()
     for name, parameter in model.named_parameters():
         if name.endswith(("qkv.weight", "query.weight", "key_value.weight")):
             parameter.data.mul_(4)  # attention that picks
@@ -290,7 +293,25 @@ def test_captions_and_answers_are_scored_by_kind(root, predictor):
     )
     assert predictions[6] == Prediction("video_qa", root / "0.gif", "Which colour is it?", "red", ("red",),
                                         id="video_qa.test.jsonl:1")
-    assert len(predictions) == 6 + 18 + 4
+    retrieved = [prediction for prediction in predictions if "retrieval" in prediction.task]
+    assert len(predictions) - len(retrieved) == 6 + 18 + 4
+    for medium, prefix in (("video", ""), ("image", "image_")):
+        records = read_records(root, f"{medium}_retrieval", "test")
+        found = [prediction for prediction in retrieved if prediction.task.startswith(medium)]
+        for way in ("t2v", "v2t"):  # a text looks for a file, a file for a text
+            of_way = [prediction for prediction in found if (prediction.media is None) == (way == "t2v")]
+            assert sorted(p.id for p in of_way) == sorted(record.id for record in records)
+            sizes = Counter(record.gallery for record in records)
+            of_gallery = {record.id: record.gallery for record in records}
+            shares = [(p.prediction in p.truth) / sizes[of_gallery[p.id]] / len(sizes) for p in of_way]
+            assert sum(shares) == pytest.approx(metrics[f"{prefix}{way}_r1_rerank"])
+        for p in found:
+            (record,) = [record for record in records if record.id == p.id]
+            path, text = record.video or record.image, record.captions[0]
+            if p.media is None:
+                assert p.question == text and str(path) in p.truth
+            else:
+                assert p.media == path and text in p.truth
 
 
 def by_hand(scores: torch.Tensor, meanings: list[str], k: int) -> float:
@@ -320,12 +341,12 @@ def test_retrieval_is_the_mean_over_galleries_by_cosine_then_by_the_matching_hea
 def test_only_the_best_by_cosine_are_ranked_anew(root, predictor, monkeypatch):
     """With one candidate nothing can change."""
     records = [dataclasses.replace(record, gallery="all") for record in read_records(root, "video_retrieval", "test")]
-    one = galleries(predictor, records, rerank=1)
+    one = galleries(predictor, "video_retrieval", records, rerank=1)[0]
     for way in ("t2v", "v2t"):
         assert one[f"{way}_r1_rerank"] == one[f"{way}_r1"]
     # A head that finds the best candidate unlikely moves it behind the second best, and no further.
     monkeypatch.setattr(Predictor, "match", lambda self, vision, texts: torch.linspace(0, 1, len(texts)))
-    two = galleries(predictor, records, rerank=2)
+    two = galleries(predictor, "video_retrieval", records, rerank=2)[0]
     meanings = [record.meaning for record in records]
     cosines = predictor.similarity([record.video for record in records], [record.captions[0] for record in records])
     for way, scores in (("t2v", cosines.T), ("v2t", cosines)):
@@ -340,7 +361,8 @@ def test_a_task_is_evaluated_on_what_it_has_modules_for_and_the_data_has_files_f
     assert {"qa_colour", "caption_exact"} <= set(keys) and not any("r1" in key for key in keys)
     assert len(predictions) == 2 + 6 + 2
     keys, predictions = evaluate(make_predictor("image_retrieval"), root, "test")
-    assert {key.removeprefix("image_")[:3] for key in keys} == {"t2v", "v2t"} and predictions == []
+    assert {key.removeprefix("image_")[:3] for key in keys} == {"t2v", "v2t"}
+    assert {prediction.task for prediction in predictions} == {"image_retrieval", "video_retrieval"}
     assert evaluate(make_predictor(), root, "val") == ({}, [])
 
 
@@ -394,3 +416,61 @@ def test_the_model_that_comes_with_the_tiny_world_knows_it():
     written = mplug2.load(Path(tiny_data.__file__).parent / "pretrained").caption([record.video for record in records])
     right = sum(text in map(clean, record.captions) for text, record in zip(written, records))
     assert right >= 30, f"{right} of 40"
+
+
+# ---- classes, boxes and chance ---------------------------------------------------------------------------------------
+
+
+def test_classes_and_boxes_come_in_the_order_of_the_inputs_in_batches_or_one_by_one(media):
+    tasks = "text_classification,image_classification,visual_entailment,image_pair_reasoning,grounding,pretrain"
+    predictor = make_predictor(tasks, classes=dict.fromkeys(tasks.split(",")[:4], ("a", "b", "c")))
+    texts = [f"{colour} {text}" for text, colour in zip(TEXTS * 2, COLOURS * 3)][: len(media)]
+    stills = [path for path in media if path.suffix in (".png", ".jpg")]
+    pairs = list(zip(stills * 2, (stills[1:] + stills) * 2))[: len(texts)]
+    for task, shown, said in (
+        ("text_classification", None, texts), ("image_classification", media, None),
+        ("visual_entailment", media, texts), ("image_pair_reasoning", pairs, texts[: len(pairs)]),
+        ("text_classification", None, list(zip(texts, texts[1:]))),
+    ):
+        found = predictor.classify(task, shown, said)
+        one_by_one = [predictor.classify(task, shown and [shown[i]], said and [said[i]])[0] for i in range(len(found))]
+        assert found == one_by_one and set(found) <= {"a", "b", "c"}
+        assert len(found) == len(shown or said)
+    boxes = predictor.locate(stills * 2, texts[: 2 * len(stills)])
+    for path, text, box in zip(stills * 2, texts, boxes, strict=False):
+        torch.testing.assert_close(predictor.locate([path], [text])[0], box)
+    with pytest.raises(ValueError, match="2 media, but 1 texts: expected one text for each"):
+        predictor.classify("visual_entailment", media[:2], texts[:1])
+    with pytest.raises(ValueError, match="no classifier for 'video_classification'"):
+        predictor.classify("video_classification", media)
+
+
+def test_chance_is_that_of_a_model_that_looks_at_nothing(tmp_path):
+    write_media(tmp_path / "0.png", 0, 1)
+
+    def write(task: str, *records: dict) -> None:
+        field = "text" if task.startswith("text") else "image"
+        lines = (json.dumps({field: "0.png", **record}) for record in records)
+        (tmp_path / f"{task}.test.jsonl").write_text("\n".join(lines))
+
+    write("text_classification", *({"label": label} for label in "aab"))
+    write("image_classification", *({"label": label} for label in "xyzzz"))
+    write("image_qa", {"qa": [{"question": "a", "answers": ["Red", "blue"], "kind": "k"},
+                              {"question": "b", "answers": ["blue!"], "kind": "k"},
+                              {"question": "c", "answers": ["one"]}, {"question": "d", "answers": ["two"]}]})
+    write("image_caption", {"captions": ["a", "b"]}, {"captions": ["B!"]}, {"captions": ["c"]}, {"captions": ["d"]})
+    write("image_retrieval", *({"captions": ["a"], "meaning": meaning, "gallery": gallery}
+                               for gallery, meaning in ("1x", "1x", "1y", "1z", "2x", "2y")))
+    write("grounding", *({"text": "a", "box": [0.25, 0.5, 0.5, 1.0]} for _ in range(2)),
+          {"text": "a", "box": [0.25, 0.5, 0.5, 1.0]})
+    found = chance(tmp_path, "test")
+    expected = {
+        "text_classification_accuracy": 2 / 3, "image_classification_accuracy": 3 / 5,
+        "image_classification_zero_shot": 3 / 5, "image_qa_k": 1.0, "image_qa_all": 1 / 2, "image_caption_exact": 2 / 4,
+        "image_t2v_r1": (2 * 2 / 4 + 2 * 1 / 4 + 2 * 1 / 2) / 6, "image_t2v_r5": 1.0,
+        "grounding_accuracy": 1.0, "grounding_iou": 1.0,
+    }
+    for key, value in expected.items():
+        assert found[key] == pytest.approx(value), key
+    assert chance(tmp_path, "test", limit=2)["text_classification_accuracy"] == 1.0
+    assert chance(tmp_path, "val") == {}

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from mplug2.config import PRESETS
-from mplug2.model import FRESH, MPLUG2, TASKS, answer_memory
+from mplug2.model import FRESH, MPLUG2, TASKS, BoxHead, answer_memory
 
 BUILT = {  # task -> the modules of its row, heads included
     "caption": {"vision_encoder", "universal", "decoder"},
@@ -46,6 +46,11 @@ BUILT = {  # task -> the modules of its row, heads included
 }
 PROJECTION = {"vision_projection", "vision_norm"}
 tasks = pytest.mark.parametrize("task", list(TASKS))
+
+
+def with_patches(config):
+    """The same with at least four patches: a box is found among several."""
+    return dataclasses.replace(config, image_size=2 * config.image_size)
 
 
 def modules_of(model):
@@ -75,7 +80,7 @@ def forward(model, pixels, ids, mask):
     if parts.classifier:
         outputs |= {f"class of {name}": model.classify(read, name) for name in model.classes}
     if parts.box:
-        outputs["box"] = model.locate(fused)
+        outputs["box"] = model.locate(fused, seen)
     if parts.contrastive:
         outputs["unit_vision"], outputs["unit_text"] = model.project_vision(vision), model.project_text(text)
     if parts.matching:
@@ -127,6 +132,8 @@ def test_the_parameters_of_a_task_are_among_those_of_pretraining(task, readout):
 @given(config=configs(temporal_downsampling=False), on_images=st.booleans(), seed=seeds)
 def test_no_parameter_is_without_gradient(task, config, on_images, seed):
     config = dataclasses.replace(config, temporal_on_images=on_images)
+    if TASKS[task].box:
+        config = with_patches(config)
     model = randomised(MPLUG2(config, task, {task: ("a", "b", "c")}), seed)
     outputs = forward(model, *batch(config, 2, seed, t=3 if TASKS[task].temporal else 1))
     if "unit_vision" in outputs:
@@ -228,6 +235,7 @@ def test_heads_read_the_class_token_alone(seed):
 
 @given(config=configs(), seed=seeds)
 def test_classes_and_boxes_are_read_from_the_class_token(config, seed):
+    config = with_patches(config)
     model = randomised(MPLUG2(config, "visual_entailment,image_classification,grounding,image_pair_reasoning",
                               {"visual_entailment": ("a", "b", "c"), "image_classification": ("d", "e")}), seed)
     hidden = noise(3, 4, config.width, seed=seed)
@@ -235,9 +243,34 @@ def test_classes_and_boxes_are_read_from_the_class_token(config, seed):
         head = model.classifier[task]
         assert head.weight.shape == (classes, config.width)
         assert_same(model.classify(hidden, task), hidden[:, 0] @ head.weight.T + head.bias)
-    boxes = model.locate(hidden)
+    vision = noise(3, 1 + config.patches, config.width, seed=seed + 1)
+    boxes = model.locate(hidden, vision)
     assert boxes.shape == (3, 4) and (0 < boxes).all() and (boxes < 1).all()
-    assert_same(boxes, model.locate(hidden[:, :1]))
+    assert_same(boxes, model.locate(hidden[:, :1], vision))
+
+
+@given(side=st.integers(2, 4), seed=seeds)
+def test_a_box_is_where_the_patches_are_that_the_token_finds(side, seed):
+    head = randomised(BoxHead(6, side), seed)
+    token, patches = noise(2, 6, seed=seed), noise(2, side * side, 6, seed=seed + 1)
+    chances = ((patches @ head.key.weight.T) @ head.query(token)[:, :, None] / 6**0.5)[..., 0].softmax(-1)
+    centre = [sum(chances[:, row * side + column] * (place + 0.5) / side
+                  for row in range(side) for column in range(side) for place in [(column, row)[axis]])
+              for axis in (0, 1)]
+    change = head.correct(token)
+    for axis in (0, 1):
+        odds = centre[axis] / (1 - centre[axis]) * change[:, axis].exp()
+        assert_same(head(token, patches)[:, axis], odds / (1 + odds))
+    assert_same(head(token, patches)[:, 2:], 1 / (1 + (-change[:, 2:]).exp()))
+
+
+@given(config=configs(temporal_downsampling=True, temporal_stride=2), seed=seeds)
+def test_boxes_are_of_images_and_a_clip_is_refused(config, seed):
+    model = randomised(MPLUG2(with_patches(config), "grounding"), seed)
+    pixels, ids, mask = batch(model.config, 2, seed, t=3)
+    assert forward(model, pixels[:, :, :1], ids, mask)["box"].shape == (2, 4)
+    with pytest.raises(ValueError, match=r"found in single images, .* this one has \d+: give images, one frame each"):
+        forward(model, pixels, ids, mask)
 
 
 @given(v=st.integers(1, 4), seed=seeds)
@@ -257,7 +290,7 @@ def test_masked_tokens_are_read_out_by_the_word_embedding_of_the_text_encoder():
 @tasks
 def test_evaluation_is_deterministic_and_training_is_not(task):
     model = randomised(MPLUG2(small(dropout=0.3, drop_path=0.3), task))
-    inputs = batch(model.config, 4, 0)
+    inputs = batch(model.config, 4, 0, t=3 if TASKS[task].temporal else 1)
     expected = forward(model, *inputs)
     for name, found in forward(model, *inputs).items():
         assert torch.equal(found, expected[name])
@@ -314,10 +347,12 @@ def test_refuses_what_a_task_does_not_have():
         "text_encoder": lambda: model.encode_text(random_ids(1, 2), mask), "fusion": lambda: model.fuse(x, x, mask),
         "contrastive_vision": lambda: model.project_vision(x), "contrastive_text": lambda: model.project_text(x),
         "matching_head": lambda: model.match(x), "masked_head": lambda: model.unmask(x),
-        "box_head": lambda: model.locate(x),
+        "box_head": lambda: model.locate(x, torch.zeros(1, 5, 16)),
     }.items():
         with pytest.raises(ValueError, match=f"for the task 'video_caption' has no {part}; build it for another"):
             call()
+    with pytest.raises(ValueError, match="there is only one: patch_size has to be smaller than image_size"):
+        MPLUG2(small(patch_size=8), "grounding")
     with pytest.raises(ValueError, match="'video_caption' takes no pairs of images"):
         model.join_pair(torch.zeros(1, 2, 2, 16))
     with pytest.raises(ValueError, match="'text_classification' has no classifier for 'visual_entailment'; fine-tune"):

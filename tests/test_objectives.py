@@ -426,6 +426,6 @@ def test_labels_are_read_from_the_last_of_text_vision_and_fused_text():
             expected = trained.encode_text(batch["text_ids"], batch["text_mask"])
             if task != "text_classification":
                 expected = trained.fuse(vision, expected, batch["text_mask"])[1]
-        torch.testing.assert_close(described(trained, batch, vision), expected)
+        torch.testing.assert_close(described(trained, batch, vision)[0], expected)
         loss = Objectives(trained)(batch)["label"]
         torch.testing.assert_close(loss, label_loss(trained.classify(expected, task), batch["label"]))

@@ -66,12 +66,13 @@ def test_every_task_is_fine_tuned_and_evaluated(task, pretrained, world, tmp_pat
     assert "chance" in said.splitlines()[0]
     records = read_records(world, task, "test")
     written = [json.loads(line) for line in (run / "last" / "eval" / "predictions.jsonl").read_text().splitlines()]
-    expected = {"retrieval": 0, "qa": sum(len(record.qa) for record in records)}.get(what, len(records))
+    expected = {"retrieval": 2 * len(records), "qa": sum(len(record.qa) for record in records)}.get(what, len(records))
     assert len(written) == expected
     for line in written:
         assert set(line) == {"id", "task", "split", "media", "question", "prediction", "truth"}
         assert (line["task"], line["split"]) == (task, "test")
-        assert len(line["media"]) == (2 if TASKS[task].pair else 1 if TASKS[task].vision else 0)
+        searched = what == "retrieval" and line["question"]  # by a text, among files
+        assert len(line["media"]) == (2 if TASKS[task].pair else 1 if TASKS[task].vision and not searched else 0)
     if TASKS[task].classifier:
         assert set(read_classes(run / "last")[task]) == {record.label for record in read_records(world, task, "train")}
         right = sum(line["prediction"] in line["truth"] for line in written) / len(written)
@@ -89,6 +90,20 @@ def test_several_tasks_share_the_steps_by_their_weights(pretrained, world, tmp_p
     again = fine_tune("visual_entailment", run / "last", world, tmp_path / "again", "--lr", "0")
     before, after = (load_file(folder / "last" / "model.safetensors") for folder in (run, again))
     assert all(tensor.equal(before[name]) for name, tensor in after.items())
+
+
+def test_fine_tuning_has_defaults_of_its_own_that_flags_win_over(tmp_path):
+    assert set(train.FINE_TUNING) == set(FINE_TUNED)
+
+    def settings(**given) -> tuple[str, int, float]:
+        config = train.resolve({"out": str(tmp_path), **given}, {})[0]
+        return config.run_name, config.max_steps, config.lr
+
+    assert settings(task="grounding") == ("grounding", 300, 2e-3)
+    assert settings(task="video_qa,grounding", lr=1.0) == ("video_qa,grounding", 500, 1.0)
+    assert settings(task="grounding", max_steps=7, name="boxes") == ("boxes", 7, 2e-3)
+    assert settings() == settings(task="pretrain") == ("tiny", 1500, 4e-3)
+    assert settings(task="pretrain,video_qa")[1:] == (1500, 4e-3)
 
 
 def test_a_checkpoint_is_tested_by_all_that_it_has_the_modules_for(pretrained, world):
@@ -147,10 +162,11 @@ def test_numbers_are_learned_as_numbers(world, tmp_path):
         (data / f"text_pair_classification.{split}.jsonl").write_text("\n".join(lines_of * 3))
     train.main([*MODEL, *FAST, "--data", str(data), "--out", str(tmp_path),
                 *"--task text_pair_classification --max-steps 60 --lr 5e-3 --batch-size 9".split()])
-    (results,) = [line for line in lines(tmp_path / "tiny") if "test/text_pair_classification_pearson" in line]
+    run = tmp_path / "text_pair_classification"
+    (results,) = [line for line in lines(run) if "test/text_pair_classification_pearson" in line]
     assert results["test/text_pair_classification_pearson"] > 0.9
     assert results["test/text_pair_classification_spearman"] > 0.9
-    assert read_classes(tmp_path / "tiny" / "last") == {"text_pair_classification": ()}
+    assert read_classes(run / "last") == {"text_pair_classification": ()}
 
 
 def test_where_words_look_is_drawn(pretrained, world, tmp_path, capsys):

@@ -131,7 +131,7 @@ def test_the_loss_of_captions_falls_by_half_in_thirty_steps(light, tmp_path, cap
     size = "--vision-width 48 --vision-head-width 24 --width 48 --heads 2 --ff-width 96 --vision-layers 2".split()
     train.main([*MODEL, *size, *FAST, *f"--data {light} --out {tmp_path} --task video_caption --max-steps 30".split(),
                 *"--lr 4e-3 --batch-size 24".split()])
-    losses = [line["loss/caption"] for line in lines(tmp_path / "tiny") if "loss/caption" in line]
+    losses = [line["loss/caption"] for line in lines(tmp_path / "video_caption") if "loss/caption" in line]
     assert len(losses) == 30
     assert np.mean(losses[-3:]) < losses[0] / 2, losses
     printed = capsys.readouterr().out
@@ -139,12 +139,12 @@ def test_the_loss_of_captions_falls_by_half_in_thirty_steps(light, tmp_path, cap
 
 
 def test_a_finished_run_can_be_resumed_to_train_longer(light, tmp_path):
-    arguments = ["--out", str(tmp_path)]
-    train.main([*MODEL, *FAST, *arguments, "--data", str(light), "--max-steps", "1", "--task", "video_qa"])
+    arguments = ["--out", str(tmp_path), "--task", "video_qa"]
+    train.main([*MODEL, *FAST, *arguments, "--data", str(light), "--max-steps", "1"])
     train.main([*arguments, "--resume"])  # nothing left to do but to evaluate
     train.main([*arguments, "--resume", "--max-steps", "2"])
-    assert os.readlink(tmp_path / "tiny" / "last") == "step_0000002"
-    assert [line["step"] for line in lines(tmp_path / "tiny") if "loss" in line] == [1, 2]
+    assert os.readlink(tmp_path / "video_qa" / "last") == "step_0000002"
+    assert [line["step"] for line in lines(tmp_path / "video_qa") if "loss" in line] == [1, 2]
 
 
 def test_another_task_starts_from_the_weights_of_a_checkpoint(run, light, tmp_path):
@@ -284,7 +284,7 @@ def test_corrupt_clips_are_skipped_and_counted_and_too_many_stop_the_run(capsys,
     assert "or raise --max-skipped" in message
     train.main([*arguments, "--out", str(tmp_path / "lenient"), "--max-skipped", "0.2"])
     said = capsys.readouterr().err
-    assert lines(tmp_path / "lenient" / "tiny")[3]["skipped_files"] == 2
+    assert lines(tmp_path / "lenient" / "video_caption")[3]["skipped_files"] == 2
     for i in (3, 9):  # two epochs, but each is reported once
         assert said.count(f"video_caption.train.jsonl:{i + 1}: {data / f'{i}.gif'} cannot be decoded") == 1
 
@@ -386,6 +386,6 @@ def test_eval_refuses_with_the_reason(capsys, run, own_files, tmp_path, argument
 
 def test_a_model_without_the_modules_for_a_question_says_so(capsys, light, own_files, tmp_path):
     train.main([*MODEL, *FAST, *f"--data {light} --out {tmp_path} --task image_caption --max-steps 1".split()])
-    arguments = ["--checkpoint", tmp_path / "tiny" / "last", "--input", own_files / "clip.gif"]
+    arguments = ["--checkpoint", tmp_path / "image_caption" / "last", "--input", own_files / "clip.gif"]
     message = refused(capsys, evaluation.main, [*arguments, "--question", "why"], 1)
     assert "a model for the task 'image_caption' has no text_encoder" in message
