@@ -1,11 +1,15 @@
-"""Where cross-attention looks: its weights, recomputed from what goes into the module, by a hook.
+"""Where attention looks: its weights, recomputed from what goes into the module, by a hook.
 
     with attention_maps(model) as maps:
         model.fuse(vision, text, mask)
     maps["fusion.layers.1.cross_attention"]      # `b c l m`: of each of l tokens, over the m tokens of the memory
 
+    with attention_maps(model, SelfAttention) as maps:
+        model.encode_vision(pixels)
+    maps["vision_encoder.blocks.0.attention"]    # `(b t) c m m`: of each token of a frame, over the m of that frame
+
 The fast kernels of `attention.py` never form these weights. Without the context nothing is computed, and no forward is
-another one. Axes: b texts, c heads, l tokens, m memory tokens, e width of a head.
+another one. Axes: b texts, c heads, l tokens, p tokens before them, m memory tokens, e width of a head.
 """
 
 from collections.abc import Iterator
@@ -15,24 +19,30 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from mplug2.attention import CrossAttention
+from mplug2.attention import Cache, CrossAttention, SelfAttention
 
 
 @contextmanager
-def attention_maps(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """While it is open, each cross-attention of `model` leaves the weights of its last call in the dictionary, by the
-    name of the module."""
+def attention_maps(
+    model: nn.Module, of: type[CrossAttention] | type[SelfAttention] = CrossAttention
+) -> Iterator[dict[str, Tensor]]:
+    """While it is open, each cross-attention of `model` (or each module of the class `of`) leaves the weights of its
+    last call in the dictionary, by the name of the module."""
+    weights, names = {
+        CrossAttention: (attention_weights, ("x", "memory", "mask")),
+        SelfAttention: (self_attention_weights, ("x", "mask", "cache")),
+    }[of]
     maps: dict[str, Tensor] = {}
 
     def recorder(name: str):
-        def record(module: CrossAttention, inputs: tuple, named: dict, _) -> None:
-            maps[name] = attention_weights(module, **dict(zip(("x", "memory", "mask"), inputs)), **named)
+        def record(module: nn.Module, inputs: tuple, named: dict, _) -> None:
+            maps[name] = weights(module, **dict(zip(names, inputs)), **named)
 
         return record
 
     handles = [
         module.register_forward_hook(recorder(name), with_kwargs=True)
-        for name, module in model.named_modules() if isinstance(module, CrossAttention)
+        for name, module in model.named_modules() if isinstance(module, of)
     ]
     try:
         yield maps
@@ -42,13 +52,30 @@ def attention_maps(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def attention_weights(module: CrossAttention, x: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(Q K^T / sqrt(e)) of x `(b r) l d` over memory `b m d`, mask to `b c 1 m` -> `(b r) c l m`."""
-    r = x.shape[0] // memory.shape[0]
+def attention_weights(
+    module: CrossAttention, x: Tensor, memory: Tensor | tuple[Tensor, Tensor], mask: Tensor | None = None
+) -> Tensor:
+    """softmax(Q K^T / sqrt(e)) of x `(b r) l d` over memory `b m d` (or its keys and values), mask to `b c 1 m` ->
+    `(b r) c l m`."""
+    key, _ = memory if isinstance(memory, tuple) else module.keys_and_values(memory)
+    r = x.shape[0] // key.shape[0]
     query = rearrange(module.query(x), "b l (c e) -> b c l e", c=module.heads)
-    key, _ = rearrange(module.key_value(memory), "b m (two c e) -> two b c m e", two=2, c=module.heads)
-    key = repeat(key, "b c m e -> (b r) c m e", r=r)
+    key, mask = (None if one is None else repeat(one, "b ... -> (b r) ...", r=r) for one in (key, mask))
+    return _softmax(query, key, mask)
+
+
+@torch.no_grad()
+def self_attention_weights(
+    module: SelfAttention, x: Tensor, mask: Tensor | None = None, cache: Cache | None = None
+) -> Tensor:
+    """softmax(Q K^T / sqrt(e)) of x `b l d` over itself, mask to `b c l l` -> `b c l l`; with a cache that holds x and
+    the p tokens before it, over all of these: `b c l (p+l)`."""
+    query, key, _ = rearrange(module.qkv(x), "b l (three c e) -> three b c l e", three=3, c=module.heads)
+    return _softmax(query, key if cache is None else cache.key, mask)
+
+
+def _softmax(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
     scores = torch.einsum("b c l e, b c m e -> b c l m", query, key) * query.shape[-1] ** -0.5
     if mask is not None:
-        scores = scores.masked_fill(~repeat(mask, "b ... -> (b r) ...", r=r), float("-inf"))
+        scores = scores.masked_fill(~mask, float("-inf"))
     return scores.softmax(dim=-1)

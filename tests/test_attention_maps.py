@@ -5,8 +5,8 @@ from helpers import assert_same, configs, noise, random_ids, random_mask, random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mplug2.attention import CrossAttention
-from mplug2.attention_maps import attention_maps, attention_weights
+from mplug2.attention import Cache, CrossAttention, SelfAttention, causal_mask
+from mplug2.attention_maps import attention_maps, attention_weights, self_attention_weights
 from mplug2.model import MPLUG2
 
 
@@ -21,6 +21,21 @@ def test_the_weights_are_those_that_the_module_mixes_its_values_by(b, r, l, m, s
     values = module.key_value(memory).chunk(2, dim=-1)[1].repeat_interleave(r, dim=0)
     heads = [weights[:, c] @ values[..., 4 * c : 4 * c + 4] for c in range(3)]
     assert_same(module.out(torch.cat(heads, dim=-1)), module(x, memory, mask))
+    assert_same(attention_weights(module, x, module.keys_and_values(memory), mask), weights)
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), seeds)
+def test_so_are_those_of_self_attention_also_a_token_at_a_time(b, l, p, seed):
+    module, x = randomised(SelfAttention(12, 3), seed), noise(b, p + l, 12, seed=seed)
+    mask = causal_mask(random_mask(b, p + l, seed))
+    weights = self_attention_weights(module, x, mask)
+    values = module.qkv(x).chunk(3, dim=-1)[2]
+    heads = [weights[:, c] @ values[..., 4 * c : 4 * c + 4] for c in range(3)]
+    assert_same(module.out(torch.cat(heads, dim=-1)), module(x, mask))
+    cache = Cache()
+    module(x[:, :p], mask[:, :, :p, :p], cache)
+    module(x[:, p:], mask[:, :, p:], cache)
+    assert_same(self_attention_weights(module, x[:, p:], mask[:, :, p:], cache), weights[:, :, p:])
 
 
 @given(config=configs(fusion_stride=0), seed=seeds)
@@ -43,3 +58,23 @@ def test_every_cross_attention_leaves_its_weights_while_asked_and_nothing_change
     maps.clear()
     run()
     assert maps == {} and not any(module._forward_hooks for module in model.modules())
+
+
+@given(config=configs(), t=st.integers(1, 3), seed=seeds)
+def test_the_vision_encoder_shows_each_frame_and_generation_each_step(config, t, seed):
+    model = randomised(MPLUG2(config, "video_caption"), seed)
+    pixels = noise(2, 3, t, config.image_size, config.image_size, seed=seed)
+    with attention_maps(model, SelfAttention) as maps:
+        vision = model.encode_vision(pixels)
+    frames, m = model.vision_encoder.patch_embed(pixels).shape[1], 1 + config.patches
+    assert maps["vision_encoder.blocks.0.attention"].shape == (2 * frames, config.vision_heads, m, m)
+    ids = random_ids(2, 3, seed)
+    with attention_maps(model) as whole:
+        model.decode(ids, torch.ones_like(ids, dtype=torch.bool), vision)
+    with attention_maps(model) as steps, attention_maps(model, SelfAttention) as self_steps:
+        state = model.decoder.start(vision)
+        for place in range(3):
+            model.decoder.step(ids[:, place : place + 1], state)
+            for name, weights in steps.items():
+                assert_same(weights[:, :, 0], whole[name][:, :, place])
+            assert self_steps["decoder.layers.0.self_attention"].shape == (2, config.heads, 1, place + 1)
