@@ -92,7 +92,8 @@ def refused(capsys, main, arguments: list[str], code: int) -> str:
 
 def test_a_run_writes_settings_metrics_a_curve_and_checkpoints(run):
     assert sorted(path.name for path in run.iterdir()) == [
-        "best", "curves.png", "last", "metrics.jsonl", "settings.json", "step_0000002", "step_0000004",
+        "best", "curves.png", "last", "metrics.jsonl", "predictions.jsonl", "report.html", "settings.json",
+        "step_0000002", "step_0000004",
     ]
     assert os.readlink(run / "last") == "step_0000004"
     scores = [json.loads((run / f"step_000000{step}" / "manifest.json").read_text())["score"] for step in (2, 4)]
@@ -243,9 +244,9 @@ def test_init_and_preset_exclude_each_other_and_sizes_come_from_the_checkpoint(c
 def test_a_batch_that_the_processes_cannot_share_evenly_is_refused():
     process = distributed.Process(0, 2, torch.device("cpu"))
     with pytest.raises(ValueError, match="batch_size=7 cannot be shared by 2 processes evenly"):
-        train.run(train.TrainConfig(batch_size=7), {}, process)
+        train.run(train.TrainConfig(batch_size=7), {}, process, "")
     with pytest.raises(ValueError, match="batch_size=8 cannot be shared by 2 processes evenly, in 3 micro-batches"):
-        train.run(train.TrainConfig(batch_size=8, accumulate=3), {}, process)
+        train.run(train.TrainConfig(batch_size=8, accumulate=3), {}, process, "")
 
 
 def test_data_that_does_not_fit_is_refused_with_its_place(capsys, light, tmp_path):
