@@ -2,9 +2,9 @@
 
     python -m mplug2.report runs/tiny          # writes it anew, from the files of the run
 
-train.py writes it after each evaluation and at the end. It shows the command, the results by kind, the curves, clips and
-pictures with what the model says of them and where its words look, the mistakes it was surest of, and all settings. A part
-whose file is missing is left out. Predictions and results are those of the newest evaluation: train.py's
+train.py writes it after each evaluation and at the end. It shows the command, the results by kind, the curves, clips
+and pictures with what the model says of them and where its words look, the mistakes it was surest of, and all settings.
+A part whose file is missing is left out. Predictions and results are those of the newest evaluation: train.py's
 (`predictions.jsonl`), or one of `last` by eval.py.
 
 The page is made of plain functions that return HTML; whatever comes from data goes through `escape`. Its policy
@@ -20,6 +20,7 @@ import random
 import re
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from PIL import Image
 
 from mplug2.data.media import MediaError, read_media
 from mplug2.data.records import available
-from mplug2.evaluation import chance
+from mplug2.evaluation import EVALUATED, chance
 from mplug2.inference import Look, Predictor, load
 from mplug2.objectives import generalised_iou
 from mplug2.plots import overlay, seen
@@ -50,9 +51,12 @@ SUREST_OF = 64
 COLOURS = ("#4c8dd6", "#e8813a", "#46a862", "#d9534f", "#9b77cf", "#a5785c", "#db6fae", "#8a8f98", "#b5a52a", "#2fb0bd")
 """Of curves; they can be told from a white ground and from a dark one."""
 
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+"""What the browser may load: nothing but the pictures inside the page."""
+
 STYLE = """
-:root { color-scheme: light dark; --ground: #ffffff; --panel: #f4f5f7; --text: #1d2127; --faint: #667080; --line: #d5d9df;
-        --bar: #a9c8ef; --right: #1f7a3d; --wrong: #b3261e; }
+:root { color-scheme: light dark; --ground: #ffffff; --panel: #f4f5f7; --text: #1d2127; --faint: #667080;
+        --line: #d5d9df; --bar: #a9c8ef; --right: #1f7a3d; --wrong: #b3261e; }
 @media (prefers-color-scheme: dark) {
   :root { --ground: #14171b; --panel: #1e2329; --text: #e4e7eb; --faint: #9aa4b1; --line: #39414b;
           --bar: #2d5384; --right: #6fcf8b; --wrong: #ff8a80; } }
@@ -60,7 +64,8 @@ body { background: var(--ground); color: var(--text); font: 15px/1.45 system-ui,
        margin: 0 auto; padding: 24px; }
 h1 { margin: 0 0 4px; } h2 { margin: 36px 0 8px; border-bottom: 1px solid var(--line); } h3 { margin: 12px 0 4px; }
 p, figcaption, .faint { color: var(--faint); margin: 4px 0; }
-pre { background: var(--panel); padding: 10px 12px; border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere; }
+pre { background: var(--panel); padding: 10px 12px; border-radius: 6px; white-space: pre-wrap;
+      overflow-wrap: anywhere; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 16px; }
 .tiles { display: flex; flex-wrap: wrap; gap: 8px; margin: 12px 0; }
 .tiles div, .card { background: var(--panel); border-radius: 6px; padding: 8px 12px; }
@@ -68,9 +73,11 @@ pre { background: var(--panel); padding: 10px 12px; border-radius: 6px; white-sp
 table { border-collapse: collapse; width: 100%; } th { font-weight: 600; color: var(--faint); }
 td, th { text-align: left; padding: 2px 8px 2px 0; border-bottom: 1px solid var(--line); vertical-align: top;
          overflow-wrap: anywhere; }
-td.number { white-space: nowrap; width: 27%; } td.number i { display: block; height: 4px; border-radius: 2px;
-         background: var(--bar); }
-.card { display: flex; gap: 14px; align-items: flex-start; } .card > div { flex: 1; min-width: 0; overflow-wrap: anywhere; }
+td.number { white-space: nowrap; width: 19%; } td.number i { display: block; height: 4px; border-radius: 2px;
+            background: var(--bar); }
+.packed { columns: 420px 2; column-gap: 16px; } .packed > div { break-inside: avoid; padding-bottom: 8px; }
+.card { display: flex; gap: 14px; align-items: flex-start; }
+.card > div { flex: 1; min-width: 0; overflow-wrap: anywhere; }
 .card .media { flex: none; width: 128px; } img { display: block; image-rendering: pixelated; }
 .media img { width: 128px; border: 1px solid var(--line); margin-bottom: 4px; }
 .media .faint { font-size: 11px; } .looks { display: block; border: 0; font-size: 12px; margin-top: 10px; width: auto; }
@@ -78,7 +85,8 @@ td.number { white-space: nowrap; width: 27%; } td.number i { display: block; hei
 .said { margin: 0 0 8px; } .right { color: var(--right); } .wrong { color: var(--wrong); }
 svg { width: 100%; height: auto; } svg text { fill: var(--faint); font: 11px system-ui, sans-serif; }
 .legend span { display: inline-block; margin-right: 12px; white-space: nowrap; font-size: 13px; }
-.legend i { display: inline-block; width: 14px; height: 4px; border-radius: 2px; margin-right: 4px; vertical-align: middle; }
+.legend i { display: inline-block; width: 14px; height: 4px; border-radius: 2px; margin-right: 4px;
+            vertical-align: middle; }
 """
 
 
@@ -87,18 +95,18 @@ def write_report(run: Path, predictor: Predictor | None = None) -> Path:
     of the run is opened, if there are predictions. Raises FileNotFoundError if `run` is not the folder of a run."""
     file = run / "settings.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{run} is not the folder of a run: it has no settings.json; expected one such as runs/tiny")
+        raise FileNotFoundError(f"{run} is not the folder of a run, such as runs/tiny: it has no settings.json")
     settings = json.loads(file.read_text(encoding="utf-8"))
     metrics = read_lines(run / "metrics.jsonl")
-    evaluations = [path for path in (run / "predictions.jsonl", run / "last" / "eval" / "predictions.jsonl") if path.is_file()]
-    newest = max(evaluations, key=lambda path: path.stat().st_mtime, default=None)
+    evaluations = [folder / "predictions.jsonl" for folder in (run, run / "last" / "eval")]
+    newest = max(filter(Path.is_file, evaluations), key=lambda path: path.stat().st_mtime, default=None)
     predictions = read_lines(newest) if newest else []
     if predictions and predictor is None and (run / "last").exists():
         predictor = load(run / "last")
     by_split = latest(metrics)
     if newest and newest.parent.name == "eval" and (newest.parent / "metrics.json").is_file():
         by_split = split_up(json.loads((newest.parent / "metrics.json").read_text(encoding="utf-8")))
-    name = f"{settings['train'].get('task', '')}, {run.resolve().name}"
+    name = f"{run.resolve().name}: {settings['train'].get('task', '')}"
     parts = [
         header(name, settings, metrics),
         section("Results", results(by_split, by_chance(settings, by_split))),
@@ -106,12 +114,12 @@ def write_report(run: Path, predictor: Predictor | None = None) -> Path:
         section("Samples", samples(predictions, predictor)),
         section("Surest mistakes", mistakes(predictions, predictor)),
         section("Settings", "<div class=grid>" + "".join(
-            f"<div><h3>{part}</h3>{settings_table(settings[part])}</div>" for part in ("train", "model") if part in settings
+            f"<div><h3>{part}</h3>{settings_table(settings[part])}</div>" for part in ("train", "model")
         ) + "</div>"),
     ]
     page = (
         "<!doctype html><html lang=en><meta charset=utf-8>"
-        "<meta http-equiv=Content-Security-Policy content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
+        f'<meta http-equiv=Content-Security-Policy content="{POLICY}">'
         "<meta name=viewport content='width=device-width, initial-scale=1'>"
         f"<title>{escape(name)}</title><style>{STYLE}</style>{''.join(parts)}</html>\n"
     )
@@ -170,13 +178,17 @@ def overlap(line: dict) -> float:
 
 
 def sureness(predictor: Predictor | None, lines: list[dict]) -> list[float]:
-    """How sure the model was of each prediction of one task: its probability; of a box, how far it is off."""
+    """How sure the model was of each prediction of one task: its probability, or 0 where that is not known; of boxes
+    and numbers, how far they are off."""
     task = lines[0]["task"]
+    if isinstance(lines[0]["prediction"], float):
+        return [abs(line["prediction"] - line["truth"][0]) for line in lines]
     if task == "grounding":
         return [1 - overlap(line) for line in lines]
     if task.endswith(("_caption", "_qa")) and predictor:
         questions = [line["question"] for line in lines] if task.endswith("_qa") else None
-        return predictor.likelihood([line["media"][0] for line in lines], [line["prediction"] for line in lines], questions)
+        texts = [line["prediction"] for line in lines]
+        return predictor.likelihood([line["media"][0] for line in lines], texts, questions)
     return [line.get("confidence", 0.0) for line in lines]
 
 
@@ -255,7 +267,7 @@ def results(by_split: dict[str, dict[str, float]], guessed: dict[str, float]) ->
         )
         heads = "".join(f"<th>{escape(column)}" for column in columns)
         tables.append(f"<div><h3>{kind}</h3><table><tr><th>{heads}{rows}</table></div>")
-    return f"<div class=grid>{''.join(tables)}</div>" if tables else ""
+    return f"<div class=packed>{''.join(tables)}</div>" if tables else ""
 
 
 def curves(metrics: list[dict]) -> str:
@@ -268,9 +280,9 @@ def curves(metrics: list[dict]) -> str:
     shares = [key.removeprefix("val/") for key in keys if key.startswith("val/") and is_share(key)]
     for kind, names in by_kind(shares).items():
         charts.append(chart(f"validation: {kind[0].lower()}{kind[1:]}", points([f"val/{name}" for name in names])))
-    for key, title in (("lr", "learning rate"), ("grad_norm", "gradient norm, before clipping"),
-                       ("samples_per_second", "samples a second"), ("waiting_for_data", "share of time waiting for data")):
-        charts.append(chart(title, points([key]), log=key == "grad_norm"))
+    others = {"lr": "learning rate", "grad_norm": "gradient norm, before clipping",
+              "samples_per_second": "samples a second", "waiting_for_data": "share of time waiting for data"}
+    charts += [chart(title, points([key]), log=key == "grad_norm") for key, title in others.items()]
     return f"<div class=grid>{''.join(charts)}</div>" if any(charts) else ""
 
 
@@ -301,11 +313,12 @@ def chart(title: str, series: dict[str, list[tuple[float, float]]], log: bool = 
         colour, label = COLOURS[number % len(COLOURS)], escape(name.removeprefix("loss/").removeprefix("val/"))
         path = " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in points)
         dots = "".join(f"<circle cx={x_of(x):.1f} cy={y_of(y):.1f} r=2.5 fill='{colour}'/>" for x, y in points)
-        drawn.append(f"<g><title>{label}: {points[-1][1]:.4g} at step {points[-1][0]:,}</title><polyline points='{path}' "
-                     f"fill=none stroke='{colour}' stroke-width=1.6 />{dots if len(points) < 16 else ''}</g>")
+        drawn.append(f"<g><title>{label}: {points[-1][1]:.4g} at step {points[-1][0]:,}</title>"
+                     f"<polyline points='{path}' fill=none stroke='{colour}' stroke-width=1.6 />"
+                     f"{dots if len(points) < 16 else ''}</g>")
         legend.append(f"<span><i style='background: {colour}'></i>{label} {points[-1][1]:.3g}</span>")
     return (f"<figure style='margin: 0'><h3>{escape(title)}{', logarithmic' if log else ''}</h3>"
-            f"<svg viewBox='0 0 420 228'>{''.join(drawn)}<text x=230 y=226 text-anchor=middle>step</text></svg>"
+            f"<svg viewBox='0 0 432 228'>{''.join(drawn)}<text x=230 y=226 text-anchor=middle>step</text></svg>"
             f"<div class=legend>{''.join(legend)}</div></figure>")
 
 
@@ -338,36 +351,35 @@ def samples(predictions: list[dict], predictor: Predictor | None) -> str:
     return f"<p>{about}</p><div class=grid>{''.join(cards)}</div>" if cards else ""
 
 
-def spread(items: list, task_of) -> list:
-    """Up to CARDS of the items, drawn with the same luck every time, and of each task about as many."""
+def spread(items: list, task_of: Callable[[object], str]) -> list:
+    """Up to CARDS of the items, of each task about as many; always the same ones."""
     shuffled = random.Random(0).sample(items, len(items))
     queues: dict[str, list] = defaultdict(list)
     for item in shuffled:
         queues[task_of(item)].append(item)
     rounds = [queue[turn] for turn in range(CARDS) for queue in queues.values() if turn < len(queue)]
-    return sorted(rounds[:CARDS], key=task_of)
+    return sorted(rounds[:CARDS], key=lambda item: EVALUATED.index(task_of(item)))
 
 
 def mistakes(predictions: list[dict], predictor: Predictor | None) -> str:
     """Of each task the wrong predictions that the model was surest of; of numbers those that are farthest off."""
     by_task: dict[str, list[dict]] = defaultdict(list)
     for line in predictions:
-        readable = all(Path(path).is_file() for path in line["media"])
-        if readable and (is_right(line) is False or (isinstance(line["prediction"], float) and line["truth"])):
+        number = isinstance(line["prediction"], float) and line["truth"]
+        if (number or is_right(line) is False) and all(Path(path).is_file() for path in line["media"]):
             by_task[line["task"]].append(line)
-    ranked = {}
-    for task, lines in by_task.items():
-        if isinstance(lines[0]["prediction"], float):
-            ranked[task] = sorted(((abs(line["prediction"] - line["truth"][0]), line) for line in lines),
-                                  key=lambda pair: -pair[0])
-            continue
-        lines = random.Random(0).sample(lines, min(SUREST_OF, len(lines)))
-        ranked[task] = sorted(zip(sureness(predictor, lines), lines), key=lambda pair: -pair[0])
-    chosen = [(task, *pairs[turn]) for turn in range(CARDS) for task, pairs in ranked.items() if turn < len(pairs)][:CARDS]
-    cards = "".join(card([{**line, "sure": sure}]) for _, sure, line in sorted(chosen, key=lambda one: (one[0], -one[1])))
+    ranked = []
+    for task in sorted(by_task, key=EVALUATED.index):
+        lines = by_task[task]
+        if not isinstance(lines[0]["prediction"], float):
+            lines = random.Random(0).sample(lines, min(SUREST_OF, len(lines)))
+        scored = [{**line, "sureness": value} for line, value in zip(lines, sureness(predictor, lines))]
+        ranked.append(sorted(scored, key=lambda line: -line["sureness"])[: math.ceil(CARDS / len(by_task))])
     count = sum(is_right(line) is False for line in predictions)
-    about = (f"{count:,} of {len(predictions):,} predictions are wrong. Of up to {SUREST_OF} wrong ones of each task, those "
-             "that the model gave the highest probability; of boxes those that miss by most, of numbers the largest errors.")
+    about = (f"{count:,} of {len(predictions):,} predictions are wrong. Of up to {SUREST_OF} wrong ones of each task, "
+             "those that the model gave the highest probability; of boxes those that miss by most, of numbers the "
+             "largest errors.")
+    cards = "".join(card([line]) for lines in ranked for line in lines)
     return f"<p>{about}</p><div class=grid>{cards}</div>" if cards else ""
 
 
@@ -376,7 +388,8 @@ def card(lines: list[dict], looks: str = "") -> str:
     said = "".join(map(sentence, lines))
     pictures = "".join(picture(path, lines[0]) for path in lines[0]["media"])
     media = f"<div class=media>{pictures}</div>" if pictures else ""
-    return f"<div class=card>{media}<div><p>{escape(lines[0]['task'])}, {escape(lines[0]['split'])}</p>{said}{looks}</div></div>"
+    title = escape(f"{lines[0]['task']}, {lines[0]['split']}")
+    return f"<div class=card>{media}<div><p>{title}</p>{said}{looks}</div></div>"
 
 
 def sentence(line: dict) -> str:
@@ -386,18 +399,18 @@ def sentence(line: dict) -> str:
     question = f"<span class=faint>{escape(line['question'])}</span><br>" if line["question"] else ""
     truth = "" if right or not truths else f" <span class=faint>({escape(truths[0])})</span>"
     sure = ""
-    if line.get("sure"):
-        sure = f"<br><span class=faint>{'overlap' if line['task'] == 'grounding' else 'probability'} " \
-               f"{1 - line['sure'] if line['task'] == 'grounding' else line['sure']:.0%}</span>"
-    if isinstance(line["prediction"], float):
-        sure = ""
+    if line.get("sureness") and not isinstance(line["prediction"], float):
+        value, what = line["sureness"], "probability"
+        if line["task"] == "grounding":
+            value, what = 1 - value, "overlap"
+        sure = f"<br><span class=faint>{what} {value:.0%}</span>"
     return f"<div class=said>{question}{mark}{escape(predicted) or '(nothing)'}{truth}{sure}</div>"
 
 
 def shown(value: str | float | list) -> str:
     if isinstance(value, list):
         return ", ".join(f"{number:.2f}" for number in value)
-    return f"{value:.2f}" if isinstance(value, float) else value
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
@@ -418,7 +431,7 @@ def picture(path: str, line: dict) -> str:
 
 
 def where_words_look(lines: list[dict], predictor: Predictor | None) -> str:
-    """A row of frames for each word of the question and of what was written, of the prediction that has most to show."""
+    """A row of frames for each word of a question, if there is one, and of what the model writes."""
     line = max(lines, key=lambda line: bool(line["question"]))
     parts = predictor.model.parts if predictor else None
     if not parts or len(line["media"]) != 1 or not Path(line["media"][0]).is_file():
@@ -430,7 +443,8 @@ def where_words_look(lines: list[dict], predictor: Predictor | None) -> str:
         return ""
     frames = shrunk(seen(read_media(line["media"][0], predictor.preparation.frames), looks[0]))
     rows = "".join(look_row(look, frames) for look in looks)
-    return f"<div class=faint>{escape(line['question'] or written)}</div><table class=looks>{rows}</table>"
+    about = f"Where the words look: {line['question']} {written}".strip()
+    return f"<div class=faint>{escape(about)}</div><table class=looks>{rows}</table>"
 
 
 def look_row(look: Look, frames: np.ndarray) -> str:
@@ -460,7 +474,7 @@ def draw_box(frame: np.ndarray, box: list[float], colour: tuple[int, int, int]) 
 
 
 def data_uri(frames: np.ndarray) -> str:
-    """uint8 `t H W 3` as a WebP, moving if there are many; two seconds or more a round, the last frame a while longer."""
+    """uint8 `t H W 3` as a WebP, moving if there are many: two seconds a round or less, and a rest at the end."""
     images = [Image.fromarray(frame) for frame in frames]
     while len(images) > 1 and images[-1].tobytes() == images[-2].tobytes():  # a short clip repeats its last frame
         images.pop()
