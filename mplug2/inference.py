@@ -132,9 +132,9 @@ class Predictor:
                 text, mask = self.encode_text([questions[place] for place in places])
                 seen, fused = self.model.fuse(vision, text, mask)
                 memory, memory_mask = answer_memory(seen, fused, mask)
-            ids, mask = (x.to(self.device) for x in self.tokenizer.encode(
-                [clean(texts[place], self.preparation.max_words) for place in places]
-            ))
+            cleaned = [clean(texts[place], self.preparation.max_words) for place in places]
+            ids, mask = (x.to(self.device) for x in self.tokenizer.encode([text or "[SEP]" for text in cleaned]))
+            mask[[not text for text in cleaned], 2:] = False  # an empty text is [SEP] alone
             ids = torch.cat([start, ids[:, 1:]], dim=1)[:, : self.model.config.max_positions]
             mask = torch.cat([torch.ones_like(start, dtype=mask.dtype), mask[:, 1:]], dim=1)[:, : ids.shape[1]]
             logits = self.model.decode(ids, mask, memory, memory_mask)

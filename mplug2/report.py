@@ -21,6 +21,7 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 
@@ -42,6 +43,8 @@ LINES = 4
 """Predictions shown about each of them."""
 LOOKS = 4
 """Of the samples, how many are shown with where words look."""
+WORDS = 16
+"""Words whose look is drawn, at most."""
 FRAMES = 16
 """Frames of an animation, at most; beside words at most half of them."""
 SIDE = 128
@@ -75,7 +78,7 @@ td, th { text-align: left; padding: 2px 8px 2px 0; border-bottom: 1px solid var(
          overflow-wrap: anywhere; }
 td.number { white-space: nowrap; width: 19%; } td.number i { display: block; height: 4px; border-radius: 2px;
             background: var(--bar); }
-.packed { columns: 420px 2; column-gap: 16px; } .packed > div { break-inside: avoid; padding-bottom: 8px; }
+.packed { columns: 420px 2; column-gap: 16px; } .packed > div { break-inside: avoid; padding-bottom: 12px; } .packed h3 { margin-top: 0; }
 .card { display: flex; gap: 14px; align-items: flex-start; }
 .card > div { flex: 1; min-width: 0; overflow-wrap: anywhere; }
 .card .media { flex: none; width: 128px; } img { display: block; image-rendering: pixelated; }
@@ -188,7 +191,8 @@ def sureness(predictor: Predictor | None, lines: list[dict]) -> list[float]:
     if task.endswith(("_caption", "_qa")) and predictor:
         questions = [line["question"] for line in lines] if task.endswith("_qa") else None
         texts = [line["prediction"] for line in lines]
-        return predictor.likelihood([line["media"][0] for line in lines], texts, questions)
+        with suppress(MediaError):  # damaged since the evaluation
+            return predictor.likelihood([line["media"][0] for line in lines], texts, questions)
     return [line.get("confidence", 0.0) for line in lines]
 
 
@@ -438,11 +442,15 @@ def where_words_look(lines: list[dict], predictor: Predictor | None) -> str:
         return ""
     if not (parts.fusion if line["question"] else parts.decoder and line["task"].endswith("_caption")):
         return ""
-    written, looks = predictor.look(line["media"][0], line["question"])
+    try:
+        written, looks = predictor.look(line["media"][0], line["question"])
+        frames = read_media(line["media"][0], predictor.preparation.frames)
+    except MediaError:  # damaged since the evaluation; `picture` says so
+        return ""
     if not looks:
         return ""
-    frames = shrunk(seen(read_media(line["media"][0], predictor.preparation.frames), looks[0]))
-    rows = "".join(look_row(look, frames) for look in looks)
+    frames = shrunk(seen(frames, looks[0]))
+    rows = "".join(look_row(look, frames) for look in looks[:WORDS])
     about = f"Where the words look: {line['question']} {written}".strip()
     return f"<div class=faint>{escape(about)}</div><table class=looks>{rows}</table>"
 
@@ -486,10 +494,17 @@ def data_uri(frames: np.ndarray) -> str:
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m mplug2.report runs/NAME")
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        print("usage: python -m mplug2.report runs/NAME", file=sys.stderr)
+        return 2
     try:
-        print(write_report(Path(sys.argv[1])))
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"mplug2.report: {error}")
+        print(write_report(Path(arguments[0])))
+    except (ValueError, OSError) as error:
+        print(f"mplug2.report: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

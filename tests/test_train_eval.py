@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import eval as evaluation
 import train
-from mplug2 import distributed
+from mplug2 import distributed, report
 from mplug2.checkpoint import load_training, read_config
 from tiny_data import Sizes, write
 from tiny_data.writer import VERSION
@@ -106,12 +106,24 @@ def test_a_run_writes_settings_metrics_a_curve_and_checkpoints(run):
         ]
         assert load_training(folder)["step"] == step
     settings = json.loads((run / "settings.json").read_text())
+    assert settings["commands"] == ["python train.py " + " ".join([*MODEL, *FAST, "--workers 1 --max-steps 4 "
+                                                                   "--save-every 2 --eval-every 2 --out ."])]
     assert settings["train"]["max_steps"] == 4 and settings["train"]["lr"] == train.TrainConfig().lr
     assert settings["model"]["width"] == 32 and settings["model"]["patch_size"] == 8
     task, config, preparation = read_config(run / "last")
     assert (task, config.width, preparation.frames, preparation.max_words) == ("pretrain", 32, 4, 30)
     with Image.open(run / "curves.png") as picture:
         picture.load()
+
+
+def test_the_report_can_be_written_anew_from_the_files_of_the_run(run):
+    """The same page as the one that train.py wrote at the end, with the model that it had in memory."""
+    page = (run / "report.html").read_text()
+    for part in ("Results", "Curves", "Samples", "Surest mistakes", "Settings", "Where the words look"):
+        assert part in page
+    assert "python train.py --vision-width 32" in page and page.count("data:image/webp") >= 16
+    assert report.main([str(run)]) == 0
+    assert (run / "report.html").read_text() == page
 
 
 def test_metrics_have_a_line_a_step_the_validation_and_the_results(run):
