@@ -22,12 +22,15 @@ def curves(metrics_file: Path, out: Path) -> None:
         points = [(line["step"], line[name]) for line in lines if name in line]
         left.plot(*zip(*points), label=name.removeprefix("loss/"), linewidth=1.2)
     left.set(xlabel="step", ylabel="loss (nats)", title="training losses")
-    for name in sorted({key for line in lines for key in line if key.startswith("val/")}):
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        if name.endswith(("exact", "_r1")) or "qa_" in name:  # the strictest share of each kind
-            style = "--" if "image_" in name else "-"
-            right.plot(*zip(*points), style, label=name.removeprefix("val/"), linewidth=1.2, marker=".")
-    right.set(xlabel="step", ylabel="share that is right", ylim=(0, 1.02), title="validation")
+    colours: dict[str, int] = {}
+    for name in sorted({key.removeprefix("val/") for line in lines for key in line if key.startswith("val/")}):
+        points = [(line["step"], line[f"val/{name}"]) for line in lines if f"val/{name}" in line]
+        # The strictest share of each kind; clips and pictures in one colour.
+        if name.endswith(("exact", "_r1", "accuracy", "_zero_shot")) or "qa_" in name:
+            colour = f"C{colours.setdefault(name.removeprefix('image_'), len(colours)) % 10}"
+            style = "--" if name.startswith("image_") else "-"
+            right.plot(*zip(*points), style, color=colour, label=name, linewidth=1.2, marker=".")
+    right.set(xlabel="step", ylabel="share that is right", ylim=(0, 1.02), title="validation (dashed: pictures)")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         if axes.lines:

@@ -78,7 +78,8 @@ td, th { text-align: left; padding: 2px 8px 2px 0; border-bottom: 1px solid var(
          overflow-wrap: anywhere; }
 td.number { white-space: nowrap; width: 19%; } td.number i { display: block; height: 4px; border-radius: 2px;
             background: var(--bar); }
-.packed { columns: 420px 2; column-gap: 16px; } .packed > div { break-inside: avoid; padding-bottom: 12px; } .packed h3 { margin-top: 0; }
+.packed { columns: 420px 2; column-gap: 16px; } .packed h3 { margin-top: 0; }
+.packed > div { break-inside: avoid; padding-bottom: 12px; }
 .card { display: flex; gap: 14px; align-items: flex-start; }
 .card > div { flex: 1; min-width: 0; overflow-wrap: anywhere; }
 .card .media { flex: none; width: 128px; } img { display: block; image-rendering: pixelated; }

@@ -157,7 +157,7 @@ def test_the_likelihood_of_a_text_is_the_product_of_its_tokens_probabilities(pre
             text_memory, mask = predictor.encode_text([question])
             memory, memory_mask = answer_memory(*model.fuse(memory, text_memory, mask), mask)
         ids, chance = predictor.start(1, prompt), 1.0
-        for token in tokenizer.encode([text], special=False)[0][0].tolist() + [tokenizer.sep]:
+        for token in tokenizer.encode([text + "[SEP]"], special=False)[0][0].tolist():
             logits = model.decode(ids, torch.ones_like(ids, dtype=torch.bool), memory, memory_mask)
             chance *= logits[0, -1].softmax(dim=-1)[token].item()
             ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
