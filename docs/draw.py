@@ -1,8 +1,8 @@
 """The pictures of the README: python docs/draw.py
 
 It writes architecture.svg, frames.png and curves.png beside itself: the second by the checkpoint in
-tiny_data/pretrained, from the tiny world, the last from metrics.jsonl, the log of a run by default settings. The grounds
-of the first two are transparent, and their colours can be told from a white ground and from a dark one.
+tiny_data/pretrained, from the tiny world, the last from metrics.jsonl, the log of a run by default settings. The
+grounds of the first two are transparent, and their colours can be told from a white ground and from a dark one.
 """
 
 from html import escape
@@ -58,8 +58,9 @@ def architecture() -> str:
         # what comes out
         f'<path d="M664 132V329" stroke="{FAINT}" stroke-dasharray="4 3" marker-start="url(#tip)" '
         'marker-end="url(#tip)"/>',
-        loss(670, 235, "VTC"), label(1046, 106, "a red seven"), label(1046, 123, "moving left;"), label(1046, 140, "seven"),
-        loss(1028, 164, "LM"), label(925, 334, "classes, boxes,", 12), label(925, 350, "pair or not,", 12),
+        loss(670, 235, "VTC"),
+        label(1046, 106, "a red seven"), label(1046, 123, "moving left;"), label(1046, 140, "seven"),
+        loss(1035, 164, "LM"), label(925, 334, "classes, boxes,", 12), label(925, 350, "pair or not,", 12),
         label(925, 366, "masked words", 12), loss(976, 350, "VTM"), loss(976, 366, "MLM"),
         label(545, 418, "A task builds, loads and runs the modules that it needs, and no others "
                         "(a captioner: no text encoder, no fusion).", 12),
@@ -122,10 +123,11 @@ def predictions(out: Path) -> None:
     for row, (record, question) in zip(grid, rows):
         written, looks = model.look(record.video, question.question)
         shown = read_media(record.video, model.preparation.frames)
-        for axes in row:
-            axes.axis("off")
+        row[4].axis("off")
         for axes, frame in zip([*row[:4], *row[5:]], [*shown, *overlay(shown, looks[-1])]):
             axes.imshow(frame, interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_color(FAINT)  # black frames on dark ground have an edge
         row[4].text(0.5, 0.62, f"{question.question}?", ha="center", va="center", fontsize=9, color=FAINT, wrap=True)
         row[4].text(0.5, 0.34, written, ha="center", va="center", fontsize=13, weight="bold",
                     color="#3a9d5d" if written in question.answers else "#d9534f")
