@@ -27,7 +27,7 @@ def architecture() -> str:
     vision = [(VISION, "patches and class tokens"), (TIME, "local temporal module"),
               (VISION, "self-attention in a frame"), (TIME, "local temporal module"), (VISION, "MLP")]
     parts = [
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1100 430" font-family="system-ui, sans-serif">',
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 20 1100 408" font-family="system-ui, sans-serif">',
         '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
         f'orient="auto-start-reverse"><path d="M0 0 8 4 0 8z" fill="{FAINT}"/></marker></defs>',
         # what goes in
@@ -85,8 +85,8 @@ def frames(x: float, y: float) -> list[str]:
 def panel(x: float, y: float, width: float, height: float, colour: str, title: str, file: str) -> str:
     """A module: a frame with its name and its file above what is inside."""
     return (f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="8" fill="{colour}" fill-opacity=".14" '
-            f'stroke="{colour}" stroke-width="1.5"/>' + label(x + width / 2, y + 19, title, 14, "bold")
-            + label(x + width / 2, y + 35, file, 11))
+            f'stroke="{colour}" stroke-width="1.5"/>' + label(x + width / 2, y + 20, title, 14.5, "bold")
+            + label(x + width / 2, y + 37, file, 12))
 
 
 def box(x: float, y: float, width: float, height: float, colour: str, lines: list[str], size: float = 12) -> str:

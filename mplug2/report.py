@@ -272,7 +272,8 @@ def results(by_split: dict[str, dict[str, float]], guessed: dict[str, float]) ->
         )
         heads = "".join(f"<th>{escape(column)}" for column in columns)
         tables.append(f"<div><h3>{kind}</h3><table><tr><th>{heads}{rows}</table></div>")
-    return f"<div class=packed>{''.join(tables)}</div>" if tables else ""
+    about = "<p>Chance: the commonest answer or label, a gallery ranked at random, the mean box.</p>" if guessed else ""
+    return f"{about}<div class=packed>{''.join(tables)}</div>" if tables else ""
 
 
 def curves(metrics: list[dict]) -> str:

@@ -120,7 +120,8 @@ def test_mistakes_are_those_that_the_model_was_surest_of(page):
     assert "gone" not in mistakes.split("Settings")[0]  # it cannot be shown
 
 
-def test_it_loads_nothing_and_runs_nothing(page):
+def test_it_loads_nothing_and_runs_nothing(run, page):
+    assert "default-src 'none'; img-src data:;" in (run / "report.html").read_text(encoding="utf-8")
     assert page.addresses and all(address.startswith("data:image/webp;base64,") for address in page.addresses)
     assert not {"script", "link", "iframe", "object", "embed", "form", "base"} & set(page.tags)
     assert not page.handlers
