@@ -7,7 +7,8 @@
     torchrun train.py --resume                         # go on where runs/tiny/last stopped
     python train.py --plan --preset large --gpus 64    # memory, steps and days, before a GPU is asked for
 
-It writes runs/tiny/: settings.json, metrics.jsonl, curves.png and checkpoints, of which `last` is the newest. Then
+It writes runs/tiny/: settings.json, metrics.jsonl, curves.png, report.html (all of it on one page) and checkpoints, of
+which `last` is the newest. Then
 
     python eval.py --checkpoint runs/tiny/last
 
@@ -22,6 +23,7 @@ import json
 import math
 import os
 import random
+import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -76,6 +78,7 @@ from mplug2.objectives import Objectives
 from mplug2.plan import PlanConfig, Work, cost, report
 from mplug2.plots import curves
 from mplug2.recipes import RECIPES
+from mplug2.report import write_report
 from mplug2.self_critical import SelfCritical
 from mplug2.survival import StopSignal, Watchdog, generator_states, set_generator_states
 from mplug2.tokenizer import Tokenizer, clean
@@ -317,13 +320,22 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     try:
-        return run(config, changes, process)
+        return run(config, changes, process, typed(sys.argv[1:] if arguments is None else arguments))
     except (ValueError, OSError) as error:  # OSError: a full disk, a folder that may not be written to
         if process.is_main or not isinstance(error, distributed.EverywhereError):
             print(f"\ntrain.py: {error}", file=sys.stderr)
         raise SystemExit(1) from error
     finally:
         distributed.stop()
+
+
+def typed(arguments: list[str]) -> str:
+    """The command of this run, as one would type it again."""
+    world, local = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    nodes = ["--nnodes", str(world // local)] if world > local else []
+    processes = ["--nproc-per-node", str(local)] if local > 1 else []
+    launcher = ["torchrun", *nodes, *processes] if "WORLD_SIZE" in os.environ else ["python"]
+    return shlex.join([*launcher, "train.py", *map(str, arguments)])
 
 
 def planned(plan: PlanConfig, config: TrainConfig, changes: dict) -> str:
@@ -413,7 +425,7 @@ def started_again(saved_file: Path) -> bool:
     return same or any(int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
-def run(config: TrainConfig, changes: dict, process: distributed.Process) -> dict[str, float]:
+def run(config: TrainConfig, changes: dict, process: distributed.Process, command: str) -> dict[str, float]:
     started = time.time()
     folder = Path(config.out) / config.run_name
     work_of(config, PRESETS[config.preset](), process.world)  # refuses what cannot be shared
@@ -515,13 +527,17 @@ def run(config: TrainConfig, changes: dict, process: distributed.Process) -> dic
 
     def start_folder() -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        file = folder / "settings.json"
+        before = json.loads(file.read_text()).get("commands", []) if file.exists() else []
+        count = sum(parameter.numel() for parameter in model.parameters())
         settings = {
             "train": dataclasses.asdict(config), "model": dataclasses.asdict(model.config),
             "data": {str(root): weight for root, weight in roots.items()},
             "launch": os.environ.get("TORCHELASTIC_RUN_ID", "none"),
+            "parameters": count, "processes": process.world, "torch": torch.__version__,
+            "commands": list(dict.fromkeys([*before, command])),
         }
-        (folder / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
-        count = sum(parameter.numel() for parameter in model.parameters())
+        file.write_text(json.dumps(settings, indent=2) + "\n")
         counts = ", ".join(f"{size:,} {name}" for name, size in sizes.items())
         print(f"{config.task}: {count:,} parameters, vocabulary {len(tokenizer)}, samples: {counts}, {process.device}"
               + (f" x {process.world}, {config.parallel}" if process.world > 1 else ""))
@@ -640,8 +656,11 @@ def run(config: TrainConfig, changes: dict, process: distributed.Process) -> dic
         results = validate(predictor, root, split, config, None, config.max_steps, log)
         curves(folder / "metrics.jsonl", folder / "curves.png")
         print(table({split: results}))
+        print(f"{folder / 'report.html'}: this run on one page")
         print(f"{folder / 'last'}: {(time.time() - started) / 60:.1f} minutes in all; "
               f"python eval.py --checkpoint {folder / 'last'} evaluates every split")
+    elif process.is_main:
+        write_report(folder)
     distributed.barrier()
     return results
 
@@ -730,15 +749,19 @@ def validate(
     predictor: Predictor, root: Path, split: str, config: TrainConfig, limit: int | None, step: int, log: Log
 ) -> dict[str, float]:
     """Evaluate on a split, if the data has it, and write what was found to metrics.jsonl: after pre-training all that
-    the model can do, else the tasks that are trained."""
+    the model can do, else the tasks that are trained. The predictions go to predictions.jsonl, and all of it to
+    report.html."""
     tasks = split_tasks(config.task)
     predictor.model.eval()
     state = torch.get_rng_state()
-    metrics, _ = evaluate(predictor, root, split, limit, None if "pretrain" in tasks else tasks)
-    torch.set_rng_state(state)
-    predictor.model.train()
+    metrics, predictions = evaluate(predictor, root, split, limit, None if "pretrain" in tasks else tasks)
     if metrics:
         log.line({"step": step, **{f"{split}/{name}": value for name, value in metrics.items()}})
+        lines = "".join(json.dumps(prediction.line(split)) + "\n" for prediction in predictions)
+        (log.path.parent / "predictions.jsonl").write_text(lines, encoding="utf-8")
+    write_report(log.path.parent, predictor)
+    torch.set_rng_state(state)
+    predictor.model.train()
     return metrics
 
 

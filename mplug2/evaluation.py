@@ -65,12 +65,15 @@ class Prediction:
     """Without it: is the prediction one of the truths?"""
     id: str = ""
     """Of the record."""
+    confidence: float | None = None
+    """Probability of the class that was predicted."""
 
     def line(self, split: str) -> dict:
         """As in predictions.jsonl."""
         media = [str(path) for path in (self.media, self.second) if path]
-        return {"task": self.task, "split": split, "id": self.id, "media": media, "question": self.question,
+        line = {"task": self.task, "split": split, "id": self.id, "media": media, "question": self.question,
                 "prediction": self.prediction, "truth": list(self.truth)}
+        return line if self.confidence is None else {**line, "confidence": round(self.confidence, 4)}
 
 
 def can(model: MPLUG2, task: str) -> bool:
@@ -236,6 +239,7 @@ def labels(
     texts: list = [record.texts or record.text for record in records]
     known = [place for place, record in enumerate(records) if not record.unlabelled]
     truths = [record.label for record in records]
+    confidences: list[float | None] = [None] * len(records)
     if task in predictor.model.classes:
         name, classes = "accuracy", predictor.model.classes[task]
         scores = predictor.read(
@@ -243,6 +247,8 @@ def labels(
             lambda hidden, _: predictor.model.classify(hidden, task),
         )
         found = [classes[best] for best in scores.argmax(dim=1).tolist()] if classes else scores[:, 0].tolist()
+        if classes:
+            confidences = scores.softmax(dim=1).amax(dim=1).tolist()
     else:
         name, classes, scores = "zero_shot", (), None
         found = zero_shot(predictor, task, media, sorted({truths[place] for place in known}), root)
@@ -265,10 +271,10 @@ def labels(
             task, shown[0] if isinstance(shown, tuple) else shown,
             " / ".join(text) if isinstance(text, tuple) else text or "", value,
             () if record.unlabelled else (record.label,), shown[1] if isinstance(shown, tuple) and shown else None,
-            id=record.id,
+            id=record.id, confidence=confidence,
         )
-        for shown, text, value, record in zip(
-            [item or None for item in media], texts, found, records
+        for shown, text, value, record, confidence in zip(
+            [item or None for item in media], texts, found, records, confidences
         )
     ]
 

@@ -121,6 +121,29 @@ class Predictor:
 
         return self.on_media(paths, write)
 
+    def likelihood(
+        self, paths: Sequence[str | Path], texts: Sequence[str], questions: Sequence[str] | None = None
+    ) -> list[float]:
+        """The probability with which the decoder writes each text, [SEP] included, about the picture or clip of the
+        same place in the list: as the answer to the question of that place, or, without questions, as a caption."""
+        def score(vision: Tensor, kind: str, places: list[int]) -> list[float]:
+            memory, memory_mask, start = vision, None, self.start(len(vision), "" if questions else PROMPTS[kind])
+            if questions:
+                text, mask = self.encode_text([questions[place] for place in places])
+                seen, fused = self.model.fuse(vision, text, mask)
+                memory, memory_mask = answer_memory(seen, fused, mask)
+            cleaned = [clean(texts[place], self.preparation.max_words) for place in places]
+            ids, mask = (x.to(self.device) for x in self.tokenizer.encode([text or "[SEP]" for text in cleaned]))
+            mask[[not text for text in cleaned], 2:] = False  # an empty text is [SEP] alone
+            ids = torch.cat([start, ids[:, 1:]], dim=1)[:, : self.model.config.max_positions]
+            mask = torch.cat([torch.ones_like(start, dtype=mask.dtype), mask[:, 1:]], dim=1)[:, : ids.shape[1]]
+            logits = self.model.decode(ids, mask, memory, memory_mask)
+            log_probs = logits[:, :-1].float().log_softmax(dim=-1).gather(2, ids[:, 1:, None])[:, :, 0]
+            written = (log_probs * mask[:, 1:])[:, start.shape[1] - 1 :]
+            return written.sum(dim=1).exp().tolist()
+
+        return self.on_media(paths, score)
+
     def classify(
         self, task: str, media: Sequence[Media] | None = None, texts: Sequence[Text] | None = None
     ) -> list[str] | list[float]:
@@ -170,9 +193,11 @@ class Predictor:
     @torch.no_grad()
     def look(self, path: str | Path, question: str = "") -> tuple[str, list[Look]]:
         """The answer to a question, or a caption, and where its words look: the question's in the last cross-attention
-        of fusion, those that were written in that of the decoder; the mean over the heads."""
+        of fusion, those that were written in that of the decoder; the mean over the heads. A model without a decoder
+        writes nothing: the words are those of `question`, the text of a label or a box."""
         looks: list[Look] = []
-        written = self.answer([path], [question])[0] if question else self.caption([path])[0]
+        writes = self.model.parts.decoder
+        written = "" if not writes else self.answer([path], [question])[0] if question else self.caption([path])[0]
         config = self.model.config
 
         def collect(maps: dict[str, Tensor], part: str, ids: list[int], v: int) -> None:
@@ -192,6 +217,8 @@ class Predictor:
                     seen, fused = self.model.fuse(vision, self.model.encode_text(ids, mask), mask)
                 collect(maps, "fusion", ids[0].tolist(), vision.shape[1])
                 memory, memory_mask = answer_memory(seen, fused, mask)
+            if not writes:
+                return [None]
             # What a token is written from stands one place before it.
             words = self.tokenizer.encode([written], special=False)[0].to(self.device) if written else start[:, :0]
             ids = torch.cat([start, words], dim=1)[:, : config.max_positions]

@@ -22,12 +22,15 @@ def curves(metrics_file: Path, out: Path) -> None:
         points = [(line["step"], line[name]) for line in lines if name in line]
         left.plot(*zip(*points), label=name.removeprefix("loss/"), linewidth=1.2)
     left.set(xlabel="step", ylabel="loss (nats)", title="training losses")
-    for name in sorted({key for line in lines for key in line if key.startswith("val/")}):
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        if name.endswith(("exact", "_r1")) or "qa_" in name:  # the strictest share of each kind
-            style = "--" if "image_" in name else "-"
-            right.plot(*zip(*points), style, label=name.removeprefix("val/"), linewidth=1.2, marker=".")
-    right.set(xlabel="step", ylabel="share that is right", ylim=(0, 1.02), title="validation")
+    colours: dict[str, int] = {}
+    for name in sorted({key.removeprefix("val/") for line in lines for key in line if key.startswith("val/")}):
+        points = [(line["step"], line[f"val/{name}"]) for line in lines if f"val/{name}" in line]
+        # The strictest share of each kind; clips and pictures in one colour.
+        if name.endswith(("exact", "_r1", "accuracy", "_zero_shot")) or "qa_" in name:
+            colour = f"C{colours.setdefault(name.removeprefix('image_'), len(colours)) % 10}"
+            style = "--" if name.startswith("image_") else "-"
+            right.plot(*zip(*points), style, color=colour, label=name, linewidth=1.2, marker=".")
+    right.set(xlabel="step", ylabel="share that is right", ylim=(0, 1.02), title="validation (dashed: pictures)")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         if axes.lines:
@@ -66,22 +69,15 @@ def attention(path: str, frames: int, looks: list[Look], written: str, question:
     Each row is scaled by its own largest weight."""
     if not looks:
         raise ValueError(f"{path}: nothing was written about it, so that no word looks anywhere")
-    shown = [np.asarray(frame) for frame in read_media(path, frames)]
-    columns = looks[0].map.shape[0]
-    shown = shown[:: max(1, len(shown) // columns)][:columns]  # with temporal down-sampling, every second frame
+    shown = seen(read_media(path, frames), looks[0])
+    columns = len(shown)
     figure, grid = plt.subplots(
         len(looks) + 1, columns + 1, figsize=(1.5 * columns + 3, 1.5 * (len(looks) + 1)), squeeze=False,
         gridspec_kw={"width_ratios": [1] * columns + [2]},
     )
     for row, look in zip(grid, [None, *looks]):
-        for t, (axes, frame) in enumerate(zip(row, shown)):
-            height, width = frame.shape[:2]
-            place = (0, width, height, 0)
-            # Behind weights the frame is grey, so that every colour is a weight, on dark ground too.
-            axes.imshow(frame.max(axis=2) if look else frame, cmap="gray", interpolation="nearest", extent=place)
-            if look:
-                weights = look.map[t].float().numpy() / max(look.map.max().item(), 1e-9)
-                axes.imshow(weights, cmap="inferno", vmin=0, vmax=1, alpha=0.65, interpolation="nearest", extent=place)
+        for axes, frame in zip(row, overlay(shown, look) if look else shown):
+            axes.imshow(frame, interpolation="nearest")
         for axes in row:
             axes.axis("off")
         text = f"{question}?\n{written}" if question else written
@@ -90,6 +86,23 @@ def attention(path: str, frames: int, looks: list[Look], written: str, question:
         row[-1].text(0, 0.5, text, va="center", fontsize=9 if look is None else 8)
     out.parent.mkdir(parents=True, exist_ok=True)
     _save(figure, out)
+
+
+def seen(frames: np.ndarray, look: Look) -> np.ndarray:
+    """Those of the frames `t H W 3` that `look` has a map of: with temporal down-sampling, every second one."""
+    columns = look.map.shape[0]
+    return frames[:: max(1, len(frames) // columns)][:columns]
+
+
+def overlay(frames: np.ndarray, look: Look) -> np.ndarray:
+    """The frames `t H W 3` in grey, and the warmer the more the word looks there: uint8 `t H W 3`.
+
+    Scaled by the largest weight of all frames; grey, so that every colour is a weight, on dark ground too."""
+    weights = look.map.float().numpy() / max(look.map.max().item(), 1e-9)
+    (height, width), (h, w) = frames.shape[1:3], weights.shape[1:]
+    rows, columns = np.arange(height) * h // height, np.arange(width) * w // width
+    warm = matplotlib.colormaps["inferno"](weights[:, rows][:, :, columns])[..., :3] * 255
+    return (0.65 * warm + 0.35 * frames.max(axis=3, keepdims=True)).round().astype(np.uint8)
 
 
 def _draw_box(axes: plt.Axes, box: tuple[float, ...], shape: tuple[int, ...], colour: str) -> None:

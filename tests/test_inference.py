@@ -24,7 +24,7 @@ from mplug2.data.records import read_records
 from mplug2.evaluation import Prediction, chance, evaluate, galleries, table
 from mplug2.generation import beam_search, best_texts
 from mplug2.inference import Predictor
-from mplug2.model import MPLUG2
+from mplug2.model import MPLUG2, answer_memory
 from mplug2.plots import contact_sheet, curves
 from mplug2.tokenizer import Tokenizer, clean
 
@@ -144,6 +144,36 @@ def test_captions_can_be_searched_by_beams(predictor, media):
         start = predictor.tokenizer.encode([prompt])[0][:, :-1]
         best = beam_search(predictor.model, vision, start, predictor.special, beams=3, max_length=6)
         assert text == predictor.tokenizer.decode(best_texts(best, predictor.special))[0]
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_likelihood_of_a_text_is_the_product_of_its_tokens_probabilities(predictor, media, asked):
+    """One token after the other, each file by itself, against all of them at once; texts of different lengths."""
+    model, tokenizer = predictor.model, predictor.tokenizer
+    texts, questions = ["red", "two moving left", "", "a red one"], QUESTIONS if asked else None
+    expected = []
+    for path, text, question in zip(media, texts, QUESTIONS):
+        memory, prompt = predictor.encode_media([path])[0][None], "" if asked else PROMPTS[["video", "image"][
+            path.suffix == ".png" or path.name == "d.gif"]]
+        memory_mask = None
+        if asked:
+            text_memory, mask = predictor.encode_text([question])
+            memory, memory_mask = answer_memory(*model.fuse(memory, text_memory, mask), mask)
+        ids, chance = predictor.start(1, prompt), 1.0
+        for token in tokenizer.encode([text + "[SEP]"], special=False)[0][0].tolist():
+            logits = model.decode(ids, torch.ones_like(ids, dtype=torch.bool), memory, memory_mask)
+            chance *= logits[0, -1].softmax(dim=-1)[token].item()
+            ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+        expected.append(chance)
+    found = predictor.likelihood(media[:4], texts, questions)
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert len({f"{value:.2g}" for value in found}) == 4
+
+
+def test_a_model_without_a_decoder_shows_where_the_words_of_a_text_look(media):
+    written, looks = make_predictor("visual_entailment").look(media[1], "which colour is it")
+    assert written == "" and [look.word for look in looks] == ["which", "colour", "is", "it"]
+    assert {look.module.split(".")[0] for look in looks} == {"fusion"}
 
 
 def test_a_file_that_is_asked_about_often_is_read_and_encoded_once(predictor, media):

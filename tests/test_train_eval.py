@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import eval as evaluation
 import train
-from mplug2 import distributed
+from mplug2 import distributed, report
 from mplug2.checkpoint import load_training, read_config
 from tiny_data import Sizes, write
 from tiny_data.writer import VERSION
@@ -92,7 +92,8 @@ def refused(capsys, main, arguments: list[str], code: int) -> str:
 
 def test_a_run_writes_settings_metrics_a_curve_and_checkpoints(run):
     assert sorted(path.name for path in run.iterdir()) == [
-        "best", "curves.png", "last", "metrics.jsonl", "settings.json", "step_0000002", "step_0000004",
+        "best", "curves.png", "last", "metrics.jsonl", "predictions.jsonl", "report.html", "settings.json",
+        "step_0000002", "step_0000004",
     ]
     assert os.readlink(run / "last") == "step_0000004"
     scores = [json.loads((run / f"step_000000{step}" / "manifest.json").read_text())["score"] for step in (2, 4)]
@@ -105,12 +106,24 @@ def test_a_run_writes_settings_metrics_a_curve_and_checkpoints(run):
         ]
         assert load_training(folder)["step"] == step
     settings = json.loads((run / "settings.json").read_text())
+    assert settings["commands"] == ["python train.py " + " ".join([*MODEL, *FAST, "--workers 1 --max-steps 4 "
+                                                                   "--save-every 2 --eval-every 2 --out ."])]
     assert settings["train"]["max_steps"] == 4 and settings["train"]["lr"] == train.TrainConfig().lr
     assert settings["model"]["width"] == 32 and settings["model"]["patch_size"] == 8
     task, config, preparation = read_config(run / "last")
     assert (task, config.width, preparation.frames, preparation.max_words) == ("pretrain", 32, 4, 30)
     with Image.open(run / "curves.png") as picture:
         picture.load()
+
+
+def test_the_report_can_be_written_anew_from_the_files_of_the_run(run):
+    """The same page as the one that train.py wrote at the end, with the model that it had in memory."""
+    page = (run / "report.html").read_text()
+    for part in ("Results", "Curves", "Samples", "Surest mistakes", "Settings", "Where the words look"):
+        assert part in page
+    assert "python train.py --vision-width 32" in page and page.count("data:image/webp") >= 16
+    assert report.main([str(run)]) == 0
+    assert (run / "report.html").read_text() == page
 
 
 def test_metrics_have_a_line_a_step_the_validation_and_the_results(run):
@@ -243,9 +256,9 @@ def test_init_and_preset_exclude_each_other_and_sizes_come_from_the_checkpoint(c
 def test_a_batch_that_the_processes_cannot_share_evenly_is_refused():
     process = distributed.Process(0, 2, torch.device("cpu"))
     with pytest.raises(ValueError, match="batch_size=7 cannot be shared by 2 processes evenly"):
-        train.run(train.TrainConfig(batch_size=7), {}, process)
+        train.run(train.TrainConfig(batch_size=7), {}, process, "")
     with pytest.raises(ValueError, match="batch_size=8 cannot be shared by 2 processes evenly, in 3 micro-batches"):
-        train.run(train.TrainConfig(batch_size=8, accumulate=3), {}, process)
+        train.run(train.TrainConfig(batch_size=8, accumulate=3), {}, process, "")
 
 
 def test_data_that_does_not_fit_is_refused_with_its_place(capsys, light, tmp_path):
