@@ -1,9 +1,10 @@
-"""Small ablations: what the modules of mPLUG-2 are good for in the tiny world, with three seeds each.
+"""Small ablations: sharing between text and vision, and between clips and pictures, in the tiny world; three seeds each.
 
     python notebooks/ablations.py          # about 40 minutes on one core; what is in ablations.json already is kept
 
 It trains every variant by train.py, with its defaults but for the flags below, and writes the results on the test split
-to notebooks/ablations.json. Notebook 06 shows them.
+to notebooks/ablations.json. Notebook 06 shows them, beside the full-length runs without local temporal modules of the
+README.
 """
 
 import json
@@ -18,7 +19,6 @@ STEPS = 400
 SEEDS = (0, 1, 2)
 VARIANTS = {
     "full": "",
-    "no local temporal": "--no-local-temporal",
     "no universal": "--universal-layers 0",
     "all text layers universal": "--universal-layers 4",
     # The steps of the full model that are of clips, or of pictures, and those of text only; the others are left out.

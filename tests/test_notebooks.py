@@ -1,0 +1,126 @@
+"""Every notebook runs from a clean kernel without an error, and says what its committed outputs say.
+
+The rule: the text of each cell (printed, or the value of its last line) is the committed one, but for spaces, and for
+one unit in the last digit of a number that has a decimal point; pictures are counted, not compared. Cells tagged
+`varies` (times, addresses, output of other programs) only have to run. After a change of a notebook, write its outputs
+anew and look at them:
+
+    python tests/test_notebooks.py notebooks/01_tokens.ipynb
+"""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+
+FOLDER = Path(__file__).parents[1] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+SECONDS = 270  # for a notebook; pytest's own limit is 300
+BYTES = 400_000  # of a notebook with its pictures
+
+
+def execute(path: Path) -> nbformat.NotebookNode:
+    """The notebook with the outputs of a clean kernel, which is started in its folder and has one thread.
+
+    Raises nbclient's CellExecutionError at the first error.
+    """
+    notebook = nbformat.read(path, as_version=4)
+    client = NotebookClient(
+        notebook, timeout=SECONDS, kernel_name="python3", record_timing=False,
+        resources={"metadata": {"path": str(path.parent)}},
+    )
+    client.execute(env={**os.environ, "OMP_NUM_THREADS": "1"})
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    return notebook
+
+
+def said(cell: nbformat.NotebookNode) -> str:
+    """What a cell prints and shows, in order; a picture is the word for it."""
+    parts = []
+    for output in cell.outputs:
+        if output.output_type == "stream":
+            parts.append(output.text)
+        elif output.output_type == "error":
+            parts.append(f"\n[{output.ename}]\n")
+        else:
+            text = "[picture]" if any(kind.startswith("image/") for kind in output.data) else output.data["text/plain"]
+            parts.append(f"\n{text}\n")
+    return " ".join("".join(parts).split())
+
+
+def same(found: str, committed: str) -> bool:
+    """Equal, but for one unit in the last digit of numbers with a decimal point."""
+    if NUMBER.sub("#", found) != NUMBER.sub("#", committed):
+        return False
+    for a, b in zip(NUMBER.findall(found), NUMBER.findall(committed)):
+        places = len(b.partition(".")[2])
+        if len(a.partition(".")[2]) != places or abs(float(a) - float(b)) > (places > 0) * 1.01 * 10**-places:
+            return False
+    return True
+
+
+def drift(found: nbformat.NotebookNode, committed: nbformat.NotebookNode) -> list[str]:
+    """A line for each cell whose text is no longer the committed one."""
+    lines = []
+    for number, (new, old) in enumerate(zip(found.cells, committed.cells)):
+        if old.cell_type == "code" and "varies" not in old.metadata.get("tags", ()) and not same(said(new), said(old)):
+            lines.append(f"cell {number}: committed {said(old)!r}, now {said(new)!r}")
+    return lines
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_notebook_runs_and_says_what_is_committed(path):
+    lines = drift(execute(path), nbformat.read(path, as_version=4))
+    assert not lines, "\n".join([f"{path.name} drifted; if it should, write it anew (see above)", *lines])
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_notebook_is_committed_whole_and_small(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "not run in order, from the top"
+    assert path.stat().st_size < BYTES
+    for cell in cells:
+        assert str(Path.home()) not in said(cell) and str(FOLDER.parent) not in said(cell), "a path of this machine"
+
+
+def shown(*outputs: nbformat.NotebookNode, tags: tuple[str, ...] = ()) -> nbformat.NotebookNode:
+    return new_notebook(cells=[new_code_cell(outputs=list(outputs), metadata={"tags": list(tags)})])
+
+
+def printed(text: str) -> nbformat.NotebookNode:
+    return new_output("stream", name="stdout", text=text)
+
+
+@pytest.mark.parametrize("old, new, drifted", [
+    ("loss 0.123, -0.00", "loss  0.124,\n0.00", False),  # rounding at the edge
+    ("loss 0.123", "loss 0.125", True),
+    ("12 frames", "13 frames", True),  # whole numbers are exact
+    ("0.5", "0.50", True),
+    ("a red seven", "a red one", True),
+    ("a red seven", "", True),
+])
+def test_what_counts_as_drift(old, new, drifted):
+    assert bool(drift(shown(printed(new)), shown(printed(old)))) == drifted
+    assert drift(shown(printed(new)), shown(printed(old), tags=("varies",))) == []
+
+
+def test_a_picture_that_is_gone_is_drift_and_another_one_is_not():
+    pictures = [new_output("display_data", data={"image/png": png, "text/plain": png}) for png in ("iVBO", "iVBP")]
+    assert drift(shown(pictures[0]), shown(pictures[1])) == []
+    assert len(drift(shown(), shown(pictures[1]))) == len(drift(shown(printed("iVBP")), shown(pictures[1]))) == 1
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        nbformat.write(execute(Path(name)), name)
