@@ -44,7 +44,7 @@ class ModelConfig:
     text_layers: int = 12
     """Layers of the text encoder, the universal ones included."""
     universal_layers: int = 2
-    """How many of the last text layers are universal: shared with vision."""
+    """How many of the last text layers are universal: shared with vision; 0: none, vision goes on as it is encoded."""
     latents: int = 50
     """Learned latent queries of the universal layers."""
     universal_readout: Literal["released", "figure"] = "released"
@@ -106,7 +106,7 @@ class ModelConfig:
         return (self.image_size // self.patch_size) ** 2
 
 
-MAY_BE_ZERO = ("local_temporal_groups", "fusion_stride")
+MAY_BE_ZERO = ("local_temporal_groups", "universal_layers", "fusion_stride")
 
 
 def tiny(**changes) -> ModelConfig:

@@ -9,6 +9,8 @@ learned latents. Two readings of how the latents are used, `universal_readout`:
     figure     the latents read V by a cross-attention, pass the S layers, and are read by V with a second one;
                a residual goes round the whole stack, for text as well.
 
+With S = 0 nothing is built, and vision and text leave as they came: no weights are shared (an ablation).
+
 Axes: b batch, v visual tokens, l text tokens, q latents, d width.
 """
 
@@ -31,19 +33,21 @@ class UniversalLayers(nn.Module):
         self.layers = nn.ModuleList(
             BertLayer(config, cross=for_vision and released) for _ in range(config.universal_layers)
         )
-        if for_vision:
+        if for_vision and self.layers:
             self.latents = nn.Parameter(torch.zeros(config.latents, config.width))
             self.vision_norm = nn.LayerNorm(config.width, eps=EPS)
             self.dropout = nn.Dropout(config.dropout)
             if not released:
                 self.read = CrossAttention(config.width, config.heads, config.dropout)
                 self.write = CrossAttention(config.width, config.heads, config.dropout)
-        if for_text and not released:
+        if for_text and self.layers and not released:
             self.text_norm = nn.LayerNorm(config.width, eps=EPS)
 
     def vision(self, tokens: Tensor) -> Tensor:
         """V `b v d` -> V' `b v d`. Nothing is masked."""
         sizes = check(tokens, "b v d", d=self.width)
+        if not self.layers:
+            return tokens
         stream = self.latents.expand(sizes["b"], -1, -1)
         if self.readout == "released":
             for layer in self.layers[:-1]:
@@ -64,7 +68,7 @@ class UniversalLayers(nn.Module):
         stream, attend = x, padding_mask(mask)
         for layer in self.layers:
             stream = layer(stream, attend)
-        if self.readout == "figure":
+        if self.layers and self.readout == "figure":
             stream = self.text_norm(x + stream)
         check(stream, "b l d", **sizes)
         return stream

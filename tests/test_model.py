@@ -170,6 +170,19 @@ def test_text_goes_on_through_the_universal_layers(config, l, seed):
     assert_same(model.encode_text(ids, mask), model.universal.text(model.text_encoder(ids, mask), mask))
 
 
+def test_without_universal_layers_vision_and_text_share_no_weight():
+    model, inputs = randomised(MPLUG2(small(universal_layers=0, vision_width=16), "pretrain")), batch(small(), 2, 0)
+    assert "universal" not in modules_of(model) and len(model.text_encoder.layers) == model.config.text_layers
+    assert_same(model.encode_vision(inputs[0]), model.vision_encoder(inputs[0]))
+    with torch.no_grad():
+        vision, text = model.encode_vision(inputs[0]), model.encode_text(*inputs[1:])
+        for name, parameter in model.named_parameters():
+            if name.startswith("vision_encoder"):
+                parameter.add_(noise(*parameter.shape, seed=1))
+    assert torch.equal(model.encode_text(*inputs[1:]), text)
+    assert_differs(model.encode_vision(inputs[0]), vision)
+
+
 def test_the_projection_of_vision_ends_in_dropout():
     model = randomised(MPLUG2(small(dropout=0.5, latents=2), "video_caption"))
     model.vision_dropout.train()

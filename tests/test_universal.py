@@ -82,6 +82,15 @@ def test_text_path(config, l, seed):
     assert_same(module.text(x, mask), expected)
 
 
+@pytest.mark.parametrize("readout", ["released", "figure"])
+@pytest.mark.parametrize("for_vision, for_text", [(True, True), (True, False), (False, True)])
+def test_without_layers_nothing_is_built_and_nothing_changes(readout, for_vision, for_text):
+    module = UniversalLayers(small(universal_layers=0, universal_readout=readout), for_vision, for_text)
+    assert not parameter_names(module)
+    x, mask = noise(2, 5, 16), random_mask(2, 5)
+    assert torch.equal(module.text(x, mask), x) and torch.equal(module.vision(x), x)
+
+
 @given(config=configs(), seed=seeds)
 def test_the_shared_weights_serve_both_and_the_others_one(config, seed):
     module, x, mask = both_doors(config, seed), noise(2, 5, config.width, seed=seed), random_mask(2, 5, seed)
