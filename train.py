@@ -288,8 +288,8 @@ class TrainConfig:
 
 FINE_TUNING = {
     "text_classification": 60, "text_pair_classification": 400, "image_classification": 200,
-    "video_classification": 200, "image_retrieval": 200, "video_retrieval": 200, "image_caption": 200,
-    "video_caption": 200, "image_qa": 200, "video_qa": 200, "visual_entailment": 400, "image_pair_reasoning": 400,
+    "video_classification": 200, "image_retrieval": 200, "video_retrieval": 100, "image_caption": 200,
+    "video_caption": 100, "image_qa": 100, "video_qa": 100, "visual_entailment": 400, "image_pair_reasoning": 400,
     "grounding": 300,
 }
 """Steps of each task without --max-steps, at a learning rate of 2e-3: a minute or two on the tiny world. Several tasks

@@ -180,7 +180,8 @@ def answers(
 def galleries(
     predictor: Predictor, task: str, records: list[Record], rerank: int = 16, all_captions: bool = False
 ) -> tuple[dict[str, float], list[Prediction]]:
-    """Mean over the galleries, and the best of the re-ranked ones for each query: a file for a text, a text for a file.
+    """Mean over the galleries, and the best of the re-ranked ones for each query: the id of a record for a text, a text
+    for a file.
     The text of a record is the first of its captions, or all of them are, each for itself (COCO, Flickr30k); records of
     equal meaning are right answers for each other. The `rerank` best by cosine are ranked anew by the matching head."""
     by_gallery = defaultdict(list)
@@ -223,7 +224,7 @@ def in_gallery(
                 ).cpu()
         metrics[f"{name}_r1_rerank"] = float(retrieval(again.numpy(), positives)["r1"])
         queries = asked if name == "t2v" else [("", record) for record in records]
-        answers = [str(path) for path in media] if name == "t2v" else texts
+        answers = [record.id for record in records] if name == "t2v" else texts
         for (text, record), first, is_right in zip(queries, again.argmax(dim=1).tolist(), positives):
             truth = tuple(answers[i] for i in is_right.nonzero()[0])
             shown = None if name == "t2v" else record.video or record.image

@@ -100,7 +100,7 @@ def test_fine_tuning_has_defaults_of_its_own_that_flags_win_over(tmp_path):
         return config.run_name, config.max_steps, config.lr
 
     assert settings(task="grounding") == ("grounding", 300, 2e-3)
-    assert settings(task="video_qa,grounding", lr=1.0) == ("video_qa,grounding", 500, 1.0)
+    assert settings(task="video_qa,grounding", lr=1.0) == ("video_qa,grounding", 400, 1.0)
     assert settings(task="grounding", max_steps=7, name="boxes") == ("boxes", 7, 2e-3)
     assert settings() == settings(task="pretrain") == ("tiny", 1500, 4e-3)
     assert settings(task="pretrain,video_qa")[1:] == (1500, 4e-3)
