@@ -26,11 +26,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from mplug2.data.loader import (
-    KIND,
     Collate,
     MixedBatches,
     Sample,
@@ -40,7 +38,7 @@ from mplug2.data.loader import (
     start_worker,
     stream_kind,
 )
-from mplug2.data.media import MediaError, read_image, read_video
+from mplug2.data.media import MediaError
 from mplug2.data.records import Question, RecordError
 
 INDEX = "shards.json"
@@ -274,17 +272,12 @@ class Reader:
                 with tempfile.NamedTemporaryFile(suffix=f".{suffix}") as media:  # decoders want a file with a name
                     media.write(files[suffix])
                     media.flush()
-                    pixels = self._pixels(Path(media.name), KIND[kind].medium, rng)
+                    pixels = self.samples.pixels(Sample(sample.where, sample.meaning, Path(media.name)), kind, rng)
             elif kind != "text":
                 raise RecordError("there is no picture or clip")
             return {**self.samples.texts(sample, kind, rng), "pixels": pixels, "where": sample.where}
         except (MediaError, RecordError) as error:
             return f"{path}:{number}: {error}"
-
-    def _pixels(self, path: Path, medium: str, rng: np.random.Generator) -> Tensor:
-        """`3 t H W`; the file is gone afterwards, so that nothing of it is kept as `Samples` keeps small files."""
-        frames = read_video(path, self.samples.frames, rng) if medium == "video" else read_image(path)
-        return self.samples.prepare(frames, medium, rng)
 
 
 class Positions:
