@@ -179,7 +179,7 @@ def test_without_universal_layers_vision_and_text_share_no_weight():
         for name, parameter in model.named_parameters():
             if name.startswith("vision_encoder"):
                 parameter.add_(noise(*parameter.shape, seed=1))
-    assert torch.equal(model.encode_text(*inputs[1:]), text)
+    assert_same(model.encode_text(*inputs[1:]), text)
     assert_differs(model.encode_vision(inputs[0]), vision)
 
 

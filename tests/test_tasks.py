@@ -69,7 +69,8 @@ def test_every_task_is_fine_tuned_and_evaluated(task, pretrained, world, tmp_pat
     expected = {"retrieval": 2 * len(records), "qa": sum(len(record.qa) for record in records)}.get(what, len(records))
     assert len(written) == expected
     for line in written:
-        assert set(line) == {"id", "task", "split", "media", "question", "prediction", "truth"}
+        sure = {"confidence"} if TASKS[task].classifier else set()
+        assert set(line) == {"id", "task", "split", "media", "question", "prediction", "truth"} | sure
         assert (line["task"], line["split"]) == (task, "test")
         searched = what == "retrieval" and line["question"]  # by a text, among files
         assert len(line["media"]) == (2 if TASKS[task].pair else 1 if TASKS[task].vision and not searched else 0)
