@@ -126,7 +126,9 @@ def test_one_node_goes_on_after_sigkill_and_sigterm_to_one_process_makes_all_sav
     """Then the run goes on from there, on one process."""
     run = tmp_path / "tiny"
     launcher = launch(*SMALL, *LONG, "--save-every", 2, "--data", data, "--out", tmp_path, torchrun=(
-        "--standalone", "--nproc-per-node", 2, "--max-restarts", 1, "--monitor-interval", "0.1"))
+        "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", 2, "--max-restarts", 1,
+        "--monitor-interval", "0.1",
+    ))
     wait_for(lambda: (run / "last").exists() and len(steps(run)) >= 3, launcher)
     first = processes_of(launcher)
     os.kill(first[1], signal.SIGKILL)
@@ -190,7 +192,7 @@ def test_two_nodes_go_on_from_the_last_checkpoint_after_a_process_is_killed(data
 def test_a_process_that_hangs_is_named_and_the_run_ends(data, tmp_path):
     run = tmp_path / "tiny"
     launcher = launch(*SMALL, *LONG, "--data", data, "--out", tmp_path, "--timeout", 12,
-                      torchrun=("--standalone", "--nproc-per-node", 2))
+                      torchrun=("--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", 2))
     wait_for(lambda: len(steps(run)) >= 5, launcher)
     hanging = processes_of(launcher)[1]
     os.kill(hanging, signal.SIGSTOP)

@@ -177,7 +177,8 @@ def test_two_processes_of_torchrun_train_like_one(light, tmp_path):
     which every process draws negatives of its own."""
     arguments = [*MODEL, *FAST, *f"--data {light} --max-steps 4 --vtm-weight 0 --text-weight 0.3".split()]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
+         "--nproc-per-node", "2",
          str(HERE / "train.py"), *arguments, "--out", str(tmp_path / "two")],
         capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
