@@ -113,7 +113,7 @@ def test_it_shows_settings_results_by_kind_predictions_and_the_command(page):
 
 
 def test_mistakes_are_those_that_the_model_was_surest_of(page):
-    mistakes = page.text[page.text.index("Surest mistakes"):]
+    mistakes = page.text[page.text.index("Hardest mistakes"):]
     assert "8 of 13 predictions are wrong" in mistakes
     assert mistakes.index("lion") < mistakes.index("cow") and "probability 88%" in mistakes
     assert "the box that misses" in mistakes and "the box that fits" not in mistakes and "overlap" in mistakes
@@ -149,7 +149,7 @@ def test_a_part_whose_file_is_missing_is_left_out(run, tmp_path, left_out):
     assert main([str(other)]) == 0  # no checkpoint either: predictions, but not where words look
     text = Page((other / "report.html").read_text(encoding="utf-8")).text
     assert ("Results" in text and "Curves" in text) == ("metrics.jsonl" not in left_out)
-    assert ("Samples" in text and "Surest mistakes" in text) == ("predictions.jsonl" not in left_out)
+    assert ("Samples" in text and "Hardest mistakes" in text) == ("predictions.jsonl" not in left_out)
     assert "Settings" in text and "Where the words look" not in text
 
 
@@ -175,6 +175,23 @@ def test_samples_are_few_and_of_all_tasks(tmp_path):
     write_report(run)
     text = Page((run / "report.html").read_text(encoding="utf-8")).text
     assert text.count("text_classification,") == text.count("text_pair_classification,") == CARDS // 2
+
+
+def test_each_box_has_a_picture_of_its_own_with_the_true_box_in_white_and_the_predicted_in_orange(tmp_path):
+    Image.new("RGB", (40, 40), (0, 0, 200)).save(tmp_path / "a.png")
+    lines = [line("grounding", [tmp_path / "a.png"], [x, 0.5, 0.2, 0.4], [[0.75, 0.5, 0.3, 0.4]], f"number {x}")
+             for x in (0.25, 0.3)]
+    run = write_run(tmp_path / "boxes", lines, [])
+    write_report(run)
+    page = Page((run / "report.html").read_text(encoding="utf-8").split("Hardest mistakes")[0])
+    assert len(page.addresses) == 2
+    file = tmp_path / "card.webp"
+    for address in page.addresses:
+        file.write_bytes(base64.b64decode(address.split(",")[1]))
+        picture = np.asarray(Image.open(file).convert("RGB"))
+        white, orange = (picture == 255).all(axis=2), (picture == (255, 150, 0)).all(axis=2)
+        assert np.argwhere(white).min(0).tolist() == [12, 24] and np.argwhere(white).max(0).tolist() == [28, 36]
+        assert 5 < np.argwhere(orange)[:, 1].min() < np.argwhere(orange)[:, 1].max() < 18
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
