@@ -30,7 +30,6 @@ import torch
 from PIL import Image
 
 from mplug2.data.media import MediaError, read_media
-from mplug2.data.records import available
 from mplug2.evaluation import EVALUATED, chance
 from mplug2.inference import Look, Predictor, load
 from mplug2.objectives import generalised_iou
@@ -162,10 +161,10 @@ def latest(metrics: list[dict]) -> dict[str, dict[str, float]]:
 
 def by_chance(settings: dict, by_split: dict) -> dict[str, float]:
     """What a model that looks at nothing gets on the last split that was evaluated, if the data are still there."""
-    folders = [settings["train"].get("eval_data", ""), *settings.get("data", {})]
-    for root in map(Path, filter(None, folders)):
-        if by_split and root.is_dir() and any(list(by_split)[-1] in splits for splits in available(root).values()):
-            return chance(root, list(by_split)[-1])
+    split = next(reversed(by_split), "")
+    for root in map(Path, filter(None, [settings["train"].get("eval_data", ""), *settings.get("data", {})])):
+        if split and any(root.glob(f"*.{split}.jsonl")):  # not so in a folder of shards, or one that is gone
+            return chance(root, split)
     return {}
 
 

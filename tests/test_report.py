@@ -168,6 +168,23 @@ def test_the_newer_evaluation_is_shown(media, tmp_path):
         assert text in shown and other_text not in shown
 
 
+def test_chance_stands_beside_the_results_if_the_data_are_there(tmp_path):
+    """Found in the second folder; the first has other files, such as shards."""
+    run = write_run(tmp_path / "mine", [], [{"step": 1, "test/qa_all": 0.5}])
+    settings = json.loads((run / "settings.json").read_text())
+    for name, there in (("shards", False), ("data", True)):
+        (tmp_path / name).mkdir()
+        settings["data"][str(tmp_path / name)] = 1.0
+        (run / "settings.json").write_text(json.dumps(settings))
+        if there:
+            asked = [{"video": "a.gif", "qa": [{"question": "who", "answers": [answer]}]} for answer in "aaab"]
+            lines = "".join(json.dumps(record) + "\n" for record in asked)
+            (tmp_path / name / "video_qa.test.jsonl").write_text(lines)
+        write_report(run)
+        text = Page((run / "report.html").read_text(encoding="utf-8")).text
+        assert ("chance" in text and "75.0 %" in text) == there
+
+
 def test_samples_are_few_and_of_all_tasks(tmp_path):
     lines = [line(task, [], "a", ["a"], f"{task} {i}") for task in ("text_classification", "text_pair_classification")
              for i in range(100)]
