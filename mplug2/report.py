@@ -315,7 +315,7 @@ def chart(title: str, series: dict[str, list[tuple[float, float]]], log: bool = 
     drawn = [
         f"<path d='M48 {y_of(mark):.1f}H412' stroke='var(--line)'/>"
         f"<text x=42 y={y_of(mark) + 4:.1f} text-anchor=end>{mark:.4g}</text>" for mark in marks
-    ] + [f"<text x={x_of(step):.1f} y=212 text-anchor=middle>{step:.6g}</text>" for step in ticks(0, last)]
+    ] + [f"<text x={x_of(step):.1f} y=212 text-anchor=middle>{step:.6g}</text>" for step in ticks(0, last) if step % 1 == 0]
     legend = []
     for number, (name, points) in enumerate(series.items()):
         colour, label = COLOURS[number % len(COLOURS)], escape(name.removeprefix("loss/").removeprefix("val/"))
@@ -337,8 +337,9 @@ def ticks(low: float, high: float, log: bool = False) -> list[float]:
         marks = [10.0**power * digit for power in powers for digit in (1, 2, 5)]
         inside = [mark for mark in marks if low <= mark <= high]
         return inside[:: max(1, len(inside) // 6)] or [low]
-    step = 10.0 ** math.floor(math.log10((high - low) / 4 or 1))
-    step *= next(factor for factor in (1, 2, 2.5, 5, 10) if (high - low) / (step * factor) <= 5)
+    span = (high - low) or abs(high) or 1.0
+    step = 10.0 ** math.floor(math.log10(span / 4))
+    step *= next(factor for factor in (1, 2, 2.5, 5, 10) if span / (step * factor) <= 5)
     return [round(number * step, 10) for number in range(math.floor(low / step), math.ceil(high / step) + 1)]
 
 

@@ -234,6 +234,10 @@ def test_ticks_are_few_and_hold_the_values(low, size):
     assert marks[0] <= low + 1e-6 * abs(low) + 1e-9 and marks[-1] >= (low + size) * (1 - 1e-6) - 1e-9 or low + size < 0
 
 
+def test_a_value_that_never_changes_has_its_own_tick():
+    assert ticks(0.002, 0.002) == [0.002] and ticks(0.0, 0.0) == [0.0]
+
+
 @given(st.lists(st.tuples(st.integers(1, 10**6), st.floats(allow_nan=True, allow_infinity=True)), max_size=5),
        st.booleans())
 def test_any_values_can_be_drawn(points, log):
