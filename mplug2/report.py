@@ -315,7 +315,8 @@ def chart(title: str, series: dict[str, list[tuple[float, float]]], log: bool = 
     drawn = [
         f"<path d='M48 {y_of(mark):.1f}H412' stroke='var(--line)'/>"
         f"<text x=42 y={y_of(mark) + 4:.1f} text-anchor=end>{mark:.4g}</text>" for mark in marks
-    ] + [f"<text x={x_of(step):.1f} y=212 text-anchor=middle>{step:.6g}</text>" for step in ticks(0, last) if step % 1 == 0]
+    ] + [f"<text x={x_of(step):.1f} y=212 text-anchor=middle>{step:.6g}</text>"
+         for step in ticks(0, last) if step % 1 == 0]
     legend = []
     for number, (name, points) in enumerate(series.items()):
         colour, label = COLOURS[number % len(COLOURS)], escape(name.removeprefix("loss/").removeprefix("val/"))
