@@ -13,7 +13,7 @@ another one. Axes: b texts, c heads, l tokens, p tokens before them, m memory to
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from einops import rearrange, repeat
@@ -44,8 +44,10 @@ def attention_maps(
         module.register_forward_hook(recorder(name), with_kwargs=True)
         for name, module in model.named_modules() if isinstance(module, of)
     ]
+    compiled = any(module._compiled_call_impl for module in model.modules())  # graphs traced without the hooks
     try:
-        yield maps
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            yield maps
     finally:
         for handle in handles:
             handle.remove()

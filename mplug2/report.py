@@ -30,7 +30,6 @@ import torch
 from PIL import Image
 
 from mplug2.data.media import MediaError, read_media
-from mplug2.data.records import available
 from mplug2.evaluation import EVALUATED, chance
 from mplug2.inference import Look, Predictor, load
 from mplug2.objectives import generalised_iou
@@ -69,13 +68,15 @@ h1 { margin: 0 0 4px; } h2 { margin: 36px 0 8px; border-bottom: 1px solid var(--
 p, figcaption, .faint { color: var(--faint); margin: 4px 0; }
 pre { background: var(--panel); padding: 10px 12px; border-radius: 6px; white-space: pre-wrap;
       overflow-wrap: anywhere; }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 16px; }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 16px;
+        align-items: start; }
 .tiles { display: flex; flex-wrap: wrap; gap: 8px; margin: 12px 0; }
 .tiles div, .card { background: var(--panel); border-radius: 6px; padding: 8px 12px; }
 .tiles b { display: block; font-size: 1.15em; }
 table { border-collapse: collapse; width: 100%; } th { font-weight: 600; color: var(--faint); }
 td, th { text-align: left; padding: 2px 8px 2px 0; border-bottom: 1px solid var(--line); vertical-align: top;
          overflow-wrap: anywhere; }
+th { overflow-wrap: normal; }
 td.number { white-space: nowrap; width: 19%; } td.number i { display: block; height: 4px; border-radius: 2px;
             background: var(--bar); }
 .packed { columns: 420px 2; column-gap: 16px; } .packed h3 { margin-top: 0; }
@@ -84,7 +85,8 @@ td.number { white-space: nowrap; width: 19%; } td.number i { display: block; hei
 .card > div { flex: 1; min-width: 0; overflow-wrap: anywhere; }
 .card .media { flex: none; width: 128px; } img { display: block; image-rendering: pixelated; }
 .media img { width: 128px; border: 1px solid var(--line); margin-bottom: 4px; }
-.media .faint { font-size: 11px; } .looks { display: block; border: 0; font-size: 12px; margin-top: 10px; width: auto; }
+.media .faint, .media p { font-size: 11px; }
+.looks { display: block; border: 0; font-size: 12px; margin-top: 10px; width: auto; }
 .looks td { border: 0; padding: 1px 8px 1px 0; vertical-align: middle; } .looks img { height: 44px; max-width: 100%; }
 .said { margin: 0 0 8px; } .right { color: var(--right); } .wrong { color: var(--wrong); }
 svg { width: 100%; height: auto; } svg text { fill: var(--faint); font: 11px system-ui, sans-serif; }
@@ -116,7 +118,7 @@ def write_report(run: Path, predictor: Predictor | None = None) -> Path:
         section("Results", results(by_split, by_chance(settings, by_split))),
         section("Curves", curves(metrics)),
         section("Samples", samples(predictions, predictor)),
-        section("Surest mistakes", mistakes(predictions, predictor)),
+        section("Hardest mistakes", mistakes(predictions, predictor)),
         section("Settings", "<div class=grid>" + "".join(
             f"<div><h3>{part}</h3>{settings_table(settings[part])}</div>" for part in ("train", "model")
         ) + "</div>"),
@@ -159,10 +161,10 @@ def latest(metrics: list[dict]) -> dict[str, dict[str, float]]:
 
 def by_chance(settings: dict, by_split: dict) -> dict[str, float]:
     """What a model that looks at nothing gets on the last split that was evaluated, if the data are still there."""
-    folders = [settings["train"].get("eval_data", ""), *settings.get("data", {})]
-    for root in map(Path, filter(None, folders)):
-        if by_split and root.is_dir() and any(list(by_split)[-1] in splits for splits in available(root).values()):
-            return chance(root, list(by_split)[-1])
+    split = next(reversed(by_split), "")
+    for root in map(Path, filter(None, [settings["train"].get("eval_data", ""), *settings.get("data", {})])):
+        if split and any(root.glob(f"*.{split}.jsonl")):  # not so in a folder of shards, or one that is gone
+            return chance(root, split)
     return {}
 
 
@@ -313,7 +315,8 @@ def chart(title: str, series: dict[str, list[tuple[float, float]]], log: bool = 
     drawn = [
         f"<path d='M48 {y_of(mark):.1f}H412' stroke='var(--line)'/>"
         f"<text x=42 y={y_of(mark) + 4:.1f} text-anchor=end>{mark:.4g}</text>" for mark in marks
-    ] + [f"<text x={x_of(step):.1f} y=212 text-anchor=middle>{step:.6g}</text>" for step in ticks(0, last)]
+    ] + [f"<text x={x_of(step):.1f} y=212 text-anchor=middle>{step:.6g}</text>"
+         for step in ticks(0, last) if step % 1 == 0]
     legend = []
     for number, (name, points) in enumerate(series.items()):
         colour, label = COLOURS[number % len(COLOURS)], escape(name.removeprefix("loss/").removeprefix("val/"))
@@ -335,8 +338,9 @@ def ticks(low: float, high: float, log: bool = False) -> list[float]:
         marks = [10.0**power * digit for power in powers for digit in (1, 2, 5)]
         inside = [mark for mark in marks if low <= mark <= high]
         return inside[:: max(1, len(inside) // 6)] or [low]
-    step = 10.0 ** math.floor(math.log10((high - low) / 4 or 1))
-    step *= next(factor for factor in (1, 2, 2.5, 5, 10) if (high - low) / (step * factor) <= 5)
+    span = (high - low) or abs(high) or 1.0
+    step = 10.0 ** math.floor(math.log10(span / 4))
+    step *= next(factor for factor in (1, 2, 2.5, 5, 10) if span / (step * factor) <= 5)
     return [round(number * step, 10) for number in range(math.floor(low / step), math.ceil(high / step) + 1)]
 
 
@@ -344,7 +348,8 @@ def samples(predictions: list[dict], predictor: Predictor | None) -> str:
     """Some media of each task, always the same ones, each with all that was said of it; and where words look."""
     by_media: dict[tuple, list[dict]] = defaultdict(list)
     for number, line in enumerate(predictions):
-        by_media[tuple(line["media"]) or (number,)].append(line)
+        alone = not line["media"] or line["task"] == "grounding"  # a card shows one box
+        by_media[(number,) if alone else tuple(line["media"])].append(line)
     cards, left = [], LOOKS
     for lines in spread(list(by_media.values()), lambda lines: lines[0]["task"]):
         looks = where_words_look(lines, predictor) if left else ""
@@ -383,8 +388,8 @@ def mistakes(predictions: list[dict], predictor: Predictor | None) -> str:
         ranked.append(sorted(scored, key=lambda line: -line["sureness"])[: math.ceil(CARDS / len(by_task))])
     count = sum(is_right(line) is False for line in predictions)
     about = (f"{count:,} of {len(predictions):,} predictions are wrong. Of up to {SUREST_OF} wrong ones of each task, "
-             "those that the model gave the highest probability; of boxes those that miss by most, of numbers the "
-             "largest errors.")
+             "those that the model was surest of: that it gave the highest probability, where that is known; of boxes "
+             "those that miss by most, of numbers the largest errors.")
     cards = "".join(card([line]) for lines in ranked for line in lines)
     return f"<p>{about}</p><div class=grid>{cards}</div>" if cards else ""
 
@@ -442,7 +447,7 @@ def where_words_look(lines: list[dict], predictor: Predictor | None) -> str:
     parts = predictor.model.parts if predictor else None
     if not parts or len(line["media"]) != 1 or not Path(line["media"][0]).is_file():
         return ""
-    if not (parts.fusion if line["question"] else parts.decoder and line["task"].endswith("_caption")):
+    if parts.decoder and not line["task"].endswith(("_caption", "_qa")) or not (parts.fusion or parts.decoder):
         return ""
     try:
         written, looks = predictor.look(line["media"][0], line["question"])

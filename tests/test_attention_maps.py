@@ -1,7 +1,7 @@
 """Attention maps: the weights are those of the formula, and asking for them changes nothing."""
 
 import torch
-from helpers import assert_same, configs, noise, random_ids, random_mask, randomised, seeds
+from helpers import assert_same, configs, noise, random_ids, random_mask, randomised, seeds, small
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -78,3 +78,19 @@ def test_the_vision_encoder_shows_each_frame_and_generation_each_step(config, t,
             for name, weights in steps.items():
                 assert_same(weights[:, :, 0], whole[name][:, :, place])
             assert self_steps["decoder.layers.0.self_attention"].shape == (2, config.heads, 1, place + 1)
+
+
+def test_a_compiled_model_leaves_them_too():
+    """Its layers were traced before anybody asked; with a compiler that runs the graphs as they are."""
+    model = randomised(MPLUG2(small(), "video_qa"))
+    ids, mask, memory = random_ids(2, 4), random_mask(2, 4), noise(2, 3, 16)
+    with attention_maps(model) as expected:
+        model.decode(ids, mask, memory)
+    for layer in model.decoder.layers:
+        layer.compile(backend="eager")
+    model.decode(ids, mask, memory)
+    with attention_maps(model) as maps:
+        model.decode(ids, mask, memory)
+    assert set(maps) == set(expected) and maps
+    for name, weights in expected.items():
+        assert_same(maps[name], weights)

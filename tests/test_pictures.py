@@ -27,6 +27,6 @@ def test_the_architecture_is_all_inside_of_its_picture_and_loads_nothing():
 
 def test_what_the_readme_links_to_is_there():
     targets = re.findall(r"\]\(([^)#]+)\)", README)
-    local = [target for target in targets if not target.startswith(("http", "notebooks/"))]
+    local = [target for target in targets if not target.startswith("http")]
     assert len(local) > 60
     assert not [target for target in local if not (HERE.parent / target).exists()]

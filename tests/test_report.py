@@ -113,7 +113,7 @@ def test_it_shows_settings_results_by_kind_predictions_and_the_command(page):
 
 
 def test_mistakes_are_those_that_the_model_was_surest_of(page):
-    mistakes = page.text[page.text.index("Surest mistakes"):]
+    mistakes = page.text[page.text.index("Hardest mistakes"):]
     assert "8 of 13 predictions are wrong" in mistakes
     assert mistakes.index("lion") < mistakes.index("cow") and "probability 88%" in mistakes
     assert "the box that misses" in mistakes and "the box that fits" not in mistakes and "overlap" in mistakes
@@ -149,7 +149,7 @@ def test_a_part_whose_file_is_missing_is_left_out(run, tmp_path, left_out):
     assert main([str(other)]) == 0  # no checkpoint either: predictions, but not where words look
     text = Page((other / "report.html").read_text(encoding="utf-8")).text
     assert ("Results" in text and "Curves" in text) == ("metrics.jsonl" not in left_out)
-    assert ("Samples" in text and "Surest mistakes" in text) == ("predictions.jsonl" not in left_out)
+    assert ("Samples" in text and "Hardest mistakes" in text) == ("predictions.jsonl" not in left_out)
     assert "Settings" in text and "Where the words look" not in text
 
 
@@ -168,6 +168,23 @@ def test_the_newer_evaluation_is_shown(media, tmp_path):
         assert text in shown and other_text not in shown
 
 
+def test_chance_stands_beside_the_results_if_the_data_are_there(tmp_path):
+    """Found in the second folder; the first has other files, such as shards."""
+    run = write_run(tmp_path / "mine", [], [{"step": 1, "test/qa_all": 0.5}])
+    settings = json.loads((run / "settings.json").read_text())
+    for name, there in (("shards", False), ("data", True)):
+        (tmp_path / name).mkdir()
+        settings["data"][str(tmp_path / name)] = 1.0
+        (run / "settings.json").write_text(json.dumps(settings))
+        if there:
+            asked = [{"video": "a.gif", "qa": [{"question": "who", "answers": [answer]}]} for answer in "aaab"]
+            lines = "".join(json.dumps(record) + "\n" for record in asked)
+            (tmp_path / name / "video_qa.test.jsonl").write_text(lines)
+        write_report(run)
+        text = Page((run / "report.html").read_text(encoding="utf-8")).text
+        assert ("chance" in text and "75.0 %" in text) == there
+
+
 def test_samples_are_few_and_of_all_tasks(tmp_path):
     lines = [line(task, [], "a", ["a"], f"{task} {i}") for task in ("text_classification", "text_pair_classification")
              for i in range(100)]
@@ -175,6 +192,23 @@ def test_samples_are_few_and_of_all_tasks(tmp_path):
     write_report(run)
     text = Page((run / "report.html").read_text(encoding="utf-8")).text
     assert text.count("text_classification,") == text.count("text_pair_classification,") == CARDS // 2
+
+
+def test_each_box_has_a_picture_of_its_own_with_the_true_box_in_white_and_the_predicted_in_orange(tmp_path):
+    Image.new("RGB", (40, 40), (0, 0, 200)).save(tmp_path / "a.png")
+    lines = [line("grounding", [tmp_path / "a.png"], [x, 0.5, 0.2, 0.4], [[0.75, 0.5, 0.3, 0.4]], f"number {x}")
+             for x in (0.25, 0.3)]
+    run = write_run(tmp_path / "boxes", lines, [])
+    write_report(run)
+    page = Page((run / "report.html").read_text(encoding="utf-8").split("Hardest mistakes")[0])
+    assert len(page.addresses) == 2
+    file = tmp_path / "card.webp"
+    for address in page.addresses:
+        file.write_bytes(base64.b64decode(address.split(",")[1]))
+        picture = np.asarray(Image.open(file).convert("RGB"))
+        white, orange = (picture == 255).all(axis=2), (picture == (255, 150, 0)).all(axis=2)
+        assert np.argwhere(white).min(0).tolist() == [12, 24] and np.argwhere(white).max(0).tolist() == [28, 36]
+        assert 5 < np.argwhere(orange)[:, 1].min() < np.argwhere(orange)[:, 1].max() < 18
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
@@ -198,6 +232,10 @@ def test_ticks_are_few_and_hold_the_values(low, size):
     marks = ticks(low, low + size)
     assert 2 <= len(marks) <= 8 and marks == sorted(set(marks))
     assert marks[0] <= low + 1e-6 * abs(low) + 1e-9 and marks[-1] >= (low + size) * (1 - 1e-6) - 1e-9 or low + size < 0
+
+
+def test_a_value_that_never_changes_has_its_own_tick():
+    assert ticks(0.002, 0.002) == [0.002] and ticks(0.0, 0.0) == [0.0]
 
 
 @given(st.lists(st.tuples(st.integers(1, 10**6), st.floats(allow_nan=True, allow_infinity=True)), max_size=5),

@@ -119,7 +119,7 @@ def test_a_run_writes_settings_metrics_a_curve_and_checkpoints(run):
 def test_the_report_can_be_written_anew_from_the_files_of_the_run(run):
     """The same page as the one that train.py wrote at the end, with the model that it had in memory."""
     page = (run / "report.html").read_text()
-    for part in ("Results", "Curves", "Samples", "Surest mistakes", "Settings", "Where the words look"):
+    for part in ("Results", "Curves", "Samples", "Hardest mistakes", "Settings", "Where the words look"):
         assert part in page
     assert "python train.py --vision-width 32" in page and page.count("data:image/webp") >= 16
     assert report.main([str(run)]) == 0
