@@ -83,19 +83,25 @@ def test(predictor: Predictor) -> dict[str, float]:
 
 
 def main() -> None:
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    ours = results.setdefault("contrastive, 100 steps", {"command": "python notebooks/ablations.py", "runs": {}})
     for seed in SEEDS:
         for variant, (changes, kinds) in VARIANTS.items():
-            runs = ours["runs"].setdefault(variant, {})
-            if str(seed) in runs:
+            if str(seed) in read()[1].get(variant, {}):
                 continue
             predictor = train(changes, kinds, seed)
             parameters = [p for name, p in predictor.model.named_parameters() if name.split(".")[0] in USED]
-            runs[str(seed)] = {"parameters": sum(p.numel() for p in parameters),
-                               **{name: round(value, 4) for name, value in test(predictor).items()}}
+            found = {"parameters": sum(p.numel() for p in parameters),
+                     **{name: round(value, 4) for name, value in test(predictor).items()}}
+            results, runs = read()
+            runs.setdefault(variant, {})[str(seed)] = found
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-            print(variant, seed, runs[str(seed)], flush=True)
+            print(variant, seed, found, flush=True)
+
+
+def read() -> tuple[dict, dict]:
+    """All that is in the file, and of that the runs of this program."""
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    ours = results.setdefault("contrastive, 100 steps", {"command": "python notebooks/ablations.py", "runs": {}})
+    return results, ours["runs"]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,43 @@
+"""The ablations of notebook 06: the committed results are of the models that the program builds today, and it runs."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+from mplug2.config import tiny
+from mplug2.model import MPLUG2
+
+FILE = Path(__file__).parents[1] / "notebooks/ablations.py"
+spec = importlib.util.spec_from_file_location("ablations", FILE)
+ablations = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(ablations)
+
+
+def used(model: MPLUG2) -> int:
+    return sum(p.numel() for name, p in model.named_parameters() if name.split(".")[0] in ablations.USED)
+
+
+def test_the_results_are_of_these_variants_and_sizes():
+    committed = json.loads(ablations.RESULTS.read_text())
+    for name, counted in (("full", True), ("no local temporal", False)):
+        model = MPLUG2(tiny(vocab_size=227, local_temporal=counted))
+        for found in committed["default, 1,500 steps"]["runs"][name].values():
+            assert found["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    runs = committed["contrastive, 100 steps"]["runs"]
+    assert set(runs) <= set(ablations.VARIANTS)
+    for variant, of_variant in runs.items():
+        assert set(of_variant) <= {str(seed) for seed in ablations.SEEDS}
+        model = MPLUG2(tiny(vocab_size=227, **ablations.VARIANTS[variant][0]), "video_retrieval")
+        assert {found["parameters"] for found in of_variant.values()} <= {used(model)}
+
+
+def test_a_variant_is_trained_and_only_what_the_contrastive_loss_uses_moves():
+    changes, _ = ablations.VARIANTS["no universal layers"]
+    trained = ablations.train(changes, {"video": 1, "image": 1}, seed=3).model
+    other = ablations.train(changes, {"video": 1}, seed=3).model
+    assert not trained.training
+    for (name, a), (_, b) in zip(trained.named_parameters(), other.named_parameters(), strict=True):
+        if name.startswith("matching_head.weight"):
+            assert a.equal(b)
+        if name.startswith(("contrastive_vision.weight", "contrastive_text.weight")):
+            assert not a.equal(b)
