@@ -35,7 +35,8 @@ def execute(path: Path) -> nbformat.NotebookNode:
         notebook, timeout=SECONDS, kernel_name="python3", record_timing=False,
         resources={"metadata": {"path": str(path.parent)}},
     )
-    client.execute(env={**os.environ, "OMP_NUM_THREADS": "1"})
+    here = os.pathsep.join([str(FOLDER.parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    client.execute(env={**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": "1"})  # this mplug2, whatever is installed
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
