@@ -47,12 +47,12 @@ class TemporalConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, t, n = x.shape[:3]
         if self.groups == self.channels:
-            before, now, after = self.weight[:, 0].unbind(dim=1)
-            padded = F.pad(x, (0, 0, 0, 0, 1, 1))
-            out = torch.addcmul(self.bias, padded[:, :-2], before)
-            return torch.addcmul(torch.addcmul(out, x, now), padded[:, 2:], after)
+            out, padded = self.bias, F.pad(x, (0, 0, 0, 0, self.taps // 2, self.taps // 2))
+            for tap, weight in enumerate(self.weight[:, 0].unbind(dim=1)):
+                out = torch.addcmul(out, padded[:, tap : tap + t], weight)
+            return out
         series = rearrange(x, "b t n r -> (b n) r t", b=b, t=t, n=n, r=self.channels)
-        series = F.conv1d(series, self.weight, self.bias, padding=1, groups=self.groups)
+        series = F.conv1d(series, self.weight, self.bias, padding=self.taps // 2, groups=self.groups)
         return rearrange(series, "(b n) r t -> b t n r", b=b, t=t, n=n, r=self.channels)
 
 
