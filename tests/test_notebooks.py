@@ -78,6 +78,7 @@ def drift(found: nbformat.NotebookNode, committed: nbformat.NotebookNode) -> lis
     return lines
 
 
+@pytest.mark.timeout(900)  # seconds; some thirty each on a machine that is free
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_the_notebook_runs_and_says_what_is_committed(path):
     lines = drift(execute(path), nbformat.read(path, as_version=4))
