@@ -21,14 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tiny_data
-from mplug2 import servers
 from mplug2.data.media import is_media
 from mplug2.data.records import available, read_records
-from mplug2.evaluation import Prediction, chance, evaluate, table
-from mplug2.flags import Parser
-from mplug2.inference import Predictor, load
-from mplug2.plots import attention, contact_sheet
-from mplug2.tokenizer import clean
+from mplug2.data.text import clean
+from mplug2.evaluation import submissions
+from mplug2.evaluation.chance import chance
+from mplug2.evaluation.evaluate import Prediction, evaluate, table
+from mplug2.predictor import Predictor, load
+from mplug2.tools.plots import attention, contact_sheet
+from mplug2.training.flags import Parser
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,8 @@ class EvalConfig:
             raise ValueError(f"--input {self.input}: no such file or folder")
         if self.input and bool(self.find) != Path(self.input).is_dir():
             raise ValueError("--find searches a folder, and a folder needs --find; captions are of one file")
-        if self.server and self.server not in servers.TASKS:
-            raise ValueError(f"--server {self.server}: expected one of {', '.join(servers.TASKS)}")
+        if self.server and self.server not in submissions.TASKS:
+            raise ValueError(f"--server {self.server}: expected one of {', '.join(submissions.TASKS)}")
         if self.limit < 0 or self.beams < 1:
             raise ValueError("--limit has to be at least 0 and --beams at least 1")
 
@@ -148,8 +149,8 @@ def score(predictor: Predictor, config: EvalConfig) -> dict[str, float]:
         flat |= {f"{split}/{name}": value for name, value in by_split[split].items()}
         lines += [json.dumps(prediction.line(split)) + "\n" for prediction in predictions]
         if config.server:
-            pairs = [(p.id, str(p.prediction)) for p in predictions if p.task == servers.TASKS[config.server]]
-            print(f"for the server of {config.server}: {servers.write(config.server, folder, split, pairs)}")
+            pairs = [(p.id, str(p.prediction)) for p in predictions if p.task == submissions.TASKS[config.server]]
+            print(f"for the server of {config.server}: {submissions.write(config.server, folder, split, pairs)}")
         seen = [prediction for prediction in predictions if prediction.media and prediction.truth]
         if seen:
             contact_sheet(sample(seen, 16), predictor.preparation.frames, folder / f"contact_sheet_{split}.png")

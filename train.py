@@ -34,60 +34,56 @@ import numpy as np
 import torch
 
 import tiny_data
-from mplug2 import distributed, optim
-from mplug2.checkpoint import (
-    Preparation,
+from mplug2 import distributed
+from mplug2.checkpoint import Preparation, load_model, read_config
+from mplug2.config import PRESETS, ModelConfig
+from mplug2.data.batches import Collate, MixedBatches
+from mplug2.data.loader import ahead, make_loader
+from mplug2.data.records import available
+from mplug2.data.samples import Sample, Samples, check_texts, read_classes, read_samples, stream_kind
+from mplug2.data.shards import Positions, ShardSet, is_shards, read_shards, stream_batches
+from mplug2.data.text import Tokenizer, clean
+from mplug2.data.transforms import Augmentation
+from mplug2.evaluation.evaluate import evaluate, table
+from mplug2.model.layers import Block
+from mplug2.model.mplug2 import MPLUG2, checkpoint_activations, compile_model
+from mplug2.objectives.ema_teacher import Momentum
+from mplug2.objectives.objectives import Objectives
+from mplug2.objectives.self_critical import SelfCritical
+from mplug2.predictor import Predictor
+from mplug2.tasks import BATCH_TYPES, INSTRUCTIONS, PROMPTS, TASKS, batch_types, parse_tasks
+from mplug2.tools.memory_plan import PlanConfig, Work, cost, report
+from mplug2.tools.plots import curves
+from mplug2.tools.report import write_report
+from mplug2.training import optim
+from mplug2.training.fault_tolerance import StopSignal, Watchdog, generator_states, set_generator_states
+from mplug2.training.flags import Parser
+from mplug2.training.logs import Log, peak_tflops
+from mplug2.training.parallel import (
+    accumulating,
+    average_replicated,
+    clip_gradient,
+    load_optimizer_state,
+    optimizer_state,
+    parallelise,
+    separate,
+)
+from mplug2.training.recipes import RECIPES
+from mplug2.training.run_checkpoint import (
     load_beside,
-    load_model,
     load_training,
     point,
-    read_config,
     recover,
     save_checkpoint,
     state_beside,
     whole_model,
 )
-from mplug2.config import PRESETS, ModelConfig
-from mplug2.data.loader import (
-    INSTRUCTIONS,
-    KIND,
-    KINDS,
-    PROMPTS,
-    Collate,
-    MixedBatches,
-    Sample,
-    Samples,
-    ahead,
-    check_texts,
-    make_loader,
-    read_classes,
-    read_samples,
-    stream_kind,
-)
-from mplug2.data.records import available
-from mplug2.data.shards import Positions, ShardSet, is_shards, read_shards, stream_batches
-from mplug2.data.transforms import Augmentation
-from mplug2.evaluation import evaluate, table
-from mplug2.flags import Parser
-from mplug2.inference import Predictor
-from mplug2.layers import Block
-from mplug2.logs import Log, peak_tflops
-from mplug2.model import MPLUG2, TASKS, checkpoint_activations, compile_model, split_tasks
-from mplug2.momentum import Momentum
-from mplug2.objectives import Objectives
-from mplug2.plan import PlanConfig, Work, cost, report
-from mplug2.plots import curves
-from mplug2.recipes import RECIPES
-from mplug2.report import write_report
-from mplug2.self_critical import SelfCritical
-from mplug2.survival import StopSignal, Watchdog, generator_states, set_generator_states
-from mplug2.tokenizer import Tokenizer, clean
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     recipe: str = ""
-    """The settings of a public task, such as msrvtt_caption (mplug2/recipes.py lists them); other flags win over it."""
+    """The settings of a public task, such as msrvtt_caption (mplug2/training/recipes.py has all); flags win over it."""
     task: str = "pretrain"
     """What to train: pretrain, text_classification, text_pair_classification, image_classification,
     video_classification, image_retrieval, video_retrieval, image_caption, video_caption, image_qa, video_qa,
@@ -217,7 +213,7 @@ class TrainConfig:
     its name, where that is known."""
 
     def __post_init__(self):
-        tasks = split_tasks(self.task)
+        tasks = parse_tasks(self.task)
         if self.task_weights and len(self.shares()) != len(tasks):
             raise ValueError(f"task_weights={self.task_weights!r}: expected a number for each of {self.task}")
         if self.preset not in PRESETS:
@@ -235,11 +231,11 @@ class TrainConfig:
             raise ValueError(f"momentum={self.momentum}: expected less than 1, else the copy never follows the model")
         if self.queue and not self.distil:
             raise ValueError(f"queue={self.queue}: the queue belongs to a momentum copy, ask for that by --distil 0.4")
-        if self.queue and not any(TASKS[task].contrastive for task in tasks):
+        if self.queue and not any("contrastive" in TASKS[task].components for task in tasks):
             raise ValueError(f"queue={self.queue}: {self.task} has no VTC that would use it")
-        if self.distil and not self.queue and not any(TASKS[task].fusion and TASKS[task].decoder for task in tasks):
+        if self.distil and not self.queue and not any("question" in TASKS[task].batch for task in tasks):
             raise ValueError(f"distil={self.distil}: {self.task} has no answers to distil, and no --queue for VTC")
-        if self.self_critical and not any("prompted" in kind.parts for task in tasks for kind in KINDS[task].values()):
+        if self.self_critical and not any("prompted" in TASKS[task].batch for task in tasks):
             raise ValueError(f"self_critical: {self.task} writes no captions")
         if self.augment != "none" and "grounding" in tasks:
             raise ValueError(f"augment={self.augment!r}: crops and moves would leave the boxes of grounding behind")
@@ -277,23 +273,14 @@ class TrainConfig:
 
     def kind_weights(self) -> dict[str, float]:
         """Shares of the steps, by kind of batch: a task's share, in pre-training divided among its three kinds."""
-        tasks = split_tasks(self.task)
+        tasks = parse_tasks(self.task)
         weights = dict(zip(tasks, self.shares() if self.task_weights else [1.0] * len(tasks)))
         media = {"video": self.video_weight, "image": self.image_weight, "text": self.text_weight}
         return {
-            name: weights[task] * (media[kind.medium] / (sum(media.values()) or 1) if task == "pretrain" else 1.0)
-            for task in tasks for name, kind in KINDS[task].items()
+            name: weights[task] * (media[kind.modality] / (sum(media.values()) or 1) if task == "pretrain" else 1.0)
+            for task in tasks for name, kind in batch_types(task).items()
         }
 
-
-FINE_TUNING = {
-    "text_classification": 60, "text_pair_classification": 400, "image_classification": 200,
-    "video_classification": 200, "image_retrieval": 200, "video_retrieval": 100, "image_caption": 200,
-    "video_caption": 100, "image_qa": 100, "video_qa": 100, "visual_entailment": 400, "image_pair_reasoning": 400,
-    "grounding": 300,
-}
-"""Steps of each task without --max-steps, at a learning rate of 2e-3: a minute or two on the tiny world. Several tasks
-take the sum of their steps."""
 
 MAY_CHANGE = ("resume", "resume_from", "max_steps", "epochs", "out", "name", "device", "workers", "accumulate",
               "parallel", "offload", "activation_checkpointing", "compile", "log_every", "eval_every", "eval_limit",
@@ -358,9 +345,9 @@ def work_of(config: TrainConfig, model: ModelConfig, world: int) -> Work:
 
 def resolve(given: dict, changes: dict) -> tuple[TrainConfig, dict]:
     """The settings of this run and the changed settings of its model; those of the run itself if it is resumed."""
-    tasks, defaults = split_tasks(given.get("task", TrainConfig.task)), {}
+    tasks, defaults = parse_tasks(given.get("task", TrainConfig.task)), {}
     if "recipe" not in given and "pretrain" not in tasks:
-        defaults = dict(max_steps=sum(FINE_TUNING[task] for task in tasks), lr=2e-3)
+        defaults = dict(max_steps=sum(TASKS[task].steps for task in tasks), lr=2e-3)
     config = TrainConfig(**{**defaults, **with_recipe(given)})
     folder = Path(config.out) / config.run_name
     saved_file = folder / "settings.json"
@@ -481,22 +468,22 @@ def run(config: TrainConfig, changes: dict, process: distributed.Process, comman
     if config.self_critical:
         self_critical = SelfCritical(tokenizer, [
             [clean(caption, config.max_words) for caption in sample.captions]
-            for kind, of_kind in merged.items() if "prompted" in KIND[kind].parts for sample in of_kind
+            for kind, of_kind in merged.items() if "prompted" in BATCH_TYPES[kind].fields for sample in of_kind
             if sample.captions
         ])
     objectives = Objectives(model, momentum, self_critical)
-    parallel = distributed.parallelise(
+    parallel = parallelise(
         objectives, process, config.parallel == "fsdp", Block, config.precision == "bfloat16", config.offload
     )
     optimizer = optim.make_optimizer(
         model, config.lr, config.vision_lr or config.lr, config.weight_decay, (0.9, config.beta2),
         config.optimizer, config.layer_decay,
     )
-    distributed.separate(optimizer)
+    separate(optimizer)
     first_step = resumed["step"] if resumed else 0
     torch.manual_seed(config.seed + process.rank)  # but dropout and negatives of its own
     if resumed:
-        distributed.load_optimizer_state(optimizer, model, resumed["optimizer"])
+        load_optimizer_state(optimizer, model, resumed["optimizer"])
         load_beside(objectives, resumed["objectives"])
         if len(resumed["generators"]) == process.world:
             set_generator_states(resumed["generators"][process.rank], process.device)
@@ -558,7 +545,7 @@ def run(config: TrainConfig, changes: dict, process: distributed.Process, comman
         one = unsharded()
         state = positions.collected(distributed.collect(positions))
         training = {
-            "step": step, "optimizer": distributed.optimizer_state(optimizer, model), "positions": state,
+            "step": step, "optimizer": optimizer_state(optimizer, model), "positions": state,
             "objectives": state_beside(objectives), "nonfinite_steps": log.nonfinite_steps,
             "generators": distributed.collect(generator_states(process.device)),
         }
@@ -587,7 +574,7 @@ def run(config: TrainConfig, changes: dict, process: distributed.Process, comman
                 watchdog.beat(step, "in a step", names=functools.partial(", ".join, batch["where"]))
                 batch = {name: value.to(process.device, non_blocking=True) if torch.is_tensor(value) else value
                          for name, value in batch.items()}
-                with distributed.accumulating(parallel, last=micro == config.accumulate - 1):
+                with accumulating(parallel, last=micro == config.accumulate - 1):
                     with torch.autocast(process.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
                         losses = parallel(batch)
                         loss = sum(loss_weights.get(name, 1.0) * value for name, value in losses.items())
@@ -596,8 +583,8 @@ def run(config: TrainConfig, changes: dict, process: distributed.Process, comman
                 for name, value in losses.items():
                     means[name] = means.get(name, 0.0) + value.detach() / config.accumulate
                 operations += flops(batch["kind"])
-            distributed.average_replicated(parallel)
-            norm = distributed.clip_gradient(parameters, config.clip_grad)
+            average_replicated(parallel)
+            norm = clip_gradient(parameters, config.clip_grad)
 
             # One process may see what the others do not: they skip, and they stop, together.
             # To ask is to wait for the device, once a step: the weights may change only when the answer is known.
@@ -751,7 +738,7 @@ def validate(
     """Evaluate on a split, if the data has it, and write what was found to metrics.jsonl: after pre-training all that
     the model can do, else the tasks that are trained. The predictions go to predictions.jsonl, and all of it to
     report.html."""
-    tasks = split_tasks(config.task)
+    tasks = parse_tasks(config.task)
     predictor.model.eval()
     state = torch.get_rng_state()
     metrics, predictions = evaluate(predictor, root, split, limit, None if "pretrain" in tasks else tasks)

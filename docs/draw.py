@@ -14,7 +14,7 @@ import mplug2
 import tiny_data
 from mplug2.data.media import read_media
 from mplug2.data.records import read_records
-from mplug2.plots import curves, overlay
+from mplug2.tools.plots import curves, overlay
 
 HERE = Path(__file__).parent
 FAINT = "#7d8590"

@@ -19,7 +19,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from mplug2.attention import Cache, CrossAttention, SelfAttention
+from mplug2.model.attention import Cache, CrossAttention, SelfAttention
 
 
 @contextmanager

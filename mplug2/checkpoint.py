@@ -13,30 +13,23 @@ points to the newest and `best` to the one with the highest score.
 import dataclasses
 import hashlib
 import json
-import os
 import re
-import shutil
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from mplug2.config import ModelConfig, from_dict
-from mplug2.distributed import Process, part_of, whole
-from mplug2.model import FRESH, MPLUG2
-from mplug2.tokenizer import Tokenizer
+from mplug2.data.text import Tokenizer
+from mplug2.model.mplug2 import MPLUG2
+from mplug2.tasks import COMPONENTS, NEW_HEADS
 
 FORMAT = 1
 MODEL_FILES = ("model.safetensors", "config.json", "tokenizer.json")
-HEADS_AND_MODULES = (
-    "vision_encoder", "vision_projection", "vision_norm", "text_encoder", "universal", "fusion", "decoder",
-    "contrastive_vision", "contrastive_text", "temperature", "matching_head", "masked_head",
-    *FRESH,
-)
+NEW_MODULES = tuple(part for name in NEW_HEADS for part in COMPONENTS[name])
+"""Modules that fine-tuning may initialize, because the checkpoint of a pre-training lacks them."""
 LOCAL_TEMPORAL = re.compile(r"^vision_encoder\.blocks\.\d+\.lt[12]\.")
 
 
@@ -119,7 +112,7 @@ def load_model(
     anew, missing = (), ()
     if classes is not None:
         anew = tuple(f"classifier.{name}" for name, names in model.classes.items() if names != saved_classes.get(name))
-        missing = FRESH
+        missing = NEW_MODULES
     model.fresh = load_weights(model, Path(folder) / "model.safetensors", saved_task, anew, missing)
     return model.eval(), tokenizer, preparation
 
@@ -146,18 +139,18 @@ def load_weights(model: MPLUG2, path: Path, saved_task: str, anew: tuple[str, ..
         + (f"found {tuple(weights[name].shape)}" if name in weights else "not in the file")
         for name, tensor in wanted.items() if name not in weights or weights[name].shape != tensor.shape
     ]
-    absent = {part for part in HEADS_AND_MODULES if not hasattr(model, part)}
+    absent = {part for name, parts in COMPONENTS.items() if name not in model.components for part in parts}
     # A caption model has the universal layers, but not what only text or only vision needs of them; a classifier has
     # a part for each task; and a model of images may do without local temporal modules.
     partly = ("universal.", "classifier.")
     lines += [
         f"  {name}: not part of this model" for name in weights
         if name not in wanted and name.split(".")[0] not in absent and not name.startswith(partly)
-        and (model.parts.temporal or model.config.temporal_on_images or not LOCAL_TEMPORAL.search(name))
+        and ("temporal" in model.components or model.config.temporal_on_images or not LOCAL_TEMPORAL.search(name))
     ]
     if lines:
         shown = "\n".join(lines[:8]) + (f"\n  and {len(lines) - 8} more" if len(lines) > 8 else "")
-        new_heads = sorted({name.split(".")[0] for name in wanted if name not in weights} & {*FRESH})
+        new_heads = sorted({name.split(".")[0] for name in wanted if name not in weights} & {*NEW_MODULES})
         hint = f"\n{', '.join(new_heads)}: train.py --task {model.task} --init trains it" if new_heads else ""
         raise CheckpointError(
             f"{path}, saved for {saved_task}, does not fit this model for {model.task}:\n{shown}{hint}"
@@ -166,68 +159,10 @@ def load_weights(model: MPLUG2, path: Path, saved_task: str, anew: tuple[str, ..
     return fresh
 
 
-def save_checkpoint(
-    run: Path, name: str, model: MPLUG2, tokenizer: Tokenizer, preparation: Preparation, training: dict, keep: int,
-    score: float | None = None,
-) -> Path:
-    """Write `run/name` whole or not at all, let `run/last` point to it, and remove all but the newest `keep` and the
-    best. `score`: what validation found at this step, if it was asked; higher is better.
-
-    Raises CheckpointError if the disk is full or the files cannot be written; what was there before is untouched.
-    """
-    folder, aside, old = run / name, run / f".{name}.part", run / f".{name}.old"
-    recover(run)
-    try:
-        save_model(aside, model, tokenizer, preparation)
-        torch.save(training, aside / "training.pt")
-        _write_manifest(aside, training["step"], score)
-        for path in (*aside.iterdir(), aside):
-            _flush(path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
-        shutil.rmtree(aside, ignore_errors=True)
-        last = run / "last"
-        before = f"{os.readlink(last)} is whole" if last.exists() else "there is none"
-        raise CheckpointError(f"{folder} could not be written ({error}). The checkpoint before it: {before}. Make room "
-                              "on the disk, then go on with --resume") from error
-    if folder.exists():
-        os.rename(folder, old)
-    os.rename(aside, folder)
-    point(run / "last", name)
-    if score is not None and ((best := _score(run / "best")) is None or score >= best):
-        point(run / "best", name)
-    _flush(run)
-    # Never the one just written, though it may be of an earlier step than others, where a run was taken back.
-    kept = {folder, (run / "best").resolve()}
-    others = sorted((other for other in run.glob("step_*") if other != folder), reverse=True)
-    for other in [*(other for other in others[keep - 1 :] if other.resolve() not in kept), old]:
-        shutil.rmtree(other, ignore_errors=other == old)
-    return folder
 
 
-def recover(run: Path) -> None:
-    """Clean up after a run that was killed while it saved. A checkpoint that was moved out of the way is put back,
-    if the new one did not get its name yet."""
-    for old in run.glob(".step_*.old"):
-        folder = run / old.name[1 : -len(".old")]
-        with suppress(FileNotFoundError):  # another process of this run was faster
-            if folder.exists():
-                shutil.rmtree(old)
-            else:
-                os.rename(old, folder)
-    for part in run.glob(".step_*.part"):
-        shutil.rmtree(part, ignore_errors=True)
 
 
-def load_training(folder: Path) -> dict:
-    """What `save_checkpoint` got as `training`. CheckpointError if the folder cannot be resumed or is damaged."""
-    path = folder / "training.pt"
-    if not path.is_file():
-        raise CheckpointError(f"{folder} holds no training.pt: it can be evaluated, or start a new run by --init, "
-                              "but not be resumed")
-    if not (folder / "manifest.json").is_file():
-        raise _damaged(folder, "there is no manifest.json")
-    verify(folder, ("training.pt",))
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def verify(folder: Path | str, names: tuple[str, ...]) -> None:
@@ -268,18 +203,8 @@ def _damaged(folder: Path, problem: str) -> CheckpointError:
     return CheckpointError(f"the checkpoint {folder} ({real.name}) is damaged: {problem}; {offer}")
 
 
-def _write_manifest(folder: Path, step: int, score: float | None) -> None:
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())
-    }
-    manifest = {"step": step, "score": score, "files": files}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))  # without an end, any cut shows
 
 
-def _score(folder: Path) -> float | None:
-    """The score in the manifest of a checkpoint; none if there is no such checkpoint."""
-    path = folder / "manifest.json"
-    return json.loads(path.read_text())["score"] if path.is_file() else None
 
 
 def _sha256(path: Path) -> str:
@@ -290,50 +215,11 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def whole_model(model: MPLUG2, process: Process) -> MPLUG2 | None:
-    """A model that is sharded (FSDP2), put together on the main process, in the memory of the CPU; None on the others.
-    All of them have to call it."""
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        one_piece = whole(tensor)
-        if process.is_main:
-            weights[name] = one_piece.cpu()
-    if not process.is_main:
-        return None
-    with torch.device("meta"):  # neither memory nor random numbers
-        one = MPLUG2(model.config, model.task, model.classes)
-    one.load_state_dict(weights, assign=True)
-    return one
 
 
-def state_beside(objectives: nn.Module) -> dict[str, torch.Tensor]:
-    """What is trained along with the model: momentum copies, queues. All processes have to call it."""
-    return {name: whole(tensor).cpu() for name, tensor in objectives.state_dict().items() if name[:6] != "model."}
 
 
-@torch.no_grad()
-def load_beside(objectives: nn.Module, saved: dict[str, torch.Tensor]) -> None:
-    """The inverse of `state_beside`. CheckpointError if the run has other parts now."""
-    own = {name: tensor for name, tensor in objectives.state_dict().items() if name[:6] != "model."}
-    if own.keys() != saved.keys():
-        raise CheckpointError(f"the checkpoint has {', '.join(sorted(saved)) or 'nothing'} beside the model, this run "
-                              f"{', '.join(sorted(own)) or 'nothing'}: it was saved with other settings")
-    for name, tensor in own.items():
-        tensor.copy_(part_of(saved[name], tensor))
 
 
-def _flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
-def point(link: Path, name: str) -> None:
-    """Let the symbolic link `link` point to `name`, in one step."""
-    aside = link.with_name(f".{link.name}.part")
-    aside.unlink(missing_ok=True)
-    aside.symlink_to(name)
-    os.replace(aside, link)

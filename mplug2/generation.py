@@ -16,8 +16,8 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from mplug2.model import MPLUG2
-from mplug2.shapes import check
+from mplug2.model.mplug2 import MPLUG2
+from mplug2.model.shapes import check
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def _write(
     """`choose(logits n s, rows n)` gives the next token `n` of the texts with these row numbers in `start`."""
     b, first, device = check(memory, "b m d")["b"], check(start, "br l")["l"], memory.device
     r = _share(start, b)
-    decoder, steps = model.part("decoder"), _room(model, first, max_length)
+    decoder, steps = model.require("decoder"), _room(model, first, max_length)
     state = decoder.start(memory, memory_mask)
     written = start.new_full((len(start), steps), special.sep)
     rows = torch.arange(len(start), device=device)
@@ -111,7 +111,7 @@ def beam_search(
     stored and the sample is done. Here the ids keep their [SEP]s, as released.
     """
     b, first, device = check(memory, "b m d")["b"], check(start, "b l")["l"], memory.device
-    decoder, steps = model.part("decoder"), _room(model, first, max_length)
+    decoder, steps = model.require("decoder"), _room(model, first, max_length)
     state = decoder.start(memory, memory_mask)
     stored: list[list[tuple[float, list[int]]]] = [[] for _ in range(b)]
     samples = list(range(b))  # which samples are still at work, in the order of the rows below
@@ -165,7 +165,7 @@ def rank(
     b = check(memory, "b m d")["b"]
     count = check(answers_mask, "a l", **check(answers, "a l"))["a"]
     k = min(k, count)
-    decoder = model.part("decoder")
+    decoder = model.require("decoder")
     first = decoder.step(repeat(answers[0, :1], "l -> b l", b=b), decoder.start(memory, memory_mask)).softmax(dim=-1)
     first_probability, chosen = first[:, answers[:, 1]].topk(k, dim=-1)  # b k
     ids, mask = (rearrange(x[chosen], "b k l -> (b k) l", b=b, k=k) for x in (answers, answers_mask))

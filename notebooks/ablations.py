@@ -16,17 +16,19 @@ import numpy as np
 import torch
 
 import tiny_data
-from mplug2 import optim
 from mplug2.checkpoint import Preparation
 from mplug2.config import tiny
-from mplug2.data.loader import Collate, MixedBatches, Samples, make_loader, read_samples
+from mplug2.data.batches import Collate, MixedBatches
+from mplug2.data.loader import make_loader
 from mplug2.data.records import read_records
-from mplug2.evaluation import labels
-from mplug2.inference import Predictor
-from mplug2.metrics import retrieval
-from mplug2.model import MPLUG2
-from mplug2.objectives import contrastive_loss
-from mplug2.tokenizer import Tokenizer
+from mplug2.data.samples import Samples, read_samples
+from mplug2.data.text import Tokenizer
+from mplug2.evaluation.evaluate import labels
+from mplug2.evaluation.ranking import retrieval
+from mplug2.model.mplug2 import MPLUG2
+from mplug2.objectives.losses import contrastive_loss
+from mplug2.predictor import Predictor
+from mplug2.training import optim
 
 RESULTS = Path(__file__).with_suffix(".json")
 PRETRAINED = Path(tiny_data.__file__).parent / "pretrained"  # for its vocabulary only

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mplug2.attention import SelfAttention
 from mplug2.config import ModelConfig
-from mplug2.layers import BertLayer
+from mplug2.model.attention import SelfAttention
+from mplug2.model.layers import BertLayer
 
 seeds = st.integers(0, 2**16)
 Module = TypeVar("Module", bound=nn.Module)

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from mplug2.config import tiny
-from mplug2.model import MPLUG2
+from mplug2.model.mplug2 import MPLUG2
 
 FILE = Path(__file__).parents[1] / "notebooks/ablations.py"
 spec = importlib.util.spec_from_file_location("ablations", FILE)

@@ -5,9 +5,9 @@ from helpers import assert_same, configs, noise, random_ids, random_mask, random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mplug2.attention import Cache, CrossAttention, SelfAttention, causal_mask
 from mplug2.attention_maps import attention_maps, attention_weights, self_attention_weights
-from mplug2.model import MPLUG2
+from mplug2.model.attention import Cache, CrossAttention, SelfAttention, causal_mask
+from mplug2.model.mplug2 import MPLUG2
 
 
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), seeds)

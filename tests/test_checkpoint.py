@@ -13,18 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from mplug2.checkpoint import (
-    CheckpointError,
-    Preparation,
-    load_model,
-    load_training,
-    read_config,
-    recover,
-    save_checkpoint,
-    save_model,
-)
-from mplug2.model import MPLUG2, TASKS
-from mplug2.tokenizer import Tokenizer
+from mplug2.checkpoint import CheckpointError, Preparation, load_model, read_config, save_model
+from mplug2.data.text import Tokenizer
+from mplug2.model.mplug2 import MPLUG2
+from mplug2.tasks import TASKS
+from mplug2.training.run_checkpoint import load_training, recover, save_checkpoint
 
 PREPARATION = Preparation(frames=3, max_words=7)
 TOKENIZER = Tokenizer.train(["a red one", "a one"], 20)
@@ -78,7 +71,9 @@ def test_what_is_loaded_is_what_was_saved_to_the_bit(tmp_path_factory, task, see
     assert {file.name for file in folder.iterdir()} == {"model.safetensors", "config.json", "tokenizer.json"}
 
 
-@pytest.mark.parametrize("task", sorted(task for task, row in TASKS.items() if not (row.classifier or row.box)))
+@pytest.mark.parametrize(
+    "task", sorted(task for task, row in TASKS.items() if not row.components & {"classifier", "box"})
+)
 def test_another_task_loads_the_part_that_it_needs(saved, task):
     found, _, _ = load_model(saved, task)
     assert found.task == task

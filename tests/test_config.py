@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from eval import EvalConfig
 from mplug2.config import MAY_BE_ZERO, PRESETS, ModelConfig, field_docs, from_dict
-from mplug2.flags import Parser
+from mplug2.training.flags import Parser
 from train import TrainConfig
 
 FIELDS = dataclasses.fields(ModelConfig)

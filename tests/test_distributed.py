@@ -14,8 +14,9 @@ from test_objectives import likeness, make_batch, make_model, with_places
 
 from mplug2 import distributed
 from mplug2.distributed import collect, gather, global_mean, start, stop, total, world_size
-from mplug2.momentum import Momentum
-from mplug2.objectives import Objectives, matching_loss
+from mplug2.objectives.ema_teacher import Momentum
+from mplug2.objectives.losses import matching_loss
+from mplug2.objectives.objectives import Objectives
 
 
 @pytest.fixture(scope="module")

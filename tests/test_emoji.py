@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mplug2.data.loader import read_samples
 from mplug2.data.media import kind_of, read_video
 from mplug2.data.records import read_records
+from mplug2.data.samples import read_samples
 from tiny_data import emoji
 from tiny_data.emoji import Emoji
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mplug2.generation import Special, beam_search, best_texts, greedy, rank, sample
-from mplug2.model import MPLUG2
+from mplug2.model.mplug2 import MPLUG2
 
 S, POSITIONS, WIDTH = 7, 9, 16
 SPECIAL = Special(cls=1, sep=2, pad=0)

@@ -12,9 +12,10 @@ from test_train_eval import FAST, MODEL, SIZES, lines, refused
 
 import eval as evaluation
 import train
-from mplug2.checkpoint import load_training, read_classes
+from mplug2.checkpoint import read_classes
 from mplug2.data.records import read_records
-from mplug2.model import TASKS
+from mplug2.tasks import TASKS
+from mplug2.training.run_checkpoint import load_training
 from tiny_data import write
 
 FINE_TUNED = [task for task in TASKS if task != "pretrain"]
@@ -57,7 +58,7 @@ def test_every_task_is_fine_tuned_and_evaluated(task, pretrained, world, tmp_pat
     key = f"image_{key}" if task.startswith("image") and what in KEYS else key
     assert 0 <= results[f"test/{key}"] <= 1
     said = capsys.readouterr().out
-    assert ("and therefore trained from scratch" in said) == (TASKS[task].classifier or TASKS[task].box)
+    assert ("and therefore trained from scratch" in said) == bool(TASKS[task].components & {"classifier", "box"})
 
     found = evaluation.main(["--checkpoint", str(run / "last"), "--data", str(world), "--task", task])
     trained = {name: value for name, value in results.items() if name != "step"}
@@ -69,12 +70,13 @@ def test_every_task_is_fine_tuned_and_evaluated(task, pretrained, world, tmp_pat
     expected = {"retrieval": 2 * len(records), "qa": sum(len(record.qa) for record in records)}.get(what, len(records))
     assert len(written) == expected
     for line in written:
-        sure = {"confidence"} if TASKS[task].classifier else set()
+        sure = {"confidence"} if "classifier" in TASKS[task].components else set()
         assert set(line) == {"id", "task", "split", "media", "question", "prediction", "truth"} | sure
         assert (line["task"], line["split"]) == (task, "test")
         searched = what == "retrieval" and line["question"]  # by a text, among files
-        assert len(line["media"]) == (2 if TASKS[task].pair else 1 if TASKS[task].vision and not searched else 0)
-    if TASKS[task].classifier:
+        media = 1 + ("pair" in TASKS[task].components) if "vision" in TASKS[task].components and not searched else 0
+        assert len(line["media"]) == media
+    if "classifier" in TASKS[task].components:
         assert set(read_classes(run / "last")[task]) == {record.label for record in read_records(world, task, "train")}
         right = sum(line["prediction"] in line["truth"] for line in written) / len(written)
         assert found[f"test/{task}_accuracy"] == pytest.approx(right)
@@ -94,7 +96,7 @@ def test_several_tasks_share_the_steps_by_their_weights(pretrained, world, tmp_p
 
 
 def test_fine_tuning_has_defaults_of_its_own_that_flags_win_over(tmp_path):
-    assert set(train.FINE_TUNING) == set(FINE_TUNED)
+    assert all(TASKS[task].steps for task in FINE_TUNED)
 
     def settings(**given) -> tuple[str, int, float]:
         config = train.resolve({"out": str(tmp_path), **given}, {})[0]
@@ -207,7 +209,7 @@ def test_answers_are_chosen_from_a_list(pretrained, world, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    ("--task video_cation", "unknown task 'video_cation'; known are text_classification, "),
+    ("--task video_cation", "unknown task 'video_cation'; known are video_caption, "),
     ("--task video_qa,video_qa", "a task is named twice"),
     ("--task video_qa,image_qa --task-weights 1", "expected a number for each of video_qa,image_qa"),
     ("--task video_qa --task-weights x", "task_weights='x': expected numbers"),
@@ -235,7 +237,7 @@ def test_what_a_checkpoint_cannot_do_is_refused_with_the_way_to_it(capsys, pretr
 
 
 def test_classes_by_captions_are_those_of_the_file_or_of_the_prompt(pretrained, world, tmp_path):
-    from mplug2.evaluation import zero_shot
+    from mplug2.evaluation.evaluate import zero_shot
 
     model = evaluation.load(pretrained)
     records = read_records(world, "image_classification", "test")

@@ -16,8 +16,10 @@ from safetensors.torch import load_file
 
 import eval as evaluation
 import train
-from mplug2 import distributed, report
-from mplug2.checkpoint import load_training, read_config
+from mplug2 import distributed
+from mplug2.checkpoint import read_config
+from mplug2.tools import report
+from mplug2.training.run_checkpoint import load_training
 from tiny_data import Sizes, write
 from tiny_data.writer import VERSION
 
@@ -208,7 +210,7 @@ def test_every_setting_is_explained(capsys):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     ("--max-step 3", "unknown argument --max-step; did you mean --max-steps?"),
-    ("--task captions", "unknown task 'captions'; known are text_classification, "),
+    ("--task captions", "unknown task 'captions'; known are video_caption, "),
     ("--preset huge", "preset='huge': expected one of tiny, base, large"),
     ("--max-steps 0", "max_steps=0: expected at least 1"),
     ("--batch-size many", "--batch-size: invalid int value: 'many'"),

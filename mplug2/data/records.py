@@ -5,7 +5,7 @@ the pictures and clips that the lines name, relative to that folder:
 
     {"video": "clips/0001.gif", "captions": ["a red three moves left", "a three, red, goes to the left"]}
 
-`TASK_FIELDS` says which fields each task must have; `OPTIONAL_FIELDS`, `GALLERY_TASKS` and `TASK_LABELS` say the rest.
+`mplug2.tasks` lists the fields that each task must have; `OPTIONAL_FIELDS` may stand in any line.
 Reading is strict: a field that is missing, misspelt or of the wrong type stops it, at once, with the file and the line.
 The media are not looked at here: a picture that does not exist is reported when it is decoded (`media.py`).
 """
@@ -22,23 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-TASK_FIELDS: dict[str, tuple[str, ...]] = {
-    "image_caption": ("image", "captions"),
-    "video_caption": ("video", "captions"),
-    "image_retrieval": ("image", "captions"),
-    "video_retrieval": ("video", "captions"),
-    "image_qa": ("image", "qa"),
-    "video_qa": ("video", "qa"),
-    "text_only": ("text",),
-    "text_classification": ("text", "label"),
-    "text_pair_classification": ("texts", "label"),
-    "image_classification": ("image", "label"),
-    "video_classification": ("video", "label"),
-    "visual_entailment": ("image", "text", "label"),
-    "image_pair_reasoning": ("images", "text", "label"),
-    "grounding": ("image", "text", "box"),
-}
-"""Every task, and the fields that each of its lines must have."""
+from mplug2.tasks import RECORD_FIELDS, TASKS
 
 OPTIONAL_FIELDS: tuple[str, ...] = ("id", "meaning", "unlabelled")
 """Fields that a line of any task may have."""
@@ -46,18 +30,6 @@ OPTIONAL_FIELDS: tuple[str, ...] = ("id", "meaning", "unlabelled")
 TRUTH_FIELDS: tuple[str, ...] = ("captions", "label", "box")
 """Fields, beside the answers of questions, that a line with `"unlabelled": true` does without: its truth is kept by the
 server of a benchmark. It can be predicted, but neither trained on nor scored."""
-
-GALLERY_TASKS: tuple[str, ...] = ("image_retrieval", "video_retrieval")
-"""Tasks whose lines may also name their `gallery`."""
-
-TASK_LABELS: dict[str, tuple[str, ...]] = {
-    "visual_entailment": ("entailment", "neutral", "contradiction"),
-    "image_pair_reasoning": ("true", "false"),
-}
-"""Tasks whose labels are given; those of the other tasks are whatever class names the files use."""
-
-NUMBER_TASKS: tuple[str, ...] = ("text_classification", "text_pair_classification")
-"""Tasks whose labels may be numbers, to be predicted as such."""
 
 FILE_NAME = re.compile(r"([a-z_]+)\.([A-Za-z0-9_-]+)\.jsonl")
 BOX_SLACK = 1e-3  # how far a box may stick out of its image, in image sizes: what rounding to three digits can cause
@@ -115,9 +87,9 @@ def read_records(root: Path | str, task: str, split: str) -> list[Record]:
     Raises RecordError for a line that is not a record of the task and for a file without any, ValueError for an unknown
     task, and FileNotFoundError, with a list of what there is, if there is no such file.
     """
-    if task not in TASK_FIELDS:
-        hint = _did_you_mean(task, TASK_FIELDS)
-        raise ValueError(f"unknown task {task!r}{hint}; the tasks are {_listing(TASK_FIELDS)}")
+    if task not in RECORD_FIELDS:
+        hint = _did_you_mean(task, RECORD_FIELDS)
+        raise ValueError(f"unknown task {task!r}{hint}; the tasks are {_listing(RECORD_FIELDS)}")
     root = Path(os.path.abspath(root))
     path = root / f"{task}.{split}.jsonl"
     if not path.is_file():
@@ -144,7 +116,7 @@ def read_records(root: Path | str, task: str, split: str) -> list[Record]:
 
 
 def available(root: Path | str) -> dict[str, list[str]]:
-    """The splits that the folder `root` has of each task, tasks in the order of `TASK_FIELDS`, splits by name.
+    """The splits that the folder `root` has of each task, tasks in the order of `RECORD_FIELDS`, splits by name.
 
     Files that are not named `<task>.<split>.jsonl` are passed over. Raises FileNotFoundError if no file is, or if the
     folder does not exist.
@@ -153,14 +125,24 @@ def available(root: Path | str) -> dict[str, list[str]]:
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder; expected one with files named <task>.<split>.jsonl")
     matches = [match for match in map(FILE_NAME.fullmatch, sorted(os.listdir(root))) if match]
-    splits = {task: [match[2] for match in matches if match[1] == task] for task in TASK_FIELDS}
+    splits = {task: [match[2] for match in matches if match[1] == task] for task in RECORD_FIELDS}
     found = {task: names for task, names in splits.items() if names}
     if not found:
         raise FileNotFoundError(
             f"no file in {root} is named <task>.<split>.jsonl, such as video_caption.train.jsonl; "
-            f"the tasks are {_listing(TASK_FIELDS)}"
+            f"the tasks are {_listing(RECORD_FIELDS)}"
         )
     return found
+
+
+def has_gallery(task: str) -> bool:
+    """Whether the lines of a task may name their gallery: whether the task ranks."""
+    return task in TASKS and TASKS[task].output == "ranking"
+
+
+def _labels(task: str) -> tuple[tuple[str, ...], bool]:
+    """The labels that a task fixes, if it does, and whether they may be numbers."""
+    return (TASKS[task].labels, TASKS[task].number_labels) if task in TASKS else ((), False)
 
 
 def _parse_line(
@@ -175,12 +157,12 @@ def _parse_line(
     if not isinstance(fields, dict):
         _fail(where, fields, "a JSON object")
     unlabelled = fields.get("unlabelled") is True
-    needed = tuple(name for name in TASK_FIELDS[task] if not (unlabelled and name in TRUTH_FIELDS))
+    needed = tuple(name for name in RECORD_FIELDS[task] if not (unlabelled and name in TRUTH_FIELDS))
     _check_names(where, f"task {task!r}", fields, needed, tuple(parsers[unlabelled]))
     values = {name: parsers[unlabelled][name](f"{where}: {name}", value) for name, value in fields.items()}
     record_id = values.setdefault("id", default_id)
     values.setdefault("meaning", record_id)
-    if task in GALLERY_TASKS:
+    if has_gallery(task):
         values.setdefault("gallery", "all")
     return Record(where=where, **values)
 
@@ -198,12 +180,12 @@ def _field_parsers(root: Path, task: str, unlabelled: bool) -> dict[str, Callabl
         "qa": partial(_questions, unlabelled),
         "text": _string,
         "texts": partial(_pair, _string),
-        "label": partial(_label, TASK_LABELS.get(task, ()), task in NUMBER_TASKS),
+        "label": partial(_label, *_labels(task)),
         "box": _box,
         "gallery": _string,
         "unlabelled": _true,
     }
-    names = OPTIONAL_FIELDS + TASK_FIELDS[task] + (("gallery",) if task in GALLERY_TASKS else ())
+    names = OPTIONAL_FIELDS + RECORD_FIELDS[task] + (("gallery",) if has_gallery(task) else ())
     return {name: parsers[name] for name in names}
 
 

@@ -28,18 +28,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from mplug2.data.loader import (
-    Collate,
-    MixedBatches,
-    Sample,
-    Samples,
-    check_texts,
-    read_samples,
-    start_worker,
-    stream_kind,
-)
+from mplug2.data.batches import Collate, MixedBatches
+from mplug2.data.loader import start_worker
 from mplug2.data.media import MediaError
 from mplug2.data.records import Question, RecordError
+from mplug2.data.samples import Sample, Samples, check_texts, read_samples, stream_kind
 
 INDEX = "shards.json"
 

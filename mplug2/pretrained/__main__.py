@@ -14,16 +14,16 @@ from pathlib import Path
 
 from mplug2.checkpoint import Preparation, save_model
 from mplug2.config import ModelConfig
-from mplug2.data.loader import PROMPTS
-from mplug2.model import MPLUG2, TASKS
+from mplug2.data.text import Tokenizer, clean
+from mplug2.model.mplug2 import MPLUG2
 from mplug2.pretrained.bert import from_bert
 from mplug2.pretrained.clip import clip_sizes, from_clip
 from mplug2.pretrained.entries import setting
 from mplug2.pretrained.files import open_settings, open_weights, read_json
 from mplug2.pretrained.released import LARGE_BERT, LARGE_RUN, from_released
-from mplug2.tokenizer import Tokenizer, clean
+from mplug2.tasks import PROMPTS, TASKS
 
-RELEASED = [name for name, task in TASKS.items() if not (task.classifier or task.box)]
+RELEASED = [name for name, task in TASKS.items() if not task.components & {"classifier", "box"}]
 """Tasks whose heads a checkpoint of others may hold."""
 
 

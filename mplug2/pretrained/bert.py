@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mplug2.model import MPLUG2
+from mplug2.model.mplug2 import MPLUG2
 from mplug2.pretrained.entries import (
     BERT_EMBEDDINGS,
     BERT_HEAD,

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mplug2.local_temporal import LocalTemporal
-from mplug2.model import MPLUG2
+from mplug2.model.local_temporal import LocalTemporal
+from mplug2.model.mplug2 import MPLUG2
 from mplug2.pretrained.entries import (
     CLIP_BLOCK,
     CLIP_VISION,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mplug2.config import ModelConfig
-from mplug2.model import MPLUG2, TASKS
+from mplug2.model.mplug2 import MPLUG2
 from mplug2.pretrained.entries import (
     BERT_CROSS_ATTENTION,
     BERT_EMBEDDINGS,
@@ -195,7 +195,7 @@ def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def never_used(model: MPLUG2) -> list[str]:
     """Patterns of all entries that a released checkpoint may hold and that the task of `model` never uses."""
-    config, parts, stack = model.config, TASKS[model.task], model.released_stack
+    config, built, stack = model.config, model.components, model.released_stack
     universal = range(config.text_layers - config.universal_layers, config.text_layers)
     decoder = range(max(0, config.decoder_layers - config.universal_layers), config.decoder_layers)
     layer, embeddings = entries_of(BERT_LAYER), entries_of(BERT_EMBEDDINGS)
@@ -214,7 +214,7 @@ def never_used(model: MPLUG2) -> list[str]:
         MOMENTUM_COPIES,
         PRETRAINING_HEADS,
     ]
-    if parts.fusion:  # only the last layers of the stack run, those on the joint sequence without cross-attention
+    if "fusion" in built:  # only the last layers of the stack run, those on the joint sequence without cross-attention
         first = stack - config.fusion_layers
         connected = [first + i for i, connected in enumerate(model.fusion.connected) if connected]
         patterns += [
@@ -223,7 +223,7 @@ def never_used(model: MPLUG2) -> list[str]:
         ]
     else:
         patterns += [rf"{FUSION}\.encoder\.layer\.{alternatives(range(stack))}\.{layer_with_cross}"]
-    if not parts.text:
+    if "text" not in built:
         patterns += [
             rf"{TEXT}\.embeddings\.{embeddings}",
             rf"{TEXT}\.encoder\.layer\.{alternatives(range(universal.start))}\.{layer}",

@@ -31,7 +31,7 @@ class Found:
     where: str
     """The file and line, or file and entry, that it comes from."""
     fields: dict[str, Any]
-    """Fields of `records.TASK_FIELDS`; media as paths relative to the download."""
+    """Fields of `records.RECORD_FIELDS`; media as paths relative to the download."""
 
 
 class Item:

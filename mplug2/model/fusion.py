@@ -1,0 +1,51 @@
+"""Fusion: text looks at vision (section 3.1 of the paper; connected-attention layers come from mPLUG, EMNLP 2022).
+
+Axes: b batch, r texts for each image or video, v visual tokens, l text tokens, d width.
+"""
+
+import torch
+from einops import repeat
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mplug2.config import ModelConfig
+from mplug2.model.attention import padding_mask
+from mplug2.model.layers import BertLayer
+from mplug2.model.shapes import check
+
+
+class Fusion(nn.Module):
+    """F layers of text self-attention, cross-attention to the visual tokens, and feed-forward.
+
+    With `fusion_stride` k > 0 every k-th layer after the first is a connected-attention layer instead: self-attention
+    and feed-forward over the joint sequence [vision, text]; what comes out for vision is added to the visual tokens.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.width, stride = config.width, config.fusion_stride
+        self.connected = [stride > 0 and i > 0 and i % stride == 0 for i in range(config.fusion_layers)]
+        self.layers = nn.ModuleList(BertLayer(config, cross=not connected) for connected in self.connected)
+
+    def forward(self, vision: Tensor, text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """vision V' `b v d`, text `(b r) l d`, text_mask `(b r) l` (true = real token) -> vision, fused text.
+
+        r texts in a row share the visual tokens. These come back as they are, `b v d`, unless connected-attention
+        layers change them, for each text in its own way: `(b r) v d`.
+        """
+        sizes = check(vision, "b v d", d=self.width)
+        shape = check(text_mask, "br l", **check(text, "br l d", d=self.width))
+        if shape["br"] % sizes["b"]:
+            raise ValueError(f"{shape['br']} texts cannot share {sizes['b']} images or videos evenly")
+        v, l, r = sizes["v"], shape["l"], shape["br"] // sizes["b"]
+        if any(self.connected):
+            vision = repeat(vision, "b v d -> (b r) v d", r=r)
+        attend, attend_joint = padding_mask(text_mask), padding_mask(F.pad(text_mask, (v, 0), value=True))
+        for layer, connected in zip(self.layers, self.connected):
+            if connected:
+                change, text = layer(torch.cat([vision, text], dim=1), attend_joint).split([v, l], dim=1)
+                vision = vision + change
+            else:
+                text = layer(text, attend, memory=vision)
+        check(text, "br l d", **shape)
+        return vision, text

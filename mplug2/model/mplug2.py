@@ -1,0 +1,206 @@
+"""MPLUG2: the modules that a task selects, and how they are joined.
+
+    pixels -> vision encoder -> universal layers -> V'  ----------------------> decoder -> caption
+                                                     \\-> fusion -> [vision, text] -> decoder -> answer
+    text   -> text encoder   -> universal layers -> text -/
+
+A classifier reads the class token of text, of V' or of fused text: whatever is the last of these that its task has.
+
+Axes: b batch, t frames, v = 1 + t*n visual tokens, l text tokens, d width, s vocabulary, y classes.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from mplug2.config import ModelConfig
+from mplug2.model.decoder import Decoder
+from mplug2.model.fusion import Fusion
+from mplug2.model.heads import BoxHead
+from mplug2.model.layers import EPS, BertLayer, Block, LanguageModelHead
+from mplug2.model.local_temporal import LocalTemporal
+from mplug2.model.patch_embed import PatchEmbed
+from mplug2.model.shapes import check
+from mplug2.model.text_encoder import TextEncoder
+from mplug2.model.universal import UniversalLayers
+from mplug2.model.vision_encoder import VisionEncoder
+from mplug2.tasks import components, parse_tasks
+
+
+class MPLUG2(nn.Module):
+    """mPLUG-2 for one task (a name in `TASKS`) or several, separated by commas. Public methods: `encode_vision`,
+    `encode_text`, `join_pair`, `fuse`, `decode`, and, with the heads, `project_vision`, `project_text`, `match`,
+    `unmask`, `classify`, `locate`.
+
+    `classes` names the classes of each task with a classifier; without, its output is one number (regression).
+    A method whose module this task does not have raises ValueError.
+    """
+
+    def __init__(self, config: ModelConfig, task: str = "pretrain", classes: Mapping[str, tuple[str, ...]] = {}):
+        super().__init__()
+        self.config, self.task, width = config, task, config.width
+        self.components = built = components(task)
+        self.classes = {
+            name: tuple(classes.get(name, ())) for name in parse_tasks(task) if "classifier" in components(name)
+        }
+        if "vision" in built:
+            # Local temporal modules that images pass by are not built for tasks of images.
+            passed = "temporal" not in built and not config.temporal_on_images
+            self.vision_encoder = VisionEncoder(dataclasses.replace(config, local_temporal=False) if passed else config)
+            if config.vision_width != width:
+                self.vision_projection = nn.Linear(config.vision_width, width)
+                self.vision_norm = nn.LayerNorm(width, eps=EPS)
+                self.vision_dropout = nn.Dropout(config.dropout)
+        if "text" in built:
+            self.text_encoder = TextEncoder(config)
+        self.universal = UniversalLayers(config, for_vision="vision" in built, for_text="text" in built)
+        if "fusion" in built:
+            self.fusion = Fusion(config)
+        if "decoder" in built:
+            self.decoder = Decoder(config)
+        if "contrastive" in built:
+            self.contrastive_vision = nn.Linear(width, config.contrastive_width)
+            self.contrastive_text = nn.Linear(width, config.contrastive_width)
+            self.temperature = nn.Parameter(torch.tensor(0.07))
+        if "matching" in built:
+            self.matching_head = nn.Linear(width, 2)
+        if "masked" in built:
+            self.masked_head = LanguageModelHead(config)
+        if "classifier" in built:
+            self.classifier = nn.ModuleDict({
+                name: nn.Linear(width, len(names) or 1) for name, names in self.classes.items()
+            })
+        if "box" in built:
+            self.box_head = BoxHead(width, config.image_size // config.patch_size)
+        if "pair" in built:
+            self.pair_place = nn.Parameter(torch.zeros(2, width))
+        self.fresh: list[str] = []  # parameters that a checkpoint had no weights for, see checkpoint.load_model
+        init_weights(self)
+
+    def encode_vision(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels `b 3 t H W` (an image is t = 1) -> V' `b v d`, class token first."""
+        check(pixels, "b 3 t H W", H=self.config.image_size, W=self.config.image_size)
+        tokens = self.require("vision_encoder")(pixels)
+        if self.config.vision_width != self.config.width:
+            tokens = self.vision_dropout(self.vision_norm(self.vision_projection(tokens)))
+        return self.universal.vision(tokens)
+
+    def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Token ids and mask (true = real token), both `b l`, -> `b l d`, class token first."""
+        return self.universal.text(self.require("text_encoder")(ids, mask), mask)
+
+    def fuse(self, vision: Tensor, text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """V' `b v d`, text `b l d`, text_mask `b l` -> vision `b v d`, fused text `b l d`.
+
+        r texts in a row may share an image or a video: text `(b r) l d`, see `Fusion`.
+        """
+        return self.require("fusion")(vision, text, text_mask)
+
+    def decode(self, ids: Tensor, mask: Tensor, memory: Tensor, memory_mask: Tensor | None = None) -> Tensor:
+        """ids and mask `b l`, memory `b m d`, memory_mask `b m` -> logits of the next tokens, `b l s`.
+
+        r texts in a row may share a memory: ids and mask `(b r) l`.
+        """
+        return self.require("decoder")(ids, mask, memory, memory_mask)
+
+    def project_vision(self, vision: Tensor) -> Tensor:
+        """V' `b v d` -> unit vectors `b e` to compare with those of texts."""
+        check(vision, "b v d", d=self.config.width)
+        return nn.functional.normalize(self.require("contrastive_vision")(vision[:, 0]), dim=-1)
+
+    def project_text(self, text: Tensor) -> Tensor:
+        """Text `b l d` -> unit vectors `b e` to compare with those of images and videos."""
+        check(text, "b l d", d=self.config.width)
+        return nn.functional.normalize(self.require("contrastive_text")(text[:, 0]), dim=-1)
+
+    def match(self, fused: Tensor) -> Tensor:
+        """Fused text `b l d` -> logits `b 2`: (no match, match)."""
+        check(fused, "b l d", d=self.config.width)
+        return self.require("matching_head")(fused[:, 0])
+
+    def unmask(self, hidden: Tensor) -> Tensor:
+        """Text or fused text `... d` -> vocabulary logits `... s`."""
+        return self.require("masked_head")(hidden, self.text_encoder.embeddings.word.weight)
+
+    def join_pair(self, vision: Tensor) -> Tensor:
+        """V' of two images, `b 2 v d` -> one memory for fusion, `b (2 v) d`: the tokens of the first, then those of
+        the second, each with the learned embedding of its image."""
+        check(vision, "b 2 v d", d=self.config.width)
+        if "pair" not in self.components:
+            raise ValueError(f"a model for the task {self.task!r} takes no pairs of images; build it for another task")
+        return rearrange(vision + self.pair_place[:, None], "b two v d -> b (two v) d", two=2)
+
+    def classify(self, hidden: Tensor, task: str) -> Tensor:
+        """Text, V' or fused text, `b l d` -> logits `b y` of the classes of `task`, or `b 1` (regression)."""
+        check(hidden, "b l d", d=self.config.width)
+        if task not in self.classes:
+            raise ValueError(f"a model for the task {self.task!r} has no classifier for {task!r}; fine-tune one for it")
+        return self.classifier[task](hidden[:, 0])
+
+    def locate(self, fused: Tensor, vision: Tensor) -> Tensor:
+        """Fused text `b l d` and V' of an image `b v d` -> boxes `b 4`: centre x, centre y, width and height, as shares
+        of the image. ValueError for V' of a clip: a box has no frame."""
+        head, sizes = self.require("box_head"), check(vision, "b v d", **check(fused, "b l d", d=self.config.width))
+        if sizes["v"] != 1 + head.side**2:
+            raise ValueError(f"boxes are found in single images, whose V' has 1 + {head.side**2} tokens; this one has "
+                             f"{sizes['v']}: give images, one frame each")
+        return head(fused[:, 0], vision[:, 1:])
+
+    def require(self, name: str) -> nn.Module:
+        """A module by name, such as "decoder". ValueError if the task does not have it."""
+        if not hasattr(self, name):
+            raise ValueError(f"a model for the task {self.task!r} has no {name}; build it for another task")
+        return getattr(self, name)
+
+
+
+
+def answer_memory(vision: Tensor, text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """What the decoder attends to when it answers: [vision, fused text] and the joined mask.
+
+    vision `b v d` or `(b r) v d`, text `(b r) l d`, text_mask `(b r) l` -> `(b r) (v+l) d`, `(b r) (v+l)`.
+    """
+    vision = repeat(vision, "b v d -> (b r) v d", r=text.shape[0] // vision.shape[0])
+    return torch.cat([vision, text], dim=1), nn.functional.pad(text_mask, (vision.shape[1], 0), value=True)
+
+
+def init_weights(model: MPLUG2) -> None:
+    """From scratch: zero biases, and normal weights, as BERT and CLIP have them: of deviation 0.02 at a width of 768,
+    and more in narrower models, in proportion to 1 / sqrt(width). Patches start at deviation 1 / sqrt(their pixels),
+    and local temporal modules keep their zero start."""
+    std = 0.02 * (768 / model.config.width) ** 0.5
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=std)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        for name, parameter in module.named_parameters(recurse=False):
+            if name in ("class_token", "position", "latents", "pair_place"):
+                nn.init.normal_(parameter, std=std)
+    for module in model.modules():  # what differs from the rule above
+        if isinstance(module, LocalTemporal):
+            module.reset_up()
+        if isinstance(module, PatchEmbed):
+            nn.init.normal_(module.linear.weight, std=module.linear.in_features**-0.5)
+
+
+def checkpoint_activations(model: MPLUG2) -> None:
+    """Training memory for time: every block computes its activations again in the backward pass."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.recompute = True
+
+
+def compile_model(model: MPLUG2) -> None:
+    """Compile the vision encoder as one graph, and every layer of the rest, for texts of any length.
+
+    In place: parameters keep their names.
+    """
+    if hasattr(model, "vision_encoder"):
+        model.vision_encoder.compile(fullgraph=True)
+    for module in model.modules():
+        if isinstance(module, BertLayer):
+            module.compile(dynamic=True)

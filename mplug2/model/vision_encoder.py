@@ -1,0 +1,83 @@
+"""The dual-vision encoder: one ViT for images and videos, with local temporal modules (section 3.1 of the paper).
+
+Attention and MLP work within each frame and serve both; what only video needs are the local temporal modules.
+
+Axes: b batch, t frames, n patches a frame, m = 1 + n, v = 1 + t*n visual tokens, d vision width.
+"""
+
+import torch
+from einops import rearrange, reduce
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mplug2.config import ModelConfig
+from mplug2.model.attention import SelfAttention
+from mplug2.model.kernels import quick_gelu_mlp
+from mplug2.model.layers import Block, DropPath
+from mplug2.model.local_temporal import LocalTemporal
+from mplug2.model.patch_embed import PatchEmbed
+from mplug2.model.shapes import check
+
+
+class VisionBlock(Block):
+    """Pre-norm block on `b t m d`, m = 1 + n:
+
+        x[patches] += LT1(x[patches])
+        x          += MHSA(LN(x))            within each frame
+        x[patches] += LT2(x[patches])        released; the paper's figure has LT1 only
+        x          += MLP(LN(x))
+    """
+
+    def __init__(self, config: ModelConfig, drop_path: float):
+        super().__init__()
+        width = config.vision_width
+        self.lt1 = LocalTemporal(config) if config.local_temporal else None
+        self.lt2 = LocalTemporal(config) if self.lt1 and config.local_temporal_placement == "released" else None
+        self.temporal_on_images = config.temporal_on_images
+        self.attention_norm = nn.LayerNorm(width, eps=1e-5)
+        self.attention = SelfAttention(width, config.vision_heads)
+        self.mlp_norm = nn.LayerNorm(width, eps=1e-5)
+        self.mlp_up = nn.Linear(width, 4 * width)
+        self.mlp_down = nn.Linear(4 * width, width)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, is_image: bool) -> Tensor:
+        """x `b t m d` -> the same shape; `is_image`: the pixels were a single frame."""
+        b, t, m, d = x.shape
+        temporal = self.temporal_on_images or not is_image
+        if self.lt1 is not None and temporal:
+            x = self.add_to_patches(x, self.lt1)
+        frames = rearrange(self.attention_norm(x), "b t m d -> (b t) m d", b=b, t=t, m=m, d=d)
+        x = x + self.drop_path(rearrange(self.attention(frames), "(b t) m d -> b t m d", b=b, t=t, m=m, d=d))
+        if self.lt2 is not None and temporal:
+            x = self.add_to_patches(x, self.lt2)
+        return x + self.drop_path(quick_gelu_mlp(self.mlp_norm(x), self.mlp_up, self.mlp_down))
+
+    def add_to_patches(self, x: Tensor, module: LocalTemporal) -> Tensor:
+        """The class token of each frame, first in m, bypasses the module."""
+        return x + F.pad(self.drop_path(module(x[:, :, 1:])), (0, 0, 1, 0))
+
+
+class VisionEncoder(nn.Module):
+    """Pixels `b 3 T H W` (an image is T = 1) -> visual tokens `b v d`: the class token, averaged over the frames,
+    then the patches of all frames, time-major. With temporal down-sampling t < T, else t = T."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.width = config.vision_width
+        self.patch_embed = PatchEmbed(config)
+        rates = [config.drop_path * i / max(1, config.vision_layers - 1) for i in range(config.vision_layers)]
+        self.blocks = nn.ModuleList(VisionBlock(config, rate) for rate in rates)
+        self.norm = nn.LayerNorm(self.width, eps=1e-5)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        sizes = check(pixels, "b 3 T H W")
+        x = self.patch_embed(pixels)
+        for block in self.blocks:
+            x = block(x, is_image=sizes["T"] == 1)
+        b, t, m, d = x.shape
+        class_token = reduce(x[:, :, :1], "b t 1 d -> b 1 d", "mean", b=b, t=t, d=d)
+        patches = rearrange(x[:, :, 1:], "b t n d -> b (t n) d", b=b, t=t, n=m - 1, d=d)
+        tokens = self.norm(torch.cat([class_token, patches], dim=1))
+        check(tokens, "b v d", b=sizes["b"], v=1 + t * (m - 1), d=self.width)
+        return tokens

@@ -1,0 +1,73 @@
+"""A teacher that follows the model: an average of its weights over time, whose outputs are soft targets.
+
+Momentum distillation, from ALBEF (Li et al. 2021) and mPLUG: question answering learns from the copy's answers, and
+contrastive learning from the copy's similarities, with a queue of its earlier vectors as further negatives.
+
+Axes: b samples of this process, B of all processes, e contrastive width.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from mplug2.distributed import gather
+from mplug2.model.mplug2 import MPLUG2
+
+
+class Momentum(nn.Module):
+    """`teacher`: the copy of all modules of `model`. After each step it becomes rate * itself + (1 - rate) * model.
+
+    `alpha` is the weight of its soft targets, reached evenly over the first `ramp` steps. `queue`: how many vectors of
+    each side are kept for contrastive learning; 0: none. All of this is state, and is saved and resumed with a run.
+    """
+
+    def __init__(self, model: MPLUG2, rate: float = 0.995, alpha: float = 0.4, ramp: int = 1, queue: int = 0):
+        super().__init__()
+        self.rate, self.alpha, self.ramp = rate, alpha, ramp
+        self.teacher = copy.deepcopy(model).requires_grad_(False).eval()
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        if queue:
+            width = model.config.contrastive_width
+            self.register_buffer("queue_vision", torch.zeros(queue, width))
+            self.register_buffer("queue_text", torch.zeros(queue, width))
+            self.register_buffer("queue_meaning", torch.zeros(queue, dtype=torch.long))
+            self.register_buffer("queued", torch.zeros((), dtype=torch.long))
+
+    def train(self, mode: bool = True) -> "Momentum":
+        """The teacher never drops anything out."""
+        return super().train(False)
+
+    @property
+    def weight(self) -> float:
+        """Of the soft targets, now."""
+        return self.alpha * min(1.0, self.steps.item() / self.ramp)
+
+    @torch.no_grad()
+    def follow(self, model: MPLUG2) -> None:
+        """After a step of the optimizer: every parameter of every module, frozen ones too."""
+        for own, new in zip(self.teacher.parameters(), model.parameters(), strict=True):
+            own.lerp_(new.detach().to(own.dtype), 1 - self.rate)
+        self.steps += 1
+
+    def queue(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Vision and text vectors, `m e` each, and their meanings `m`: as many as there are so far."""
+        count = min(self.queued.item(), len(self.queue_meaning))
+        return self.queue_vision[:count], self.queue_text[:count], self.queue_meaning[:count]
+
+    @torch.no_grad()
+    def enqueue(self, vision: Tensor, text: Tensor, meaning: Tensor) -> None:
+        """Put unit vectors `b e` of every process, and their meanings `b`, in the place of the oldest ones.
+
+        Every process keeps the same queue."""
+        vision, text, meaning = gather(vision), gather(text), gather(meaning)
+        if not (vision.isfinite().all() and text.isfinite().all()):
+            return  # the step is going to be skipped
+        size, count = len(self.queue_meaning), len(meaning)
+        if count > size:
+            raise ValueError(f"queue={size}: expected room for the {count} samples of a batch at least")
+        places = (self.queued + torch.arange(count, device=meaning.device)) % size
+        self.queue_vision[places] = vision.to(self.queue_vision.dtype)
+        self.queue_text[places] = text.to(self.queue_text.dtype)
+        self.queue_meaning[places] = meaning
+        self.queued += count

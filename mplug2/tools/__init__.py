@@ -1,0 +1,1 @@
+"""Commands around a run: benchmark, memory planner, report page, plots. Nothing in the package imports them."""

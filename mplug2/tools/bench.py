@@ -1,0 +1,283 @@
+"""How fast, and how much memory: the vision encoder, captioning generation, and a captioning training step.
+
+    python -m mplug2.tools.bench                            # preset base on this machine
+    python -m mplug2.tools.bench --reference                # and the plain way beside it: no caches, no fused attention
+    python -m mplug2.tools.bench --preset large --frames 16 --device cuda --compile --peak-tflops 989 --json bench.json
+    python -m mplug2.tools.bench --data DIR                 # clips read a second, and how long training waits for them
+
+Each measurement runs in a process of its own: some runs to warm up, then the median of the repeats. In turn with them
+the rate of a large matrix product is measured, because seconds times that rate travel between machines.
+
+FLOPs are counted in one more run: 2 m n k for the product of an m x k and a k x n matrix (linear
+layers, and in attention Q K^T and the weighted sum of V); in training twice as many again for the gradients. What is
+not a matrix product (norms, activations, softmax, embeddings, the optimizer) is not counted. For N vision blocks of
+width d on t frames of n patches, the vision encoder has
+
+    t n (2 * 3 p^2 d)  +  N t ( (1+n) * 24 d^2  +  4 (1+n)^2 d  +  n * 4 d^2 )
+
+for patches, and in each block qkv, output and MLP; attention within a frame; two local temporal modules (2 d^2 each).
+"""
+
+import argparse
+import json
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from mplug2.config import PRESETS
+from mplug2.data.batches import Collate, MixedBatches, label_places
+from mplug2.data.loader import ahead, make_loader
+from mplug2.data.samples import Samples, check_texts, read_samples
+from mplug2.data.text import Tokenizer, clean
+from mplug2.generation import Special, beam_search
+from mplug2.model import attention
+from mplug2.model.mplug2 import MPLUG2, checkpoint_activations, compile_model
+from mplug2.objectives.objectives import Objectives
+from mplug2.training.optim import make_optimizer
+
+BEAMS, CAPTION = 5, 20  # tokens of a caption, in generation and in training
+MATMUL = 2048  # rows and columns of the product that the machine's rate is measured by
+WARM_UP = 2
+DATA_STEPS = 60  # batches of each measurement of the data path
+
+
+def inputs(model: MPLUG2, options: argparse.Namespace, device: str) -> tuple[Tensor, Tensor]:
+    """Random pixels `b 3 t H W` and captions `b l`."""
+    config, b = model.config, options.batch_size
+    pixels = torch.randn(b, 3, options.frames, config.image_size, config.image_size, device=device)
+    return pixels, torch.randint(5, config.vocab_size, (b, CAPTION + 1), device=device)
+
+
+def encoder(model: MPLUG2, options: argparse.Namespace, device: str) -> Callable[[], object]:
+    pixels, _ = inputs(model.eval(), options, device)
+    return torch.no_grad()(lambda: model.vision_encoder(pixels))
+
+
+def generation(model: MPLUG2, options: argparse.Namespace, device: str) -> Callable[[], object]:
+    """Beam search of exactly 20 steps from V', which is made before the clock starts."""
+    pixels, ids = inputs(model.eval(), options, device)
+    with torch.no_grad():
+        vision = model.encode_vision(pixels)
+    special = Special(cls=1, sep=2, pad=0)
+    if options.reference:
+        return torch.no_grad()(lambda: uncached_search(model, vision, ids[:, :1]))
+    return lambda: beam_search(model, vision, ids[:, :1], special, BEAMS, min_length=CAPTION, max_length=CAPTION)
+
+
+def uncached_search(model: MPLUG2, vision: Tensor, ids: Tensor) -> Tensor:
+    """Beam search without caches: each step decodes the whole text again, with a copy of the memory for each beam."""
+    vision, ids = vision.repeat_interleave(BEAMS, dim=0), ids.repeat_interleave(BEAMS, dim=0)
+    total = torch.zeros(len(ids), 1, device=ids.device)
+    for _ in range(CAPTION):
+        logits = model.decode(ids, torch.ones_like(ids, dtype=torch.bool), vision)[:, -1]
+        scores = (total + logits.log_softmax(dim=-1)).unflatten(0, (-1, BEAMS)).flatten(1)
+        best, index = scores.topk(BEAMS, dim=1)
+        origin = index // logits.shape[1] + BEAMS * torch.arange(len(scores), device=ids.device)[:, None]
+        ids = torch.cat([ids[origin.flatten()], (index % logits.shape[1]).reshape(-1, 1)], dim=1)
+        total = best.reshape(-1, 1)
+    return ids
+
+
+def train(model: MPLUG2, options: argparse.Namespace, device: str) -> Callable[[], object]:
+    """Forward, backward and AdamW, with dropout."""
+    pixels, ids = inputs(model.train(), options, device)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    batch = {"pixels": pixels, "prompted_ids": ids, "prompted_mask": mask,
+             "prompted_places": label_places(mask.cpu()).to(device)}
+    objectives = Objectives(model)
+    optimizer = make_optimizer(model, 1e-5, 1e-5, 0.02, (0.9, 0.999))
+
+    def step() -> None:
+        objectives(batch)["caption"].backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+MEASUREMENTS = {"encoder": encoder, "generation": generation, "train": train, "train_checkpointed": train}
+
+
+def plain() -> AbstractContextManager:
+    """Attention by its formula, in place of the fused kernel."""
+    return patch.object(attention, "attention", attention.reference_attention)
+
+
+def prepare(name: str, options: argparse.Namespace) -> Callable[[], object]:
+    torch.manual_seed(0)
+    with torch.device(options.device):
+        model = MPLUG2(PRESETS[options.preset](), "video_caption")
+    if name == "train_checkpointed":
+        checkpoint_activations(model)
+    if options.compile:
+        compile_model(model)
+    run = MEASUREMENTS[name](model, options, options.device)
+    return torch.autocast(options.device, torch.bfloat16, enabled=options.device == "cuda")(run)
+
+
+def count_flops(name: str, options: argparse.Namespace) -> int:
+    run = prepare(name, argparse.Namespace(**{**vars(options), "compile": False}))
+    # torch's counter does not know the fused kernel of the CPU, but the products of the formula are the same.
+    with plain() if options.device == "cpu" else nullcontext(), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
+    """Median seconds, the matrix rate in turn with them in GFLOP/s, peak memory of the process in 1e9 bytes."""
+    device = options.device
+    run = prepare(name, options)
+    if options.reference:
+        plain().start()
+
+    def seconds(function: Callable[[], object]) -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    for _ in range(WARM_UP):
+        run()
+    # On the CPU the peak is that of the process: taken before the large matrices come, and with at least one full step.
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else peak_memory()
+    square = torch.randn(MATMUL, MATMUL, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+    times, rates = [], []
+    seconds(lambda: square @ square)
+    for _ in range(options.repeats):
+        rates.append(2 * MATMUL**3 / seconds(lambda: square @ square) / 1e9)
+        times.append(seconds(run))
+    rates.append(2 * MATMUL**3 / seconds(lambda: square @ square) / 1e9)
+    return {"s": statistics.median(times), "matmul_gflops": statistics.median(rates), "peak_gb": peak / 1e9}
+
+
+def peak_memory() -> int:
+    """Peak resident memory of this process in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def apart(function: Callable, *arguments: object) -> object:
+    """`function(*arguments)` in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
+
+
+def bench(options: argparse.Namespace) -> dict[str, float]:
+    """All measurements, printed as a table; the flat dictionary that `--json` saves."""
+    found: dict[str, float] = {}
+    rates = []
+    print(f"{options.preset}, {options.frames} frames, batch {options.batch_size}, {options.device}, "
+          f"{torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    print(f"{'':<22}{'seconds':>9}{'samples/s':>11}{'GFLOP':>9}{'of matmul':>11}{'s x GFLOP/s':>13}{'peak GB':>9}")
+    for name in MEASUREMENTS:
+        for reference in [False, True] if options.reference else [False]:
+            those = argparse.Namespace(**{**vars(options), "reference": reference})
+            if reference and name == "train_checkpointed":
+                continue
+            result, flops = apart(measure, name, those), apart(count_flops, name, those)
+            key = {"train": "train_step"}.get(name, name) + "_reference" * reference
+            prefix = name + "_reference" * reference
+            found |= {f"{key}_s": result["s"], f"{prefix}_flops": flops, f"{prefix}_peak_gb": result["peak_gb"]}
+            rates.append(result["matmul_gflops"])
+            share = flops / result["s"] / 1e9 / result["matmul_gflops"]
+            print(f"{prefix:<22}{result['s']:>9.3f}{options.batch_size / result['s']:>11.2f}{flops / 1e9:>9.0f}"
+                  f"{share:>11.0%}{result['s'] * result['matmul_gflops']:>13.0f}{result['peak_gb']:>9.2f}", flush=True)
+            if options.peak_tflops and name == "train" and not reference:
+                found["mfu"] = flops / result["s"] / 1e12 / options.peak_tflops
+    found["matmul_gflops"] = statistics.median(rates)
+    print(f"\nmatrix product of {MATMUL} x {MATMUL}: {found['matmul_gflops']:.0f} GFLOP/s")
+    if "mfu" in found:
+        print(f"training step: {found['mfu']:.1%} of {options.peak_tflops:g} TFLOP/s")
+    return found
+
+
+def bench_data(options: argparse.Namespace) -> dict[str, float]:
+    """Clips (or pictures) a second that the loader reads, and the share of pre-training steps spent waiting for it."""
+    samples = read_samples(options.data, "pretrain", "train")
+    samples = {kind: samples[kind] for kind in ("video", "image") if kind in samples}
+    texts = [clean(caption) for of_kind in samples.values() for sample in of_kind for caption in sample.captions]
+    tokenizer = Tokenizer.train(texts, vocab_size=4096)
+    config = PRESETS[options.preset](vocab_size=len(tokenizer))
+    check_texts(samples, tokenizer, config.max_positions, max_words=30)
+    dataset = Samples(samples, config.image_size, options.frames, 2, config.max_positions, max_words=30, seed=0)
+    collate = Collate(tokenizer)
+    counts = {kind: len(of_kind) for kind, of_kind in samples.items()}
+
+    def loader(weights: dict[str, float], steps: int) -> Iterator[dict]:
+        batches = MixedBatches(counts, weights, options.batch_size, steps, seed=0)
+        made = make_loader(dataset, batches, collate, options.workers, pin=options.device == "cuda")
+        return iter(made) if options.workers else ahead(made)
+
+    main_kind = next(iter(samples))
+    batches = loader({main_kind: 1.0}, DATA_STEPS)
+    next(batches)  # the workers have started
+    start = time.perf_counter()
+    read = sum(len(batch["where"]) for batch in batches)
+    rate = read / (time.perf_counter() - start)
+
+    model = MPLUG2(config, "pretrain").to(options.device).train()
+    objectives, optimizer = Objectives(model), make_optimizer(model, 1e-3, 1e-3, 0.05, (0.9, 0.98), "muon")
+    waiting, batches = 0.0, loader(dict.fromkeys(samples, 1.0), DATA_STEPS)
+    next(batches)
+    start = asked = time.perf_counter()
+    for batch in batches:
+        waiting += time.perf_counter() - asked
+        batch = {name: value.to(options.device, non_blocking=True) if torch.is_tensor(value) else value
+                 for name, value in batch.items()}
+        with torch.autocast(options.device, torch.bfloat16, enabled=options.device == "cuda"):
+            loss = sum(objectives(batch).values())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if options.device == "cuda":
+            torch.cuda.synchronize()
+        asked = time.perf_counter()
+    share = waiting / (time.perf_counter() - start)
+    print(f"{options.data}: {rate:.0f} samples ({main_kind}) read a second by {options.workers} workers; pre-training "
+          f"{options.preset}, batch {options.batch_size}: {share:.1%} of the time waiting for data")
+    return {"read_per_second": rate, "waiting_share": share}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m mplug2.tools.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", default="base", choices=PRESETS)
+    parser.add_argument("--frames", type=int, default=8, help="frames of a clip (default: 8)")
+    parser.add_argument("--batch-size", type=int, default=1, help="clips at once (default: 1)")
+    parser.add_argument("--repeats", type=int, default=7, help="timed runs of each measurement (default: 7)")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda: under bfloat16 autocast")
+    parser.add_argument("--compile", action="store_true", help="compile the model")
+    parser.add_argument("--reference", action="store_true", help="measure the plain, uncached way too")
+    parser.add_argument("--peak-tflops", type=float, help="dense bf16 rate of the device, for the utilisation (mfu)")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="measure the reading of this data set instead")
+    parser.add_argument("--workers", type=int, default=0, help="with --data: processes that decode (default: 0)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="save the numbers, flat")
+    options = parser.parse_args(arguments)
+    for name in ("frames", "batch_size", "repeats"):
+        if getattr(options, name) < 1:
+            parser.error(f"{name}={getattr(options, name)}: expected at least 1")
+    try:
+        found = bench_data(options) if options.data else bench(options)
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""What a run will need, before a GPU is asked for: memory of each device, steps, days.
+
+A training step is gone through on fake tensors, which have shapes but no memory, and every tensor that it makes is
+counted from its birth to its death. What FSDP2 shares out is then divided by the number of devices.
+
+    python train.py --plan --preset large --gpus 64 --batch-size 1024 --frames 4 --precision bfloat16
+
+Axes: b samples of a micro-batch on one device, r questions a sample, t frames, l text tokens.
+"""
+
+import math
+import weakref
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from mplug2.config import ModelConfig
+from mplug2.model.attention import CrossAttention, SelfAttention
+from mplug2.model.layers import Block
+from mplug2.model.mplug2 import MPLUG2, checkpoint_activations
+from mplug2.objectives.objectives import Objectives
+from mplug2.tasks import BATCH_TYPES, TASKS, batch_types, parse_tasks
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    plan: bool = False
+    """Print what the run would need, and end: memory of each device, steps, days. Nothing is allocated."""
+    gpus: int = 8
+    """Devices of the plan."""
+    images: int = 14_000_000
+    """Pictures of the plan's data; as in the paper (COCO, Visual Genome, SBU, CC3M, CC12M)."""
+    videos: int = 2_500_000
+    """Clips of the plan's data; as in the paper (WebVid-2M)."""
+    passes: int = 30
+    """Passes through the plan's data."""
+    device_tflops: float = 989.0
+    """Operations a device can do, in 10^12 a second; an H100 or H200 in bfloat16 does 989 at most."""
+    utilisation: float = 0.4
+    """Share of these that the plan reckons with."""
+
+    def __post_init__(self):
+        if self.gpus < 1 or self.passes < 1 or min(self.images, self.videos) < 0 or not self.images + self.videos:
+            raise ValueError("gpus and passes: expected at least 1; images and videos: expected at least 0, not both 0")
+        if not self.device_tflops > 0 or not 0 < self.utilisation <= 1:
+            raise ValueError("device_tflops: expected more than 0; utilisation: expected a share above 0, at most 1")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one forward and backward pass of a micro-batch on one device."""
+
+    flops: float
+    """Operations; a multiplication and an addition are two."""
+    activations: int
+    """Most bytes alive at once of all but parameters, optimizer state and gradients of parameters."""
+    peak: int
+    """The same with the gradients, which grow while the activations shrink."""
+
+
+class _Counter(TorchDispatchMode):
+    """Counts the bytes of tensors that are alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.known: dict[int, tuple[weakref.ref, int]] = {}
+        self.alive = self.gradients = self.activation_peak = self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self.born(tensor.untyped_storage())
+        return out
+
+    def born(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self.known:
+            return
+        size = storage.nbytes()
+        self.known[key] = (weakref.ref(storage, partial(self.died, key)), size)
+        self.alive += size
+        self._note()
+
+    def died(self, key: int, _) -> None:
+        _, size = self.known.pop(key)
+        self.alive -= abs(size)
+        self.gradients -= max(0, -size)
+
+    def is_gradient(self, parameter: Tensor) -> None:
+        """From now on the gradient of a parameter counts as such."""
+        key = parameter.grad.untyped_storage()._cdata
+        if key in self.known and self.known[key][1] > 0:
+            reference, size = self.known[key]
+            self.known[key] = (reference, -size)  # the sign marks it
+            self.gradients += size
+            self._note()
+
+    def _note(self) -> None:
+        self.peak = max(self.peak, self.alive)
+        self.activation_peak = max(self.activation_peak, self.alive - self.gradients)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a device does at a time."""
+
+    config: ModelConfig
+    b: int
+    """Samples of a micro-batch."""
+    frames: int = 4
+    questions: int = 2
+    words: int = 30
+    """Tokens of every text, beside [CLS] and [SEP]."""
+    task: str = "pretrain"
+    low_precision: bool = False
+    """Passes under bfloat16 autocast."""
+    optimizer: str = "adamw"
+    """muon keeps one number for each number of a matrix, adamw two for every number."""
+
+    def batch(self, kind: str) -> dict:
+        """A batch as `Collate` makes it; of the words of a caption 15 % are masked."""
+        b, l, size = self.b, min(self.words + 2, self.config.max_positions), self.config.image_size
+        task, medium, parts = BATCH_TYPES[kind].task, BATCH_TYPES[kind].modality, BATCH_TYPES[kind].fields
+        batch = {"kind": kind, "task": task, "meaning": torch.zeros(b, dtype=torch.long)}
+
+        def text(name: str, rows: int) -> dict:
+            return {f"{name}_ids": torch.zeros(rows, l, dtype=torch.long),
+                    f"{name}_mask": torch.ones(rows, l, dtype=torch.bool)}
+
+        for name in {"caption", "text"} & parts:
+            batch |= text(name, b)
+        if "masked" in parts:
+            places = torch.arange(math.ceil(0.15 * b * l))
+            batch |= {"masked_ids": batch["caption_ids"], "masked_places": places}
+        if medium != "text":
+            images = (2,) if "pair" in TASKS[task].components else ()
+            batch["pixels"] = torch.zeros(b, *images, 3, self.frames if medium == "video" else 1, size, size)
+        if "prompted" in parts and medium != "text":
+            batch |= {**text("prompted", b), "prompted_places": torch.arange(b * (l - 1))}
+        if "question" in parts and medium != "text":
+            rows = b * self.questions
+            batch |= text("question", rows) | text("answer", rows) | {"answer_places": torch.arange(rows * (l - 1))}
+        if "label" in parts:
+            batch["label"] = torch.zeros(b)
+        if "box" in parts:
+            batch["box"] = torch.full((b, 4), 0.5)
+        return batch
+
+    def objectives(self) -> Objectives:
+        return Objectives(MPLUG2(self.config, self.task)).train()
+
+
+def cost(work: Work, kind: str, checkpointing: bool = False) -> Cost:
+    """What a micro-batch costs. Dropout of attention weights is left out: kernels on a GPU do not store its mask."""
+    flops = {  # the kernel of fake tensors, which the counter of torch does not know
+        aten._scaled_dot_product_flash_attention_for_cpu:
+            lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward:
+            lambda grad, q, k, v, *_, out_shape=None, **__: sdpa_backward_flop_count(grad, q, k, v),
+    }
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        objectives, batch = work.objectives(), work.batch(kind)
+        for module in objectives.modules():
+            if isinstance(module, (SelfAttention, CrossAttention)):
+                module.dropout = 0.0
+        if checkpointing:
+            checkpoint_activations(objectives.model)
+        counter = _Counter()
+        for parameter in objectives.parameters():
+            parameter.register_post_accumulate_grad_hook(counter.is_gradient)
+        autocast = torch.autocast("cpu", torch.bfloat16) if work.low_precision else nullcontext()
+        with FlopCounterMode(display=False, custom_mapping=flops) as counted, counter:
+            with autocast:
+                loss = sum(objectives(batch).values())
+            loss.backward()
+    return Cost(counted.get_total_flops(), counter.activation_peak, counter.peak)
+
+
+def parameter_counts(config: ModelConfig) -> tuple[int, int, int, int]:
+    """All parameters, those outside of blocks, those of the largest block, and those in matrices of linear layers."""
+    with torch.device("meta"):
+        model = MPLUG2(config)
+    blocks = [sum(p.numel() for p in m.parameters()) for m in model.modules() if isinstance(m, Block)]
+    whole = sum(p.numel() for p in model.parameters())
+    matrices = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    return whole, whole - sum(blocks), max(blocks), matrices
+
+
+def device_memory(work: Work, costs: Cost, gpus: int, sharded: bool) -> dict[str, int]:
+    """Bytes on each device, at the moment of a step when most is needed.
+
+    Parameters, gradients and optimizer state are float32. DDP keeps its buckets, which all gradients lie in, from the
+    first step on. FSDP2 keeps 1 / gpus of everything, and at work, in the precision of the pass: what is in no block,
+    with its gradients, and two blocks, one at work and the next one.
+    """
+    whole, outside, block, matrices = parameter_counts(work.config)
+    state = 8 * whole - 4 * matrices * (work.optimizer == "muon")
+    if not sharded:
+        parts = {"parameters": 4 * whole, "optimizer": state,
+                 "gradients": costs.peak - costs.activations if gpus == 1 else 4 * whole,
+                 "activations": costs.activations}
+    else:
+        width = 2 if work.low_precision else 4
+        parts = {"parameters": 4 * whole // gpus + width * (outside + 2 * block), "optimizer": state // gpus,
+                 "gradients": 4 * whole // gpus + width * (outside + block), "activations": costs.activations}
+    return {**parts, "in all": sum(parts.values())}
+
+
+def report(plan: PlanConfig, work: Work, accumulate: int) -> str:
+    """The plan as text."""
+    whole, batch_size = parameter_counts(work.config)[0], work.b * plan.gpus * accumulate
+    lines = [f"{whole / 1e6:,.1f} M parameters; {plan.gpus} devices, {work.b} samples each at a time, x {accumulate} "
+             f"= {batch_size} a step;",
+             f"{work.frames} frames of {work.config.image_size} pixels, texts of {work.words} words; "
+             f"{'bfloat16' if work.low_precision else 'float32'} passes",
+             "", f"{'GiB on each device':<34}{'parameters':>11}{'optimizer':>11}{'gradients':>11}{'activations':>13}"
+                 f"{'in all':>9}"]
+    kinds = {kind.modality: name for task in parse_tasks(work.task) for name, kind in batch_types(task).items()}
+    counts = {kinds[medium]: count for medium, count in (("video", plan.videos), ("image", plan.images))
+              if count and medium in kinds}
+    if not counts:
+        raise ValueError(f"the plan is of pictures and clips; {work.task} with --images {plan.images} and --videos "
+                         f"{plan.videos} has none of them")
+    costs = {recompute: cost(work, next(iter(counts)), recompute) for recompute in (False, True)}
+    for sharded in (False, True):
+        for recompute in (False, True):
+            memory = device_memory(work, costs[recompute], plan.gpus, sharded)
+            name = ("FSDP2" if sharded else "DDP") + (", activation checkpointing" if recompute else "")
+            cells = [f"{memory[key] / 2**30:>{width}.2f}" for key, width in
+                     (("parameters", 11), ("optimizer", 11), ("gradients", 11), ("activations", 13), ("in all", 9))]
+            lines.append(f"{name:<34}" + "".join(cells))
+    flops = {kind: (costs[False] if number == 0 else cost(work, kind)).flops / work.b
+             for number, kind in enumerate(counts)}
+    steps = plan.passes * sum(counts.values()) // batch_size
+    load = plan.passes * sum(counts[kind] * flops[kind] for kind in counts)
+    days = load / (plan.gpus * plan.device_tflops * 1e12 * plan.utilisation) / 86400
+    names = {kind: "clip" if BATCH_TYPES[kind].modality == "video" else "picture" for kind in counts}
+    lines += ["", ", ".join(f"{flops[kind] / 1e12:.3f} TFLOP a {names[kind]}" for kind in counts)
+              + " (forward and backward, all losses)",
+              " and ".join(f"{counts[kind]:,} {names[kind]}s" for kind in counts)
+              + f", {plan.passes} times: {steps:,} steps, {days:.1f} "
+              f"days at {plan.utilisation:.0%} of {plan.device_tflops:g} TFLOP/s",
+              "A step that recomputes activations takes about a third longer. Not counted: buffers of libraries, and",
+              "memory that is free, but in pieces: leave a tenth."]
+    return "\n".join(lines)

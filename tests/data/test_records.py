@@ -1,0 +1,259 @@
+"""Records: what is written is what is read, and each kind of bad line is reported by file, line and field."""
+
+import json
+import string
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mplug2.data.records import (
+    OPTIONAL_FIELDS,
+    RECORD_FIELDS,
+    Question,
+    Record,
+    RecordError,
+    available,
+    read_records,
+)
+
+GALLERIES = ("image_retrieval", "video_retrieval")
+LABELS = {"visual_entailment": ("entailment", "neutral", "contradiction"), "image_pair_reasoning": ("true", "false")}
+texts = st.builds(str.__add__, st.sampled_from("aÉ三🙂"), st.text(max_size=10))  # nothing filtered, never blank
+names = st.builds(str.__add__, st.sampled_from("abé_"), st.text(string.ascii_letters + "_- é", max_size=4))
+paths = st.lists(names, min_size=1, max_size=3).map("/".join)
+sizes = st.floats(0.01, 1)
+boxes = st.tuples(sizes, sizes, st.floats(0, 1), st.floats(0, 1)).map(
+    lambda box: [box[0] / 2 + box[2] * (1 - box[0]), box[1] / 2 + box[3] * (1 - box[1]), box[0], box[1]]
+)
+questions = st.fixed_dictionaries(
+    {"question": texts, "answers": st.lists(texts, min_size=1, max_size=3)}, optional={"kind": texts}
+)
+FIELD_VALUES = {
+    "image": paths,
+    "video": paths,
+    "images": st.tuples(paths, paths).map(list),
+    "captions": st.lists(texts, min_size=1, max_size=3),
+    "qa": st.lists(questions, min_size=1, max_size=3),
+    "text": texts,
+    "texts": st.tuples(texts, texts).map(list),
+    "label": texts,
+    "box": boxes,
+    "meaning": texts,
+    "gallery": texts,
+}
+
+
+@st.composite
+def task_and_lines(draw: st.DrawFn) -> tuple[str, list[dict]]:
+    task = draw(st.sampled_from(sorted(RECORD_FIELDS)))
+    optional = ["meaning"] + ["gallery"] * (task in GALLERIES)
+    values = FIELD_VALUES | ({"label": st.sampled_from(LABELS[task])} if task in LABELS else {})
+    line = st.fixed_dictionaries(
+        {name: values[name] for name in RECORD_FIELDS[task]}, optional={name: values[name] for name in optional}
+    )
+    lines = draw(st.lists(line, min_size=1, max_size=4))
+    for number, fields in enumerate(lines):
+        if draw(st.booleans()):
+            fields["id"] = f"id {number}"
+    return task, lines
+
+
+def write(root: Path, task: str, *lines: object, split: str = "train") -> Path:
+    """Write lines: bytes as they are, anything else as JSON."""
+    path = root / f"{task}.{split}.jsonl"
+    path.write_bytes(
+        b"".join((line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n" for line in lines)
+    )
+    return path
+
+
+GOOD = {
+    "video_caption": {"video": "clips/1.gif", "captions": ["a red three moves left"]},
+    "image_qa": {"image": "1.png", "qa": [{"question": "what colour?", "answers": ["red"], "kind": "colour"}]},
+    "text_only": {"text": "a three"},
+    "text_pair_classification": {"texts": ["a", "b"], "label": "same"},
+    "visual_entailment": {"image": "1.png", "text": "it is red", "label": "neutral"},
+    "image_pair_reasoning": {"images": ["1.png", "2.png"], "text": "both are red", "label": "true"},
+    "grounding": {"image": "1.png", "text": "the red three", "box": [0.5, 0.5, 0.25, 1]},
+    "video_retrieval": {"video": "1.gif", "captions": ["a"], "gallery": "twins"},
+}
+
+
+@settings(max_examples=60, deadline=None)
+@given(task_and_lines())
+def test_what_is_written_is_what_is_read(tmp_path_factory, drawn):
+    task, lines = drawn
+    root = tmp_path_factory.mktemp("data")
+    path = write(root, task, *lines)
+    records = read_records(root, task, "train")
+    assert len(records) == len(lines)
+    for number, (record, fields) in enumerate(zip(records, lines, strict=True), start=1):
+        record_id = fields.get("id", f"{path.name}:{number}")
+        expected = {"id": record_id, "meaning": record_id, "where": f"{path}:{number}"} | fields
+        if task in GALLERIES:
+            expected.setdefault("gallery", "all")
+        for name in ("image", "video"):
+            if name in fields:
+                expected[name] = root / fields[name]
+        if "images" in fields:
+            expected["images"] = tuple(root / name for name in fields["images"])
+        if "qa" in fields:
+            expected["qa"] = tuple(Question(q["question"], tuple(q["answers"]), q.get("kind")) for q in fields["qa"])
+        for name in ("captions", "texts", "box"):
+            if name in fields:
+                expected[name] = tuple(fields[name])
+        assert record == Record(**expected)
+
+
+def test_paths_are_absolute_however_the_folder_is_named(tmp_path, monkeypatch):
+    write(tmp_path, "video_caption", {"video": "clips/../a.gif", "captions": ["a"]})
+    monkeypatch.chdir(tmp_path)
+    assert read_records(".", "video_caption", "train")[0].video == tmp_path / "a.gif"
+
+
+def test_blank_lines_and_a_byte_order_mark_are_passed_over_but_counted(tmp_path):
+    write(tmp_path, "text_only", b"\xef\xbb\xbf" + b'{"text": "one"}\r', b"", b"  \r", {"text": "two"}, b"")
+    records = read_records(tmp_path, "text_only", "train")
+    assert [(record.text, record.id) for record in records] == [
+        ("one", "text_only.train.jsonl:1"),
+        ("two", "text_only.train.jsonl:4"),
+    ]
+
+
+BAD = [  # task, changes to the good line (None takes a field out), what the message must say
+    ("video_caption", {"captions": []}, ["captions: expected a list of one or more strings", "found []"]),
+    ("video_caption", {"captions": ["a", " "]}, ["captions[1]: expected a string that is not empty", "found ' '"]),
+    ("video_caption", {"captions": "a"}, ["captions: expected a list", "found 'a'"]),
+    ("video_caption", {"captions": ["a", 3]}, ["captions[1]", "found 3"]),
+    ("video_caption", {"captions": None}, ["field 'captions' is missing", "needs video, captions"]),
+    ("video_caption", {"captoins": ["a"]}, ["no field 'captoins' (did you mean 'captions'?)"]),
+    ("video_caption", {"gallery": "all"}, ["'video_caption' has no field 'gallery'", "video, captions"]),
+    ("video_caption", {"video": 7}, ["video: expected a string", "found 7"]),
+    ("video_caption", {"video": "/etc/clip.gif"}, ["video: expected the path of a file inside", "'/etc/clip.gif'"]),
+    ("video_caption", {"video": "../clip.gif"}, ["video: expected the path of a file inside", "'../clip.gif'"]),
+    ("video_caption", {"video": "a/../../clip.gif"}, ["video: expected the path of a file inside"]),
+    ("video_caption", {"video": "a/.."}, ["video: expected the path of a file inside"]),
+    ("video_caption", {"id": 5}, ["id: expected a string", "found 5"]),
+    ("video_caption", {"id": "first"}, ["id: expected an id that line 1 does not have already", "found 'first'"]),
+    ("video_caption", {"meaning": ""}, ["meaning: expected a string that is not empty"]),
+    ("video_retrieval", {"gallery": 1}, ["gallery: expected a string", "found 1"]),
+    ("image_qa", {"qa": []}, ["qa: expected a list of one or more", "found []"]),
+    ("image_qa", {"qa": ["what?"]}, ["qa[0]: expected an object", "found 'what?'"]),
+    ("image_qa", {"qa": [{"question": "q", "answers": []}]}, ["qa[0].answers: expected a list of one or more"]),
+    ("image_qa", {"qa": [{"question": "", "answers": ["a"]}]}, ["qa[0].question: expected a string that is not empty"]),
+    ("image_qa", {"qa": [{"question": "q", "answers": ["a", 1]}]}, ["qa[0].answers[1]: expected a string", "found 1"]),
+    ("image_qa", {"qa": [{"question": "q", "answers": ["a"], "kind": 2}]}, ["qa[0].kind", "found 2"]),
+    ("image_qa", {"qa": [{"question": "q", "answer": "a"}]}, ["qa[0]", "'answer' (did you mean 'answers'?)"]),
+    ("image_qa", {"qa": [{"answers": ["a"]}]}, ["qa[0]: field 'question' is missing"]),
+    ("text_only", {"text": "half \ud83d"}, ["text: expected text without lone surrogates"]),
+    ("text_pair_classification", {"texts": ["a"]}, ["texts: expected a list of two strings", "found ['a']"]),
+    ("text_pair_classification", {"texts": ["a", ""]}, ["texts[1]: expected a string that is not empty"]),
+    ("visual_entailment", {"label": 1.5}, ["label: expected one of", "found 1.5"]),
+    ("text_pair_classification", {"label": True}, ["label: expected a string", "found True"]),
+    ("text_pair_classification", {"label": float("nan")}, ["label: expected a string", "found nan"]),
+    ("visual_entailment", {"label": "maybe"}, ["label: expected one of entailment, neutral, contradiction", "'maybe'"]),
+    ("image_pair_reasoning", {"label": True}, ["label: expected one of true, false", "found True"]),
+    ("image_pair_reasoning", {"images": ["a.png", "/b.png"]}, ["images[1]: expected the path of a file inside"]),
+    ("grounding", {"box": [0.5, 0.5, 0.2]}, ["box: expected [centre x, centre y, width, height]", "[0.5, 0.5, 0.2]"]),
+    ("grounding", {"box": [0.5, 0.5, 0.2, 1.5]}, ["box: expected", "from 0 to 1", "1.5"]),
+    ("grounding", {"box": [0.5, -0.1, 0.2, 0.2]}, ["box: expected", "from 0 to 1", "-0.1"]),
+    ("grounding", {"box": [0.5, 0.5, float("nan"), 0.2]}, ["box: expected", "from 0 to 1", "nan"]),
+    ("grounding", {"box": [0.5, 0.5, True, 0.2]}, ["box: expected", "True"]),
+    ("grounding", {"box": [0.5, 0.5, 10**400, 0.2]}, ["box: expected", "from 0 to 1"]),
+    ("grounding", {"box": ["0.5", 0.5, 0.2, 0.2]}, ["box: expected", "'0.5'"]),
+    ("grounding", {"box": [0.5, 0.5, 0, 0.2]}, ["box that has an area"]),
+    ("grounding", {"box": [0.5, 0.7, 0.2, 0.9]}, ["box that has an area and lies inside its image"]),
+    ("grounding", {"box": [0.1, 0.5, 0.4, 0.2]}, ["box that has an area and lies inside its image"]),
+]
+
+
+@pytest.mark.parametrize("task, changes, expected", BAD, ids=lambda value: str(value)[:40])
+def test_a_bad_field_is_reported_by_file_line_and_field(tmp_path, task, changes, expected):
+    bad = {name: value for name, value in (GOOD[task] | changes).items() if value is not None}
+    path = write(tmp_path, task, GOOD[task] | {"id": "first"}, bad)
+    with pytest.raises(RecordError) as caught:
+        read_records(tmp_path, task, "train")
+    assert str(caught.value).startswith(f"{path}:2: ")
+    for part in expected:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "line", [b'{"text": "a"', b"text", b'{"text": "\xff"}', b"[" * 100_000, b'["a"]', b'"text"', b"null"]
+)
+def test_a_line_that_is_no_object_is_reported(tmp_path, line):
+    path = write(tmp_path, "text_only", GOOD["text_only"], line)
+    with pytest.raises(RecordError, match=r"expected (one|a) JSON object") as caught:
+        read_records(tmp_path, "text_only", "train")
+    assert str(caught.value).startswith(f"{path}:2: ")
+    assert len(str(caught.value)) < len(str(path)) + 300
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["a.gif", "true"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["question", "answers"]), inner),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data(), st.sampled_from(sorted(GOOD)), json_values)
+def test_any_value_of_any_field_is_a_record_or_a_record_error(tmp_path_factory, data, task, value):
+    """Never another exception."""
+    field = data.draw(st.sampled_from(RECORD_FIELDS[task] + OPTIONAL_FIELDS))
+    root = tmp_path_factory.mktemp("data")
+    write(root, task, GOOD[task] | {field: value})
+    try:
+        assert len(read_records(root, task, "train")) == 1
+    except RecordError as error:
+        assert f"{task}.train.jsonl:1: {field}" in str(error)
+
+
+def test_a_file_without_records_is_an_error(tmp_path):
+    write(tmp_path, "text_only", b"", b" ")
+    with pytest.raises(RecordError, match=r"text_only\.train\.jsonl: expected one JSON object a line, found no line"):
+        read_records(tmp_path, "text_only", "train")
+
+
+def test_an_unknown_task_is_named_with_the_closest(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"unknown task 'video_captions' \(did you mean 'video_caption'\?\).*grounding"
+    ):
+        read_records(tmp_path, "video_captions", "train")
+
+
+def test_a_missing_split_lists_what_there_is(tmp_path):
+    write(tmp_path, "video_qa", split="train")
+    write(tmp_path, "video_qa", split="val")
+    with pytest.raises(FileNotFoundError, match=r"no file video_qa\.tset\.jsonl .*split 'tset'") as caught:
+        read_records(tmp_path, "video_qa", "tset")
+    assert str(caught.value).splitlines()[1:] == ["  video_qa.train.jsonl", "  video_qa.val.jsonl"]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sets(
+        st.tuples(st.sampled_from(sorted(RECORD_FIELDS)), st.sampled_from(["train", "val", "testA", "combos"])),
+        min_size=1,
+    )
+)
+def test_available_lists_the_files_that_are_there(tmp_path_factory, files):
+    root = tmp_path_factory.mktemp("data")
+    for name in ("notes.txt", "captions.train.jsonl", "video_qa.train.jsonl.bak", "video_qa.jsonl"):
+        (root / name).touch()
+    for task, split in files:
+        write(root, task, split=split)
+    found = available(root)
+    assert {(task, split) for task, splits in found.items() for split in splits} == files
+    assert list(found) == [task for task in RECORD_FIELDS if task in found]
+    assert all(splits == sorted(splits) for splits in found.values())
+
+
+def test_a_folder_without_any_data_file_is_explained(tmp_path):
+    (tmp_path / "captions.train.jsonl").touch()
+    with pytest.raises(FileNotFoundError, match=r"<task>\.<split>\.jsonl.*video_caption, .*grounding"):
+        available(tmp_path)
+    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
+        available(tmp_path / "nowhere")

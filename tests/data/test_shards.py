@@ -1,0 +1,331 @@
+"""Tar shards: what is packed is what is read; streams that are split, shuffled, mixed and resumed; damaged shards."""
+
+import io
+import json
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_loader import CLIPS, dataset, tokenizer, write_data, write_gif, write_records  # noqa: F401
+
+from mplug2.data.__main__ import main
+from mplug2.data.batches import Collate, MixedBatches
+from mplug2.data.media import MediaError
+from mplug2.data.samples import read_samples
+from mplug2.data.shards import (
+    Piece,
+    Plan,
+    Positions,
+    Reader,
+    ShardSet,
+    deal,
+    is_shards,
+    pack,
+    read_shards,
+    stream_batches,
+)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def packed(root, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("packed") / "shards"
+    assert pack(root, out, samples_per_shard=2) == {"video": 6, "image": 5, "text": 7}
+    return out
+
+
+# ---- packing ---------------------------------------------------------------------------------------------------------
+
+
+def test_shards_follow_the_convention_and_hold_the_files_as_they_are(root, packed):
+    assert is_shards(packed) and not is_shards(root)
+    assert sorted(path.name for path in packed.iterdir()) == [
+        *(f"image-00000{i}.tar" for i in range(3)), "shards.json", *(f"text-00000{i}.tar" for i in range(4)),
+        *(f"video-00000{i}.tar" for i in range(3)),
+    ]
+    with tarfile.open(packed / "video-000001.tar") as tar:
+        assert tar.getnames() == ["000000002.json", "000000002.gif", "000000003.json", "000000003.gif"]
+        assert tar.extractfile("000000003.gif").read() == (root / "3.gif").read_bytes()
+        texts = json.load(tar.extractfile("000000002.json"))
+    assert texts["captions"] == ["a green one moving left", "a green one going left"] and len(texts["qa"]) == 3
+    shards = read_shards(packed)
+    assert {kind: (len(found), found.sizes) for kind, found in shards.items()} == {
+        "video": (6, (2, 2, 2)), "image": (5, (2, 2, 1)), "text": (7, (2, 2, 2, 1)),
+    }
+
+
+def test_pack_runs_from_the_command_line_and_refuses_with_the_reason(root, tmp_path, capsys):
+    main(["pack", str(root), str(tmp_path / "out")])
+    assert "6 video, 5 image, 7 text" in capsys.readouterr().out
+    for arguments, message in (
+        ((root, tmp_path / "out"), "holds shards already (shards.json); choose another folder"),
+        ((tmp_path / "nowhere", tmp_path / "b"), "nowhere is not a folder"),
+        ((root, tmp_path / "b", "--split", "val"), "no data for pretrain, split val"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(["pack", *map(str, arguments)])
+        assert stopped.value.code == 1 and message in capsys.readouterr().err
+    write_records(tmp_path, "video_caption.train", [{"video": "gone.gif", "captions": ["a"]}])
+    with pytest.raises(FileNotFoundError, match="video_caption.train.jsonl:1: .*gone.gif does not exist; fetch it"):
+        pack(tmp_path, tmp_path / "c")
+    assert not is_shards(tmp_path / "c")
+
+
+def test_an_index_that_is_wrong_is_named(tmp_path):
+    for text, message in (("{", "is not an index of shards"), ('{"kinds": {"video": [{}]}}', "is not an index"),
+                          ('{"kinds": {"video": [{"file": "a.tar", "samples": 3}]}}', "a.tar is in .*, but not there")):
+        (tmp_path / "shards.json").write_text(text)
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            read_shards(tmp_path)
+
+
+# ---- who reads what --------------------------------------------------------------------------------------------------
+
+
+class Numbers(Reader):
+    """A reader of shards that are nothing but numbers."""
+
+    def _read(self, pieces: tuple[Piece, ...], start: int, count: int) -> list[tuple]:
+        every = [(piece.epoch, piece.shard, i, {}) for piece in pieces for i in range(piece.first, piece.stop)]
+        return every[start : start + count]
+
+    def _item(self, epoch: int, shard: int, number: int, files: dict) -> dict:
+        return {"key": (epoch, shard, number)}
+
+
+class Seed:
+    seed = 7
+
+
+def numbers(shards: ShardSet, plan: Plan, reader: int, window: int, at: tuple[int, int] = (0, 0)) -> Numbers:
+    return Numbers(shards, "video", Seed, None, plan, reader, window, at)
+
+
+@st.composite
+def streams(draw: st.DrawFn) -> dict:
+    sizes = draw(st.lists(st.integers(1, 7), min_size=3, max_size=8))
+    return dict(shards=ShardSet(tuple(Path(f"{i}.tar") for i in range(len(sizes))), tuple(sizes)),
+                window=draw(st.integers(1, 6)))
+
+
+def every(shards: ShardSet, epochs: int) -> list[tuple[int, int, int]]:
+    """All samples of so many epochs."""
+    return [(e, s, i) for e in range(epochs) for s, size in enumerate(shards.sizes) for i in range(size)]
+
+
+@settings(max_examples=25, deadline=None)
+@given(streams(), st.integers(1, 3))
+def test_the_readers_together_read_every_sample_once_an_epoch(drawn, readers):
+    """In another order each epoch, and not in that of the shards."""
+    shards, plan, seen = drawn["shards"], Plan(readers), []
+    for number in range(readers):
+        reader = numbers(plan=plan, reader=number, **drawn)
+        for epoch in range(3):
+            pieces = plan.round(shards, number, 1 + epoch, (7, *b"video"))
+            seen += [next(reader)["key"] for piece in pieces for _ in range(piece.stop)]
+            assert {key[0] for key in seen[-1:]} == {epoch}
+    assert Counter(seen) == Counter(every(shards, 3))
+
+
+def test_a_window_is_shuffled_and_nothing_leaves_it():
+    shards = ShardSet((Path("0.tar"), Path("1.tar")), (100, 100))
+    reader = numbers(shards, Plan(1), 0, 50)
+    order = [key[1] * 100 + key[2] for key in (next(reader)["key"] for _ in range(200))]
+    order = order if order[0] < 100 else [(number + 100) % 200 for number in order]
+    for start in range(0, 200, 50):
+        assert sorted(order[start : start + 50]) == list(range(start, start + 50)) != order[start : start + 50]
+
+
+@settings(max_examples=40, deadline=None)
+@given(streams(), st.integers(0, 60))
+def test_a_reader_goes_on_where_it_was_to_the_sample(drawn, done):
+    whole = numbers(plan=Plan(2), reader=1, **drawn)
+    for _ in range(done):
+        next(whole)
+    resumed = numbers(plan=Plan(2), reader=1, at=whole.at, **drawn)
+    assert [next(resumed)["key"] for _ in range(30)] == [next(whole)["key"] for _ in range(30)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(streams(), st.lists(st.integers(0, 40), min_size=1, max_size=3), st.integers(1, 3), st.integers(1, 3))
+def test_other_readers_lose_no_sample_and_see_at_most_the_windows_that_were_begun_again(drawn, done, later, last):
+    """Twice: what is left is dealt out to `later` readers, and what they leave to `last` ones."""
+    shards, window, seen = drawn["shards"], drawn["window"], Counter()
+    plan, counts = Plan(len(done)), done
+    for readers in (later, last, None):
+        at = {}
+        for number, count in enumerate(counts):
+            reader = numbers(shards, plan, number, window)
+            for _ in range(count):
+                seen[next(reader)["key"]] += 1
+            at[number] = reader.at
+        if readers:
+            plan = deal(shards, plan, at, readers, window, (7, *b"video"))
+            counts = [done[0]] * readers
+    left = deal(shards, plan, at, 1, window, (7, *b"video"))
+    seen.update((piece.epoch, piece.shard, i) for piece in left.leftovers[0] for i in range(piece.first, piece.stop))
+    expected = set(every(shards, left.epoch))
+    assert set(seen) == expected  # nothing lost, of any epoch that was begun
+    assert sum(seen.values()) - len(expected) <= window * (len(done) + later + last)
+    assert max(seen.values(), default=1) <= 4
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
+
+
+def batches_of(
+    root: Path, tokenizer, steps: int, start: int = 0, state: dict | None = None, workers: int = 0,  # noqa: F811
+    rank: int = 0, world: int = 1, window: int = 2, mixed: Path | None = None,
+) -> tuple[list[dict], Positions]:
+    """The batches of a run from `start` on, and where its readers stand afterwards."""
+    shards = read_shards(root)
+    samples = {f"{kind}@1": found for kind, found in read_samples(mixed, "pretrain", "train").items()} if mixed else {}
+    streams = {**shards, **samples}
+    batches = MixedBatches({name: len(found) for name, found in streams.items()}, {name: 1.0 for name in streams},
+                           2 * world, steps, 0, start, rank, world)
+    positions = Positions(shards, world * max(1, workers), window, 0, state or {})
+    found = list(stream_batches(
+        dataset(samples), shards, batches, Collate(tokenizer), positions, 30, workers, pin=False
+    ))
+    for batch in found:
+        positions.passed(batch)
+    return found, positions
+
+
+def where(batches: list[dict]) -> list[list[str]]:
+    return [batch["where"] for batch in batches]
+
+
+def test_samples_from_shards_are_those_of_the_folder(root, packed, tokenizer):  # noqa: F811
+    batches, _ = batches_of(packed, tokenizer, 9)
+    assert Counter(batch["kind"] for batch in batches) == {"video": 3, "image": 3, "text": 3}
+    clips = [place for batch in batches if batch["kind"] == "video" for place in batch["where"]]
+    file = root / "video_caption.train.jsonl"
+    assert {place.split("(")[1] for place in clips} == {f"{file}:{i + 1})" for i in range(6)}
+    samples = {sample.where: sample for sample in read_samples(root, "pretrain", "train")["video"]}
+    for batch in batches:
+        if batch["kind"] == "video":
+            assert batch["pixels"].shape == (2, 3, 4, 8, 8) and batch["errors"] == []
+            expected = [samples[place.split("(")[1][:-1]].meaning for place in batch["where"]]
+            assert batch["meaning"].tolist() == expected
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_stream_is_the_stream_that_never_stopped(root, packed, tokenizer, workers):  # noqa: F811
+    """Batches and all that is drawn in them; the shards mixed with a folder."""
+    if workers:
+        root = None
+    whole, _ = batches_of(packed, tokenizer, 14, workers=workers, mixed=root)
+    for stop in (3, 8):
+        before, positions = batches_of(packed, tokenizer, stop, workers=workers, mixed=root)
+        assert where(before) == where(whole[:stop])
+        state = json.loads(json.dumps(positions.collected([positions])))  # through a checkpoint
+        state = {name: {**of_stream, "at": {int(r): place for r, place in of_stream["at"].items()}}
+                 for name, of_stream in state.items()}
+        after, _ = batches_of(packed, tokenizer, 14, stop, state, workers=workers, mixed=root)
+        assert where(after) == where(whole[stop:])
+        for one, other in zip(after, whole[stop:]):
+            assert one["caption_ids"].equal(other["caption_ids"]) and one["masked_ids"].equal(other["masked_ids"])
+            assert "pixels" not in one or one["pixels"].equal(other["pixels"])
+
+
+def test_processes_and_workers_have_shards_of_their_own(packed, tokenizer):  # noqa: F811
+    found = [batches_of(packed, tokenizer, 6, rank=rank, world=2)[0] for rank in range(2)]
+    assert [batch["kind"] for batch in found[0]] == [batch["kind"] for batch in found[1]]
+    files = [{place.split(":")[0] for batch in batches[:3] for place in batch["where"]} for batches in found]
+    assert not files[0] & files[1]
+    with pytest.raises(ValueError, match="3 shards of video for 4 readers .*; pack with fewer samples a shard"):
+        batches_of(packed, tokenizer, 3, world=4)
+
+
+def test_every_worker_has_its_turn_in_every_stream(packed, tokenizer):  # noqa: F811
+    """Three kinds in turn and three workers: none reads all of a kind, and every sample comes once an epoch."""
+    found, positions = batches_of(packed, tokenizer, 9, workers=3)
+    assert [batch["kind"] for batch in found] == [batch["kind"] for batch in batches_of(packed, tokenizer, 9)[0]]
+    assert {stream: sorted(at) for stream, at in positions.at.items()} == dict.fromkeys(positions.at, [0, 1, 2])
+    clips = [place for batch in found if batch["kind"] == "video" for place in batch["where"]]
+    assert len(clips) == len(set(clips)) == 6
+
+
+# ---- damage ----------------------------------------------------------------------------------------------------------
+
+
+def broken(root: Path, out: Path, change) -> Path:
+    """Shards of which the first with clips is written anew: its (name, content) pairs as `change` leaves them."""
+    pack(root, out, samples_per_shard=CLIPS)
+    path = out / "video-000000.tar"
+    with tarfile.open(path) as tar:
+        members = [(member.name, tar.extractfile(member).read()) for member in tar]
+    with tarfile.open(path, "w") as tar:
+        for name, content in change(members):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return out
+
+
+def clips(root: Path, tokenizer, steps: int = 3) -> tuple[list[str], list[str]]:  # noqa: F811
+    batches, _ = batches_of(root, tokenizer, 3 * steps)
+    batches = [batch for batch in batches if batch["kind"] == "video"]
+    return [place for batch in batches for place in batch["where"]], [e for batch in batches for e in batch["errors"]]
+
+
+def test_corrupt_members_are_skipped_and_counted_by_name(root, tmp_path, tokenizer):  # noqa: F811
+    def change(members: list) -> list:
+        changed = dict(members)
+        changed["000000000.gif"] = b"GIF89a, but not for long"
+        changed["000000002.json"] = b"{"
+        changed["000000003.json"] = json.dumps({**json.loads(changed["000000003.json"]), "captions": ["?!"]}).encode()
+        del changed["000000004.gif"]
+        changed["000000005.json"] = json.dumps({**json.loads(changed["000000005.json"]), "captions": []}).encode()
+        return list(changed.items())
+
+    found, errors = clips(broken(root, tmp_path / "out", change), tokenizer)
+    assert {place.split(":")[1].split(" ")[0] for place in found} == {"1"}
+    reasons = dict(error.split("video-000000.tar:", 1)[1].split(": ", 1) for error in errors)
+    assert sorted(reasons) == ["0", "2", "3", "4", "5"]
+    assert "cannot be" in reasons["0"] and "not a sample" in reasons["2"]
+    assert "has no words" in reasons["3"] and "no picture or clip" in reasons["4"]
+    assert "captions: expected a list of one or more strings, found []" in reasons["5"]
+
+
+def test_a_shard_that_was_cut_off_gives_what_is_there(root, tmp_path, tokenizer):  # noqa: F811
+    out = broken(root, tmp_path / "out", lambda members: members)
+    path = out / "video-000000.tar"
+    with tarfile.open(path) as tar:
+        cut = tar.getmember("000000004.gif").offset_data + 10
+    path.write_bytes(path.read_bytes()[:cut])
+    found, errors = clips(out, tokenizer)
+    assert {place.split(":")[1].split(" ")[0] for place in found} == {"0", "1", "2", "3"}
+    assert {error.split(".tar:")[1].split(":")[0] for error in errors} == {"4", "5"}
+    assert all("cannot be read from here on" in error or "ends before it" in error for error in errors)
+
+
+def test_nothing_but_corrupt_samples_stops_the_run(root, tmp_path, tokenizer):  # noqa: F811
+    out = broken(root, tmp_path / "out", lambda members: [(name, b"") for name, _ in members])
+    with pytest.raises(MediaError, match=r"12 samples in a row cannot be read; the first: .*video-000000.tar:"):
+        clips(out, tokenizer)
+
+
+def test_a_tar_of_another_maker_can_be_read(tmp_path, tokenizer):  # noqa: F811
+    """Folders in the names, a sample of two files in the other order, and members that are no files."""
+    write_gif(tmp_path / "a.gif", 1)
+    texts = json.dumps({"where": "the web", "meaning": 3, "captions": ["a red three"], "qa": []}).encode()
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        folder = tarfile.TarInfo("clips")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        for name, content in (("clips/a.gif", (tmp_path / "a.gif").read_bytes()), ("clips/a.json", texts)):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    (tmp_path / "shards.json").write_text('{"kinds": {"video": [{"file": "x.tar", "samples": 1}]}}')
+    (batch,), _ = batches_of(tmp_path, tokenizer, 1)
+    assert batch["where"] == [f"{tmp_path / 'x.tar'}:0 (the web)"] * 2 and batch["meaning"].tolist() == [3, 3]

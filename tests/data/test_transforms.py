@@ -1,0 +1,172 @@
+"""Augmentation: sizes, laws, and the same parameters for all frames; test pictures are exactly resized."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import seeds
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from mplug2.data.media import CLIP_MEAN, CLIP_STD, to_pixels
+from mplug2.data.samples import Sample, Samples
+from mplug2.data.transforms import (
+    GREY,
+    IMAGE_OPERATIONS,
+    VIDEO_OPERATIONS,
+    Augmentation,
+    apply,
+    augment,
+    crop_box,
+    draw_operations,
+)
+
+sides = st.integers(5, 60)
+kinds = st.sampled_from(["image", "video"])
+styles = st.sampled_from(["finetune", "pretrain"])
+
+
+def noise(t: int, height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 255, (t, height, width, 3), dtype=np.uint8)
+
+
+@given(sides, sides, st.integers(4, 24), kinds, styles, st.booleans(), seeds)
+def test_all_frames_are_treated_alike(height, width, size, kind, style, flip, seed):
+    """Equal frames stay equal, each frame is as it would be alone, and the seed decides everything."""
+    frames, augmentation = noise(3, height, width), Augmentation(style, flip)
+    made = augment(frames, size, kind, augmentation, np.random.default_rng(seed))
+    assert made.shape == (3, size, size, 3) and made.dtype == np.uint8
+    for number in range(3):
+        alone = augment(frames[number : number + 1], size, kind, augmentation, np.random.default_rng(seed))
+        np.testing.assert_array_equal(made[number], alone[0])
+
+
+@given(sides, sides, st.sampled_from([0.2, 0.5]), seeds)
+def test_crops_lie_inside_and_have_the_area(height, width, least, seed):
+    left, top, right, bottom = crop_box(height, width, least, np.random.default_rng(seed))
+    assert 0 <= left < right <= width and 0 <= top < bottom <= height
+    share, ratio = (right - left) * (bottom - top) / (height * width), (right - left) / (bottom - top)
+    if 3 / 4 <= width / height <= 4 / 3 and min(height, width) > 20:  # others may take the fallback
+        assert share >= least - 0.1
+        assert 0.65 < ratio < 1.5
+
+
+def test_a_long_strip_falls_back_to_its_middle():
+    assert crop_box(10, 1000, 0.5, np.random.default_rng(0)) == (493, 0, 506, 10)
+    assert crop_box(1000, 10, 0.5, np.random.default_rng(0)) == (0, 493, 10, 506)
+
+
+def test_crops_cover_all_shares():
+    rng = np.random.default_rng(0)
+    for least in (0.2, 0.5):
+        boxes = [crop_box(100, 100, least, rng) for _ in range(400)]
+        shares = [(right - left) * (bottom - top) / 1e4 for left, top, right, bottom in boxes]
+        assert least - 0.02 < min(shares) < least + 0.05 and 0.9 < max(shares) <= 1
+
+
+@pytest.mark.parametrize("flip, expected", [(True, {0, 1}), (False, {0})])
+def test_flips_are_a_setting(flip, expected, monkeypatch):
+    monkeypatch.setattr("mplug2.data.transforms.draw_operations", lambda *_: [])
+    monkeypatch.setattr("mplug2.data.transforms.crop_box", lambda height, width, *_: (0, 0, width, height))
+    frames = np.zeros((1, 8, 8, 3), np.uint8)
+    frames[:, :, :4] = 255
+    made = [augment(frames, 8, "image", Augmentation("finetune", flip), np.random.default_rng(s)) for s in range(30)]
+    assert {int(one[0, 0, 0, 0] == 0) for one in made} == expected
+
+
+def test_clips_of_pretraining_are_flipped_by_an_operation(monkeypatch):
+    """One of ten operations, of which two are drawn: 18 % of the clips (two flips undo each other), not half."""
+    monkeypatch.setattr("mplug2.data.transforms.MOVES", ())
+    frames = np.zeros((1, 100, 100, 3), np.uint8)
+    frames[:, :, :50] = 255
+
+    def share(flip: bool) -> float:
+        made = [augment(frames, 20, "video", Augmentation("pretrain", flip), np.random.default_rng(s))[0, 10]
+                for s in range(300)]
+        return float(np.mean([row[0, 0] < 10 < 245 < row[-1, 0] for row in made]))
+
+    assert share(False) == 0 and 0.1 < share(True) < 0.26
+
+
+def test_clips_of_pretraining_slide_within_a_larger_picture(monkeypatch):
+    """Resized to 1.14 of the size, then cropped: never the whole picture, and no crop by area."""
+    monkeypatch.setattr("mplug2.data.transforms.draw_operations", lambda *_: [])
+    ramp = np.broadcast_to(np.arange(200, dtype=np.uint8)[None, :, None], (1, 200, 200, 3))
+    style = Augmentation("pretrain", flip=False)
+    made = [augment(ramp, 100, "video", style, np.random.default_rng(s))[0] for s in range(20)]
+    widths = {int(one[50, -1, 0]) - int(one[50, 0, 0]) for one in made}
+    assert widths <= set(range(170, 178))  # 100 of 114 pixels of 200 steps
+    assert len({int(one[50, 0, 0]) for one in made}) > 5
+
+
+@given(seeds)
+def test_operations_and_their_values(seed):
+    for kind, operations, colour in (("image", IMAGE_OPERATIONS, 1.36), ("video", VIDEO_OPERATIONS, 1.0)):
+        drawn = draw_operations(kind, 224, np.random.default_rng(seed))
+        assert len(drawn) == 2 if kind == "video" else len(drawn) <= 2
+        level = {"image": 0.7, "video": 0.5}[kind]
+        for name, value in drawn:
+            assert name in operations
+            largest = {"shear_x": 0.3, "shear_y": 0.3, "translate_x": 10, "translate_y": 10, "rotate": 30}.get(name)
+            assert abs(value) == pytest.approx(largest * level if largest else colour)
+
+
+def test_every_operation_is_drawn_and_pictures_leave_half_out():
+    rng = np.random.default_rng(0)
+    drawn = [draw_operations("image", 224, rng) for _ in range(500)]
+    assert {name for of_one in drawn for name, _ in of_one} == set(IMAGE_OPERATIONS)
+    assert 0.45 < np.mean([len(of_one) for of_one in drawn]) / 2 < 0.55
+    clips = {name for _ in range(300) for name, _ in draw_operations("video", 224, rng)}
+    assert clips == set(VIDEO_OPERATIONS)
+
+
+def test_what_each_operation_does():
+    image = Image.fromarray(noise(1, 20, 20)[0] // 2 + 40)
+    pixels = np.asarray(image).astype(int)
+
+    def after(name: str, value: float) -> np.ndarray:
+        made = apply(image, name, value)
+        assert made.size == image.size
+        return np.asarray(made).astype(int)
+
+    np.testing.assert_array_equal(after("identity", 1), pixels)
+    for name in ("brightness", "contrast", "sharpness"):
+        np.testing.assert_array_equal(after(name, 1.0), pixels)  # the factor of clips changes nothing
+    np.testing.assert_allclose(after("brightness", 0.5), pixels * 0.5, atol=1)
+    assert after("contrast", 1.36).std() > pixels.std() * 1.2
+    assert after("autocontrast", 1).min() == 0 and after("autocontrast", 1).max() == 255
+    assert after("equalize", 1).max() == 255 and after("equalize", 1).min() < 10
+    np.testing.assert_array_equal(after("translate_x", 3)[:, :17], pixels[:, 3:])
+    assert (after("translate_x", 3)[:, 17:] == GREY).all()
+    np.testing.assert_array_equal(after("translate_y", -3)[3:], pixels[:17])
+    np.testing.assert_allclose(after("shear_x", 0.3)[0, :19], pixels[0, :19], atol=20)  # by 0.15 of a pixel
+    assert (after("shear_x", 0.3)[19, 15:] == GREY).all()
+    np.testing.assert_array_equal(after("rotate", 90), np.rot90(pixels))
+    np.testing.assert_array_equal(after("flip", 1), pixels[:, ::-1])
+
+
+def test_training_samples_are_augmented_by_their_own_number(tmp_path):
+    """The same sample is the same again, another epoch's is not, and without augmentation it is the whole picture."""
+    for number in range(2):
+        Image.fromarray(noise(1, 30, 30, number)[0]).save(tmp_path / f"{number}.png")
+    kinds = {
+        "image_caption": [Sample("a:1", 1, tmp_path / "0.png", ("a dog",))],
+        "image_pair_reasoning": [Sample("b:1", 1, images=(tmp_path / "0.png", tmp_path / "1.png"), texts=("both",),
+                                        label="true")],
+    }
+    made = Samples(kinds, 16, 2, 1, 8, 30, 0, Augmentation())
+    for kind in kinds:
+        first, again, later = (made[kind, epoch, 0]["pixels"] for epoch in (0, 0, 1))
+        assert torch.equal(first, again) and not torch.equal(first, later)
+        plain = Samples(kinds, 16, 2, 1, 8, 30, 0)[kind, 0, 0]["pixels"]
+        assert plain.shape == first.shape and not torch.equal(plain, first)
+    torch.testing.assert_close(plain[0], to_pixels(noise(1, 30, 30, 0), 16))
+
+
+@given(sides, sides, st.integers(4, 24))
+def test_test_pictures_are_resized_whole_and_normalised(height, width, size):
+    frames = noise(2, height, width)
+    whole = [Image.fromarray(frame).resize((size, size), Image.Resampling.BICUBIC) for frame in frames]
+    expected = (np.stack([np.asarray(one) for one in whole]) / 255 - CLIP_MEAN) / CLIP_STD
+    found = to_pixels(frames, size)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float32).permute(3, 0, 1, 2))

@@ -1,0 +1,330 @@
+"""Caption metrics against their reference implementation, exact match and retrieval against hand values and laws."""
+
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.rouge.rouge import Rouge
+
+from mplug2.data.text import normalise
+from mplug2.evaluation.captions import CiderD, bleu, cider_d, paper_captions, rouge_l
+from mplug2.evaluation.ranking import box_iou, f1, grounding_accuracy, matthews, pearson, retrieval, spearman, top_k
+from mplug2.evaluation.vqa import exact_match, vqa_accuracy, vqa_normalise
+
+captions = st.lists(st.sampled_from(["a", "red", "blue", "seven", "moves"]), max_size=9).map(" ".join)
+"""Few words, so that n-grams are shared; often one word or none."""
+
+
+@st.composite
+def corpora(draw):
+    """References and hypotheses of 1 to 6 samples, some of whose hypotheses repeat a reference; not all blank."""
+    references = draw(st.lists(st.lists(captions, min_size=1, max_size=4), min_size=1, max_size=6))
+    references[0][0] += draw(st.sampled_from([" red", " a red", " a red seven moves"]))
+    return references, [draw(captions | st.sampled_from(texts)) for texts in references]
+
+
+def as_coco(references, hypotheses):
+    return dict(enumerate(references)), {index: [text] for index, text in enumerate(hypotheses)}
+
+
+@settings(max_examples=100, deadline=None)
+@given(corpora())
+def test_bleu_equals_the_coco_evaluation(corpus):
+    expected, _ = Bleu(4).compute_score(*as_coco(*corpus), verbose=0)
+    np.testing.assert_allclose(bleu(*corpus), expected, rtol=0, atol=1e-9)
+
+
+@settings(max_examples=100, deadline=None)
+@given(corpora())
+def test_cider_d_equals_the_coco_evaluation(corpus):
+    expected_mean, expected = Cider().compute_score(*as_coco(*corpus))
+    mean, scores = cider_d(*corpus)
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-9)
+    assert mean == pytest.approx(expected_mean, abs=1e-9)
+
+
+@settings(max_examples=100, deadline=None)
+@given(corpora())
+def test_rouge_l_equals_the_coco_evaluation(corpus):
+    references, hypotheses = corpus
+    # The reference counts an empty caption as one empty word, which could match another one: leave these out.
+    references = [[" ".join(text.split()) for text in texts if text.strip()] or ["a"] for texts in references]
+    hypotheses = [" ".join(text.split()) or "x" for text in hypotheses]
+    expected, _ = Rouge().compute_score(*as_coco(references, hypotheses))
+    assert rouge_l(references, hypotheses) == pytest.approx(expected, abs=1e-12)
+
+
+def test_rouge_l_by_hand():
+    assert rouge_l([["a red seven moves"]], ["a seven moves"]) == pytest.approx(2.44 * 0.75 / (0.75 + 1.44))
+    assert rouge_l([["a red seven"]], [""]) == 0
+
+
+CAPTIONS = (
+    [["A man is riding a horse.", "Man rides horse"], ["Two dogs run, fast!"]], ["a man rides a horse", "two dogs"],
+)
+
+
+def test_the_papers_pipeline():
+    """For real where there is Java; elsewhere its absence is said."""
+    if shutil.which("java") is None:
+        with pytest.raises(ValueError, match="there is no `java`"):
+            paper_captions(*CAPTIONS)
+        return
+    found = paper_captions(*CAPTIONS)
+    assert set(found) == {"bleu1", "bleu2", "bleu3", "bleu4", "meteor", "rouge_l", "cider"}
+    # The tokenizer lower-cases and drops punctuation: what is left is scored as by the functions above.
+    tokens = [["a man is riding a horse", "man rides horse"], ["two dogs run fast"]], CAPTIONS[1]
+    assert found["cider"] == pytest.approx(cider_d(*tokens)[0], abs=1e-9)
+    assert found["bleu4"] == pytest.approx(bleu(*tokens)[3], abs=1e-9)
+    assert found["rouge_l"] == pytest.approx(rouge_l(*tokens), abs=1e-9)
+    assert 0.2 < found["meteor"] < 0.7
+
+
+def test_the_papers_pipeline_says_what_it_needs(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match="there is no `java`: install a Java runtime, or leave --paper-captions out"):
+        paper_captions(*CAPTIONS)
+    monkeypatch.setitem(sys.modules, "pycocoevalcap.meteor.meteor", None)
+    with pytest.raises(ValueError, match=r"pip install mplug2\[eval\]"):
+        paper_captions(*CAPTIONS)
+
+
+@settings(max_examples=50, deadline=None)
+@given(corpora(), st.data())
+def test_cider_d_keeps_the_document_frequencies_of_its_corpus(corpus, data):
+    """Scoring any batch of samples gives what these samples score within the whole corpus."""
+    references, hypotheses = corpus
+    batch = data.draw(st.lists(st.integers(0, len(references) - 1), min_size=1, max_size=8))
+    scores = CiderD(references).scores([references[i] for i in batch], [hypotheses[i] for i in batch])
+    np.testing.assert_array_equal(scores, cider_d(references, hypotheses)[1][batch])
+
+
+def test_caption_metrics_of_perfect_and_hopeless_captions():
+    references = [["a red seven moves left"], ["the blue two grows very slowly"]]
+    perfect, hopeless = [texts[0] for texts in references], ["x y z v w", "x y z v w"]
+    assert bleu(references, perfect) == pytest.approx([1, 1, 1, 1])
+    assert cider_d(references, perfect)[0] == pytest.approx(10)
+    assert bleu(references, hopeless) == pytest.approx([0, 0, 0, 0], abs=1e-6)
+    assert cider_d(references, hopeless)[0] == 0
+
+
+@pytest.mark.parametrize("metric", [bleu, cider_d, rouge_l, exact_match, vqa_accuracy, paper_captions])
+def test_lists_that_do_not_fit_are_refused(metric):
+    with pytest.raises(ValueError, match="2 lists of references but 1 predictions"):
+        metric([["a"], ["b"]], ["a"])
+    with pytest.raises(ValueError, match="sample 1: expected a non-empty list"):
+        metric([["a"], []], ["a", "b"])
+    with pytest.raises(ValueError, match="sample 0: expected a non-empty list of reference strings, found 'yes'"):
+        metric(["yes"], ["yes"])
+    with pytest.raises(ValueError, match="no samples to score"):
+        metric([], [])
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("  The RED,\tseven! ", "the red seven"),
+    ("it's the dogs’ ball", "its the dogs ball"),
+    ("left-to-right (slowly)", "left to right slowly"),
+    ("snake_case", "snake case"),
+    ("Café cafe\u0301 naïve", "cafe cafe naive"),
+    ("日本 한국 7½", "日本 한국 7½"),
+    ("...", ""),
+])
+def test_normalise(text, expected):
+    assert normalise(text) == expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text())
+def test_normalise_changes_nothing_the_second_time(text):
+    assert normalise(normalise(text)) == normalise(text)
+
+
+def test_exact_match():
+    answers = [["yes"], ["seven", "The number 7!"], ["left"], ["it's red"]]
+    assert exact_match(answers, [" Yes.", "the number 7", "right", "its red"]) == 0.75
+    assert exact_match(answers, ["yes no", "number 7", "", "red"]) == 0
+
+
+def test_retrieval_by_hand():
+    similarity = np.array([[0.9, 0.1, 0.5, 0.4], [0.1, 0.2, 0.3, 0.4], [0.7, 0.8, 0.8, 0.1]])
+    positives = np.zeros((3, 4), bool)
+    positives[0, 0] = positives[1, 1] = positives[2, 2] = True  # ranks 1, 3, and 2 (a tie)
+    assert retrieval(similarity, positives) == {"r1": pytest.approx(1 / 3), "r5": 1, "r10": 1, "median_rank": 2}
+    positives[1, 3] = True  # now the best of two positives has rank 1
+    assert retrieval(similarity, positives) == {"r1": pytest.approx(2 / 3), "r5": 1, "r10": 1, "median_rank": 1}
+    positives[2, 1] = True  # and the tie is one between positives
+    assert retrieval(similarity, positives)["r1"] == 1
+
+
+def test_retrieval_counts_the_top_one_five_and_ten():
+    similarity = np.tile(-np.arange(12.0), (12, 1))  # the positive of query i has rank i + 1
+    expected = {"r1": 1 / 12, "r5": 5 / 12, "r10": 10 / 12, "median_rank": 6.5}
+    assert retrieval(similarity, np.eye(12, dtype=bool)) == pytest.approx(expected)
+
+
+@st.composite
+def galleries(draw):
+    """Similarities with many ties, and at least one positive a query."""
+    shape = draw(st.tuples(st.integers(1, 6), st.integers(1, 14)))
+    similarity = draw(arrays.arrays(np.float32, shape, elements=st.integers(-3, 3)))
+    positives = draw(arrays.arrays(bool, shape))
+    for row in positives:
+        row[draw(st.integers(0, shape[1] - 1))] = True
+    return similarity, positives
+
+
+@settings(max_examples=100, deadline=None)
+@given(galleries(), st.randoms(use_true_random=False))
+def test_retrieval_laws(gallery, random):
+    similarity, positives = gallery
+    scores = retrieval(similarity, positives)
+    assert 0 <= scores["r1"] <= scores["r5"] <= scores["r10"] <= 1
+    assert 1 <= scores["median_rank"] <= similarity.shape[1]
+    rows, columns = (random.sample(range(size), size) for size in similarity.shape)
+    assert retrieval(similarity[rows][:, columns], positives[rows][:, columns]) == scores  # order says nothing
+    assert retrieval(similarity * 2 + 1, positives) == scores  # only the ranking counts
+    lifted = retrieval(similarity + 10 * positives, positives)
+    assert lifted == {"r1": 1, "r5": 1, "r10": 1, "median_rank": 1}
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(11, 40), st.floats(-1, 1))
+def test_a_constant_similarity_finds_nothing(size, value):
+    scores = retrieval(np.full((size, size), value), np.eye(size, dtype=bool))
+    assert scores == {"r1": 0, "r5": 0, "r10": 0, "median_rank": size}
+
+
+def test_retrieval_errors():
+    square = np.eye(3)
+    with pytest.raises(ValueError, match=r"\(3, 3\) and \(3, 2\)"):
+        retrieval(square, np.ones((3, 2), bool))
+    with pytest.raises(ValueError, match="non-empty"):
+        retrieval(np.zeros((0, 3)), np.zeros((0, 3), bool))
+    with pytest.raises(ValueError, match="expected bool positives, found float64"):
+        retrieval(square, square)
+    with pytest.raises(ValueError, match="query 2 has no positive item"):
+        retrieval(square, np.diag([True, True, False]))
+    with pytest.raises(ValueError, match="query 1 hold NaN"):
+        retrieval(np.diag([0, np.nan, 0]), square.astype(bool))
+
+
+def test_vqa_accuracy_by_hand():
+    """Leave one of ten out: with h of them agreeing, h times min(1, (h - 1) / 3) and 10 - h times min(1, h / 3)."""
+    by_hits = {0: 0, 1: 0.3, 2: 0.6, 3: 0.9, 4: 1, 9: 1, 10: 1}
+    for hits, expected in by_hits.items():
+        answers = ["yes"] * hits + [f"no {k}" for k in range(10 - hits)]
+        assert vqa_accuracy([answers], ["yes"]) == pytest.approx(expected), hits
+    assert vqa_accuracy([["yes"] * 10, ["no"] * 10], ["yes", "yes"]) == 0.5
+
+
+def test_vqa_accuracy_normalises_as_the_official_evaluation():
+    """Predictions always, with digits and articles; people's answers by their punctuation, where they differ."""
+    assert vqa_accuracy([["2"] * 4 + ["dont know"] * 6], [" Two\n"]) == 1
+    assert vqa_accuracy([["don't know"] * 5 + ["no"] * 5], ["Dont know"]) == 1
+    assert vqa_accuracy([["2"] * 10], ["two"]) == 1
+    assert vqa_accuracy([["yes"] * 10], ["Yes."]) == 1
+    assert vqa_accuracy([["a dog"] * 10], ["a dog"]) == 0  # people's articles stay
+    assert vqa_accuracy([["t-shirt"] * 10], ["t-shirt"]) == 0  # all agree: people's punctuation stays
+    assert vqa_accuracy([["t-shirt"] * 9 + ["shirt"]], ["t-shirt"]) == 1
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("The two dogs", "2 dogs"),
+    ("none", "0"),
+    ("Whats that?", "what's that"),
+    ("black/white", "black white"),
+    ("black / white", "black white"),
+    ("1,000 people", "1000 people"),
+    ("3.5 m.", "3.5 m"),
+    ("u.s.", "us"),
+    ("t-shirt", "t shirt"),
+    ("wont", "won't"),
+    ("couldn'tve", "couldn't've"),
+    ("yall'd've", "y'all'd've"),
+    ("ows'at", "ows'at"),
+    ("somebody'd", "somebodyd"),
+    ("im shes let's", "im shes let's"),
+    ("a\tb\n- c", "b c"),
+    ("a", ""),
+])
+def test_vqa_normalise(text, expected):
+    assert vqa_normalise(text) == expected
+
+
+def test_top_k():
+    scores = np.array([[0.1, 0.9, 0.5, 0.0], [0.3, 0.3, 0.2, 0.1], [0.4, 0.3, 0.2, 0.1]])
+    assert top_k(scores, [2, 0, 3], 1) == 0  # the second sample ties with a wrong class
+    assert top_k(scores, [2, 0, 3], 2) == pytest.approx(2 / 3)
+    assert top_k(scores, [2, 0, 3], 4) == 1
+    assert top_k(scores, [1, 0, 0], 1) == pytest.approx(2 / 3)
+    with pytest.raises(ValueError, match="sample 1: label 4 is not one of the 4 classes"):
+        top_k(scores, [0, 4, 0], 1)
+    with pytest.raises(ValueError, match=r"found \(3, 4\) and \(2,\)"):
+        top_k(scores, [0, 1], 1)
+    with pytest.raises(ValueError, match="sample 2 hold NaN"):
+        top_k(np.array([[0.0], [0.0], [np.nan]]), [0, 0, 0], 1)
+
+
+two_classes = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=30)
+
+
+@settings(max_examples=100, deadline=None)
+@given(two_classes)
+def test_matthews_and_f1_by_their_definitions(pairs):
+    truths, found = zip(*pairs)
+    tp, tn = sum(t and p for t, p in pairs), sum(not t and not p for t, p in pairs)
+    fp, fn = sum(p and not t for t, p in pairs), sum(t and not p for t, p in pairs)
+    below = ((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)) ** 0.5
+    assert matthews(truths, found) == pytest.approx((tp * tn - fp * fn) / below if below else 0, abs=1e-12)
+    precision, recall = tp / (tp + fp) if tp + fp else 0, tp / (tp + fn) if tp + fn else 0
+    expected = 2 * precision * recall / (precision + recall) if precision + recall else 0
+    assert f1(truths, found) == pytest.approx(expected, abs=1e-12)
+
+
+def test_two_classes_are_asked_for():
+    with pytest.raises(ValueError, match="expected truths of two classes"):
+        matthews([0, 1, 2], [0, 1, 1])
+    with pytest.raises(ValueError, match="expected predictions of two classes"):
+        f1([0, 1], [0, 0.5])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(-5, 5), st.integers(-5, 5)), min_size=2, max_size=20))
+def test_pearson_and_spearman_by_their_definitions(pairs):
+    first, second = map(np.array, zip(*pairs))
+
+    def ranks(values):
+        return np.array([(values < value).sum() + ((values == value).sum() + 1) / 2 for value in values])
+
+    constant = np.ptp(first) == 0 or np.ptp(second) == 0
+    assert pearson(first, second) == pytest.approx(0 if constant else np.corrcoef(first, second)[0, 1], abs=1e-9)
+    expected = 0 if constant else np.corrcoef(ranks(first), ranks(second))[0, 1]
+    assert spearman(first, second) == pytest.approx(expected, abs=1e-9)
+    assert spearman(first, second) == pytest.approx(spearman(first**3, second * 2 + 1), abs=1e-9)
+
+
+def test_correlations_refuse_what_has_none():
+    with pytest.raises(ValueError, match=r"found \(2,\) and \(3,\)"):
+        pearson([1, 2], [1, 2, 3])
+    with pytest.raises(ValueError, match="not finite"):
+        spearman([1, 2], [1, float("nan")])
+
+
+def test_boxes_by_hand():
+    box = [0.5, 0.5, 0.4, 0.4]
+    assert box_iou(box, box) == pytest.approx(1)
+    assert box_iou(box, [0.7, 0.5, 0.4, 0.4]) == pytest.approx(1 / 3)  # half of each overlaps
+    assert box_iou(box, [0.1, 0.1, 0.1, 0.1]) == 0
+    assert box_iou(box, [0.5, 0.5, 0.2, 0.4]) == pytest.approx(0.5)
+    assert box_iou([0.5, 0.5, 0, 0], [0.5, 0.5, 0, 0]) == 0
+    truths = np.array([box] * 4)
+    found = np.array([box, [0.5, 0.5, 0.25, 0.4], [0.7, 0.5, 0.4, 0.4], [0.1, 0.1, 0.1, 0.1]])
+    assert grounding_accuracy(truths, found) == 0.5
+    with pytest.raises(ValueError, match=r"found \(4, 4\) and \(3, 4\)"):
+        grounding_accuracy(truths, found[:3])

@@ -1,0 +1,48 @@
+"""Files for the servers of benchmarks: their fields, and what is refused before anything is sent."""
+
+import json
+
+import pytest
+
+from mplug2.evaluation.submissions import write
+
+
+def test_vqav2_and_nocaps(tmp_path):
+    path = write("vqav2", tmp_path, "test-dev", [("458752000", "net"), ("7", "")])
+    assert path.name == "vqav2_test-dev.json"
+    assert json.loads(path.read_text()) == [
+        {"question_id": 458752000, "answer": "net"}, {"question_id": 7, "answer": ""},
+    ]
+    path = write("nocaps", tmp_path, "test", [("3", "a dog")])
+    assert json.loads(path.read_text()) == [{"image_id": 3, "caption": "a dog"}]
+
+
+@pytest.mark.parametrize("name, split, label, file, written", [
+    ("glue_cola", "test", "acceptable", "CoLA.tsv", "1"),
+    ("glue_sst2", "test", "negative", "SST-2.tsv", "0"),
+    ("glue_mrpc", "test", "equivalent", "MRPC.tsv", "1"),
+    ("glue_qqp", "test", "not_equivalent", "QQP.tsv", "0"),
+    ("glue_stsb", "test", "5.25", "STS-B.tsv", "5.000"),
+    ("glue_mnli", "test", "neutral", "MNLI-m.tsv", "neutral"),
+    ("glue_mnli", "test_mismatched", "neutral", "MNLI-mm.tsv", "neutral"),
+    ("glue_qnli", "test", "not_entailment", "QNLI.tsv", "not_entailment"),
+    ("glue_rte", "test", "entailment", "RTE.tsv", "entailment"),
+    ("glue_wnli", "test", "not_entailment", "WNLI.tsv", "0"),
+])
+def test_glue(name, split, label, file, written, tmp_path):
+    path = write(name, tmp_path, split, [("10", label), ("9", label)])
+    assert path.name == file
+    assert path.read_text() == f"index\tprediction\n9\t{written}\n10\t{written}\n"
+
+
+@pytest.mark.parametrize("name, predictions, message", [
+    ("vqa", [("1", "a")], "no server format for 'vqa'"),
+    ("vqav2", [], "no prediction of image_qa"),
+    ("vqav2", [("image_qa.test.jsonl:1", "a")], "knows numbers only"),
+    ("vqav2", [("1", "a"), ("1", "b")], "id 1: there are two predictions"),
+    ("nocaps", [("1", " ")], "id 1: the caption is empty"),
+    ("glue_rte", [("1", "yes")], "id 1: 'yes' is none of the classes entailment, not_entailment of RTE"),
+])
+def test_what_is_refused(name, predictions, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        write(name, tmp_path, "test", predictions)

@@ -1,0 +1,110 @@
+"""Each fast form equals its plain form, in value and in gradient."""
+
+import torch
+from helpers import assert_same, conv_by_hand, noise, quick_gelu_by_hand, random_mask, randomised, seeds
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mplug2.model import kernels
+from mplug2.model.attention import padding_mask, reference_attention
+from mplug2.model.kernels import (
+    DropoutAttention,
+    Linear,
+    attention,
+    depthwise_conv,
+    quick_gelu,
+    quick_gelu_linear,
+    quick_gelu_mlp,
+)
+
+sizes = st.integers(1, 4)
+
+
+def assert_same_with_gradients(fast, plain, *inputs: Tensor) -> None:
+    """`fast(*inputs)` equals `plain(*inputs)`, and so do the gradients of the inputs."""
+    gradients = []
+    outputs = [fast(*inputs), plain(*inputs)]
+    assert_same(*outputs)
+    direction = noise(*outputs[0].shape, seed=9)
+    for output in outputs:
+        gradients.append(torch.autograd.grad((output * direction).sum(), inputs))
+    for found, expected in zip(*gradients):
+        assert_same(found, expected)
+
+
+@given(rows=st.integers(1, 40), seed=seeds)
+def test_linear_equals_torch_with_few_rows_and_with_many(rows, seed):
+    layer, x = randomised(Linear(3, 5), seed), noise(rows, 2, 3, seed=seed)
+    with torch.no_grad():
+        assert_same(layer(x), F.linear(x, layer.weight, layer.bias))
+        assert layer(x).is_contiguous()
+    assert_same_with_gradients(lambda x: layer(x), lambda x: F.linear(x, layer.weight, layer.bias), x.requires_grad_())
+
+
+@given(b=sizes, l=sizes, m=sizes, c=sizes, e=sizes, seed=seeds)
+def test_attention_equals_the_reference(b, l, m, c, e, seed):
+    query, key, value = noise(b, c, l, e, seed=seed), noise(b, c, m, e, seed=seed + 1), noise(b, c, m, e, seed=seed + 2)
+    mask = padding_mask(random_mask(b, m, seed))
+    assert_same(attention(query, key, value, None, 0.0), reference_attention(query, key, value))
+    assert_same(attention(query, key, value, mask, 0.0), reference_attention(query, key, value, mask))
+
+
+@given(b=sizes, l=sizes, m=sizes, c=sizes, e=sizes, dropout=st.sampled_from([0.1, 0.5, 0.9]), seed=seeds)
+def test_dropout_by_heads_is_the_formula_with_these_weights_dropped(b, l, m, c, e, dropout, seed):
+    given = [noise(b, c, n, e, seed=seed + i).requires_grad_() for i, n in enumerate((l, m, m))]
+    copies = [x.detach().clone().requires_grad_() for x in given]
+    torch.manual_seed(seed)
+    found = DropoutAttention.apply(*given, dropout)
+    torch.manual_seed(seed)
+    kept = torch.stack([torch.empty(l, m).bernoulli_(1 - dropout) for _ in range(b * c)]).view(b, c, l, m)
+    weights = (copies[0] @ copies[1].mT * e**-0.5).softmax(dim=-1) * kept.to(found) / (1 - dropout)
+    expected = weights @ copies[2]
+    assert_same(found, expected)
+    direction = noise(b, c, l, e, seed=seed + 9)
+    (found * direction).sum().backward()
+    (expected * direction).sum().backward()
+    for x, copy in zip(given, copies):
+        assert_same(x.grad, copy.grad)
+
+
+def test_many_weights_without_a_mask_are_dropped_by_heads_and_others_by_the_kernel(monkeypatch):
+    monkeypatch.setattr(kernels, "MANY_WEIGHTS", 12)
+    query, key, value = (noise(1, 2, n, 3).float().requires_grad_() for n in (3, 4, 4))
+
+    def taken(*arguments) -> str:
+        return attention(*arguments).grad_fn.name()
+
+    mask = torch.ones(1, 1, 3, 4, dtype=torch.bool)
+    assert taken(query, key, value, None, 0.1) == "DropoutAttentionBackward"
+    for others in [(None, 0.0), (mask, 0.1)]:
+        assert taken(query, key, value, *others) != "DropoutAttentionBackward"
+    assert taken(query[:, :, 1:], key, value, None, 0.1) != "DropoutAttentionBackward"  # few weights
+    half = (x.bfloat16() for x in (query, key, value))  # whose sums would be too coarse
+    assert taken(*half, None, 0.1) != "DropoutAttentionBackward"
+
+
+@given(seed=seeds)
+def test_quick_gelu_forms_equal_linear_layers_and_the_formula(seed):
+    up, down = randomised(nn.Linear(3, 5), seed), randomised(nn.Linear(5, 2), seed + 1)
+    x = noise(2, 4, 3, seed=seed).requires_grad_()
+    hidden = noise(2, 4, 5, seed=seed).requires_grad_()
+    assert_same(quick_gelu(x), quick_gelu_by_hand(x))
+    assert_same_with_gradients(
+        lambda x, *_: quick_gelu_mlp(x, up, down), lambda x, *_: down(quick_gelu_by_hand(up(x))),
+        x, up.weight, up.bias, down.weight, down.bias,
+    )
+    assert_same_with_gradients(
+        lambda x, *_: quick_gelu_linear(x, down), lambda x, *_: down(quick_gelu_by_hand(x)), hidden, down.weight,
+        down.bias,
+    )
+
+
+@given(b=sizes, t=sizes, n=sizes, channels=sizes, seed=seeds)
+def test_depthwise_conv_equals_torch(b, t, n, channels, seed):
+    x, weight, bias = noise(b, t, n, channels, seed=seed), noise(channels, 1, 3, seed=seed), noise(channels, seed=seed)
+    assert_same_with_gradients(
+        depthwise_conv, lambda *given: conv_by_hand(*given, groups=channels),
+        x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(),
+    )

@@ -1,0 +1,163 @@
+"""The universal layers: one set of weights with two doors, and both read-outs written out."""
+
+import re
+
+import pytest
+import torch
+from helpers import (
+    assert_differs,
+    assert_same,
+    attention_by_hand,
+    configs,
+    layer_by_hand,
+    noise,
+    norm_by_hand,
+    parameter_names,
+    random_mask,
+    randomised,
+    seeds,
+    shuffled,
+    small,
+    to_keys,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mplug2.model.universal import UniversalLayers
+
+sizes = st.integers(2, 6)
+released, figure = {"universal_readout": "released"}, {"universal_readout": "figure"}
+
+
+def both_doors(config, seed):
+    return randomised(UniversalLayers(config, for_vision=True, for_text=True), seed)
+
+
+@given(config=configs(universal_layers=1, text_layers=3, **released), v=sizes, seed=seeds)
+def test_released_vision_path_of_one_layer(config, v, seed):
+    module, tokens = both_doors(config, seed), noise(2, v, config.width, seed=seed)
+    latents = module.latents.expand(2, -1, -1)
+    stream = layer_by_hand(module.layers[0], tokens, memory=latents)
+    assert_same(module.vision(tokens), norm_by_hand(module.vision_norm, tokens + stream))
+
+
+@given(config=configs(universal_layers=2, text_layers=3, **released), v=sizes, seed=seeds)
+def test_released_vision_path_of_two_layers(config, v, seed):
+    module, tokens = both_doors(config, seed), noise(2, v, config.width, seed=seed)
+    first, last = module.layers
+    latents = layer_by_hand(first, module.latents.expand(2, -1, -1), memory=tokens)
+    stream = layer_by_hand(last, tokens, memory=latents)
+    assert_same(module.vision(tokens), norm_by_hand(module.vision_norm, tokens + stream))
+
+
+@given(config=configs(universal_layers=3, text_layers=3, **released), v=sizes, seed=seeds)
+def test_released_vision_path_of_three_layers(config, v, seed):
+    module, tokens = both_doors(config, seed), noise(2, v, config.width, seed=seed)
+    first, second, last = module.layers
+    latents = layer_by_hand(first, module.latents.expand(2, -1, -1), memory=tokens)
+    latents = layer_by_hand(second, latents, memory=tokens)
+    stream = layer_by_hand(last, tokens, memory=latents)
+    assert_same(module.vision(tokens), norm_by_hand(module.vision_norm, tokens + stream))
+
+
+@given(config=configs(**figure), v=sizes, seed=seeds)
+def test_vision_path_of_the_figure(config, v, seed):
+    module, tokens = both_doors(config, seed), noise(2, v, config.width, seed=seed)
+    stream = module.latents.expand(2, -1, -1)
+    stream = stream + attention_by_hand(module.read, stream, tokens)
+    for layer in module.layers:
+        stream = layer_by_hand(layer, stream)
+    stream = attention_by_hand(module.write, tokens, stream)
+    assert_same(module.vision(tokens), norm_by_hand(module.vision_norm, tokens + stream))
+
+
+@given(config=configs(), l=sizes, seed=seeds)
+def test_text_path(config, l, seed):
+    module, x, mask = both_doors(config, seed), noise(2, l, config.width, seed=seed), random_mask(2, l, seed)
+    expected = x
+    for layer in module.layers:
+        expected = layer_by_hand(layer, expected, to_keys(mask))
+    if config.universal_readout == "figure":
+        expected = norm_by_hand(module.text_norm, x + expected)
+    assert_same(module.text(x, mask), expected)
+
+
+@pytest.mark.parametrize("readout", ["released", "figure"])
+@pytest.mark.parametrize("for_vision, for_text", [(True, True), (True, False), (False, True)])
+def test_without_layers_nothing_is_built_and_nothing_changes(readout, for_vision, for_text):
+    module = UniversalLayers(small(universal_layers=0, universal_readout=readout), for_vision, for_text)
+    assert not parameter_names(module)
+    x, mask = noise(2, 5, 16), random_mask(2, 5)
+    assert torch.equal(module.text(x, mask), x) and torch.equal(module.vision(x), x)
+
+
+@given(config=configs(), seed=seeds)
+def test_the_shared_weights_serve_both_and_the_others_one(config, seed):
+    module, x, mask = both_doors(config, seed), noise(2, 5, config.width, seed=seed), random_mask(2, 5, seed)
+    vision, text = module.vision(x), module.text(x, mask)
+    for name, parameter in module.named_parameters():
+        kept = parameter.detach().clone()
+        with torch.no_grad():
+            parameter += noise(*parameter.shape, seed=seed + 1)
+        for_vision_only = name.startswith(("latents", "read", "write", "vision_norm")) or "cross" in name
+        for_text_only = name.startswith("text_norm")
+        (assert_same if for_text_only else assert_differs)(module.vision(x), vision)
+        (assert_same if for_vision_only else assert_differs)(module.text(x, mask), text)
+        with torch.no_grad():
+            parameter.copy_(kept)
+
+
+@pytest.mark.parametrize("readout, for_vision, for_text, own", [
+    ("released", True, True, {"latents", "vision_norm", "cross"}),
+    ("released", True, False, {"latents", "vision_norm", "cross"}),
+    ("released", False, True, set()),
+    ("figure", True, True, {"latents", "vision_norm", "read", "write", "text_norm"}),
+    ("figure", True, False, {"latents", "vision_norm", "read", "write"}),
+    ("figure", False, True, {"text_norm"}),
+])
+def test_only_what_a_door_needs_is_built(readout, for_vision, for_text, own):
+    module = UniversalLayers(small(universal_readout=readout), for_vision, for_text)
+    names = {"cross" if "cross" in name else name.split(".")[0] for name in parameter_names(module)}
+    assert names == {"layers"} | own
+
+
+@given(config=configs(), v=sizes, seed=seeds)
+def test_visual_tokens_have_no_order_and_no_padding(config, v, seed):
+    module, tokens, order = both_doors(config, seed), noise(2, v, config.width, seed=seed), shuffled(v, seed)
+    assert_same(module.vision(tokens[:, order]), module.vision(tokens)[:, order])
+
+
+@given(config=configs(), l=sizes, seed=seeds)
+def test_padding_of_text_has_no_influence(config, l, seed):
+    module, x, mask = both_doors(config, seed), noise(2, l, config.width, seed=seed), random_mask(2, l, seed)
+    mask[:, -1] = False
+    other = torch.where(mask[..., None], x, x + noise(config.width, seed=seed + 1))
+    assert_same(module.text(other, mask)[mask], module.text(x, mask)[mask])
+    assert_differs(module.text(other, torch.ones_like(mask))[mask], module.text(x, torch.ones_like(mask))[mask])
+
+
+@given(config=configs(), l=sizes, seed=seeds)
+def test_samples_do_not_meet(config, l, seed):
+    module, x, mask = both_doors(config, seed), noise(3, l, config.width, seed=seed), random_mask(3, l, seed)
+    order = shuffled(3, seed)
+    assert_same(module.vision(x[order]), module.vision(x)[order])
+    assert_same(module.text(x[order], mask[order]), module.text(x, mask)[order])
+
+
+def test_dropout_ends_the_vision_path_in_training():
+    module, tokens = both_doors(small(dropout=0.5), 0), noise(2, 30, 16)
+    torch.manual_seed(0)
+    assert 0.4 < (module.train().vision(tokens) == 0).double().mean() < 0.6
+    assert (module.eval().vision(tokens) != 0).all()
+
+
+def test_refuses_shapes_that_do_not_fit():
+    module = UniversalLayers(small(), for_vision=True, for_text=True)
+    with pytest.raises(ValueError, match=re.escape("(b v d) with d=16, found (2, 5, 15)")):
+        module.vision(torch.zeros(2, 5, 15))
+    with pytest.raises(ValueError, match=re.escape("(b v d) with d=16, found (2, 5, 3, 16)")):
+        module.vision(torch.zeros(2, 5, 3, 16))
+    with pytest.raises(ValueError, match=re.escape("(b l d) with d=16, found (2, 5, 15)")):
+        module.text(torch.zeros(2, 5, 15), random_mask(2, 5))
+    with pytest.raises(ValueError, match=re.escape("(b l) with b=2, l=5, found (2, 4)")):
+        module.text(torch.zeros(2, 5, 16), random_mask(2, 4))

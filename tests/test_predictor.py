@@ -1,0 +1,507 @@
+"""Inference and evaluation: results in the order of the inputs, metrics of what was written, errors that say why."""
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+from unittest.mock import patch
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+from helpers import randomised, small
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import mplug2
+import tiny_data
+from mplug2.checkpoint import Preparation, save_model
+from mplug2.data.media import MediaError, read_media, to_pixels
+from mplug2.data.records import read_records
+from mplug2.data.text import Tokenizer, clean
+from mplug2.evaluation.chance import chance
+from mplug2.evaluation.evaluate import Prediction, evaluate, galleries, table
+from mplug2.generation import beam_search, best_texts
+from mplug2.model.mplug2 import MPLUG2, answer_memory
+from mplug2.predictor import Predictor
+from mplug2.tasks import PROMPTS
+from mplug2.tools.plots import contact_sheet, curves
+
+WORDS = ("a video of a picture of red green blue one two three moving left right which colour digit is it and "
+         "yes no up down")
+
+QUESTIONS = ("which colour is it", "is it red", "which digit", "up or down")
+COLOURS = ("red", "green", "blue")
+TEXTS = ("a red one", "two moving left", "three up", "green and blue", "down right", "a digit")
+
+
+def make_predictor(
+    task: str = "pretrain", batch_size: int = 3, frames: int = 4, classes: dict[str, tuple[str, ...]] | None = None
+) -> Predictor:
+    """A model that knows nothing, but whose answers depend on all that it is given."""
+    tokenizer = Tokenizer.train([WORDS], 120)
+    model = randomised(MPLUG2(small(vocab_size=len(tokenizer), max_positions=24), task, classes or {})).float()
+    for name, parameter in model.named_parameters():
+        if name.endswith(("qkv.weight", "query.weight", "key_value.weight")):
+            parameter.data.mul_(4)  # attention that picks
+        if name.endswith("attention.out.weight"):
+            parameter.data.mul_(2)
+    if hasattr(model, "decoder"):  # without favourite words, or words that call for themselves
+        words, head = model.decoder.embeddings.word.weight.data, model.decoder.head
+        words.copy_(0.3 * words / words.norm(dim=1, keepdim=True))
+        model.decoder.embeddings.position.weight.data.mul_(4)
+        head.bias.data.zero_()
+        head.norm.bias.data.zero_()
+    return Predictor(model, tokenizer, Preparation(frames, max_words=12), batch_size)
+
+
+def write_media(path: Path, seed: int, frames: int) -> Path:
+    """Four squares of random colours, other ones in each frame."""
+    squares = np.random.default_rng(seed).integers(0, 256, (frames, 2, 2, 3), np.uint8)
+    pixels = squares.repeat(16, 1).repeat(16, 2)
+    if path.suffix == ".mp4":
+        iio.imwrite(path, pixels, plugin="pyav", codec="libx264", fps=8)
+    else:
+        first, *rest = [Image.fromarray(frame) for frame in pixels]
+        first.save(path, **({"save_all": True, "append_images": rest} if rest else {}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def predictor() -> Predictor:
+    return make_predictor()
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory) -> list[Path]:
+    """Pictures and clips, mixed."""
+    folder = tmp_path_factory.mktemp("media")
+    kinds = [("a.gif", 6), ("b.png", 1), ("c.mp4", 5), ("d.gif", 1), ("e.jpg", 1), ("f.gif", 2), ("g.png", 1)]
+    return [write_media(folder / name, i, frames) for i, (name, frames) in enumerate(kinds)]
+
+
+# ---- inference -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def alone(predictor, media) -> dict:
+    """What the model says of each file, asked for that file alone."""
+    return {
+        "captions": [predictor.caption([path])[0] for path in media],
+        "answers": [[predictor.answer([path], [question])[0] for question in QUESTIONS] for path in media],
+        "vectors": torch.cat([predictor.embed([path]) for path in media]),
+    }
+
+
+def test_the_model_of_these_tests_tells_inputs_apart(alone):
+    """Else the next test could not fail."""
+    assert len(set(alone["captions"])) > 2
+    assert len({answers[0] for answers in alone["answers"]}) > 3
+    assert len(set(alone["answers"][0])) > 2
+    assert len({tuple(row) for row in alone["vectors"].round(decimals=3).tolist()}) == 7
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=8), st.integers(1, 4))
+def test_results_come_in_the_order_of_the_paths_whatever_the_batches(predictor, media, alone, order, batch_size):
+    """Pictures and clips mixed, some of them twice."""
+    batched = Predictor(predictor.model, predictor.tokenizer, predictor.preparation, batch_size)
+    paths, asked = [media[i] for i in order], [(i + k) % 4 for k, i in enumerate(order)]
+    assert batched.caption(paths) == [alone["captions"][i] for i in order]
+    expected = [alone["answers"][i][question] for i, question in zip(order, asked)]
+    assert batched.answer(paths, [QUESTIONS[question] for question in asked]) == expected
+    torch.testing.assert_close(batched.embed(paths), alone["vectors"][order], rtol=1e-4, atol=1e-4)
+
+
+def test_a_caption_goes_on_from_the_prompt_of_its_kind(predictor, media):
+    """From V' of four frames for a clip, of one for a picture; a GIF of one frame is a picture."""
+    gif, still_gif, jpeg = media[0], media[3], media[4]
+    for path, prompt, frames in ((gif, "a video of", 4), (still_gif, "a picture of", 1), (jpeg, "a picture of", 1)):
+        pixels = to_pixels(read_media(path, 4), 8)
+        assert pixels.shape[1] == frames
+        ids = predictor.tokenizer.encode([prompt], special=False)[0][0].tolist()
+        with torch.no_grad():
+            vision, written = predictor.model.encode_vision(pixels[None]), [predictor.tokenizer.cls, *ids]
+            while len(written) < 1 + len(ids) + 20 and len(written) < 24 and written[-1] != predictor.tokenizer.sep:
+                row = torch.tensor([written])
+                written.append(int(predictor.model.decode(row, row > -1, vision)[0, -1].argmax()))
+        assert predictor.caption([path]) == predictor.tokenizer.decode([written[1 + len(ids) :]])
+
+
+def test_a_model_of_single_frames_takes_a_clip_for_a_clip(media):
+    predictor = make_predictor(frames=1)
+    kinds = []
+    predictor.on_media(media, lambda vision, kind, places: kinds.extend((i, kind) for i in places) or places)
+    expected = ["video", "image", "video", "image", "image", "video", "image"]
+    assert [kind for _, kind in sorted(kinds)] == expected
+
+
+def test_captions_can_be_searched_by_beams(predictor, media):
+    found = predictor.caption(media[:2], beams=3, max_length=6)
+    for path, prompt, text in zip(media, PROMPTS.values(), found, strict=False):  # a clip, then a picture
+        vision = torch.stack(predictor.encode_media([path]))
+        start = predictor.tokenizer.encode([prompt])[0][:, :-1]
+        best = beam_search(predictor.model, vision, start, predictor.special, beams=3, max_length=6)
+        assert text == predictor.tokenizer.decode(best_texts(best, predictor.special))[0]
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_likelihood_of_a_text_is_the_product_of_its_tokens_probabilities(predictor, media, asked):
+    """One token after the other, each file by itself, against all of them at once; texts of different lengths."""
+    model, tokenizer = predictor.model, predictor.tokenizer
+    texts, questions = ["red", "two moving left", "", "a red one"], QUESTIONS if asked else None
+    expected = []
+    for path, text, question in zip(media, texts, QUESTIONS):
+        memory, prompt = predictor.encode_media([path])[0][None], "" if asked else PROMPTS[["video", "image"][
+            path.suffix == ".png" or path.name == "d.gif"]]
+        memory_mask = None
+        if asked:
+            text_memory, mask = predictor.encode_text([question])
+            memory, memory_mask = answer_memory(*model.fuse(memory, text_memory, mask), mask)
+        ids, chance = predictor.start(1, prompt), 1.0
+        for token in tokenizer.encode([text + "[SEP]"], special=False)[0][0].tolist():
+            logits = model.decode(ids, torch.ones_like(ids, dtype=torch.bool), memory, memory_mask)
+            chance *= logits[0, -1].softmax(dim=-1)[token].item()
+            ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+        expected.append(chance)
+    found = predictor.likelihood(media[:4], texts, questions)
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert len({f"{value:.2g}" for value in found}) == 4
+
+
+def test_a_model_without_a_decoder_shows_where_the_words_of_a_text_look(media):
+    written, looks = make_predictor("visual_entailment").look(media[1], "which colour is it")
+    assert written == "" and [look.word for look in looks] == ["which", "colour", "is", "it"]
+    assert {look.module.split(".")[0] for look in looks} == {"fusion"}
+
+
+def test_a_file_that_is_asked_about_often_is_read_and_encoded_once(predictor, media):
+    with patch.object(predictor.model, "encode_vision", wraps=predictor.model.encode_vision) as encode:
+        predictor.answer([media[0]] * 3, QUESTIONS[:3])
+    assert [call.args[0].shape[0] for call in encode.call_args_list] == [1]
+
+
+def test_embeddings_are_unit_vectors_of_media_and_texts_and_similarity_their_cosines(predictor, media):
+    texts = ["a red one", "two moving left"]
+    mixed = predictor.embed([texts[0], media[0], str(media[1]), texts[1], media[2]])
+    assert mixed.shape == (5, 5)
+    torch.testing.assert_close(mixed.norm(dim=1), torch.ones(5))
+    torch.testing.assert_close(mixed[[1, 2, 4]], predictor.embed(media[:3]))
+    torch.testing.assert_close(mixed[[0, 3]], predictor.embed(texts))
+    similarity = predictor.similarity([str(path) for path in media[:3]], texts)
+    torch.testing.assert_close(similarity, mixed[[1, 2, 4]] @ mixed[[0, 3]].T)
+    assert similarity.unique().numel() == 6
+
+
+def test_matching_is_a_chance_for_each_pair(predictor, media):
+    vision = torch.stack(predictor.encode_media([media[1], media[3], media[4]]))
+    texts = ["a red one", "two moving left", "three"]
+    together = predictor.match(vision, texts)
+    assert together.shape == (3,) and ((together > 0) & (together < 1)).all()
+    alone = torch.cat([predictor.match(vision[i : i + 1], texts[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    shared = predictor.match(vision[:1], texts)  # one picture, all texts
+    torch.testing.assert_close(shared, predictor.match(vision[:1].expand(3, -1, -1), texts), rtol=1e-4, atol=1e-5)
+
+
+def test_text_is_cleaned_before_it_is_read(predictor, media):
+    assert predictor.embed(["A RED, one!"]).equal(predictor.embed(["a red one"]))
+    assert predictor.embed(["a " * 12 + "red"]).equal(predictor.embed(["a " * 12]))  # max_words
+
+
+def test_inputs_that_do_not_fit_are_refused(predictor, media, tmp_path):
+    path = str(media[0])
+    for wrong in (
+        lambda: predictor.caption(path), lambda: predictor.caption(media[0]), lambda: predictor.embed("a red one"),
+        lambda: predictor.answer(path, ["which"]), lambda: predictor.answer([path], "which colour"),
+        lambda: predictor.similarity(path, ["a"]), lambda: predictor.similarity([path], "a"),
+    ):
+        with pytest.raises(TypeError, match="expected a list of paths or texts, found the single one '.*'"):
+            wrong()
+    with pytest.raises(ValueError, match="2 paths, but 1 questions: expected one question for each path"):
+        predictor.answer(media[:2], ["which colour"])
+    with pytest.raises(MediaError, match="nowhere.gif does not exist"):
+        predictor.caption([tmp_path / "nowhere.gif"])
+    with pytest.raises(MediaError, match="notes.txt: suffix '.txt' cannot be read; convert it to one of .jpg"):
+        predictor.caption([tmp_path / "notes.txt"])
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(MediaError, match="broken.png cannot be decoded"):
+        predictor.embed([media[0], tmp_path / "broken.png"])
+    with pytest.raises(ValueError, match="text 0 of 1 is empty"):
+        predictor.answer([media[0]], ["?"])
+    with pytest.raises(ValueError, match="has [0-9]+ tokens.* more than max_length=24"):
+        predictor.embed(["leftleft " * 12])  # each word is two tokens or more
+
+
+def test_a_model_without_the_modules_says_so(media):
+    captioner, retriever = make_predictor("video_caption"), make_predictor("image_retrieval")
+    with pytest.raises(ValueError, match="a model for the task 'video_caption' has no text_encoder; build it for an"):
+        captioner.answer(media[:1], ["which colour"])
+    with pytest.raises(ValueError, match="'video_caption' has no contrastive_vision"):
+        captioner.embed(media[:1])
+    with pytest.raises(ValueError, match="'image_retrieval' has no decoder"):
+        retriever.caption(media[:1])
+
+
+def test_load_opens_a_checkpoint_as_any_smaller_model(predictor, media, tmp_path):
+    save_model(tmp_path, predictor.model, predictor.tokenizer, predictor.preparation)
+    loaded = mplug2.load(tmp_path)
+    assert loaded.caption(media) == predictor.caption(media)
+    assert loaded.preparation == predictor.preparation
+    captioner = mplug2.load(str(tmp_path), task="video_caption")
+    assert captioner.caption(media) == predictor.caption(media)
+    assert not hasattr(captioner.model, "fusion")
+    assert not captioner.model.training
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def write_records(root: Path, name: str, records: list[dict]) -> None:
+    (root / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """A data set of six clips and four pictures, two galleries of clips, and meanings that occur twice."""
+    folder = tmp_path_factory.mktemp("data")
+    for i in range(6):
+        write_media(folder / f"{i}.gif", i, 4)
+    for i in range(4):
+        write_media(folder / f"{i}.png", 50 + i, 1)
+    clips = [
+        {"video": f"{i}.gif", "captions": [f"A {COLOURS[i % 3]} one, moving left", COLOURS[i % 3]]} for i in range(6)
+    ]
+    pictures = [{"image": f"{i}.png", "captions": [f"a {COLOURS[i % 3]} two"]} for i in range(4)]
+    write_records(folder, "video_caption.test", clips)
+    write_records(folder, "image_caption.test", pictures)
+    write_records(folder, "video_retrieval.test", [
+        {"video": f"{i}.gif", "captions": [TEXTS[i], "another"], "meaning": str(i % 3 if i < 4 else i),
+         "gallery": "long" if i < 4 else "short"} for i in range(6)
+    ])
+    write_records(folder, "image_retrieval.test", pictures)
+    write_records(folder, "video_qa.test", [
+        {"video": f"{i}.gif", "qa": [
+            {"question": "Which colour is it?", "answers": [COLOURS[i % 3]], "kind": "colour"},
+            {"question": "is it one", "answers": ["yes", "Yeah"], "kind": "yesno"},
+            {"question": "which", "answers": ["one"]},
+        ]} for i in range(6)
+    ])
+    return folder
+
+
+class Oracle(Predictor):
+    """Writes the right caption and "yes" for every second file, nonsense and "no" for the others, and all colours."""
+
+    def caption(self, paths: list[Path], beams: int = 1) -> list[str]:
+        right = {".gif": "a {} one moving left", ".png": "a {} two"}
+        numbers = [int(path.stem) for path in paths]
+        return ["nonsense" if number % 2 else right[path.suffix].format(COLOURS[number % 3])
+                for number, path in zip(numbers, paths)]
+
+    def answer(self, paths: list[Path], questions: list[str]) -> list[str]:
+        numbers = [int(path.stem) for path in paths]
+        return [COLOURS[number % 3] if "colour" in question else "no" if number % 2 else "yes"
+                for number, question in zip(numbers, questions)]
+
+
+def test_captions_and_answers_are_scored_by_kind(root, predictor):
+    oracle = Oracle(predictor.model, predictor.tokenizer, predictor.preparation)
+    metrics, predictions = evaluate(oracle, root, "test")
+    assert metrics["caption_exact"] == metrics["image_caption_exact"] == 0.5
+    assert metrics["qa_colour"] == 1.0 and metrics["qa_yesno"] == 0.5 and metrics["qa_all"] == 0.0
+    assert 0 < metrics["caption_bleu4"] < 1 and metrics["caption_cider"] > 0
+    galleries = {f"{prefix}{way}_{key}" for prefix in ("", "image_") for way in ("t2v", "v2t")
+                 for key in ("r1", "r5", "r10", "median_rank", "r1_rerank")}
+    scores = ("exact", "cider", "bleu4", "rouge_l")
+    described = {f"{prefix}caption_{key}" for prefix in ("", "image_") for key in scores}
+    assert set(metrics) == galleries | described | {"qa_colour", "qa_yesno", "qa_all"}
+    assert predictions[0] == Prediction(
+        "video_caption", root / "0.gif", "", "a red one moving left", ("a red one moving left", "red"),
+        id="video_caption.test.jsonl:1",
+    )
+    assert predictions[6] == Prediction("video_qa", root / "0.gif", "Which colour is it?", "red", ("red",),
+                                        id="video_qa.test.jsonl:1")
+    retrieved = [prediction for prediction in predictions if "retrieval" in prediction.task]
+    assert len(predictions) - len(retrieved) == 6 + 18 + 4
+    for medium, prefix in (("video", ""), ("image", "image_")):
+        records = read_records(root, f"{medium}_retrieval", "test")
+        found = [prediction for prediction in retrieved if prediction.task.startswith(medium)]
+        for way in ("t2v", "v2t"):  # a text looks for a file, by its id, and a file for a text
+            of_way = [prediction for prediction in found if (prediction.media is None) == (way == "t2v")]
+            assert sorted(p.id for p in of_way) == sorted(record.id for record in records)
+            sizes = Counter(record.gallery for record in records)
+            of_gallery = {record.id: record.gallery for record in records}
+            shares = [(p.prediction in p.truth) / sizes[of_gallery[p.id]] / len(sizes) for p in of_way]
+            assert sum(shares) == pytest.approx(metrics[f"{prefix}{way}_r1_rerank"])
+        for p in found:
+            (record,) = [record for record in records if record.id == p.id]
+            path, text = record.video or record.image, record.captions[0]
+            if p.media is None:
+                assert p.question == text and p.id in p.truth
+            else:
+                assert p.media == path and text in p.truth
+
+
+def by_hand(scores: torch.Tensor, meanings: list[str], k: int) -> float:
+    """Share of the rows with a right answer among their k best columns."""
+    best = scores.argsort(dim=1, descending=True)[:, :k].tolist()
+    return sum(meanings[i] in [meanings[j] for j in row] for i, row in enumerate(best)) / len(best)
+
+
+def test_retrieval_is_the_mean_over_galleries_by_cosine_then_by_the_matching_head(root, predictor):
+    metrics, _ = evaluate(predictor, root, "test")
+    expected: dict[str, list[float]] = {}
+    records = read_records(root, "video_retrieval", "test")
+    for gallery in ("long", "short"):
+        chosen = [record for record in records if record.gallery == gallery]
+        texts, meanings = [record.captions[0] for record in chosen], [record.meaning for record in chosen]
+        cosines = predictor.similarity([record.video for record in chosen], texts)
+        vision = torch.stack(predictor.encode_media([record.video for record in chosen]))
+        match = torch.stack([predictor.match(row.expand(len(texts), -1, -1), texts) for row in vision])
+        for way, by_cosine, by_match in (("t2v", cosines.T, match.T), ("v2t", cosines, match)):
+            for key, scores, k in (("r1", by_cosine, 1), ("r5", by_cosine, 5), ("r1_rerank", by_match, 1)):
+                expected.setdefault(f"{way}_{key}", []).append(by_hand(scores, meanings, k))
+    for key, values in expected.items():
+        assert metrics[key] == pytest.approx(sum(values) / 2), key
+    assert 0 < metrics["v2t_r1"] < 1  # something to tell right from wrong
+
+
+def test_only_the_best_by_cosine_are_ranked_anew(root, predictor, monkeypatch):
+    """With one candidate nothing can change."""
+    records = [dataclasses.replace(record, gallery="all") for record in read_records(root, "video_retrieval", "test")]
+    one = galleries(predictor, "video_retrieval", records, rerank=1)[0]
+    for way in ("t2v", "v2t"):
+        assert one[f"{way}_r1_rerank"] == one[f"{way}_r1"]
+    # A head that finds the best candidate unlikely moves it behind the second best, and no further.
+    monkeypatch.setattr(Predictor, "match", lambda self, vision, texts: torch.linspace(0, 1, len(texts)))
+    two = galleries(predictor, "video_retrieval", records, rerank=2)[0]
+    meanings = [record.meaning for record in records]
+    cosines = predictor.similarity([record.video for record in records], [record.captions[0] for record in records])
+    for way, scores in (("t2v", cosines.T), ("v2t", cosines)):
+        second = scores.argsort(dim=1, descending=True)[:, 1].tolist()
+        assert two[f"{way}_r1_rerank"] == sum(meanings[j] == meanings[i] for i, j in enumerate(second)) / len(meanings)
+
+
+def test_a_task_is_evaluated_on_what_it_has_modules_for_and_the_data_has_files_for(root):
+    keys, _ = evaluate(make_predictor("video_caption"), root, "test", limit=2)
+    assert {key.removeprefix("image_").split("_")[0] for key in keys} == {"caption"}
+    keys, predictions = evaluate(make_predictor("video_qa"), root, "test", limit=2)
+    assert {"qa_colour", "caption_exact"} <= set(keys) and not any("r1" in key for key in keys)
+    assert len(predictions) == 2 + 6 + 2
+    keys, predictions = evaluate(make_predictor("image_retrieval"), root, "test")
+    assert {key.removeprefix("image_")[:3] for key in keys} == {"t2v", "v2t"}
+    assert {prediction.task for prediction in predictions} == {"image_retrieval", "video_retrieval"}
+    assert evaluate(make_predictor(), root, "val") == ({}, [])
+
+
+def test_a_table_has_a_column_a_split_and_blanks_where_a_split_has_no_number():
+    text = table({"test": {"caption_cider": 1.25, "qa_order": 0.955}, "combos": {"qa_order": 0.5}})
+    assert text.splitlines() == [
+        "                              test    combos",
+        "caption_cider                1.250          ",
+        "qa_order                      95.5      50.0",
+    ]
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+
+def test_curves_and_contact_sheets_are_pictures(root, tmp_path):
+    lines = [{"step": i, "loss/vtc": 3.0 - i, "loss": 4.0 - i} for i in range(3)] + [{"step": 2, "val/qa_order": 0.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    predictions = [Prediction("video_qa", root / "0.gif", "which", "red", ("red",)),
+                   Prediction("image_caption", root / "0.png", "", "a red two", ("a blue two", "blue"))]
+    contact_sheet(predictions, 4, tmp_path / "sheet.png")
+    for name in ("curves.png", "sheet.png"):
+        with Image.open(tmp_path / name) as picture:
+            picture.load()
+            assert picture.format == "PNG" and min(picture.size) > 200
+    pixels = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB")).astype(int)
+    half = len(pixels) // 2
+    firebrick = (np.abs(pixels - (178, 34, 34)).sum(-1) < 20).sum(1)  # the second one is wrong
+    assert firebrick[:half].sum() == 0 < firebrick[half:].sum()
+
+
+def test_an_exported_model_is_half_as_large_and_says_the_same(tmp_path):
+    predictor = make_predictor()
+    save_model(tmp_path / "whole", predictor.model, predictor.tokenizer, predictor.preparation)
+    predictor.save(tmp_path / "half")
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "half")]
+    assert 0.5 <= sizes[1] / sizes[0] < 0.6
+    again = mplug2.load(tmp_path / "half")
+    assert {parameter.dtype for parameter in again.model.parameters()} == {torch.float32}
+    clip = write_media(tmp_path / "clip.gif", 0, 4)
+    torch.testing.assert_close(again.similarity([clip], TEXTS), predictor.similarity([clip], TEXTS), atol=5e-3, rtol=0)
+    with pytest.raises(FileExistsError, match="half is not empty"):
+        predictor.save(tmp_path / "half")
+
+
+def test_the_model_that_comes_with_the_tiny_world_knows_it():
+    """A clip of its test split, as committed: the caption is one of the true ones."""
+    root = tiny_data.ensure()
+    records = read_records(root, "video_caption", "test")[:40]
+    written = mplug2.load(Path(tiny_data.__file__).parent / "pretrained").caption([record.video for record in records])
+    right = sum(text in map(clean, record.captions) for text, record in zip(written, records))
+    assert right >= 30, f"{right} of 40"
+
+
+# ---- classes, boxes and chance ---------------------------------------------------------------------------------------
+
+
+def test_classes_and_boxes_come_in_the_order_of_the_inputs_in_batches_or_one_by_one(media):
+    tasks = "text_classification,image_classification,visual_entailment,image_pair_reasoning,grounding,pretrain"
+    predictor = make_predictor(tasks, classes=dict.fromkeys(tasks.split(",")[:4], ("a", "b", "c")))
+    texts = [f"{colour} {text}" for text, colour in zip(TEXTS * 2, COLOURS * 3)][: len(media)]
+    stills = [path for path in media if path.suffix in (".png", ".jpg")]
+    pairs = list(zip(stills * 2, (stills[1:] + stills) * 2))[: len(texts)]
+    for task, shown, said in (
+        ("text_classification", None, texts), ("image_classification", media, None),
+        ("visual_entailment", media, texts), ("image_pair_reasoning", pairs, texts[: len(pairs)]),
+        ("text_classification", None, list(zip(texts, texts[1:]))),
+    ):
+        found = predictor.classify(task, shown, said)
+        one_by_one = [predictor.classify(task, shown and [shown[i]], said and [said[i]])[0] for i in range(len(found))]
+        assert found == one_by_one and set(found) <= {"a", "b", "c"}
+        assert len(found) == len(shown or said)
+    boxes = predictor.locate(stills * 2, texts[: 2 * len(stills)])
+    for path, text, box in zip(stills * 2, texts, boxes, strict=False):
+        torch.testing.assert_close(predictor.locate([path], [text])[0], box)
+    with pytest.raises(ValueError, match="2 media, but 1 texts: expected one text for each"):
+        predictor.classify("visual_entailment", media[:2], texts[:1])
+    with pytest.raises(ValueError, match="no classifier for 'video_classification'"):
+        predictor.classify("video_classification", media)
+
+
+def test_chance_is_that_of_a_model_that_looks_at_nothing(tmp_path):
+    write_media(tmp_path / "0.png", 0, 1)
+
+    def write(task: str, *records: dict) -> None:
+        field = "text" if task.startswith("text") else "image"
+        lines = (json.dumps({field: "0.png", **record}) for record in records)
+        (tmp_path / f"{task}.test.jsonl").write_text("\n".join(lines))
+
+    write("text_classification", *({"label": label} for label in "aab"))
+    write("image_classification", *({"label": label} for label in "xyzzz"))
+    write("image_qa", {"qa": [{"question": "a", "answers": ["Red", "blue"], "kind": "k"},
+                              {"question": "b", "answers": ["blue!"], "kind": "k"},
+                              {"question": "c", "answers": ["one"]}, {"question": "d", "answers": ["two"]}]})
+    write("image_caption", {"captions": ["a", "b"]}, {"captions": ["B!"]}, {"captions": ["c"]}, {"captions": ["d"]})
+    write("image_retrieval", *({"captions": ["a"], "meaning": meaning, "gallery": gallery}
+                               for gallery, meaning in ("1x", "1x", "1y", "1z", "2x", "2y")))
+    write("grounding", *({"text": "a", "box": [0.25, 0.5, 0.5, 1.0]} for _ in range(2)),
+          {"text": "a", "box": [0.25, 0.5, 0.5, 1.0]})
+    found = chance(tmp_path, "test")
+    expected = {
+        "text_classification_accuracy": 2 / 3, "image_classification_accuracy": 3 / 5,
+        "image_classification_zero_shot": 3 / 5, "image_qa_k": 1.0, "image_qa_all": 1 / 2, "image_caption_exact": 2 / 4,
+        "image_t2v_r1": (2 * 2 / 4 + 2 * 1 / 4 + 2 * 1 / 2) / 6, "image_t2v_r5": 1.0,
+        "grounding_accuracy": 1.0, "grounding_iou": 1.0,
+    }
+    for key, value in expected.items():
+        assert found[key] == pytest.approx(value), key
+    assert chance(tmp_path, "test", limit=2)["text_classification_accuracy"] == 1.0
+    assert chance(tmp_path, "val") == {}

@@ -1,0 +1,158 @@
+"""The benchmark: what it counts and reports; and the two settings it measures, checkpointing and compilation."""
+
+import json
+from unittest.mock import patch
+
+import pytest
+import torch
+from helpers import noise, randomised, seeds, small
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_objectives import make_batch
+
+from mplug2.config import PRESETS
+from mplug2.generation import Special, beam_search
+from mplug2.model.mplug2 import MPLUG2, checkpoint_activations, compile_model
+from mplug2.objectives.objectives import Objectives
+from mplug2.tools import bench
+from tiny_data.writer import Sizes, write
+
+# ---- activation checkpointing ----------------------------------------------------------------------------------------
+
+
+@settings(max_examples=10, deadline=None)
+@given(task=st.sampled_from(["pretrain", "video_qa"]), dropout=st.sampled_from([0.0, 0.3]), seed=seeds)
+def test_activation_checkpointing_changes_no_loss_and_no_gradient(task, dropout, seed):
+    """Dropout included: what is computed again draws the same numbers again."""
+    batch = make_batch("video", seed=seed)
+    found = []
+    for recompute in (False, True):
+        model = randomised(MPLUG2(small(dropout=dropout, drop_path=dropout), task), seed).train()
+        if recompute:
+            checkpoint_activations(model)
+        torch.manual_seed(seed)
+        losses = Objectives(model)(batch)
+        torch.manual_seed(seed + 1)  # the backward pass must not depend on where the generator stands
+        sum(losses.values()).backward()
+        found.append((losses, [parameter.grad for parameter in model.parameters()]))
+    torch.testing.assert_close(*found)
+
+
+def test_activation_checkpointing_keeps_little_but_the_inputs_of_a_block():
+    def kept(recompute: bool) -> int:
+        """Numbers that the backward pass will need of three vision blocks."""
+        model, sizes = MPLUG2(small(vision_layers=3), "video_caption").train(), []
+        if recompute:
+            checkpoint_activations(model)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            model.vision_encoder(torch.zeros(2, 3, 4, 8, 8))
+        return sum(sizes)
+
+    assert kept(True) < kept(False) / 4
+
+
+# ---- compilation -----------------------------------------------------------------------------------------------------
+
+
+plain_compile = torch.nn.Module.compile
+
+
+def compile_eagerly(module: torch.nn.Module, **how) -> None:
+    plain_compile(module, backend="eager", **how)
+
+
+@torch._dynamo.config.patch(recompile_limit=64)
+def test_a_compiled_model_trains_and_writes_the_same():
+    """The vision encoder in one graph. With a compiler that runs the graphs as they are: what is tested is that all of
+    it can be traced, at changing lengths of texts."""
+    found = []
+    for compiled in (False, True):
+        model = randomised(MPLUG2(small(fusion_layers=2), "pretrain")).train()
+        if compiled:
+            with patch.object(torch.nn.Module, "compile", compile_eagerly):
+                compile_model(model)
+        losses = []
+        for seed in range(2):
+            torch.manual_seed(seed)
+            parts = Objectives(model)(make_batch("video", seed=seed))
+            sum(parts.values()).backward()
+            losses.append(parts)
+        state = model.decoder.start(noise(2, 3, 16))
+        with torch.no_grad():
+            memory = [model.decoder.step(torch.full((2, l), 7), state) for l in (3, 1, 1)]
+        found.append((losses, [parameter.grad for parameter in model.parameters()], memory))
+        names = list(model.state_dict())
+        assert not any("_orig_mod" in name for name in names)
+    torch.testing.assert_close(*found)
+
+
+# ---- what it reports -------------------------------------------------------------------------------------------------
+
+
+def options(*more: str) -> list[str]:
+    return ["--preset", "tiny", "--frames", "2", "--repeats", "1", *more]
+
+
+def encoder_flops(config, frames: int) -> int:
+    """The formula in the docstring of bench.py."""
+    d, n, p = config.vision_width, config.patches, config.patch_size
+    block = (1 + n) * 24 * d**2 + 4 * (1 + n) ** 2 * d + n * 4 * d**2
+    return frames * n * 2 * 3 * p**2 * d + config.vision_layers * frames * block
+
+
+def test_the_table_and_its_numbers(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "apart", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(bench, "MATMUL", 64)
+    bench.main(options("--json", str(tmp_path / "bench.json"), "--reference", "--peak-tflops", "2"))
+    found, printed = json.loads((tmp_path / "bench.json").read_text()), capsys.readouterr().out
+    assert {"matmul_gflops", "encoder_s", "generation_s", "train_step_s", "encoder_flops", "train_flops",
+            "generation_peak_gb", "train_peak_gb", "train_checkpointed_peak_gb", "generation_reference_s",
+            "mfu"} <= set(found)
+    assert all(value > 0 for value in found.values())
+    assert found["encoder_flops"] == encoder_flops(PRESETS["tiny"](), 2) == found["encoder_reference_flops"]
+    # Gradients of inputs and of weights: each as much again, but for the pixels, which need none.
+    assert 2.8 < found["train_flops"] / (found["encoder_flops"] + decoding_flops()) < 3.0
+    assert found["train_checkpointed_flops"] > 1.2 * found["train_flops"]
+    assert found["generation_reference_flops"] > 5 * found["generation_flops"]
+    assert found["mfu"] == pytest.approx(found["train_flops"] / found["train_step_s"] / 2e12)
+    for name in bench.MEASUREMENTS:
+        assert f"\n{name} " in printed
+
+
+def decoding_flops() -> int:
+    """Universal layers on vision and decoder in a captioning step, from sizes: 2 frames, 20 labels."""
+    config = PRESETS["tiny"]()
+    d, q, v, l = config.width, config.latents, 1 + 2 * config.patches, bench.CAPTION
+    layer = lambda x, m: x * 2 * (4 + 2 + 8) * d**2 + 4 * x * x * d + m * 4 * d**2 + 4 * x * m * d  # noqa: E731
+    head = l * 2 * (d**2 + d * config.vocab_size)
+    return layer(q, v) + layer(v, q) + config.decoder_layers * layer(l, v) + head
+
+
+def test_plain_search_and_cached_search_write_the_same_tokens():
+    """What `--reference` measures is the same task."""
+    model = randomised(MPLUG2(small(max_positions=32), "video_caption")).eval()
+    vision, start = noise(1, 5, 16), torch.full((1, 1), 1)
+    with torch.no_grad():
+        model.decoder.head.bias.data[2] = -1e9  # [SEP], which the cached search forbids
+        plain = bench.uncached_search(model, vision, start)[:, 1:]
+        fast = beam_search(model, vision, start, Special(1, 2, 0), bench.BEAMS, bench.CAPTION, bench.CAPTION, 0.0)
+    assert fast[0][0][1] == plain[0].tolist()
+
+
+def test_reading_data_is_measured_too(tmp_path, capsys, monkeypatch):
+    root = write(tmp_path / "world", sizes=Sizes(*[16] * 12, galleries=1))
+    monkeypatch.setattr(bench, "DATA_STEPS", 3)
+    bench.main(options("--batch-size", "4", "--data", str(root), "--json", str(tmp_path / "data.json")))
+    found = json.loads((tmp_path / "data.json").read_text())
+    assert found["read_per_second"] > 0 and 0 < found["waiting_share"] < 1
+    assert "waiting for data" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--frames", "0"], "frames=0: expected at least 1"),
+    (["--data", "nowhere"], "nowhere"),
+])
+def test_refuses_what_it_cannot_measure(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(arguments)
+    assert message in capsys.readouterr().err

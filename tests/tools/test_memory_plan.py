@@ -1,0 +1,104 @@
+"""The plan: what a step costs, counted on fake tensors, against a real step; and what sharding leaves to a device."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import train
+from mplug2.config import ModelConfig, large, tiny
+from mplug2.model.mplug2 import MPLUG2
+from mplug2.tools.memory_plan import PlanConfig, Work, cost, device_memory, parameter_counts
+
+SIZES = dict(
+    image_size=48, patch_size=8, vision_width=192, vision_layers=2, vision_head_width=32, width=192, heads=4,
+    ff_width=768, text_layers=2, universal_layers=1, latents=8, fusion_layers=1, decoder_layers=1, vocab_size=2000,
+    max_positions=32, contrastive_width=64, dropout=0.0,
+)
+SHALLOW = "--plan --vision-layers 1 --text-layers 2 --universal-layers 1 --fusion-layers 1 --decoder-layers 1".split()
+MEASURE = """
+import sys, torch
+from mplug2.config import ModelConfig
+from mplug2.tools.memory_plan import Work
+torch.set_num_threads(1)
+def memory(key):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+work = Work(ModelConfig(**eval(sys.argv[1])), b=24, questions=1)
+(torch.ones(8, 8, requires_grad=True) @ torch.ones(8, 8)).sum().backward()  # what the first step loads
+before = memory("VmRSS")
+objectives, batch = work.objectives(), work.batch("video")
+optimizer = torch.optim.AdamW(objectives.parameters(), fused=True)
+for _ in range(2):
+    optimizer.zero_grad(set_to_none=True)
+    sum(objectives(batch).values()).backward()
+    optimizer.step()
+print(memory("VmHWM") - before)
+"""
+
+
+def test_the_memory_of_a_step_is_that_of_a_real_one_within_a_fifth():
+    """The peak of a real process of its own, two steps of training on the CPU."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, repr(SIZES)], capture_output=True, text=True, timeout=500,
+        cwd=Path(train.__file__).parent,  # blocks of any size go back to the system as soon as they are free
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
+    )
+    assert done.returncode == 0, done.stderr
+    measured = int(done.stdout)
+    work = Work(ModelConfig(**SIZES), b=24, questions=1)
+    planned = device_memory(work, cost(work, "video"), 1, sharded=False)["in all"]
+    assert measured > 150e6
+    assert planned == pytest.approx(measured, rel=0.2), planned / measured
+
+
+def test_operations_are_those_of_a_real_step_and_checkpointing_gives_memory_for_more_of_them():
+    """All matrix products; torch's counter does not know the CPU's attention, so it is told to use another."""
+    work = Work(tiny(), b=2)
+    counted = cost(work, "image")
+    with FlopCounterMode(display=False) as real, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        sum(work.objectives()(work.batch("image")).values()).backward()
+    assert counted.flops == pytest.approx(real.get_total_flops(), rel=0.03)
+    again = cost(work, "image", checkpointing=True)
+    assert again.activations < 0.85 * counted.activations and 1.1 < again.flops / counted.flops < 1.5
+    assert counted.activations <= counted.peak
+
+
+def test_sharding_divides_what_a_device_keeps():
+    whole, outside, block, matrices = parameter_counts(large())
+    with torch.device("meta"):
+        model = MPLUG2(large())
+    assert whole == sum(p.numel() for p in model.parameters()) > 1e9 and block < outside < whole / 5
+    work, costs = Work(large(), b=1), cost(Work(tiny(), b=1), "text")
+    one, many = (device_memory(work, costs, gpus, sharded=True) for gpus in (1, 64))
+    assert many["optimizer"] == one["optimizer"] // 64 == 8 * whole // 64
+    assert many["activations"] == one["activations"] and sum(many.values()) < sum(one.values()) / 4
+    shared = device_memory(work, costs, 64, sharded=False)
+    assert shared["optimizer"] == 2 * shared["gradients"] == 8 * whole  # the buckets of DDP
+    assert device_memory(work, costs, 1, sharded=False)["gradients"] == costs.peak - costs.activations
+    muon = Work(large(), b=1, optimizer="muon")
+    assert device_memory(muon, costs, 64, sharded=False)["optimizer"] == 8 * whole - 4 * matrices
+    assert 0.8 * whole < matrices < whole
+
+
+def test_the_plan_is_printed(capsys):
+    """Nothing else happens: no data, no folder."""
+    assert train.main([*SHALLOW, *"--gpus 4 --batch-size 8 --images 0 --videos 800 --passes 2".split()]) == {}
+    said = capsys.readouterr().out
+    for words in ("4 devices, 2 samples each at a time, x 1 = 8 a step", "800 clips, 2 times: 200 steps",
+                  "DDP, activation checkpointing", "FSDP2, activation checkpointing", "days at 40% of 989 TFLOP/s"):
+        assert words in said
+    with pytest.raises(ValueError, match="not both 0"):
+        PlanConfig(images=0, videos=0)
+
+
+def test_every_task_has_a_plan_of_what_it_sees(capsys):
+    train.main([*SHALLOW, *"--task grounding --gpus 4 --batch-size 8 --images 100 --passes 2".split()])
+    said = capsys.readouterr().out
+    assert "100 pictures, 2 times: 25 steps" in said and "clip" not in said
+    with pytest.raises(SystemExit):
+        train.main("--plan --task text_classification --batch-size 8".split())
+    assert "the plan is of pictures and clips; text_classification with --images" in capsys.readouterr().err

@@ -1,0 +1,331 @@
+"""What can happen to a run: each fault for real, with real processes, real signals and a disk that is full."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from processes import free_port
+from safetensors.torch import load_file
+from test_loader import write_data
+from test_parallel import SMALL, lines
+
+import train
+from mplug2.training.run_checkpoint import load_training
+
+pytestmark = pytest.mark.timeout(900)  # on a machine with other work, too
+HERE = Path(train.__file__).parent
+LONG = ["--max-steps", "100000", "--warmup", "0.00001", "--save-every", "4"]
+"""A run that nothing but a fault ends."""
+PATIENCE = 250
+"""Seconds until a test that waits gives up."""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+LAUNCHED: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running():
+    """Whatever became of a test, its processes end with it."""
+    yield
+    while LAUNCHED:
+        process = LAUNCHED.pop()
+        if process.poll() is None:
+            for pid in (*processes_of(process).values(), process.pid):
+                os.kill(pid, signal.SIGKILL)
+            process.wait()
+
+
+def launch(*arguments, torchrun: tuple | None = None, new_session: bool = False) -> subprocess.Popen:
+    """train.py in the background, by torchrun with its own arguments if there are any. What it says goes to a file, as
+    a pipe that nobody reads would stop it when full."""
+    program = [sys.executable] if torchrun is None else [sys.executable, "-m", "torch.distributed.run", *torchrun]
+    output = tempfile.TemporaryFile("w+")
+    process = subprocess.Popen(
+        [*map(str, program), str(HERE / "train.py"), *map(str, arguments)], start_new_session=new_session,
+        stdout=output, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    process.output = output
+    LAUNCHED.append(process)
+    return process
+
+
+def said_by(process: subprocess.Popen) -> str:
+    """All that a process printed until now."""
+    process.output.seek(0)
+    return process.output.read()
+
+
+def end_of(process: subprocess.Popen) -> str:
+    """Wait until a process has ended; what it printed."""
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(PATIENCE)
+    assert process.returncode is not None, said_by(process)
+    return said_by(process)
+
+
+def wait_for(condition: Callable, process: subprocess.Popen):
+    """What `condition` returns, as soon as it is true; fails with what was printed if the process ends before."""
+    end = time.monotonic() + PATIENCE
+    while not (found := condition()):
+        assert process.poll() is None and time.monotonic() < end, said_by(process)
+        time.sleep(0.1)
+    return found
+
+
+def steps(run: Path) -> list[int]:
+    return [line["step"] for line in lines(run)] if (run / "metrics.jsonl").exists() else []
+
+
+def processes_of(launcher: subprocess.Popen) -> dict[int, int]:
+    """The process ids of the training processes that a torchrun started, by rank."""
+    found = {}
+    for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
+        with suppress(OSError):  # it has ended in the meantime
+            settings = Path(f"/proc/{child}/environ").read_text().split("\0")
+            found |= {int(line.removeprefix("RANK=")): int(child) for line in settings if line.startswith("RANK=")}
+    return found
+
+
+def processes_of_session(leader: int) -> list[int]:
+    """The processes of a session that have not ended; also those whose parent is gone."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            state, _, _, session, *_ = (process / "stat").read_text().rpartition(")")[2].split()
+            found += [int(process.name)] * (int(session) == leader and state != "Z")
+    return found
+
+
+def refused(capsys, arguments: list) -> str:
+    """What is said when a run ends with an error, on one line."""
+    with pytest.raises(SystemExit) as stopped:
+        train.main([str(argument) for argument in arguments])
+    assert stopped.value.code == 1
+    return " ".join(capsys.readouterr().err.split())
+
+
+# ---- signals ---------------------------------------------------------------------------------------------------------
+
+
+def test_one_node_goes_on_after_sigkill_and_sigterm_to_one_process_makes_all_save_and_exit_cleanly(data, tmp_path):
+    """Then the run goes on from there, on one process."""
+    run = tmp_path / "tiny"
+    launcher = launch(*SMALL, *LONG, "--save-every", 2, "--data", data, "--out", tmp_path, torchrun=(
+        "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", 2, "--max-restarts", 1,
+        "--monitor-interval", "0.1",
+    ))
+    wait_for(lambda: (run / "last").exists() and len(steps(run)) >= 3, launcher)
+    first = processes_of(launcher)
+    os.kill(first[1], signal.SIGKILL)
+    killed_at = wait_for(lambda: not set(first.values()) & set(processes_of(launcher).values()) and steps(run)[-1],
+                         launcher)
+    wait_for(lambda: steps(run)[-1] > killed_at + 1, launcher)
+    os.kill(processes_of(launcher)[1], signal.SIGTERM)
+    said = end_of(launcher)
+    assert launcher.returncode == 0, said
+    step = steps(run)[-1]
+    assert steps(run) == list(range(1, step + 1))
+    assert said.count("pretrain: ") == 2  # one process of two speaks, once each time
+    assert f"saved after step {step} of 100000; --resume goes on from {run / 'last'}" in said
+    assert os.readlink(run / "last") == f"step_{step:07d}" and load_training(run / "last")["step"] == step
+    train.main(["--resume", "--out", str(tmp_path), "--max-steps", str(step + 2)])
+    assert steps(run) == list(range(1, step + 3))
+
+
+def test_ctrl_c_reaches_the_loaders_workers_too_and_the_run_saves_all_the_same(data, tmp_path):
+    run = tmp_path / "tiny"
+    process = launch(*SMALL, *LONG, "--workers", 1, "--data", data, "--out", tmp_path, new_session=True)
+    wait_for(lambda: len(steps(run)) >= 2, process)
+    os.killpg(process.pid, signal.SIGINT)
+    said = end_of(process)
+    assert process.returncode == 0, said
+    assert f"SIGINT: saved after step {steps(run)[-1]} of 100000" in said
+    assert load_training(run / "last")["step"] == steps(run)[-1]
+
+
+# ---- processes that die, and that hang -------------------------------------------------------------------------------
+
+
+def test_two_nodes_go_on_from_the_last_checkpoint_after_a_process_is_killed(data, tmp_path):
+    """Two agents of torchrun, as on two machines, meet at a port of the loopback; one of their processes is killed. In
+    the end the agents are asked to stop, and wait until their processes have saved."""
+    run, port = tmp_path / "tiny", free_port()
+    nodes = [
+        launch(*SMALL, *LONG, "--data", data, "--out", tmp_path, torchrun=(
+            "--nnodes", 2, "--node-rank", node, "--nproc-per-node", 1, "--max-restarts", 2, "--rdzv-backend", "c10d",
+            "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test", "--monitor-interval", "0.1",
+            "--shutdown-timeout", 150,
+            "--local-addr", "127.0.0.1",  # else the nodes look for each other by a host name, which may not resolve
+        )) for node in range(2)
+    ]
+    wait_for(lambda: (run / "last").exists() and len(steps(run)) >= 6, nodes[0])
+    first = {rank: pid for node in nodes for rank, pid in processes_of(node).items()}
+    assert sorted(first) == [0, 1]
+    os.kill(first[1], signal.SIGKILL)
+    killed_at = steps(run)[-1]
+    wait_for(lambda: len(processes_of(nodes[0])) == 1 and set(processes_of(nodes[0]).values()) != {first[0]}
+             and steps(run)[-1:] > [killed_at + 4], nodes[0])
+    for node in nodes:  # as Slurm does before the time is up: to torchrun itself, which passes it on
+        node.send_signal(signal.SIGTERM)
+    said = [end_of(node) for node in nodes]
+    found = steps(run)
+    assert found == list(range(1, found[-1] + 1)) and found[-1] >= killed_at + 4  # each step once
+    assert "saved after step" in said[0] + said[1]
+    assert load_training(run / "last")["step"] == found[-1]
+
+
+def test_a_process_that_hangs_is_named_and_the_run_ends(data, tmp_path):
+    run = tmp_path / "tiny"
+    launcher = launch(*SMALL, *LONG, "--data", data, "--out", tmp_path, "--timeout", 12,
+                      torchrun=("--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", 2))
+    wait_for(lambda: len(steps(run)) >= 5, launcher)
+    hanging = processes_of(launcher)[1]
+    os.kill(hanging, signal.SIGSTOP)
+    waiting = processes_of(launcher)[0]
+    status = Path(f"/proc/{waiting}/status")
+    wait_for(lambda: not status.exists() or "State:\tZ" in status.read_text(), launcher)
+    os.kill(hanging, signal.SIGKILL)  # else torchrun waits half a minute for it to obey
+    said = end_of(launcher)
+    assert launcher.returncode != 0
+    assert "nothing went on for 12 seconds (--timeout): process 1 of 2 holds up the others" in said, said
+    assert "process 1 of 2: " in said and "NO SIGN OF LIFE" in said
+    assert "train.py" in said.split("What this process is doing:")[1]  # its stack
+    assert load_training(run / "last")["step"] % 4 == 0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sample_that_hangs_is_named_and_nothing_is_left_of_the_run(tmp_path, workers):
+    """A clip whose decoder never comes back: here, a pipe that nobody writes to."""
+    pipe = tmp_path / "pipe.gif"
+    os.mkfifo(pipe)
+    (tmp_path / "video_caption.train.jsonl").write_text('{"video": "pipe.gif", "captions": ["a red three"]}\n')
+    process = launch(*SMALL, "--data", tmp_path, "--out", tmp_path, "--timeout", 4, "--workers", workers,
+                     new_session=True)
+    said = end_of(process)
+    end = time.monotonic() + PATIENCE
+    while running := processes_of_session(process.pid):
+        assert time.monotonic() < end, running
+        time.sleep(0.1)
+    assert process.returncode == 70
+    assert "nothing went on for 4 seconds (--timeout)" in said and "waiting for data" in said
+    assert f"{tmp_path / 'video_caption.train.jsonl'}:1" in said
+
+
+def test_a_run_that_is_started_again_goes_on_by_itself(data, tmp_path, monkeypatch, capsys):
+    """By torchrun after a process failed, by Slurm after a node did, or by another agent of the same launch: the same
+    command, without --resume. Before the first checkpoint it starts anew."""
+    arguments = [str(a) for a in [*SMALL, "--data", data, "--out", tmp_path, "--max-steps", 2]]
+    run = tmp_path / "tiny"
+    with monkeypatch.context() as stopped:
+        stopped.setattr(train, "save_checkpoint", lambda *_: (_ for _ in ()).throw(ValueError("the end")))
+        assert "the end" in refused(capsys, arguments)
+    assert not (run / "last").exists() and steps(run) == [1, 2]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "web")
+    with pytest.raises(SystemExit):
+        train.main(arguments)  # of another launch
+    assert "holds a run already" in capsys.readouterr().err
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    train.main(arguments)
+    assert load_training(run / "last")["step"] == 2 and steps(run) == [1, 2]
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
+    train.main([*arguments, "--max-steps", "3"])  # of the same launch
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    train.main([*arguments, "--max-steps", "4"])
+    assert load_training(run / "last")["step"] == 4 and steps(run) == [1, 2, 3, 4]
+
+
+# ---- the disk --------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_ends_in_a_message_and_the_older_checkpoint_is_whole(capsys, data, tmp_path):
+    """The system refuses to write more than a few bytes into a file, as it does when a disk or a quota is full."""
+    arguments = [*SMALL, "--data", data, "--out", tmp_path]
+    train.main([str(argument) for argument in [*arguments, "--max-steps", 2]])
+    run, before = tmp_path / "tiny", resource.getrlimit(resource.RLIMIT_FSIZE)
+    weights = (run / "last" / "model.safetensors").read_bytes()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+        message = refused(capsys, ["--resume", "--out", tmp_path, "--max-steps", 4])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "step_0000004 could not be written (" in message and "File too large" in message
+    assert "The checkpoint before it: step_0000002 is whole. Make room on the disk, then go on with --resume" in message
+    assert sorted(path.name for path in run.iterdir() if "step" in path.name) == ["step_0000002"]
+    assert (run / "last" / "model.safetensors").read_bytes() == weights
+    train.main(["--resume", "--out", str(tmp_path), "--max-steps", "4"])
+    assert load_training(run / "last")["step"] == 4
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_run_goes_on_from_the_one_before_it(capsys, data, tmp_path):
+    run = tmp_path / "tiny"
+    train.main([str(a) for a in [*SMALL, "--data", data, "--out", tmp_path, "--max-steps", 4, "--save-every", 2]])
+    expected = load_file(run / "last" / "model.safetensors")
+    with open(run / "step_0000004" / "training.pt", "r+b") as file:
+        file.seek(100)
+        file.write(b"!")
+    message = refused(capsys, ["--resume", "--out", tmp_path, "--max-steps", 6])
+    assert f"{run / 'last'} (step_0000004) is damaged: training.pt is not what was saved" in message
+    assert "go on from it by --resume --resume-from step_0000002" in message
+    train.main(["--resume", "--resume-from", "step_0000002", "--out", str(tmp_path)])
+    assert os.readlink(run / "last") == "step_0000004" and steps(run) == [1, 2, 3, 4]
+    found = load_file(run / "last" / "model.safetensors")
+    assert all(found[name].equal(tensor) for name, tensor in expected.items())
+
+
+# ---- numbers that are not finite -------------------------------------------------------------------------------------
+
+
+def spoil(monkeypatch, spoilt: set[int], gradient: bool) -> None:
+    """Make the loss, or only its gradient, infinite at some steps."""
+    forward, count = train.Objectives.forward, iter(range(1000))
+
+    def spoilt_forward(self, batch: dict) -> dict:
+        losses = forward(self, batch)
+        if next(count) in spoilt:
+            name = next(iter(losses))
+            if gradient:
+                losses[name].register_hook(lambda _: torch.tensor(float("nan")))
+            else:
+                losses[name] = losses[name] * float("inf")
+        return losses
+
+    monkeypatch.setattr(train.Objectives, "forward", spoilt_forward)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_step_that_is_not_finite_is_skipped_counted_and_reported(capsys, data, tmp_path, monkeypatch, gradient):
+    spoil(monkeypatch, {1, 2, 4}, gradient)
+    train.main([str(a) for a in [*SMALL, "--data", data, "--out", tmp_path, "--max-steps", 6, "--max-nonfinite", 3]])
+    said = capsys.readouterr().err
+    for step in (1, 2, 4):
+        (line,) = [line for line in said.splitlines() if f"step {step} is not finite" in line]
+        assert line.count(".jsonl:") == 6 and ("gradient norm nan" in line) == gradient or not gradient
+    assert [line["nonfinite_steps"] for line in lines(tmp_path / "tiny")] == [0, 1, 2, 2, 3, 3]
+    assert all(value == value for line in lines(tmp_path / "tiny") for value in line.values())
+    weights = load_file(tmp_path / "tiny" / "last" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_several_such_steps_in_a_row_stop_the_run(capsys, data, tmp_path, monkeypatch):
+    spoil(monkeypatch, {1, 3, 4, 5}, gradient=False)
+    message = refused(capsys, [*SMALL, "--data", data, "--out", tmp_path, "--max-nonfinite", 3, "--save-every", 2])
+    assert "3 steps in a row were not finite, as many as --max-nonfinite allows; the last: step 5 is not" in message
+    assert message.count(".jsonl:") >= 6
+    assert load_training(tmp_path / "tiny" / "last")["step"] == 4
+    assert json.loads((tmp_path / "tiny" / "last" / "manifest.json").read_text())["step"] == 4

@@ -1,0 +1,186 @@
+"""The optimizer: each parameter in one group, decay where it belongs, and the shape of the schedule."""
+
+import copy
+
+import pytest
+import torch
+from helpers import configs, noise, randomised, seeds, small
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from mplug2.model.local_temporal import TemporalConv
+from mplug2.model.mplug2 import MPLUG2
+from mplug2.tasks import TASKS
+from mplug2.training.optim import depth, freeze, make_optimizer, orthogonalize, parameter_groups, schedule, set_rates
+
+rates = st.sampled_from([1e-3, 2e-5])
+
+
+@given(config=configs(), task=st.sampled_from([*TASKS]), lr=rates, vision_lr=rates, decay=st.sampled_from([0.0, 0.02]))
+def test_each_parameter_is_in_one_group_with_its_rate_and_decay(config, task, lr, vision_lr, decay):
+    model = MPLUG2(config, task)
+    groups = parameter_groups(model, lr, vision_lr, decay)
+    found = [(id(parameter), group["lr"], group["weight_decay"]) for group in groups for parameter in group["params"]]
+    matrices = {id(module.weight) for module in model.modules() if isinstance(module, (nn.Linear, TemporalConv))}
+    expected = [
+        (id(parameter), vision_lr if name.startswith("vision_encoder.") else lr, decay * (id(parameter) in matrices))
+        for name, parameter in model.named_parameters()
+    ]
+    assert sorted(found) == sorted(expected)
+    assert all(group["params"] and group["base_lr"] == group["lr"] for group in groups)
+    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    assert {id(p) for group in groups if group["matrices"] for p in group["params"]} == linear
+    assert len({(group["lr"], group["weight_decay"], group["matrices"]) for group in groups}) <= len(groups) <= 6
+
+
+@given(config=configs(), task=st.sampled_from(["pretrain", "video_caption", "text_classification"]),
+       decay=st.sampled_from([0.5, 0.75, 1.0]))
+def test_each_layer_of_an_encoder_learns_by_a_share_of_the_one_above(config, task, decay):
+    model = MPLUG2(config, task)
+    rates = {id(parameter): group["lr"] for group in parameter_groups(model, 1.0, 0.5, 0.02, decay)
+             for parameter in group["params"]}
+    found = {name: rates[id(parameter)] for name, parameter in model.named_parameters()}
+    for name, rate in found.items():
+        top, *rest = name.split(".")
+        if top == "vision_encoder":
+            layer = {"patch_embed": 0, "blocks": int(rest[1]) + 1 if rest[0] == "blocks" else 0}.get(
+                rest[0], config.vision_layers)
+            assert rate == pytest.approx(0.5 * decay ** (config.vision_layers + 1 - layer)), name
+        elif top == "text_encoder":
+            layer = int(rest[1]) + 1 if rest[0] == "layers" else 0
+            assert rate == pytest.approx(decay ** (config.text_layers + 1 - layer)), name
+        elif name.startswith("universal.layers"):
+            above = config.universal_layers - int(rest[1])
+            assert rate == pytest.approx(decay**above) and depth(model, name) == above
+        else:
+            assert rate == 1.0, name
+
+
+def test_frozen_modules_are_left_out_and_no_others():
+    model = MPLUG2(small(), "video_qa")
+    freeze(model, ["vision_encoder", "universal"])
+    learning = {id(parameter) for group in parameter_groups(model, 1, 1, 0) for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        frozen = name.startswith(("vision_encoder.", "universal."))
+        assert parameter.requires_grad != frozen and (id(parameter) in learning) != frozen
+    freeze(model, [])
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(ValueError, match="for video_qa has no 'vision_encodr'; it has vision_encoder, "):
+        freeze(model, ["vision_encodr"])
+    with pytest.raises(ValueError, match="nothing is left to train"):
+        freeze(MPLUG2(small(), "text_classification"), ["text_encoder", "universal", "classifier"])
+
+
+def test_biases_norms_embeddings_positions_latents_and_temperature_do_not_decay():
+    model = MPLUG2(small(), "pretrain")
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    spared = {
+        names[id(parameter)] for group in parameter_groups(model, 1e-3, 1e-3, 0.1) for parameter in group["params"]
+        if group["weight_decay"] == 0
+    }
+    words = ("bias", "norm.weight", "embeddings.word.weight", "position", "position.weight", "token_type.weight",
+             "latents", "class_token", "temperature")
+    assert spared == {name for name in names.values() if name.endswith(words)}
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_step_without_gradient_only_shrinks_what_decays(name):
+    model = randomised(MPLUG2(small(), "pretrain"))
+    optimizer = make_optimizer(model, 0.1, 0.01, weight_decay=0.5, betas=(0.9, 0.98), name=name)
+    before = {parameter: parameter.detach().clone() for parameter in model.parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.98)}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            torch.testing.assert_close(parameter.data, before[parameter] * (1 - group["lr"] * group["weight_decay"]))
+
+
+# ---- Muon ------------------------------------------------------------------------------------------------------------
+
+
+@given(n=st.integers(1, 3), rows=st.integers(1, 12), columns=st.integers(1, 12), scale=st.floats(1e-3, 1e3), seed=seeds)
+def test_orthogonal_matrices_keep_singular_vectors_and_lose_singular_values(n, rows, columns, scale, seed):
+    matrices = noise(n, rows, columns, seed=seed).float() * scale
+    found = orthogonalize(matrices)
+    left, values, right = torch.linalg.svd(matrices.double(), full_matrices=False)
+    turned = left.mT @ found.double() @ right.mT  # diagonal where the singular vectors are the same
+    large = values > 0.02 * values.norm(dim=1, keepdim=True)  # five steps do not lift what is nearly nothing
+    diagonal = turned.diagonal(dim1=1, dim2=2)
+    assert (diagonal[large] > 0.5).all() and (diagonal[large] < 1.3).all()
+    assert (turned - torch.diag_embed(diagonal)).abs().max() < 1e-2
+
+
+def test_muon_is_the_rule_written_out_and_adamw_for_the_rest():
+    """Three steps: momentum with Nesterov's look ahead, orthogonal, scaled to AdamW's size, decoupled decay."""
+    model, rng = randomised(MPLUG2(small(), "pretrain")).float(), torch.Generator().manual_seed(0)
+    reference = copy.deepcopy(model)
+    both = [make_optimizer(each, 0.1, 0.01, 0.5, (0.9, 0.98), name) for each, name in
+            ((model, "muon"), (reference, "adamw"))]
+    linear = [name + ".weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    weights = {name: model.get_parameter(name).detach().clone() for name in linear}
+    momenta = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    for _ in range(3):
+        for parameter, other in zip(model.parameters(), reference.parameters()):
+            parameter.grad = torch.randn(parameter.shape, generator=rng)
+            other.grad = parameter.grad.clone()
+        for name in linear:
+            gradient, lr = model.get_parameter(name).grad, 0.01 if name.startswith("vision_encoder") else 0.1
+            momenta[name] = 0.95 * momenta[name] + 0.05 * gradient
+            step = orthogonalize((0.95 * momenta[name] + 0.05 * gradient)[None])[0]
+            weights[name] = weights[name] * (1 - 0.5 * lr) - 0.2 * lr * max(gradient.shape) ** 0.5 * step
+        for optimizer in both:
+            optimizer.step()
+    for (name, parameter), other in zip(model.named_parameters(), reference.parameters()):
+        expected = weights[name] if name in weights else other
+        torch.testing.assert_close(parameter.data, expected.data, msg=name, rtol=1e-4, atol=1e-5)
+
+
+def test_muon_goes_on_from_its_saved_state():
+    models = [randomised(MPLUG2(small(), "video_caption")).float() for _ in range(2)]
+    first, second = (make_optimizer(model, 0.1, 0.1, 0.5, (0.9, 0.98), "muon") for model in models)
+
+    def step(model, optimizer, seed):
+        rng = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=rng)
+        optimizer.step()
+
+    step(models[0], first, 1)
+    models[1].load_state_dict(models[0].state_dict())
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for model, optimizer in zip(models, (first, second)):
+        step(model, optimizer, 2)
+    for one, other in zip(models[0].parameters(), models[1].parameters()):
+        assert one.equal(other)
+
+
+# ---- the schedule ----------------------------------------------------------------------------------------------------
+
+
+@given(steps=st.integers(1, 200), warmup_share=st.floats(0, 1), floor=st.floats(0, 1))
+def test_the_rate_rises_to_one_and_falls_to_the_floor(steps, warmup_share, floor):
+    warmup = round(warmup_share * (steps - 1))
+    shares = [schedule(step, steps, warmup, floor) for step in range(steps + 1)]
+    rising, falling = shares[:warmup], shares[warmup:]
+    assert rising == pytest.approx([(step + 1) / warmup for step in range(warmup)])
+    assert falling[0] == 1 and falling[-1] == pytest.approx(floor)
+    assert all(later <= earlier for earlier, later in zip(falling, falling[1:]))
+    assert falling == pytest.approx([1 + floor - share for share in reversed(falling)])  # half a cosine is symmetric
+    assert schedule(steps + 10, steps, warmup, floor) == pytest.approx(floor)
+
+
+def test_a_quarter_of_the_fall_is_that_of_a_cosine():
+    assert schedule(25, 100, 0, 0.0) == pytest.approx((1 + 2**-0.5) / 2)
+    assert schedule(75, 100, 0, 0.2) == pytest.approx(0.2 + 0.8 * (1 - 2**-0.5) / 2)
+
+
+@given(shares=st.lists(st.floats(0, 1), min_size=1, max_size=3), seed=seeds)
+def test_rates_are_shares_of_the_full_ones_however_often_they_are_set(shares, seed):
+    optimizer = make_optimizer(MPLUG2(small(), "video_caption"), 1e-3, 1e-4, 0.02, (0.9, 0.98))
+    full = [group["lr"] for group in optimizer.param_groups]
+    for share in shares:
+        set_rates(optimizer, share)
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([rate * share for rate in full])

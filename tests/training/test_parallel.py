@@ -1,0 +1,330 @@
+"""Sharing the work: DDP and FSDP2 on two and three processes = one process with the whole batch; exact resume.
+
+Three real processes serve the whole file.
+"""
+
+import contextlib
+import io
+import json
+import shutil
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from helpers import randomised, small
+from processes import Processes
+from safetensors.torch import load_file
+from test_distributed import share
+from test_loader import write_data
+from test_objectives import make_batch, make_model, task_batch
+
+import mplug2
+import train
+from mplug2 import distributed
+from mplug2.model.layers import Block
+from mplug2.model.mplug2 import MPLUG2
+from mplug2.objectives import losses
+from mplug2.objectives.objectives import Objectives
+from mplug2.training.optim import make_optimizer
+from mplug2.training.parallel import (
+    accumulating,
+    average_replicated,
+    clip_gradient,
+    load_optimizer_state,
+    optimizer_state,
+    parallelise,
+    separate,
+)
+from mplug2.training.run_checkpoint import load_training, whole_model
+
+LOSSES = ("vtc", "vtm", "mlm", "caption", "answer")
+SMALL = (
+    "--image-size 8 --patch-size 4 --vision-width 16 --vision-layers 1 --vision-head-width 8 --width 16 --heads 2 "
+    "--ff-width 32 --text-layers 2 --universal-layers 1 --latents 3 --fusion-layers 1 --decoder-layers 1 "
+    "--contrastive-width 8 --max-positions 24 --batch-size 6 --log-every 1 --device cpu --text-weight 0.3"
+).split()
+
+
+@pytest.fixture(scope="module")
+def processes():
+    three = Processes(3)
+    yield three
+    assert three.close() == [0, 0, 0]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+# ---- gradients -------------------------------------------------------------------------------------------------------
+
+
+def neighbours(similarity: torch.Tensor, _) -> tuple[torch.Tensor, torch.Tensor]:
+    """In place of hard negatives that are drawn: samples 0 and 1 are each other's, 2 and 3, ..., on any process."""
+    return torch.arange(len(similarity)) ^ 1, torch.ones(len(similarity), dtype=torch.bool)
+
+
+def gradients(parallel: torch.nn.Module, batches: list[dict], loss: str) -> tuple[float, dict[str, np.ndarray]]:
+    """One loss, averaged over micro-batches and processes, and its gradient for every parameter."""
+    value = 0.0
+    for number, batch in enumerate(batches):
+        with accumulating(parallel, last=number == len(batches) - 1):
+            losses = parallel(batch)
+            sum(part * (name == loss) for name, part in losses.items()).div(len(batches)).backward()
+            value += distributed.total(losses[loss]).item() / distributed.world_size() / len(batches)
+    average_replicated(parallel)
+    found = {}
+    for name, parameter in parallel.named_parameters():
+        gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+        found[name.removeprefix("module.")] = distributed.whole(gradient).numpy().copy()  # DDP writes into it again
+    parallel.zero_grad()
+    return value, found
+
+
+def shared_gradients(kind: str, rank: int, world: int) -> dict:
+    """Of each loss, by DDP and by FSDP2; of two micro-batches, and by DDP also of a single batch."""
+    process, found = distributed.Process(rank, world, torch.device("cpu")), {}
+    whole = [make_batch(kind, 6 if world == 3 else 4, 2, seed) for seed in (1, 2)]
+    for batch in whole:
+        batch["meaning"] = torch.tensor([5, 6, 5, 7, 8, 8])[: len(batch["meaning"])]
+    with patch.object(losses, "hard_negatives", neighbours):
+        for way in ("ddp", "fsdp"):
+            parallel = parallelise(Objectives(make_model()), process, way == "fsdp", Block, False, False)
+            for loss in LOSSES if kind != "text" else ("mlm",):
+                for count in (1, 2) if way == "ddp" else (2,):
+                    shares = [share(batch, rank, world) for batch in whole[:count]]
+                    found[way, loss, count] = gradients(parallel, shares, loss)
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("kind", ["video", "text"])
+def test_losses_and_gradients_of_several_processes_are_those_of_one(processes, world, kind):
+    """Every objective, every parameter, in double precision; texts of unequal lengths, so that each process has another
+    number of valid tokens; also without any exchange before the last of two micro-batches."""
+    found = processes.run(shared_gradients, *((kind, rank, world) for rank in range(world)))
+    whole = [make_batch(kind, 6 if world == 3 else 4, 2, seed) for seed in (1, 2)]
+    for batch in whole:
+        batch["meaning"] = torch.tensor([5, 6, 5, 7, 8, 8])[: len(batch["meaning"])]
+    alone = Objectives(make_model())
+    with patch.object(losses, "hard_negatives", neighbours):
+        expected = {(loss, count): gradients(alone, whole[:count], loss)
+                    for loss in (LOSSES if kind != "text" else ("mlm",)) for count in (1, 2)}
+    for rank in range(world):
+        for (way, loss, count), (value, grads) in found[rank].items():
+            assert value == pytest.approx(expected[loss, count][0], rel=1e-9), (way, loss, count)
+            for name, gradient in expected[loss, count][1].items():
+                np.testing.assert_allclose(
+                    grads[name], gradient, rtol=1e-7, atol=1e-10, err_msg=f"{way}, {loss}, {count}, {name}"
+                )
+
+
+HEADS = {"text_classification": ("label",), "video_classification": ("label",), "image_pair_reasoning": ("label",),
+         "number": ("label",), "grounding": ("l1", "giou"), "video_retrieval": ("vtc", "vtm")}
+"""Losses of other tasks than pre-training; "number" is a head that predicts one."""
+
+
+def task_gradients(b: int, rank: int, world: int) -> dict:
+    """Of each of these losses for a batch of b, by DDP and by FSDP2."""
+    process, found = distributed.Process(rank, world, torch.device("cpu")), {}
+    for name, heads in HEADS.items():
+        task = "text_pair_classification" if name == "number" else name
+        batch = task_batch(task, b=b)
+        if name == "number":
+            batch["label"] = batch["label"].double()
+        batch = {key: value.chunk(world)[rank] if torch.is_tensor(value) else value for key, value in batch.items()}
+        for way in ("ddp", "fsdp") if world > 1 else ("alone",):
+            model = randomised(MPLUG2(small(), task, {} if name == "number" else {task: ("a", "b", "c")}))
+            parallel = parallelise(Objectives(model), process, way == "fsdp", Block, False, False)
+            with patch.object(losses, "hard_negatives", neighbours):
+                for loss in heads:
+                    found[name, loss, way] = gradients(parallel, [batch], loss)
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_losses_and_gradients_of_other_tasks_are_those_of_one_process(processes, world):
+    """Classes from text, from vision, from pairs of images; numbers; boxes; and retrieval."""
+    expected = task_gradients(2 * world, 0, 1)
+    for found in processes.run(task_gradients, *((2 * world, rank, world) for rank in range(world))):
+        assert len(found) == 2 * len(expected) == 16
+        for (name, loss, way), (value, grads) in found.items():
+            wanted, wanted_grads = expected[name, loss, "alone"]
+            assert value == pytest.approx(wanted, rel=1e-9) and value > 0, (name, loss, way)
+            for parameter, gradient in wanted_grads.items():
+                np.testing.assert_allclose(
+                    grads[parameter], gradient, rtol=1e-7, atol=1e-10, err_msg=f"{name}, {loss}, {way}, {parameter}"
+                )
+
+
+def exchanges(rank: int, way: str) -> list[bool]:
+    """After each of two micro-batches: have the processes exchanged their gradients?"""
+    process, found = distributed.Process(rank, 2, torch.device("cpu")), []
+    parallel = parallelise(Objectives(make_model()), process, way == "fsdp", Block, False, False)
+    for last in (False, True):
+        with accumulating(parallel, last):
+            parallel(share(make_batch("text", 4, 2, 1), rank, 2))["mlm"].backward()
+        there = [distributed.whole(p.grad) for p in parallel.parameters() if p.dim() and p.grad is not None]
+        sums = distributed.collect(float(sum(gradient.abs().sum() for gradient in there)))
+        found.append(sums[0] > 0 and sums[0] == sums[1])
+    return found
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_only_the_last_micro_batch_exchanges_gradients(processes, way):
+    assert processes.run(exchanges, (0, way), (1, way)) == [[False, True]] * 2
+
+
+def clipped(rank: int, world: int, way: str, name: str) -> tuple[float, list[np.ndarray], dict, bool]:
+    """Three steps with clipping; the last norm, the weights in one piece, and the optimizer's state there and back."""
+    process = distributed.Process(rank, world, torch.device("cpu"))
+    module = Objectives(make_model())
+    parallel = parallelise(module, process, way != "ddp", Block, False, way == "offload")
+    parameters = list(module.parameters())
+    optimizer = make_optimizer(module.model, 0.01, 0.02, 0.1, (0.9, 0.98), name)
+    separate(optimizer)
+    for seed in range(3):
+        batch = share(make_batch("image", 6, 2, seed), rank, world)
+        with patch.object(losses, "hard_negatives", neighbours):
+            sum(parallel(batch).values()).backward()
+        average_replicated(parallel)
+        norm = clip_gradient(parameters, 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    state = optimizer_state(optimizer, module)
+    optimizer.state.clear()
+    load_optimizer_state(optimizer, module, state)
+    again = optimizer_state(optimizer, module)
+    same = all(again[name][key].equal(value) for name in state for key, value in state[name].items())
+    weights = [distributed.whole(parameter).numpy() for parameter in parameters]
+    one = whole_model(module.model, process)
+    if rank == 0:
+        assert all(p.detach().numpy().tobytes() == w.tobytes() for p, w in zip(one.parameters(), weights))
+    return norm.item(), weights, {name: list(value.values())[-1].numpy() for name, value in state.items()}, same
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_clipped_updates_of_sharded_models_are_those_of_one_process(processes, name):
+    expected = clipped(0, 1, "ddp", name)
+    assert expected[0] > 0.5
+    for way in ("ddp", "fsdp", "offload"):
+        for norm, weights, moments, same in processes.run(clipped, *((rank, 3, way, name) for rank in range(3))):
+            assert norm == pytest.approx(expected[0], rel=1e-9) and same
+            for found, value in zip(weights, expected[1], strict=True):
+                np.testing.assert_allclose(found, value, rtol=1e-6, atol=1e-6)  # Muon's steps are float32
+            assert moments.keys() == expected[2].keys()
+            for parameter, value in expected[2].items():
+                np.testing.assert_allclose(moments[parameter], value, rtol=1e-4, atol=1e-6, err_msg=parameter)
+
+
+def one_sided(rank: int) -> tuple:
+    process = distributed.Process(rank, 2, torch.device("cpu"))
+
+    def fail() -> None:
+        raise OSError("no room")
+
+    try:
+        distributed.together(fail, process)
+    except distributed.EverywhereError as error:
+        return distributed.anywhere(rank == 1, False), str(error)
+
+
+def spoilt(rank: int, arguments: list[str]) -> str:
+    """What a process says while it trains; the second loss of process 1 is infinite."""
+    forward, count = Objectives.forward, iter(range(1000))
+
+    def spoilt_forward(self, batch: dict) -> dict:
+        losses, bad = forward(self, batch), next(count) == rank == 1
+        return {name: loss * float("inf") if bad else loss for name, loss in losses.items()}
+
+    said = io.StringIO()
+    with patch.object(Objectives, "forward", spoilt_forward), contextlib.redirect_stderr(said):
+        train.main(arguments)
+    return said.getvalue()
+
+
+def test_all_skip_a_step_that_one_finds_not_finite_and_its_samples_are_named(processes, data, tmp_path):
+    """By process 0 alone, which also has the only progress bar."""
+    arguments = [*SMALL, "--data", str(data), "--out", str(tmp_path), "--max-steps", "3"]
+    said, nothing = processes.run(spoilt, (0, arguments), (1, arguments), joined=False)
+    (line,) = [line for line in said.splitlines() if "step 1 is not finite" in line]
+    assert line.count(".jsonl:") == 3 and "3/3" in said and nothing == ""
+    assert [line["nonfinite_steps"] for line in lines(tmp_path / "tiny")] == [0, 1, 1]
+
+
+def test_what_one_process_finds_all_of_them_know(processes):
+    assert processes.run(one_sided, (0,), (1,)) == [([True, False], "no room")] * 2
+    assert distributed.anywhere(True, False) == [True, False]
+
+
+# ---- resume ----------------------------------------------------------------------------------------------------------
+
+
+def lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def train_together(processes: Processes, world: int, arguments: list[str]) -> None:
+    """train.py on so many processes; on one, in this process, which may have workers of its own."""
+    found = processes.run(train.main, *[(arguments,)] * world, joined=False) if world > 1 else [train.main(arguments)]
+    assert found == [{}] * world  # there is nothing to evaluate
+
+
+def take_back(whole: Path, out: Path, step: int) -> None:
+    """A copy of a run as it was when it was killed after `step`, and a little later."""
+    shutil.copytree(whole, out, symlinks=True)
+    for checkpoint in out.glob("step_*"):
+        if checkpoint.name > f"step_{step:07d}":
+            shutil.rmtree(checkpoint)
+    (out / "last").unlink()
+    (out / "last").symlink_to(f"step_{step:07d}")
+
+
+@pytest.mark.parametrize(("way", "world", "workers"), [("ddp", 2, 0), ("fsdp", 3, 0), ("ddp", 1, 1)])
+def test_a_resumed_run_is_the_run_that_never_stopped_to_the_bit(processes, data, tmp_path, way, world, workers):
+    """Weights, optimizer, all generators and losses; with dropout and hard negatives, which are drawn; the sharded one
+    in micro-batches and bfloat16, with activation checkpointing, momentum copy and queue."""
+    arguments = [*SMALL, *f"--data {data} --max-steps 5 --save-every 2 --keep 9 --dropout 0.2 --parallel {way}".split(),
+                 *f"--accumulate {2 if world == 3 else 1} --workers {workers}".split(),
+                 *f"--precision {'bfloat16' if way == 'fsdp' else 'float32'}".split()]
+    if way == "fsdp":
+        arguments += "--activation-checkpointing --distil 0.4 --queue 12".split()
+    train_together(processes, world, [*arguments, "--out", str(tmp_path / "whole")])
+    whole, resumed = tmp_path / "whole" / "tiny", tmp_path / "resumed" / "tiny"
+    take_back(whole, resumed, 2)
+    train_together(processes, world, ["--resume", "--out", str(tmp_path / "resumed")])
+
+    expected, found = (load_file(folder / "last" / "model.safetensors") for folder in (whole, resumed))
+    assert [name for name in expected if not expected[name].equal(found[name])] == []
+    expected, found = load_training(whole / "last"), load_training(resumed / "last")
+    assert found["step"] == 5 and len(found["generators"]) == world
+    for old, new in zip(expected["generators"], found["generators"]):
+        assert old["torch"].equal(new["torch"]) and old["python"] == new["python"]
+        assert old["numpy"][1].equal(new["numpy"][1])
+    assert all(value.equal(found["objectives"][name]) for name, value in expected["objectives"].items())
+    assert len(expected["objectives"]) > 50 or way == "ddp"
+    for name, state in expected["optimizer"].items():
+        assert all(value.equal(found["optimizer"][name][key]) for key, value in state.items()), name
+    steps = [[line["loss"] for line in lines(folder)] for folder in (whole, resumed)]
+    assert steps[0] == steps[1] and len(steps[0]) == 5
+
+
+def test_a_run_goes_on_with_another_number_of_processes_and_another_way_to_share(processes, data, tmp_path):
+    """From two processes with sharded models to one, and to three: the same gradients as if nothing had changed. The
+    matching loss is left out: each process draws its own negatives."""
+    arguments = [*SMALL, *f"--data {data} --max-steps 6 --save-every 3 --keep 9 --vtm-weight 0".split()]
+    arguments += ["--dropout", "0", "--lr", "1e-3"]
+    train_together(processes, 2, [*arguments, "--parallel", "fsdp", "--out", str(tmp_path / "two")])
+    model = mplug2.load(tmp_path / "two" / "tiny" / "last")  # what eval.py reads
+    assert model.model.task == "pretrain"
+    expected = [line["grad_norm"] for line in lines(tmp_path / "two" / "tiny")]
+    for world in (1, 3):
+        take_back(tmp_path / "two" / "tiny", tmp_path / str(world) / "tiny", 3)
+        way = "ddp" if world == 1 else "fsdp"
+        train_together(processes, world, ["--resume", "--parallel", way, "--out", str(tmp_path / str(world))])
+        found = lines(tmp_path / str(world) / "tiny")
+        assert [line["step"] for line in found] == [1, 2, 3, 4, 5, 6]
+        np.testing.assert_allclose([line["grad_norm"] for line in found], expected, rtol=2e-3)
