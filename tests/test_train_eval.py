@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -140,6 +142,43 @@ def test_metrics_have_a_line_a_step_the_validation_and_the_results(run):
     assert [line["step"] for line in validated] == [2, 4] and "val/image_t2v_r1" in validated[0]
     (results,) = [line for line in found if "test/caption_exact" in line]
     assert {f"test/{key}" for key in KEYS} <= set(results)
+
+
+def test_a_run_can_save_before_the_first_line_of_metrics(light, tmp_path):
+    train.main([*MODEL, *FAST, *f"--data {light} --out {tmp_path} --max-steps 4 --save-every 2 --log-every 20".split()])
+    run = tmp_path / "tiny"
+    assert sorted(path.name for path in run.glob("step_*")) == ["step_0000002", "step_0000004"]
+    assert [line["step"] for line in lines(run) if "loss" in line] == [4]  # the last step is always logged
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_run_can_be_stopped_before_the_first_line_of_metrics(light, tmp_path, number):
+    """It saves and exits normally, the report can be written, and the run can be resumed."""
+    run = tmp_path / "tiny"
+    arguments = f"--data {light} --out {tmp_path} --max-steps 100000 --save-every 2 --log-every 100000".split()
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / "train.py"), *MODEL, *FAST, *arguments], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        limit = time.monotonic() + 120
+        while not (run / "last").exists() and process.poll() is None and time.monotonic() < limit:
+            time.sleep(0.05)
+        process.send_signal(number)
+        said, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, said
+    step = load_training(run / "last")["step"]
+    assert f"{number.name}: saved after step {step} of 100000; --resume goes on from {run / 'last'}" in said
+    assert not (run / "metrics.jsonl").exists()
+    with Image.open(run / "curves.png") as picture:
+        picture.load()
+    assert report.main([str(run)]) == 0
+    page = (run / "report.html").read_text()
+    assert "<b>0 of 100,000</b>steps" in page and "Curves" not in page
+    train.main(["--resume", "--out", str(tmp_path), "--max-steps", str(step + 1)])
+    assert [line["step"] for line in lines(run) if "loss" in line] == [step + 1]
 
 
 def test_the_loss_of_captions_falls_by_half_in_thirty_steps(light, tmp_path, capsys):

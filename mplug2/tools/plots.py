@@ -15,8 +15,13 @@ from mplug2.predictor import Look  # noqa: E402
 
 
 def curves(metrics_file: Path, out: Path) -> None:
-    """Draw `metrics.jsonl` of a run: losses by objective, and what validation found, over steps."""
-    lines = [json.loads(line) for line in metrics_file.read_text().splitlines()]
+    """Draw `metrics.jsonl` of a run: losses by objective, and what validation found, over steps.
+
+    A run can save, or be stopped, before it writes the first line and thereby creates the file: the plots are then
+    empty.
+    """
+    text = metrics_file.read_text() if metrics_file.exists() else ""
+    lines = [json.loads(line) for line in text.splitlines()]
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5))
     for name in sorted({key for line in lines for key in line if key.startswith("loss/")}):
         points = [(line["step"], line[name]) for line in lines if name in line]
