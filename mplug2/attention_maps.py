@@ -19,7 +19,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from mplug2.model.attention import Cache, CrossAttention, SelfAttention
+from mplug2.model.attention import CrossAttention, KVCache, SelfAttention
 
 
 @contextmanager
@@ -68,7 +68,7 @@ def attention_weights(
 
 @torch.no_grad()
 def self_attention_weights(
-    module: SelfAttention, x: Tensor, mask: Tensor | None = None, cache: Cache | None = None
+    module: SelfAttention, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None
 ) -> Tensor:
     """softmax(Q K^T / sqrt(e)) of x `b l d` over itself, mask to `b c l l` -> `b c l l`; with a cache that holds x and
     the p tokens before it, over all of these: `b c l (p+l)`."""

@@ -91,9 +91,9 @@ def _write(
         if step + 1 == steps or done.all():
             break
         if done.any():  # a memory goes when all texts about it have ended
-            state.select_memories((~done).nonzero()[:, 0])
+            state.reorder_memories((~done).nonzero()[:, 0])
             keep = repeat(~done, "b -> (b r)", r=r).nonzero()[:, 0]
-            state.select_texts(keep)
+            state.reorder_texts(keep)
             rows, ids, ended = rows[keep], ids[keep], ended[keep]
     return [_until(row, special.sep) for row in written.tolist()]
 
@@ -117,7 +117,7 @@ def beam_search(
     samples = list(range(b))  # which samples are still at work, in the order of the rows below
     # All beams start alike: they are computed as one, and only the first may be continued in the first step.
     logits = repeat(decoder.step(start, state), "b s -> b k s", k=beams)
-    state.select_texts(repeat(torch.arange(b, device=device), "b -> (b k)", k=beams))
+    state.reorder_texts(repeat(torch.arange(b, device=device), "b -> (b k)", k=beams))
     ids = start.new_empty(b, beams, 0)
     total = torch.full((b, beams), float("-inf"), device=device)
     total[:, 0] = 0.0
@@ -138,9 +138,9 @@ def beam_search(
         keep = (~done).nonzero()[:, 0]
         if len(keep) == 0:
             break
-        state.select_texts(rearrange(keep[:, None] * beams + origin[keep], "b k -> (b k)", k=beams))
+        state.reorder_texts(rearrange(keep[:, None] * beams + origin[keep], "b k -> (b k)", k=beams))
         if len(keep) < len(samples):
-            state.select_memories(keep)
+            state.reorder_memories(keep)
             samples = [samples[row] for row in keep.tolist()]
             ids, total, token = ids[keep], total[keep], token[keep]
         logits = decoder.step(rearrange(token, "b k -> (b k) 1", k=beams), state)

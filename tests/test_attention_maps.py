@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mplug2.attention_maps import attention_maps, attention_weights, self_attention_weights
-from mplug2.model.attention import Cache, CrossAttention, SelfAttention, causal_mask
+from mplug2.model.attention import CrossAttention, KVCache, SelfAttention, causal_mask
 from mplug2.model.mplug2 import MPLUG2
 
 
@@ -32,7 +32,7 @@ def test_so_are_those_of_self_attention_also_a_token_at_a_time(b, l, p, seed):
     values = module.qkv(x).chunk(3, dim=-1)[2]
     heads = [weights[:, c] @ values[..., 4 * c : 4 * c + 4] for c in range(3)]
     assert_same(module.out(torch.cat(heads, dim=-1)), module(x, mask))
-    cache = Cache()
+    cache = KVCache()
     module(x[:, :p], mask[:, :, :p, :p], cache)
     module(x[:, p:], mask[:, :, p:], cache)
     assert_same(self_attention_weights(module, x[:, p:], mask[:, :, p:], cache), weights[:, :, p:])

@@ -78,8 +78,8 @@ def test_a_state_goes_on_with_the_memories_and_texts_that_are_selected(seed, b, 
     kept = torch.tensor(data.draw(st.lists(st.integers(0, b - 1), min_size=1, max_size=b, unique=True)))
     # Of each memory that is kept, r texts: any, also the same one twice.
     rows = torch.tensor([r * i + data.draw(st.integers(0, r - 1)) for i in kept.tolist() for _ in range(r)])
-    state.select_memories(kept)
-    state.select_texts(rows)
+    state.reorder_memories(kept)
+    state.reorder_texts(rows)
     whole = decoder(ids[rows], ids[rows] > -1, memory[kept], mask[kept])
     torch.testing.assert_close(decoder.step(ids[rows, 2:], state), whole[:, -1], rtol=1e-9, atol=1e-9)
 

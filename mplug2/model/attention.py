@@ -46,7 +46,7 @@ def causal_mask(mask: Tensor) -> Tensor:
     return past & rearrange(mask, "b m -> b 1 1 m")
 
 
-class Cache:
+class KVCache:
     """Keys and values `b c p e` of the p tokens that a self-attention has seen so far; empty at first."""
 
     def __init__(self):
@@ -60,7 +60,7 @@ class Cache:
         self.key, self.value = key, value
         return key, value
 
-    def select(self, rows: Tensor) -> None:
+    def reorder(self, rows: Tensor) -> None:
         """Go on with these rows only; a row may be taken more than once."""
         self.key, self.value = self.key[rows], self.value[rows]
 
@@ -74,7 +74,7 @@ class SelfAttention(nn.Module):
         self.qkv = Linear(width, 3 * width)
         self.out = Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """x `b l d`, mask broadcastable to `b c l l` -> `b l d`.
 
         With a cache, x is what follows the p tokens in it: they are attended to as well, and the mask is for

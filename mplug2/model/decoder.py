@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mplug2.config import ModelConfig
-from mplug2.model.attention import Cache, causal_mask, padding_mask
+from mplug2.model.attention import KVCache, causal_mask, padding_mask
 from mplug2.model.layers import BertLayer, LanguageModelHead, TextEmbeddings
 from mplug2.model.shapes import check
 
@@ -21,15 +21,15 @@ class DecoderState:
 
     def __init__(self, memories: list[tuple[Tensor, Tensor]], memory_mask: Tensor | None):
         self.memories, self.memory_mask, self.length = memories, memory_mask, 0
-        self.caches = [Cache() for _ in memories]
+        self.caches = [KVCache() for _ in memories]
 
-    def select_texts(self, rows: Tensor) -> None:
+    def reorder_texts(self, rows: Tensor) -> None:
         """Go on with these of the `(b r)` texts: the beams that live on, each perhaps more than once."""
         for cache in self.caches:
-            cache.select(rows)
+            cache.reorder(rows)
 
-    def select_memories(self, rows: Tensor) -> None:
-        """Go on with these of the b memories; their texts are chosen by `select_texts`."""
+    def reorder_memories(self, rows: Tensor) -> None:
+        """Go on with these of the b memories; their texts are chosen by `reorder_texts`."""
         self.memories = [(key[rows], value[rows]) for key, value in self.memories]
         self.memory_mask = None if self.memory_mask is None else self.memory_mask[rows]
 
@@ -57,9 +57,9 @@ class Decoder(nn.Module):
         if memory_mask is not None:
             check(memory_mask, "b m", **shape)
             memory_mask = padding_mask(memory_mask)
-        x, attend = self.embeddings(ids), causal_mask(mask)
+        x, attention_mask = self.embeddings(ids), causal_mask(mask)
         for layer in self.layers:
-            x = layer(x, attend, memory, memory_mask)
+            x = layer(x, attention_mask, memory, memory_mask)
         check(x, "br l d", **sizes, d=self.width)
         return x
 
@@ -86,9 +86,9 @@ class Decoder(nn.Module):
         l, p = sizes["l"], state.length
         x = self.embeddings(ids, first=p)
         # A single token may look at everything; several (a prompt) at what came before each of them.
-        attend = None if l == 1 else torch.ones(l, p + l, dtype=torch.bool, device=ids.device).tril(p)
+        attention_mask = None if l == 1 else torch.ones(l, p + l, dtype=torch.bool, device=ids.device).tril(p)
         for layer, memory, cache in zip(self.layers, state.memories, state.caches):
-            x = layer(x, attend, memory, state.memory_mask, cache)
+            x = layer(x, attention_mask, memory, state.memory_mask, cache)
         state.length = p + l
         logits = self.logits(x[:, -1])
         check(logits, "br s", br=sizes["br"], s=self.vocab_size)

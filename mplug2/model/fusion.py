@@ -40,12 +40,12 @@ class Fusion(nn.Module):
         v, l, r = sizes["v"], shape["l"], shape["br"] // sizes["b"]
         if any(self.connected):
             vision = repeat(vision, "b v d -> (b r) v d", r=r)
-        attend, attend_joint = padding_mask(text_mask), padding_mask(F.pad(text_mask, (v, 0), value=True))
+        attention_mask, joint_mask = padding_mask(text_mask), padding_mask(F.pad(text_mask, (v, 0), value=True))
         for layer, connected in zip(self.layers, self.connected):
             if connected:
-                change, text = layer(torch.cat([vision, text], dim=1), attend_joint).split([v, l], dim=1)
+                change, text = layer(torch.cat([vision, text], dim=1), joint_mask).split([v, l], dim=1)
                 vision = vision + change
             else:
-                text = layer(text, attend, memory=vision)
+                text = layer(text, attention_mask, memory=vision)
         check(text, "br l d", **shape)
         return vision, text

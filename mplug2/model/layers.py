@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mplug2.config import ModelConfig
-from mplug2.model.attention import Cache, CrossAttention, SelfAttention
+from mplug2.model.attention import CrossAttention, KVCache, SelfAttention
 from mplug2.model.kernels import Linear, linear
 from mplug2.model.shapes import check
 
@@ -75,7 +75,7 @@ class BertLayer(Block):
 
     def forward(
         self, x: Tensor, mask: Tensor | None = None, memory: Tensor | tuple[Tensor, Tensor] | None = None,
-        memory_mask: Tensor | None = None, cache: Cache | None = None,
+        memory_mask: Tensor | None = None, cache: KVCache | None = None,
     ) -> Tensor:
         """x `(b r) l d`, mask broadcastable to `(b r) c l l`, memory `b m d`, memory_mask to `b c 1 m` -> `(b r) l d`.
 

@@ -22,8 +22,8 @@ class TextEncoder(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         sizes = check(mask, "b l", **check(ids, "b l"))
-        x, attend = self.embeddings(ids), padding_mask(mask)
+        x, attention_mask = self.embeddings(ids), padding_mask(mask)
         for layer in self.layers:
-            x = layer(x, attend)
+            x = layer(x, attention_mask)
         check(x, "b l d", d=self.width, **sizes)
         return x

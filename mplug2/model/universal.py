@@ -65,9 +65,9 @@ class UniversalLayers(nn.Module):
     def text(self, x: Tensor, mask: Tensor) -> Tensor:
         """x `b l d`, mask `b l` (true = real token) -> `b l d`."""
         sizes = check(mask, "b l", **check(x, "b l d", d=self.width))
-        stream, attend = x, padding_mask(mask)
+        stream, attention_mask = x, padding_mask(mask)
         for layer in self.layers:
-            stream = layer(stream, attend)
+            stream = layer(stream, attention_mask)
         if self.layers and self.readout == "figure":
             stream = self.text_norm(x + stream)
         check(stream, "b l d", **sizes)
