@@ -41,7 +41,7 @@ from mplug2.data.batches import Collate, MixedBatches
 from mplug2.data.loader import ahead, make_loader
 from mplug2.data.records import available
 from mplug2.data.samples import Sample, Samples, check_texts, read_classes, read_samples, stream_kind
-from mplug2.data.shards import Positions, ShardSet, is_shards, read_shards, stream_batches
+from mplug2.data.shards import ReaderState, ShardSet, is_shards, read_shards, stream_batches
 from mplug2.data.text import Tokenizer, clean
 from mplug2.data.transforms import Augmentation
 from mplug2.evaluation.evaluate import evaluate, table
@@ -502,7 +502,7 @@ def run(config: TrainConfig, changes: dict, process: distributed.Process, comman
         config.accumulate,
     )
     collate, pin = Collate(tokenizer, model.classes), process.device.type == "cuda"
-    positions = Positions(
+    positions = ReaderState(
         shards, process.world * max(1, config.workers), config.shuffle_buffer, config.seed,
         resumed["positions"] if resumed else {},
     )

@@ -108,8 +108,8 @@ class Predictor:
             cleaned = [clean(text, self.preparation.max_words) for text in among]
             answers = [x.to(self.device) for x in self.tokenizer.encode(cleaned, self.model.config.max_positions)]
 
-        def write(vision: Tensor, kind: str, places: list[int]) -> list[str]:
-            text, mask = self.encode_text([questions[place] for place in places])
+        def write(vision: Tensor, kind: str, indices: list[int]) -> list[str]:
+            text, mask = self.encode_text([questions[place] for place in indices])
             vision, fused = self.model.fuse(vision, text, mask)
             memory, memory_mask = answer_memory(vision, fused, mask)
             if among is not None:
@@ -127,13 +127,13 @@ class Predictor:
     ) -> list[float]:
         """The probability with which the decoder writes each text, [SEP] included, about the picture or clip of the
         same place in the list: as the answer to the question of that place, or, without questions, as a caption."""
-        def score(vision: Tensor, kind: str, places: list[int]) -> list[float]:
+        def score(vision: Tensor, kind: str, indices: list[int]) -> list[float]:
             memory, memory_mask, start = vision, None, self.start(len(vision), "" if questions else PROMPTS[kind])
             if questions:
-                text, mask = self.encode_text([questions[place] for place in places])
+                text, mask = self.encode_text([questions[place] for place in indices])
                 seen, fused = self.model.fuse(vision, text, mask)
                 memory, memory_mask = answer_memory(seen, fused, mask)
-            cleaned = [clean(texts[place], self.preparation.max_words) for place in places]
+            cleaned = [clean(texts[place], self.preparation.max_words) for place in indices]
             ids, mask = (x.to(self.device) for x in self.tokenizer.encode([text or "[SEP]" for text in cleaned]))
             mask[[not text for text in cleaned], 2:] = False  # an empty text is [SEP] alone
             ids = torch.cat([start, ids[:, 1:]], dim=1)[:, : self.model.config.max_positions]
@@ -171,10 +171,10 @@ class Predictor:
         if media is not None and texts is not None and len(media) != len(texts):
             raise ValueError(f"{len(media)} media, but {len(texts)} texts: expected one text for each")
 
-        def on_vision(vision: Tensor, _, places: list[int]) -> Tensor:
+        def on_vision(vision: Tensor, _, indices: list[int]) -> Tensor:
             if texts is None:
                 return head(vision, vision)
-            text, mask = self.encode_text([texts[place] for place in places])
+            text, mask = self.encode_text([texts[place] for place in indices])
             vision, fused = self.model.fuse(vision, text, mask)
             return head(fused, vision)
 
@@ -182,13 +182,13 @@ class Predictor:
             return torch.stack(self.on_media(media, on_vision))
         count, rows = len(texts if media is None else media), []
         for first in range(0, count, self.batch_size):
-            places = list(range(first, min(first + self.batch_size, count)))
+            indices = list(range(first, min(first + self.batch_size, count)))
             if media is None:
-                rows.append(head(self.encode_text([texts[place] for place in places])[0], None))
+                rows.append(head(self.encode_text([texts[place] for place in indices])[0], None))
             else:
-                paths = [path for place in places for path in media[place]]
+                paths = [path for place in indices for path in media[place]]
                 vision = rearrange(torch.stack(self.encode_media(paths)), "(b two) v d -> b two v d", two=2)
-                rows.append(on_vision(self.model.join_pair(vision), "image", places))
+                rows.append(on_vision(self.model.join_pair(vision), "image", indices))
         return torch.cat(rows)
 
     @torch.no_grad()
@@ -243,10 +243,10 @@ class Predictor:
             found = self.on_media([inputs[i] for i in media], lambda vision, *_: self.model.project_vision(vision))
             vectors |= zip(media, found)
         for first in range(0, len(texts), self.batch_size):
-            places = texts[first : first + self.batch_size]
+            indices = texts[first : first + self.batch_size]
             with torch.no_grad():
-                text, _ = self.encode_text([str(inputs[i]) for i in places])
-                vectors |= zip(places, self.model.project_text(text))
+                text, _ = self.encode_text([str(inputs[i]) for i in indices])
+                vectors |= zip(indices, self.model.project_text(text))
         return torch.stack([vectors[i] for i in range(len(inputs))])
 
     def similarity(self, media: Sequence[str | Path], texts: Sequence[str]) -> Tensor:
@@ -286,20 +286,20 @@ class Predictor:
 
     @torch.no_grad()
     def on_media(self, paths: Sequence[str | Path], function: Callable[[Tensor, str, list[int]], Iterable]) -> list:
-        """Decode and encode the media in batches, pictures and clips apart; `function(V', kind, places)` is called on
+        """Decode and encode the media in batches, pictures and clips apart; `function(V', kind, indices)` is called on
         each batch, and its results come back in the order of `paths`."""
         check_list(paths)
-        # What waits for its batch, by kind: the pixels of each file, and the places that ask for it (a clip with
+        # What waits for its batch, by kind: the pixels of each file, and the indices that ask for it (a clip with
         # several questions is decoded and encoded once).
         waiting: dict[str, dict[str, tuple[Tensor, list[int]]]] = {"image": {}, "video": {}}
         results: dict[int, object] = {}
 
         def flush(kind: str) -> None:
-            pixels, places = zip(*waiting[kind].values())
+            pixels, indices = zip(*waiting[kind].values())
             waiting[kind].clear()
             vision = self.model.encode_vision(torch.stack(pixels).to(self.device))
-            each = torch.tensor([i for i, askers in enumerate(places) for _ in askers], device=self.device)
-            asked = [place for askers in places for place in askers]
+            each = torch.tensor([i for i, askers in enumerate(indices) for _ in askers], device=self.device)
+            asked = [place for askers in indices for place in askers]
             results.update(zip(asked, function(vision[each], kind, asked), strict=True))
 
         for place, path in enumerate(map(str, paths)):

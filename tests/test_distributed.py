@@ -10,7 +10,7 @@ from helpers import seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import Processes
-from test_objectives import likeness, make_batch, make_model, with_places
+from test_objectives import likeness, make_batch, make_model, with_positions
 
 from mplug2 import distributed
 from mplug2.distributed import collect, gather, global_mean, start, stop, total, world_size
@@ -111,7 +111,7 @@ def share(batch: dict, rank: int, world: int) -> dict:
             longest = int(part[f"{text}_mask"].sum(1).max())
             names = (f"{text}_ids", f"{text}_mask") + (("masked", "masked_ids") if text == "caption" else ())
             part |= {name: part[name][:, :longest] for name in names}
-    return with_places(part)
+    return with_positions(part)
 
 
 def losses_and_gradients(batch: dict, rank: int, world: int) -> dict:

@@ -36,7 +36,7 @@ SPLITS = tuple(STROKES)
 _COMBINATIONS = tuple(product(range(len(DIGITS)), COLOUR_NAMES))
 
 
-def _places(scripts: tuple[Script, ...]) -> list[tuple[tuple[int, int], ...]]:
+def _positions(scripts: tuple[Script, ...]) -> list[tuple[tuple[int, int], ...]]:
     """All ways to place the digits of a scene: one corner (y, x) on the grid for each, so that none leaves the canvas.
 
     Two digits do not overlap.
@@ -48,7 +48,7 @@ def _places(scripts: tuple[Script, ...]) -> list[tuple[tuple[int, int], ...]]:
     return [(a, b) for a, b in product(corners, repeat=2) if max(abs(a[0] - b[0]), abs(a[1] - b[1])) >= CELL]
 
 
-_PLACES = {kind: _places(scripts) for kind, scripts in SCRIPTS.items()}
+_POSITIONS = {kind: _positions(scripts) for kind, scripts in SCRIPTS.items()}
 
 
 class SceneSource:
@@ -78,7 +78,7 @@ class SceneSource:
             if self._allows(kind, combinations) and all(len(set(same)) == len(same) for same in zip(*combinations)):
                 break
         strokes = [int(pick(self._strokes[digit], self.rng)) for digit, _ in combinations]
-        corners = pick(_PLACES[kind], self.rng)
+        corners = pick(_POSITIONS[kind], self.rng)
         return Scene(kind, tuple(Thing(*what, stroke, *at) for what, stroke, at in zip(combinations, strokes, corners)))
 
     def mentions(self, scene: Scene) -> bool:

@@ -51,7 +51,7 @@ class Collate:
             prompt = PROMPTS[kind.modality]
             batch["prompted_ids"], batch["prompted_mask"] = self.tokenizer.encode([f"{prompt} {c}" for c in captions])
             prompt_length = 1 + self.tokenizer.encode([prompt], special=False)[0].shape[1]
-            batch["prompted_places"] = label_places(batch["prompted_mask"], prompt_length)
+            batch["prompted_positions"] = label_positions(batch["prompted_mask"], prompt_length)
             batch["prompt_length"] = prompt_length
             batch["references"] = [item["references"] for item in items]
         if "text" in parts:
@@ -64,7 +64,7 @@ class Collate:
             questions, answers = zip(*(pair for item in items for pair in item["questions"]))
             batch["question_ids"], batch["question_mask"] = self.tokenizer.encode(list(questions))
             batch["answer_ids"], batch["answer_mask"] = self.tokenizer.encode(list(answers))
-            batch["answer_places"] = label_places(batch["answer_mask"])
+            batch["answer_positions"] = label_positions(batch["answer_mask"])
         return batch
 
     def number(self, task: str, item: dict) -> int | float:
@@ -82,10 +82,10 @@ class Collate:
         masked = mask & (choose < 0.15) & (ids != tokenizer.cls) & (ids != tokenizer.sep)
         random = 5 + (which * (len(tokenizer) - 5)).long()
         replaced = torch.where(how < 0.8, tokenizer.mask, torch.where(how < 0.9, random, ids))
-        return {"masked_ids": torch.where(masked, replaced, ids), "masked_places": masked.flatten().nonzero()[:, 0]}
+        return {"masked_ids": torch.where(masked, replaced, ids), "masked_positions": masked.flatten().nonzero()[:, 0]}
 
 
-def label_places(mask: Tensor, prompt_length: int = 1) -> Tensor:
+def label_positions(mask: Tensor, prompt_length: int = 1) -> Tensor:
     """Of the predictions `b (l-1)` of the next tokens of texts with `mask` (`b l`), those that carry a loss, as
     indices into `(b (l-1))`: neither padding nor the first `prompt_length` tokens, [CLS] and a prompt, are labels.
 

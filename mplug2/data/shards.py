@@ -273,7 +273,7 @@ class Reader:
             return f"{path}:{number}: {error}"
 
 
-class Positions:
+class ReaderState:
     """Where all readers are, of every stream: what a checkpoint has to know, and what a new set of readers starts from.
 
     `state` is what `collected` returned, or empty for a new run.
@@ -301,7 +301,7 @@ class Positions:
             stream, reader, at = batch["position"]
             self.at[stream][reader] = tuple(at)  # a loader makes lists of tuples
 
-    def collected(self, others: Iterable["Positions"]) -> dict:
+    def collected(self, others: Iterable["ReaderState"]) -> dict:
         """This and those of the other processes, of which each knows its own readers best."""
         state = {}
         for stream, plan in self.plans.items():
@@ -347,7 +347,7 @@ class MixedStream(IterableDataset):
 
     def __init__(
         self, samples: Samples, shards: dict[str, ShardSet], batches: MixedBatches, collate: Collate,
-        positions: Positions, max_words: int, worker: int, workers: int,
+        positions: ReaderState, max_words: int, worker: int, workers: int,
     ):
         self.samples, self.shards, self.batches, self.collate = samples, shards, batches, collate
         self.positions, self.max_words, self.worker, self.workers = positions, max_words, worker, workers
@@ -375,7 +375,7 @@ class MixedStream(IterableDataset):
 
 
 def stream_batches(
-    samples: Samples, shards: dict[str, ShardSet], batches: MixedBatches, collate: Collate, positions: Positions,
+    samples: Samples, shards: dict[str, ShardSet], batches: MixedBatches, collate: Collate, positions: ReaderState,
     max_words: int, workers: int, pin: bool,
 ) -> Iterator[dict]:
     """This process' share of the batches of a run of which some streams are read from shards.

@@ -47,10 +47,10 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.patch, self.image_size = config.patch_size, config.image_size
         self.span, self.stride = (3, config.temporal_stride) if config.temporal_downsampling else (1, 1)
-        width, self.places = config.vision_width, 1 + config.patches
+        width, self.positions = config.vision_width, 1 + config.patches
         self.linear = nn.Linear(self.span * 3 * self.patch**2, width, bias=False)
         self.class_token = nn.Parameter(torch.zeros(width))
-        self.position = nn.Parameter(torch.zeros(self.places, width))
+        self.position = nn.Parameter(torch.zeros(self.positions, width))
         self.norm = nn.LayerNorm(width, eps=1e-5)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class PatchEmbed(nn.Module):
         tokens = self.linear(patches)
         b, t = tokens.shape[:2]
         tokens = torch.cat([self.class_token.expand(b, t, 1, -1), tokens], dim=2) + self.position
-        check(tokens, "b t m d", b=sizes["b"], m=self.places, d=self.position.shape[1])
+        check(tokens, "b t m d", b=sizes["b"], m=self.positions, d=self.position.shape[1])
         return self.norm(tokens)
 
     def neighbours(self, patches: Tensor) -> Tensor:

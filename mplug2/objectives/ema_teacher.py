@@ -66,8 +66,8 @@ class Momentum(nn.Module):
         size, count = len(self.queue_meaning), len(meaning)
         if count > size:
             raise ValueError(f"queue={size}: expected room for the {count} samples of a batch at least")
-        places = (self.queued + torch.arange(count, device=meaning.device)) % size
-        self.queue_vision[places] = vision.to(self.queue_vision.dtype)
-        self.queue_text[places] = text.to(self.queue_text.dtype)
-        self.queue_meaning[places] = meaning
+        positions = (self.queued + torch.arange(count, device=meaning.device)) % size
+        self.queue_vision[positions] = vision.to(self.queue_vision.dtype)
+        self.queue_text[positions] = text.to(self.queue_text.dtype)
+        self.queue_meaning[positions] = meaning
         self.queued += count

@@ -124,26 +124,26 @@ def matching_loss(
     return global_mean(F.cross_entropy(logits, matches, reduction="none"), valid)
 
 
-def masked_loss(model: MPLUG2, hidden: Tensor, ids: Tensor, places: Tensor) -> Tensor:
-    """MLM: the original `ids` (`b l`) at the masked `places`, indices into `(b l)`, from `hidden` (`b l d`)."""
+def masked_loss(model: MPLUG2, hidden: Tensor, ids: Tensor, positions: Tensor) -> Tensor:
+    """MLM: the original `ids` (`b l`) at the masked `positions`, indices into `(b l)`, from `hidden` (`b l d`)."""
     check(hidden, "b l d", **check(ids, "b l"))
-    logits = model.unmask(rearrange(hidden, "b l d -> (b l) d")[places])  # only where there is something to predict
-    losses = F.cross_entropy(logits, ids.flatten()[places], reduction="none")
+    logits = model.unmask(rearrange(hidden, "b l d -> (b l) d")[positions])  # only where there is something to predict
+    losses = F.cross_entropy(logits, ids.flatten()[positions], reduction="none")
     return global_mean(losses, torch.ones_like(losses, dtype=torch.bool))
 
 
 def language_loss(
-    model: MPLUG2, ids: Tensor, mask: Tensor, memory: Tensor, places: Tensor, memory_mask: Tensor | None = None,
+    model: MPLUG2, ids: Tensor, mask: Tensor, memory: Tensor, positions: Tensor, memory_mask: Tensor | None = None,
     teacher: Tensor | None = None, alpha: float = 0.0,
 ) -> Tensor:
-    """Next-token loss of the decoder on `ids` (`b l`, [CLS] first, [SEP] last, then padding) at the n `places` that
-    carry a loss, indices into `(b (l-1))` (see `label_places` in data/loader.py).
+    """Next-token loss of the decoder on `ids` (`b l`, [CLS] first, [SEP] last, then padding) at the n `positions` that
+    carry a loss, indices into `(b (l-1))` (see `label_positions` in data/loader.py).
 
     `teacher`: logits `n s` of another model, whose distribution over the vocabulary is the target by a share of
     `alpha`; the rest of the target is the token itself.
     """
-    logits = predictions(model, ids, mask, memory, places, memory_mask)
-    losses = F.cross_entropy(logits, ids[:, 1:].flatten()[places], reduction="none")
+    logits = predictions(model, ids, mask, memory, positions, memory_mask)
+    losses = F.cross_entropy(logits, ids[:, 1:].flatten()[positions], reduction="none")
     if teacher is not None:
         soft = -(teacher.softmax(dim=-1) * logits.log_softmax(dim=-1)).sum(dim=-1)
         losses = (1 - alpha) * losses + alpha * soft
@@ -151,10 +151,10 @@ def language_loss(
 
 
 def predictions(
-    model: MPLUG2, ids: Tensor, mask: Tensor, memory: Tensor, places: Tensor, memory_mask: Tensor | None = None
+    model: MPLUG2, ids: Tensor, mask: Tensor, memory: Tensor, positions: Tensor, memory_mask: Tensor | None = None
 ) -> Tensor:
-    """The decoder's logits `n s` for the next tokens of `ids` (`b l`) at n `places`, indices into `(b (l-1))`."""
+    """The decoder's logits `n s` for the next tokens of `ids` (`b l`) at n `positions`, indices into `(b (l-1))`."""
     check(mask, "b l", **check(ids, "b l"))
     decoder = model.require("decoder")
     hidden = decoder.hidden(ids[:, :-1], mask[:, :-1], memory, memory_mask)
-    return decoder.logits(rearrange(hidden, "b l d -> (b l) d")[places])
+    return decoder.logits(rearrange(hidden, "b l d -> (b l) d")[positions])

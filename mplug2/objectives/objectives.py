@@ -83,7 +83,7 @@ class Objectives(nn.Module):
         model, losses, vision = self.model, {}, encode_pixels(self.model, batch)
         if "masked_ids" in batch and vision is None:
             hidden = model.encode_text(batch["masked_ids"], batch["caption_mask"])
-            losses["mlm"] = masked_loss(model, hidden, batch["caption_ids"], batch["masked_places"])
+            losses["mlm"] = masked_loss(model, hidden, batch["caption_ids"], batch["masked_positions"])
         text = {} if vision is None else self.encode_texts(batch)
         if "caption" in text:
             losses |= self.pairs(batch, vision, text["caption"])
@@ -91,17 +91,17 @@ class Objectives(nn.Module):
             losses["reward"] = self.self_critical.loss(model, vision, batch)
         elif "prompted_ids" in batch:
             losses["caption"] = language_loss(
-                model, batch["prompted_ids"], batch["prompted_mask"], vision, batch["prompted_places"]
+                model, batch["prompted_ids"], batch["prompted_mask"], vision, batch["prompted_positions"]
             )
         asked = {name: text[name] for name in ("masked", "question") if name in text}
         if asked:
             seen, fused = self.fuse(batch, vision, asked)
         if "masked" in asked:
-            losses["mlm"] = masked_loss(model, fused["masked"], batch["caption_ids"], batch["masked_places"])
+            losses["mlm"] = masked_loss(model, fused["masked"], batch["caption_ids"], batch["masked_positions"])
         if "question" in asked:
             memory, memory_mask = answer_memory(seen["question"], fused["question"], batch["question_mask"])
             losses["answer"] = language_loss(
-                model, batch["answer_ids"], batch["answer_mask"], memory, batch["answer_places"], memory_mask,
+                model, batch["answer_ids"], batch["answer_mask"], memory, batch["answer_positions"], memory_mask,
                 *self.soft_answers(batch),
             )
         if "label" in batch:
@@ -113,7 +113,7 @@ class Objectives(nn.Module):
 
     @torch.no_grad()
     def soft_answers(self, batch: dict) -> tuple[Tensor | None, float]:
-        """The teacher's logits `n s` at the places of the answers, and their weight; None without a teacher."""
+        """The teacher's logits `n s` at the positions of the answers, and their weight; None without a teacher."""
         if self.momentum is None:
             return None, 0.0
         teacher, mask = self.momentum.teacher, batch["question_mask"]
@@ -121,7 +121,7 @@ class Objectives(nn.Module):
         seen, fused = teacher.fuse(vision, teacher.encode_text(batch["question_ids"], mask), mask)
         memory, memory_mask = answer_memory(seen, fused, mask)
         logits = predictions(
-            teacher, batch["answer_ids"], batch["answer_mask"], memory, batch["answer_places"], memory_mask
+            teacher, batch["answer_ids"], batch["answer_mask"], memory, batch["answer_positions"], memory_mask
         )
         return logits, self.momentum.weight
 

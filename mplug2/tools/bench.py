@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mplug2.config import PRESETS
-from mplug2.data.batches import Collate, MixedBatches, label_places
+from mplug2.data.batches import Collate, MixedBatches, label_positions
 from mplug2.data.loader import ahead, make_loader
 from mplug2.data.samples import Samples, check_texts, read_samples
 from mplug2.data.text import Tokenizer, clean
@@ -94,7 +94,7 @@ def train(model: MPLUG2, options: argparse.Namespace, device: str) -> Callable[[
     pixels, ids = inputs(model.train(), options, device)
     mask = torch.ones_like(ids, dtype=torch.bool)
     batch = {"pixels": pixels, "prompted_ids": ids, "prompted_mask": mask,
-             "prompted_places": label_places(mask.cpu()).to(device)}
+             "prompted_positions": label_positions(mask.cpu()).to(device)}
     objectives = Objectives(model)
     optimizer = make_optimizer(model, 1e-5, 1e-5, 0.02, (0.9, 0.999))
 

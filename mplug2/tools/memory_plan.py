@@ -140,16 +140,16 @@ class Work:
         for name in {"caption", "text"} & parts:
             batch |= text(name, b)
         if "masked" in parts:
-            places = torch.arange(math.ceil(0.15 * b * l))
-            batch |= {"masked_ids": batch["caption_ids"], "masked_places": places}
+            positions = torch.arange(math.ceil(0.15 * b * l))
+            batch |= {"masked_ids": batch["caption_ids"], "masked_positions": positions}
         if medium != "text":
             images = (2,) if "pair" in TASKS[task].components else ()
             batch["pixels"] = torch.zeros(b, *images, 3, self.frames if medium == "video" else 1, size, size)
         if "prompted" in parts and medium != "text":
-            batch |= {**text("prompted", b), "prompted_places": torch.arange(b * (l - 1))}
+            batch |= {**text("prompted", b), "prompted_positions": torch.arange(b * (l - 1))}
         if "question" in parts and medium != "text":
             rows = b * self.questions
-            batch |= text("question", rows) | text("answer", rows) | {"answer_places": torch.arange(rows * (l - 1))}
+            batch |= text("question", rows) | text("answer", rows) | {"answer_positions": torch.arange(rows * (l - 1))}
         if "label" in parts:
             batch["label"] = torch.zeros(b)
         if "box" in parts:

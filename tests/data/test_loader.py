@@ -289,7 +289,7 @@ def test_masking_is_that_of_bert(tokenizer):
     noise = rng.random((len(texts), 3, 40))
     found = Collate(tokenizer).masked(ids, mask, noise)
     masked, replaced = torch.zeros_like(mask), found["masked_ids"]
-    masked.view(-1)[found["masked_places"]] = True
+    masked.view(-1)[found["masked_positions"]] = True
     special = ~mask | (ids == tokenizer.cls) | (ids == tokenizer.sep)
     assert not masked[special].any()
     assert (replaced == ids)[~masked].all()
@@ -350,10 +350,10 @@ def test_what_a_batch_holds(root, tokenizer):
         words = tokenizer.lengths([prompt])[0] - 2
         assert tokenizer.decode(batch["prompted_ids"][:, 1 : 1 + words]) == [prompt] * 3
         assert (batch["prompted_ids"][:, 0] == tokenizer.cls).all()
-        labels = batch["prompted_ids"][:, 1:].flatten()[batch["prompted_places"]]  # the captions and their [SEP]
+        labels = batch["prompted_ids"][:, 1:].flatten()[batch["prompted_positions"]]  # the captions and their [SEP]
         assert tokenizer.decode(labels[None]) == [texts[0]] and (labels == tokenizer.sep).sum() == 3
         assert len(labels) == batch["caption_mask"][:, 1:].sum()
-        assert len(batch["answer_places"]) == batch["answer_mask"][:, 1:].sum()
+        assert len(batch["answer_positions"]) == batch["answer_mask"][:, 1:].sum()
         assert batch["question_ids"].shape[0] == batch["answer_ids"].shape[0] == 3 * r
         if kind == "image":  # nothing but the instruction is asked, and its answer is the caption of the same picture
             answers = tokenizer.decode(batch["answer_ids"])
@@ -366,8 +366,8 @@ def test_a_kind_of_batch_has_the_texts_that_its_task_trains_on(root, tmp_path, t
     always = {"kind", "task", "where", "errors", "meaning", "pixels"}
     for task, expected in (
         ("video_retrieval", {"caption_ids", "caption_mask"}),
-        ("video_caption", {"prompted_ids", "prompted_mask", "prompted_places", "prompt_length", "references"}),
-        ("video_qa", {"question_ids", "question_mask", "answer_ids", "answer_mask", "answer_places"}),
+        ("video_caption", {"prompted_ids", "prompted_mask", "prompted_positions", "prompt_length", "references"}),
+        ("video_qa", {"question_ids", "question_mask", "answer_ids", "answer_mask", "answer_positions"}),
     ):
         data = dataset(read_samples(tmp_path, task, "train"))
         batch = Collate(tokenizer)([data[task, 0, i] for i in range(2)])

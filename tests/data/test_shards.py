@@ -18,8 +18,8 @@ from mplug2.data.samples import read_samples
 from mplug2.data.shards import (
     Piece,
     Plan,
-    Positions,
     Reader,
+    ReaderState,
     ShardSet,
     deal,
     is_shards,
@@ -183,14 +183,14 @@ def test_other_readers_lose_no_sample_and_see_at_most_the_windows_that_were_begu
 def batches_of(
     root: Path, tokenizer, steps: int, start: int = 0, state: dict | None = None, workers: int = 0,  # noqa: F811
     rank: int = 0, world: int = 1, window: int = 2, mixed: Path | None = None,
-) -> tuple[list[dict], Positions]:
+) -> tuple[list[dict], ReaderState]:
     """The batches of a run from `start` on, and where its readers stand afterwards."""
     shards = read_shards(root)
     samples = {f"{kind}@1": found for kind, found in read_samples(mixed, "pretrain", "train").items()} if mixed else {}
     streams = {**shards, **samples}
     batches = MixedBatches({name: len(found) for name, found in streams.items()}, {name: 1.0 for name in streams},
                            2 * world, steps, 0, start, rank, world)
-    positions = Positions(shards, world * max(1, workers), window, 0, state or {})
+    positions = ReaderState(shards, world * max(1, workers), window, 0, state or {})
     found = list(stream_batches(
         dataset(samples), shards, batches, Collate(tokenizer), positions, 30, workers, pin=False
     ))

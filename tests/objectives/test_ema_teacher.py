@@ -61,7 +61,7 @@ def test_the_weight_rises_evenly_over_the_first_epoch(steps, ramp, alpha):
 def test_answers_learn_from_the_words_and_from_the_chances_of_the_copy_over_the_vocabulary():
     model, momentum = make(alpha=0.4, ramp=2)
     objectives, batch = Objectives(model, momentum), task_batch("video_qa")
-    ids, mask, places = batch["answer_ids"], batch["answer_mask"], batch["answer_places"]
+    ids, mask, positions = batch["answer_ids"], batch["answer_mask"], batch["answer_positions"]
 
     def asked(one: MPLUG2) -> tuple[torch.Tensor, torch.Tensor]:
         about = batch["question_mask"]
@@ -69,7 +69,7 @@ def test_answers_learn_from_the_words_and_from_the_chances_of_the_copy_over_the_
         return answer_memory(*fused, about)
 
     memory = asked(model)
-    plain = language_loss(model, ids, mask, memory[0], places, memory[1])
+    plain = language_loss(model, ids, mask, memory[0], positions, memory[1])
     torch.testing.assert_close(objectives(batch)["answer"], plain)  # nothing from the copy at the start
     copy = momentum.teacher
     theirs = copy.decode(ids[:, :-1], mask[:, :-1], *asked(copy))

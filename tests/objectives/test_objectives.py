@@ -10,7 +10,7 @@ from helpers import configs, noise, random_ids, randomised, seeds, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mplug2.data.batches import label_places
+from mplug2.data.batches import label_positions
 from mplug2.model.mplug2 import MPLUG2
 from mplug2.objectives.losses import (
     TEMPERATURE_RANGE,
@@ -181,15 +181,15 @@ def test_masked_loss_is_about_the_masked_places_only(seed, share):
     hidden = noise(3, 5, 16, seed=seed).requires_grad_()
     ids = random_ids(3, 5, seed)
     masked = torch.rand(3, 5, generator=rng) < share
-    places = masked.flatten().nonzero()[:, 0]
-    loss = masked_loss(model, hidden, ids, places)
+    positions = masked.flatten().nonzero()[:, 0]
+    loss = masked_loss(model, hidden, ids, positions)
     log_probs = model.unmask(hidden).log_softmax(-1)
     terms = [-log_probs[i, j, ids[i, j]] for i, j in masked.nonzero().tolist()]
     torch.testing.assert_close(loss, torch.stack(terms).mean() if terms else torch.zeros_like(loss))
     loss.backward()  # must work without any masked place, too
     assert ((hidden.grad != 0).any(-1) == masked).all()
     other = torch.where(masked, ids, (ids + 1) % 29)
-    torch.testing.assert_close(masked_loss(model, hidden, other, places), loss)
+    torch.testing.assert_close(masked_loss(model, hidden, other, positions), loss)
 
 
 # ---- language --------------------------------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ def test_language_loss_is_the_mean_over_what_follows_the_prompt_and_is_no_paddin
             past = ids[i : i + 1, :place]
             logits = model.decode(past, torch.ones_like(past) > 0, real)[0, -1]
             terms.append(-logits.log_softmax(0)[ids[i, place]])
-    found = language_loss(model, ids, mask, memory, label_places(mask, prompt_length), memory_mask)
+    found = language_loss(model, ids, mask, memory, label_positions(mask, prompt_length), memory_mask)
     torch.testing.assert_close(found, torch.stack(terms).mean())
     assert len(terms) == sum(lengths) - prompt_length * len(lengths)
 
@@ -234,16 +234,16 @@ def make_batch(kind: str, b: int = 3, r: int = 2, seed: int = 0) -> dict:
         batch["prompted_ids"], batch["prompted_mask"] = texts(b, shortest=4)
         batch["question_ids"], batch["question_mask"] = texts(b * r)
         batch["answer_ids"], batch["answer_mask"] = texts(b * r)
-    return with_places(batch)
+    return with_positions(batch)
 
 
-def with_places(batch: dict) -> dict:
+def with_positions(batch: dict) -> dict:
     """With the indices of what carries a loss; the prompt has two words."""
-    places = {"masked_places": batch["masked"].flatten().nonzero()[:, 0]}
+    positions = {"masked_positions": batch["masked"].flatten().nonzero()[:, 0]}
     if "pixels" in batch:
-        places["prompted_places"] = label_places(batch["prompted_mask"], 3)
-        places["answer_places"] = label_places(batch["answer_mask"])
-    return batch | places
+        positions["prompted_positions"] = label_positions(batch["prompted_mask"], 3)
+        positions["answer_positions"] = label_positions(batch["answer_mask"])
+    return batch | positions
 
 
 WITHOUT_KIND = ("task", "meaning", "pixels")
@@ -270,9 +270,9 @@ def task_batch(task: str, seed: int = 0, b: int = 3) -> dict:
 
 
 PARTS = {
-    "caption": ("caption_ids", "caption_mask"), "masked": ("masked", "masked_ids", "masked_places"),
-    "question": ("question_ids", "question_mask", "answer_ids", "answer_mask", "answer_places"),
-    "prompted": ("prompted_ids", "prompted_mask", "prompted_places"),
+    "caption": ("caption_ids", "caption_mask"), "masked": ("masked", "masked_ids", "masked_positions"),
+    "question": ("question_ids", "question_mask", "answer_ids", "answer_mask", "answer_positions"),
+    "prompted": ("prompted_ids", "prompted_mask", "prompted_positions"),
 }
 LOSSES = {"caption": {"caption"}, "qa": {"answer"}, "retrieval": {"vtc", "vtm"}, "grounding": {"l1", "giou"},
           "pretrain": {"vtc", "vtm", "mlm", "caption", "answer"}}
@@ -302,7 +302,7 @@ def test_sentences_without_pictures_train_masked_language_modelling_from_text_al
     losses = Objectives(model)(batch)
     assert set(losses) == {"mlm"}
     hidden = model.encode_text(batch["masked_ids"], batch["caption_mask"])
-    torch.testing.assert_close(losses["mlm"], masked_loss(model, hidden, batch["caption_ids"], batch["masked_places"]))
+    torch.testing.assert_close(losses["mlm"], masked_loss(model, hidden, batch["caption_ids"], batch["masked_positions"]))
 
 
 @settings(max_examples=20, deadline=None)
@@ -329,12 +329,12 @@ def test_captions_masked_words_and_answers_come_from_the_memory_that_architectur
     losses = Objectives(model)(batch)
     vision = model.encode_vision(batch["pixels"])
     prompted, mask = batch["prompted_ids"], batch["prompted_mask"]
-    caption = language_loss(model, prompted, mask, vision, label_places(mask, 3))
+    caption = language_loss(model, prompted, mask, vision, label_positions(mask, 3))
     torch.testing.assert_close(losses["caption"], caption)
 
     text = model.encode_text(batch["masked_ids"], batch["caption_mask"])
     fused = model.fuse(vision, text, batch["caption_mask"])[1]
-    torch.testing.assert_close(losses["mlm"], masked_loss(model, fused, batch["caption_ids"], batch["masked_places"]))
+    torch.testing.assert_close(losses["mlm"], masked_loss(model, fused, batch["caption_ids"], batch["masked_positions"]))
 
     total, count = 0.0, 0
     for i in range(6):  # questions 0, 1, 2 are about clip 0

@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch.nn import functional as F
 
-from mplug2.data.batches import label_places
+from mplug2.data.batches import label_positions
 from mplug2.generation import Special, beam_search, rank
 from mplug2.model.mplug2 import answer_memory
 from mplug2.objectives.losses import language_loss
@@ -81,10 +81,10 @@ def computed(variant):
                 found[f"{kind}.{name}"] = calls[name][-1]
             found[f"{kind}.v_module"] = calls[f"layer.{universal[-1]}"][-1]
             found[f"caption.{kind}.logits"] = model.decode(*caption, vision)
-            places = label_places(caption[1], settings["prompt_length"])
+            places = label_positions(caption[1], settings["prompt_length"])
             found[f"caption.{kind}.loss"] = language_loss(model, *caption, vision, places)
         found["caption.video.loss_no_prompt"] = language_loss(
-            model, *caption, found["video.embeds"], label_places(caption[1])
+            model, *caption, found["video.embeds"], label_positions(caption[1])
         )
         found |= {f"v_module.layer.{i}": calls[f"layer.{i}"][0] for i in universal}
         found |= {name: outputs[0] for name, outputs in calls.items() if name.startswith(("visual.", "decoder."))}
@@ -167,7 +167,7 @@ def test_gradients_agree(variant, task):
     vision = model.encode_vision(given["in.video"])
     if task == "caption":
         ids, mask = given["in.caption_ids"], given["in.caption_mask"].bool()
-        loss = language_loss(model, ids, mask, vision, label_places(mask, settings["prompt_length"]))
+        loss = language_loss(model, ids, mask, vision, label_positions(mask, settings["prompt_length"]))
     else:
         mask = given["in.question_mask"].bool()
         memory = answer_memory(*model.fuse(vision, model.encode_text(given["in.question_ids"], mask), mask), mask)
