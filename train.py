@@ -447,8 +447,8 @@ def run(config: TrainConfig, changes: dict, process: distributed.Process, comman
             load_model(checkpoint, config.task, changes) if config.resume
             else load_model(config.init, config.task, changes, classes)
         )
-        if model.fresh and process.is_main:
-            print(f"not in {config.init}, and therefore trained from scratch: {', '.join(model.fresh)}")
+        if model.newly_initialized and process.is_main:
+            print(f"not in {config.init}, and therefore trained from scratch: {', '.join(model.newly_initialized)}")
         if saved.frames != config.frames and process.is_main:
             print(f"frames: trained with {saved.frames} a clip so far, now {config.frames}")
     else:

@@ -97,7 +97,7 @@ def load_model(
 
     `changes` are settings of the model that differ from the saved ones (dropout, say). `classes` are those of a
     fine-tuning that starts: a head that the checkpoint lacks, or has for other classes, then starts anew, and
-    `model.fresh` names its parameters. Without `classes` nothing may be missing.
+    `model.newly_initialized` names its parameters. Without `classes` nothing may be missing.
     """
     if (Path(folder) / "manifest.json").exists():
         verify(folder, MODEL_FILES)
@@ -113,7 +113,7 @@ def load_model(
     if classes is not None:
         anew = tuple(f"classifier.{name}" for name, names in model.classes.items() if names != saved_classes.get(name))
         missing = NEW_MODULES
-    model.fresh = load_weights(model, Path(folder) / "model.safetensors", saved_task, anew, missing)
+    model.newly_initialized = load_weights(model, Path(folder) / "model.safetensors", saved_task, anew, missing)
     return model.eval(), tokenizer, preparation
 
 
@@ -129,9 +129,9 @@ def load_weights(model: MPLUG2, path: Path, saved_task: str, anew: tuple[str, ..
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read, it may be cut off ({error}); use an older checkpoint") from error
     wanted = model.state_dict()
-    fresh = [name for name in wanted if name.startswith(tuple(f"{part}." for part in anew))
+    new = [name for name in wanted if name.startswith(tuple(f"{part}." for part in anew))
              or (name not in weights and name.split(".")[0] in missing)]
-    for name in fresh:
+    for name in new:
         del wanted[name]
         weights.pop(name, None)
     lines = [
@@ -156,7 +156,7 @@ def load_weights(model: MPLUG2, path: Path, saved_task: str, anew: tuple[str, ..
             f"{path}, saved for {saved_task}, does not fit this model for {model.task}:\n{shown}{hint}"
         )
     model.load_state_dict({**model.state_dict(), **{name: weights[name] for name in wanted}})
-    return fresh
+    return new
 
 
 

@@ -21,7 +21,7 @@ from mplug2.model.shapes import check
 
 
 @dataclass(frozen=True)
-class Special:
+class SpecialTokens:
     """Ids of the tokens that generation has to know."""
 
     cls: int
@@ -31,7 +31,7 @@ class Special:
 
 @torch.no_grad()
 def greedy(
-    model: MPLUG2, memory: Tensor, start: Tensor, special: Special, max_length: int = 20,
+    model: MPLUG2, memory: Tensor, start: Tensor, special: SpecialTokens, max_length: int = 20,
     memory_mask: Tensor | None = None,
 ) -> list[list[int]]:
     """The likeliest next token, again and again, for all samples at once.
@@ -44,7 +44,7 @@ def greedy(
 
 @torch.no_grad()
 def sample(
-    model: MPLUG2, memory: Tensor, start: Tensor, special: Special, max_length: int = 20, temperature: float = 1.0,
+    model: MPLUG2, memory: Tensor, start: Tensor, special: SpecialTokens, max_length: int = 20, temperature: float = 1.0,
     top_k: int = 0, top_p: float = 1.0, generator: torch.Generator | None = None, memory_mask: Tensor | None = None,
 ) -> list[list[int]]:
     """Each next token drawn by its probability, after the logits are divided by `temperature`: of the `top_k`
@@ -72,7 +72,7 @@ def sample(
 
 
 def _write(
-    model: MPLUG2, memory: Tensor, start: Tensor, special: Special, max_length: int, memory_mask: Tensor | None,
+    model: MPLUG2, memory: Tensor, start: Tensor, special: SpecialTokens, max_length: int, memory_mask: Tensor | None,
     choose: Callable[[Tensor, Tensor], Tensor],
 ) -> list[list[int]]:
     """`choose(logits n s, rows n)` gives the next token `n` of the texts with these row numbers in `start`."""
@@ -100,7 +100,7 @@ def _write(
 
 @torch.no_grad()
 def beam_search(
-    model: MPLUG2, memory: Tensor, start: Tensor, special: Special, beams: int = 5, min_length: int = 1,
+    model: MPLUG2, memory: Tensor, start: Tensor, special: SpecialTokens, beams: int = 5, min_length: int = 1,
     max_length: int = 20, length_penalty: float = 0.6, memory_mask: Tensor | None = None,
 ) -> list[list[tuple[float, list[int]]]]:
     """Beam search by the released rules: for each sample its hypotheses as (score, ids), best first.
@@ -148,13 +148,13 @@ def beam_search(
     return [sorted(hypotheses, key=lambda hypothesis: -hypothesis[0]) for hypotheses in stored]
 
 
-def best_texts(hypotheses: list[list[tuple[float, list[int]]]], special: Special) -> list[list[int]]:
+def best_texts(hypotheses: list[list[tuple[float, list[int]]]], special: SpecialTokens) -> list[list[int]]:
     """The best hypothesis of each sample, up to its first [SEP]."""
     return [_until(sample[0][1], special.sep) for sample in hypotheses]
 
 
 @torch.no_grad()
-def rank(
+def rank_answers(
     model: MPLUG2, memory: Tensor, answers: Tensor, answers_mask: Tensor, k: int, memory_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Score a closed list of answers: indices `b k` into the list, likeliest first, and their probabilities `b k`.

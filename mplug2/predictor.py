@@ -22,7 +22,7 @@ from mplug2.checkpoint import Preparation, load_model, save_model
 from mplug2.data.media import is_media, kind_of, read_image, read_video, to_pixels
 from mplug2.data.samples import joined
 from mplug2.data.text import Tokenizer, clean
-from mplug2.generation import Special, beam_search, best_texts, greedy, rank
+from mplug2.generation import SpecialTokens, beam_search, best_texts, greedy, rank_answers
 from mplug2.model.mplug2 import MPLUG2, answer_memory
 from mplug2.tasks import PROMPTS
 
@@ -57,7 +57,7 @@ class Predictor:
 
     def __init__(self, model: MPLUG2, tokenizer: Tokenizer, preparation: Preparation, batch_size: int = 64):
         self.model, self.tokenizer, self.preparation, self.batch_size = model, tokenizer, preparation, batch_size
-        self.special = Special(tokenizer.cls, tokenizer.sep, tokenizer.pad)
+        self.special_tokens = SpecialTokens(tokenizer.cls, tokenizer.sep, tokenizer.pad)
 
     @property
     def device(self) -> torch.device:
@@ -81,10 +81,10 @@ class Predictor:
         def write(vision: Tensor, kind: str, _) -> list[str]:
             start = self.start(len(vision), PROMPTS[kind] if prompted else "")
             if beams == 1:
-                ids = greedy(self.model, vision, start, self.special, max_length)
+                ids = greedy(self.model, vision, start, self.special_tokens, max_length)
             else:
                 ids = best_texts(
-                    beam_search(self.model, vision, start, self.special, beams, max_length=max_length), self.special
+                    beam_search(self.model, vision, start, self.special_tokens, beams, max_length=max_length), self.special_tokens
                 )
             return self.tokenizer.decode(ids)
 
@@ -113,11 +113,11 @@ class Predictor:
             vision, fused = self.model.fuse(vision, text, mask)
             memory, memory_mask = answer_memory(vision, fused, mask)
             if among is not None:
-                best = rank(self.model, memory, *answers, candidates, memory_mask)[0][:, 0]
+                best = rank_answers(self.model, memory, *answers, candidates, memory_mask)[0][:, 0]
                 return [among[number] for number in best.tolist()]
             start = self.start(len(vision))
             return self.tokenizer.decode(
-                greedy(self.model, memory, start, self.special, max_length, memory_mask)
+                greedy(self.model, memory, start, self.special_tokens, max_length, memory_mask)
             )
 
         return self.on_media(paths, write)
@@ -156,10 +156,10 @@ class Predictor:
             return outputs[:, 0].tolist()
         return [classes[number] for number in outputs.argmax(dim=1).tolist()]
 
-    def locate(self, paths: Sequence[str | Path], texts: Sequence[str]) -> Tensor:
+    def predict_boxes(self, paths: Sequence[str | Path], texts: Sequence[str]) -> Tensor:
         """Where each picture shows what the text of the same place says: boxes `b 4` (centre x, y, width, height, as
         shares of the picture)."""
-        return self.read(paths, texts, self.model.locate)
+        return self.read(paths, texts, self.model.predict_box)
 
     @torch.no_grad()
     def read(
@@ -188,7 +188,7 @@ class Predictor:
             else:
                 paths = [path for place in indices for path in media[place]]
                 vision = rearrange(torch.stack(self.encode_media(paths)), "(b two) v d -> b two v d", two=2)
-                rows.append(on_vision(self.model.join_pair(vision), "image", indices))
+                rows.append(on_vision(self.model.concat_pair(vision), "image", indices))
         return torch.cat(rows)
 
     @torch.no_grad()
@@ -256,14 +256,14 @@ class Predictor:
         return self.embed([Path(path) for path in media]) @ self.embed(list(texts)).T
 
     @torch.no_grad()
-    def match(self, vision: Tensor, texts: Sequence[str]) -> Tensor:
+    def match_probability(self, vision: Tensor, texts: Sequence[str]) -> Tensor:
         """How likely each V' (`b v d`) and the text of the same place belong together, by the matching head: `b`.
 
         One V' (`1 v d`) may serve all texts.
         """
         text, mask = self.encode_text(list(texts))
         _, fused = self.model.fuse(vision, text, mask)
-        return self.model.match(fused).softmax(dim=-1)[:, 1]
+        return self.model.itm_logits(fused).softmax(dim=-1)[:, 1]
 
     def encode_media(self, paths: Sequence[str | Path]) -> list[Tensor]:
         """V' of each picture or clip, `v d`."""

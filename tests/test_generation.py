@@ -9,11 +9,11 @@ from helpers import noise, randomised, seeds, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mplug2.generation import Special, beam_search, best_texts, greedy, rank, sample
+from mplug2.generation import SpecialTokens, beam_search, best_texts, greedy, rank_answers, sample
 from mplug2.model.mplug2 import MPLUG2
 
 S, POSITIONS, WIDTH = 7, 9, 16
-SPECIAL = Special(cls=1, sep=2, pad=0)
+SPECIAL = SpecialTokens(cls=1, sep=2, pad=0)
 
 
 def make_model(seed: int, end: float = 0.0) -> MPLUG2:
@@ -254,7 +254,7 @@ def test_ranking_scores_the_answers_of_the_likeliest_first_tokens_whole(seed, b,
     length = max(map(len, rows))
     answers = torch.tensor([row + [SPECIAL.pad] * (length - len(row)) for row in rows])
     answers_mask = torch.arange(length) < torch.tensor([len(row) for row in rows])[:, None]
-    order, probability = rank(model, memory, answers, answers_mask, k, mask)
+    order, probability = rank_answers(model, memory, answers, answers_mask, k, mask)
     assert order.shape == probability.shape == (b, min(k, 5))
     for i in range(b):
         real = memory[i, mask[i]]

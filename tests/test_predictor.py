@@ -143,8 +143,8 @@ def test_captions_can_be_searched_by_beams(predictor, media):
     for path, prompt, text in zip(media, PROMPTS.values(), found, strict=False):  # a clip, then a picture
         vision = torch.stack(predictor.encode_media([path]))
         start = predictor.tokenizer.encode([prompt])[0][:, :-1]
-        best = beam_search(predictor.model, vision, start, predictor.special, beams=3, max_length=6)
-        assert text == predictor.tokenizer.decode(best_texts(best, predictor.special))[0]
+        best = beam_search(predictor.model, vision, start, predictor.special_tokens, beams=3, max_length=6)
+        assert text == predictor.tokenizer.decode(best_texts(best, predictor.special_tokens))[0]
 
 
 @pytest.mark.parametrize("asked", [True, False])
@@ -198,12 +198,12 @@ def test_embeddings_are_unit_vectors_of_media_and_texts_and_similarity_their_cos
 def test_matching_is_a_chance_for_each_pair(predictor, media):
     vision = torch.stack(predictor.encode_media([media[1], media[3], media[4]]))
     texts = ["a red one", "two moving left", "three"]
-    together = predictor.match(vision, texts)
+    together = predictor.match_probability(vision, texts)
     assert together.shape == (3,) and ((together > 0) & (together < 1)).all()
-    alone = torch.cat([predictor.match(vision[i : i + 1], texts[i : i + 1]) for i in range(3)])
+    alone = torch.cat([predictor.match_probability(vision[i : i + 1], texts[i : i + 1]) for i in range(3)])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
-    shared = predictor.match(vision[:1], texts)  # one picture, all texts
-    torch.testing.assert_close(shared, predictor.match(vision[:1].expand(3, -1, -1), texts), rtol=1e-4, atol=1e-5)
+    shared = predictor.match_probability(vision[:1], texts)  # one picture, all texts
+    torch.testing.assert_close(shared, predictor.match_probability(vision[:1].expand(3, -1, -1), texts), rtol=1e-4, atol=1e-5)
 
 
 def test_text_is_cleaned_before_it_is_read(predictor, media):
@@ -360,7 +360,7 @@ def test_retrieval_is_the_mean_over_galleries_by_cosine_then_by_the_matching_hea
         texts, meanings = [record.captions[0] for record in chosen], [record.meaning for record in chosen]
         cosines = predictor.similarity([record.video for record in chosen], texts)
         vision = torch.stack(predictor.encode_media([record.video for record in chosen]))
-        match = torch.stack([predictor.match(row.expand(len(texts), -1, -1), texts) for row in vision])
+        match = torch.stack([predictor.match_probability(row.expand(len(texts), -1, -1), texts) for row in vision])
         for way, by_cosine, by_match in (("t2v", cosines.T, match.T), ("v2t", cosines, match)):
             for key, scores, k in (("r1", by_cosine, 1), ("r5", by_cosine, 5), ("r1_rerank", by_match, 1)):
                 expected.setdefault(f"{way}_{key}", []).append(by_hand(scores, meanings, k))
@@ -467,9 +467,9 @@ def test_classes_and_boxes_come_in_the_order_of_the_inputs_in_batches_or_one_by_
         one_by_one = [predictor.classify(task, shown and [shown[i]], said and [said[i]])[0] for i in range(len(found))]
         assert found == one_by_one and set(found) <= {"a", "b", "c"}
         assert len(found) == len(shown or said)
-    boxes = predictor.locate(stills * 2, texts[: 2 * len(stills)])
+    boxes = predictor.predict_boxes(stills * 2, texts[: 2 * len(stills)])
     for path, text, box in zip(stills * 2, texts, boxes, strict=False):
-        torch.testing.assert_close(predictor.locate([path], [text])[0], box)
+        torch.testing.assert_close(predictor.predict_boxes([path], [text])[0], box)
     with pytest.raises(ValueError, match="2 media, but 1 texts: expected one text for each"):
         predictor.classify("visual_entailment", media[:2], texts[:1])
     with pytest.raises(ValueError, match="no classifier for 'video_classification'"):

@@ -200,9 +200,9 @@ def in_gallery(
         again = scores - 2
         for query, candidates in enumerate(best):
             if name == "t2v":
-                again[query, candidates] = predictor.match(vision[candidates], [texts[query]] * len(candidates)).cpu()
+                again[query, candidates] = predictor.match_probability(vision[candidates], [texts[query]] * len(candidates)).cpu()
             else:
-                again[query, candidates] = predictor.match(
+                again[query, candidates] = predictor.match_probability(
                     vision[query : query + 1], [texts[i] for i in candidates.tolist()]
                 ).cpu()
         metrics[f"{name}_r1_rerank"] = float(retrieval(again.numpy(), positives)["r1"])
@@ -297,7 +297,7 @@ def boxes(predictor: Predictor, records: list[Record]) -> tuple[dict[str, float]
     records = [record for record in records if not record.unlabelled]  # no server takes boxes
     if not records:
         return {}, []
-    found = predictor.locate([record.image for record in records], [record.text for record in records]).cpu()
+    found = predictor.predict_boxes([record.image for record in records], [record.text for record in records]).cpu()
     truths = torch.tensor([record.box for record in records])
     overlap = generalised_iou(found, truths)[0]
     return {

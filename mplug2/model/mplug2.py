@@ -32,8 +32,8 @@ from mplug2.tasks import components, parse_tasks
 
 class MPLUG2(nn.Module):
     """mPLUG-2 for one task (a name in `TASKS`) or several, separated by commas. Public methods: `encode_vision`,
-    `encode_text`, `join_pair`, `fuse`, `decode`, and, with the heads, `project_vision`, `project_text`, `match`,
-    `unmask`, `classify`, `locate`.
+    `encode_text`, `concat_pair`, `fuse`, `decode`, and, with the heads, `project_vision`, `project_text`, `itm_logits`,
+    `mlm_logits`, `classify`, `predict_box`.
 
     `classes` names the classes of each task with a classifier; without, its output is one number (regression).
     A method whose module this task does not have raises ValueError.
@@ -77,7 +77,7 @@ class MPLUG2(nn.Module):
             self.box_head = BoxHead(width, config.image_size // config.patch_size)
         if "pair" in built:
             self.pair_place = nn.Parameter(torch.zeros(2, width))
-        self.fresh: list[str] = []  # parameters that a checkpoint had no weights for, see checkpoint.load_model
+        self.newly_initialized: list[str] = []  # parameters that a checkpoint had no weights for, see checkpoint.load_model
         init_weights(self)
 
     def encode_vision(self, pixels: Tensor) -> Tensor:
@@ -116,16 +116,16 @@ class MPLUG2(nn.Module):
         check(text, "b l d", d=self.config.width)
         return nn.functional.normalize(self.require("contrastive_text")(text[:, 0]), dim=-1)
 
-    def match(self, fused: Tensor) -> Tensor:
+    def itm_logits(self, fused: Tensor) -> Tensor:
         """Fused text `b l d` -> logits `b 2`: (no match, match)."""
         check(fused, "b l d", d=self.config.width)
         return self.require("matching_head")(fused[:, 0])
 
-    def unmask(self, hidden: Tensor) -> Tensor:
+    def mlm_logits(self, hidden: Tensor) -> Tensor:
         """Text or fused text `... d` -> vocabulary logits `... s`."""
         return self.require("masked_head")(hidden, self.text_encoder.embeddings.word.weight)
 
-    def join_pair(self, vision: Tensor) -> Tensor:
+    def concat_pair(self, vision: Tensor) -> Tensor:
         """V' of two images, `b 2 v d` -> one memory for fusion, `b (2 v) d`: the tokens of the first, then those of
         the second, each with the learned embedding of its image."""
         check(vision, "b 2 v d", d=self.config.width)
@@ -140,7 +140,7 @@ class MPLUG2(nn.Module):
             raise ValueError(f"a model for the task {self.task!r} has no classifier for {task!r}; fine-tune one for it")
         return self.classifier[task](hidden[:, 0])
 
-    def locate(self, fused: Tensor, vision: Tensor) -> Tensor:
+    def predict_box(self, fused: Tensor, vision: Tensor) -> Tensor:
         """Fused text `b l d` and V' of an image `b v d` -> boxes `b 4`: centre x, centre y, width and height, as shares
         of the image. ValueError for V' of a clip: a box has no frame."""
         head, sizes = self.require("box_head"), check(vision, "b v d", **check(fused, "b l d", d=self.config.width))

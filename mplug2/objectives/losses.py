@@ -115,8 +115,8 @@ def matching_loss(
     # Each vision with its own and with another text, which share its keys and values; each text with another vision.
     both = rearrange(torch.stack([text, text[other_text]]), "r b l d -> (b r) l d")
     both_mask = rearrange(torch.stack([text_mask, text_mask[other_text]]), "r b l -> (b r) l")
-    matched, unmatched = rearrange(model.match(model.fuse(vision, both, both_mask)[1]), "(b r) y -> r b y", r=2, y=2)
-    other = model.match(model.fuse(vision[other_vision], text, text_mask)[1])
+    matched, unmatched = rearrange(model.itm_logits(model.fuse(vision, both, both_mask)[1]), "(b r) y -> r b y", r=2, y=2)
+    other = model.itm_logits(model.fuse(vision[other_vision], text, text_mask)[1])
     logits = torch.cat([matched, unmatched, other])
     matches = torch.zeros(3 * sizes["b"], dtype=torch.long, device=text.device)
     matches[: sizes["b"]] = 1
@@ -127,7 +127,7 @@ def matching_loss(
 def masked_loss(model: MPLUG2, hidden: Tensor, ids: Tensor, positions: Tensor) -> Tensor:
     """MLM: the original `ids` (`b l`) at the masked `positions`, indices into `(b l)`, from `hidden` (`b l d`)."""
     check(hidden, "b l d", **check(ids, "b l"))
-    logits = model.unmask(rearrange(hidden, "b l d -> (b l) d")[positions])  # only where there is something to predict
+    logits = model.mlm_logits(rearrange(hidden, "b l d -> (b l) d")[positions])  # only where there is something to predict
     losses = F.cross_entropy(logits, ids.flatten()[positions], reduction="none")
     return global_mean(losses, torch.ones_like(losses, dtype=torch.bool))
 

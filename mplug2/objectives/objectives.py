@@ -108,7 +108,7 @@ class Objectives(nn.Module):
             output = model.classify(described(model, batch, vision)[0], batch["task"])
             losses["label"] = label_loss(output, batch["label"])
         if "box" in batch:
-            losses |= box_losses(model.locate(*described(model, batch, vision)), batch["box"])
+            losses |= box_losses(model.predict_box(*described(model, batch, vision)), batch["box"])
         return losses
 
     @torch.no_grad()
@@ -180,7 +180,7 @@ def encode_pixels(model: MPLUG2, batch: dict) -> Tensor | None:
     if pixels.dim() == 5:
         return model.encode_vision(pixels)
     vision = model.encode_vision(rearrange(pixels, "b two c t h w -> (b two) c t h w", two=2))
-    return model.join_pair(rearrange(vision, "(b two) v d -> b two v d", two=2))
+    return model.concat_pair(rearrange(vision, "(b two) v d -> b two v d", two=2))
 
 
 def described(model: MPLUG2, batch: dict, vision: Tensor | None) -> tuple[Tensor, Tensor | None]:

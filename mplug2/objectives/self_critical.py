@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from mplug2.data.text import Tokenizer
 from mplug2.distributed import global_mean
 from mplug2.evaluation.captions import CiderD
-from mplug2.generation import Special, greedy, sample
+from mplug2.generation import SpecialTokens, greedy, sample
 from mplug2.model.mplug2 import MPLUG2
 
 
@@ -26,7 +26,7 @@ class SelfCritical:
     def __init__(self, tokenizer: Tokenizer, references: list[list[str]], max_length: int = 20):
         self.tokenizer, self.max_length = tokenizer, max_length
         self.cider = CiderD(references)
-        self.special = Special(tokenizer.cls, tokenizer.sep, tokenizer.pad)
+        self.special_tokens = SpecialTokens(tokenizer.cls, tokenizer.sep, tokenizer.pad)
 
     def loss(self, model: MPLUG2, vision: Tensor, batch: dict) -> Tensor:
         """-(reward of the sampled caption - reward of the greedy one) * log-probability, averaged over the tokens.
@@ -36,15 +36,15 @@ class SelfCritical:
         start = batch["prompted_ids"][:, : batch["prompt_length"]]
         training = model.training
         model.eval()  # a caption is written without dropout
-        baseline = greedy(model, vision.detach(), start, self.special, self.max_length)
-        drawn = sample(model, vision.detach(), start, self.special, self.max_length)
+        baseline = greedy(model, vision.detach(), start, self.special_tokens, self.max_length)
+        drawn = sample(model, vision.detach(), start, self.special_tokens, self.max_length)
         model.train(training)
         rewards = self.reward(batch["references"], drawn, vision.device)
         advantage = rewards - self.reward(batch["references"], baseline, vision.device)
         # A caption that is shorter than it may be has ended by itself: its [SEP] was drawn, too.
         room = min(self.max_length, model.config.max_positions - start.shape[1])
-        rows = [torch.tensor(row + [self.special.sep] * (len(row) < room), device=start.device) for row in drawn]
-        written = pad_sequence(rows, batch_first=True, padding_value=self.special.pad)
+        rows = [torch.tensor(row + [self.special_tokens.sep] * (len(row) < room), device=start.device) for row in drawn]
+        written = pad_sequence(rows, batch_first=True, padding_value=self.special_tokens.pad)
         valid = torch.arange(written.shape[1], device=start.device) < torch.tensor(
             [len(row) for row in rows], device=start.device
         )[:, None]

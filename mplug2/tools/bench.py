@@ -40,7 +40,7 @@ from mplug2.data.batches import Collate, MixedBatches, label_positions
 from mplug2.data.loader import ahead, make_loader
 from mplug2.data.samples import Samples, check_texts, read_samples
 from mplug2.data.text import Tokenizer, clean
-from mplug2.generation import Special, beam_search
+from mplug2.generation import SpecialTokens, beam_search
 from mplug2.model import attention
 from mplug2.model.mplug2 import MPLUG2, checkpoint_activations, compile_model
 from mplug2.objectives.objectives import Objectives
@@ -69,7 +69,7 @@ def generation(model: MPLUG2, options: argparse.Namespace, device: str) -> Calla
     pixels, ids = inputs(model.eval(), options, device)
     with torch.no_grad():
         vision = model.encode_vision(pixels)
-    special = Special(cls=1, sep=2, pad=0)
+    special = SpecialTokens(cls=1, sep=2, pad=0)
     if options.reference:
         return torch.no_grad()(lambda: uncached_search(model, vision, ids[:, :1]))
     return lambda: beam_search(model, vision, ids[:, :1], special, BEAMS, min_length=CAPTION, max_length=CAPTION)

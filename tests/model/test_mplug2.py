@@ -74,7 +74,7 @@ def forward(model, pixels, ids, mask):
     if "vision" in built:
         read = vision = outputs["vision"] = model.encode_vision(pixels)
     if "pair" in built:
-        vision = model.join_pair(torch.stack([vision, vision.flip(0)], dim=1))
+        vision = model.concat_pair(torch.stack([vision, vision.flip(0)], dim=1))
     if "text" in built:
         read = text = model.encode_text(ids, mask)
     if "fusion" in built:
@@ -83,13 +83,13 @@ def forward(model, pixels, ids, mask):
     if "classifier" in built:
         outputs |= {f"class of {name}": model.classify(read, name) for name in model.classes}
     if "box" in built:
-        outputs["box"] = model.locate(fused, seen)
+        outputs["box"] = model.predict_box(fused, seen)
     if "contrastive" in built:
         outputs["unit_vision"], outputs["unit_text"] = model.project_vision(vision), model.project_text(text)
     if "matching" in built:
-        outputs["match"] = model.match(fused)
+        outputs["match"] = model.itm_logits(fused)
     if "masked" in built:
-        outputs["masked"] = model.unmask(fused) * mask[..., None]
+        outputs["masked"] = model.mlm_logits(fused) * mask[..., None]
     if "decoder" in built and "fusion" in built:
         outputs["answer"] = model.decode(ids, mask, *answer_memory(seen, fused, mask)) * mask[..., None]
     if "decoder" in built and ("masked" in built or "fusion" not in built):
@@ -261,9 +261,9 @@ def test_classes_and_boxes_are_read_from_the_class_token(config, seed):
         assert head.weight.shape == (classes, config.width)
         assert_same(model.classify(hidden, task), hidden[:, 0] @ head.weight.T + head.bias)
     vision = noise(3, 1 + config.patches, config.width, seed=seed + 1)
-    boxes = model.locate(hidden, vision)
+    boxes = model.predict_box(hidden, vision)
     assert boxes.shape == (3, 4) and (0 < boxes).all() and (boxes < 1).all()
-    assert_same(boxes, model.locate(hidden[:, :1], vision))
+    assert_same(boxes, model.predict_box(hidden[:, :1], vision))
 
 
 @given(side=st.integers(2, 4), seed=seeds)
@@ -294,14 +294,14 @@ def test_boxes_are_of_images_and_a_clip_is_refused(config, seed):
 def test_the_memory_of_two_images_is_the_first_then_the_second_each_marked(v, seed):
     model = randomised(MPLUG2(small(), "image_pair_reasoning"), seed)
     one, two = noise(3, v, 16, seed=seed), noise(3, v, 16, seed=seed + 1)
-    found = model.join_pair(torch.stack([one, two], dim=1))
+    found = model.concat_pair(torch.stack([one, two], dim=1))
     assert_same(found[:, :v], one + model.pair_place[0])
     assert_same(found[:, v:], two + model.pair_place[1])
 
 
 def test_masked_tokens_are_read_out_by_the_word_embedding_of_the_text_encoder():
     model, hidden = randomised(MPLUG2(small(), "pretrain")), noise(5, 16)
-    assert_same(model.unmask(hidden), model.masked_head(hidden, model.text_encoder.embeddings.word.weight))
+    assert_same(model.mlm_logits(hidden), model.masked_head(hidden, model.text_encoder.embeddings.word.weight))
 
 
 @tasks
@@ -363,15 +363,15 @@ def test_refuses_what_a_task_does_not_have():
     for part, call in {
         "text_encoder": lambda: model.encode_text(random_ids(1, 2), mask), "fusion": lambda: model.fuse(x, x, mask),
         "contrastive_vision": lambda: model.project_vision(x), "contrastive_text": lambda: model.project_text(x),
-        "matching_head": lambda: model.match(x), "masked_head": lambda: model.unmask(x),
-        "box_head": lambda: model.locate(x, torch.zeros(1, 5, 16)),
+        "matching_head": lambda: model.itm_logits(x), "masked_head": lambda: model.mlm_logits(x),
+        "box_head": lambda: model.predict_box(x, torch.zeros(1, 5, 16)),
     }.items():
         with pytest.raises(ValueError, match=f"for the task 'video_caption' has no {part}; build it for another"):
             call()
     with pytest.raises(ValueError, match="there is only one: patch_size has to be smaller than image_size"):
         MPLUG2(small(patch_size=8), "grounding")
     with pytest.raises(ValueError, match="'video_caption' takes no pairs of images"):
-        model.join_pair(torch.zeros(1, 2, 2, 16))
+        model.concat_pair(torch.zeros(1, 2, 2, 16))
     with pytest.raises(ValueError, match="'text_classification' has no classifier for 'visual_entailment'; fine-tune"):
         MPLUG2(small(), "text_classification").classify(x, "visual_entailment")
     with pytest.raises(ValueError, match="'video_retrieval' has no decoder"):
@@ -390,7 +390,7 @@ def test_refuses_shapes_that_do_not_fit():
         (lambda: model.decode(ids, mask, x[..., 1:]), "(b m d) with d=16, found (2, 3, 15)"),
         (lambda: model.project_vision(x[..., 1:]), "(b v d) with d=16, found (2, 3, 15)"),
         (lambda: model.project_text(x[:, 0]), "(b l d) with d=16, found (2, 16)"),
-        (lambda: model.match(x[None]), "(b l d) with d=16, found (1, 2, 3, 16)"),
+        (lambda: model.itm_logits(x[None]), "(b l d) with d=16, found (1, 2, 3, 16)"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             call()

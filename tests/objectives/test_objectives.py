@@ -149,7 +149,7 @@ def test_matching_loss_asks_each_pair_and_its_two_hard_negatives(meaning):
         """(no match, match) of vision i and text j, asked alone and without padding."""
         length = int(mask[j].sum())
         fused = model.fuse(vision[i : i + 1], text[j : j + 1, :length], mask[j : j + 1, :length])[1]
-        return model.match(fused)[0].softmax(0)
+        return model.itm_logits(fused)[0].softmax(0)
 
     losses = [-chance(i, i)[1].log() for i in range(3)]
     if len(set(meaning)) > 1:  # else there is no negative, and the pairs count alone
@@ -183,7 +183,7 @@ def test_masked_loss_is_about_the_masked_places_only(seed, share):
     masked = torch.rand(3, 5, generator=rng) < share
     positions = masked.flatten().nonzero()[:, 0]
     loss = masked_loss(model, hidden, ids, positions)
-    log_probs = model.unmask(hidden).log_softmax(-1)
+    log_probs = model.mlm_logits(hidden).log_softmax(-1)
     terms = [-log_probs[i, j, ids[i, j]] for i, j in masked.nonzero().tolist()]
     torch.testing.assert_close(loss, torch.stack(terms).mean() if terms else torch.zeros_like(loss))
     loss.backward()  # must work without any masked place, too
@@ -417,7 +417,7 @@ def test_labels_are_read_from_the_last_of_text_vision_and_fused_text():
         vision = encode_pixels(trained, batch)
         if task == "image_pair_reasoning":
             one, two = (trained.encode_vision(batch["pixels"][:, i]) for i in (0, 1))
-            torch.testing.assert_close(vision, trained.join_pair(torch.stack([one, two], dim=1)))
+            torch.testing.assert_close(vision, trained.concat_pair(torch.stack([one, two], dim=1)))
         expected = vision
         if task != "video_classification":
             expected = trained.encode_text(batch["text_ids"], batch["text_mask"])

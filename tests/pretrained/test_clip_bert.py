@@ -232,7 +232,7 @@ def test_decoder_and_heads_are_those_of_bert():
     with torch.no_grad():
         expected = causal(ids, encoder_hidden_states=memory).logits
         torch.testing.assert_close(model.decode(ids, mask, memory), expected, **CLOSE)
-        torch.testing.assert_close(model.unmask(model.encode_text(ids, mask)), bert(ids).logits, **CLOSE)
+        torch.testing.assert_close(model.mlm_logits(model.encode_text(ids, mask)), bert(ids).logits, **CLOSE)
 
 
 def test_fusion_is_the_last_layers_of_bert_and_cross_attention_keeps_its_values():

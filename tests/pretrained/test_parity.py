@@ -14,13 +14,13 @@ from einops import rearrange
 from torch.nn import functional as F
 
 from mplug2.data.batches import label_positions
-from mplug2.generation import Special, beam_search, rank
+from mplug2.generation import SpecialTokens, beam_search, rank
 from mplug2.model.mplug2 import answer_memory
 from mplug2.objectives.losses import language_loss
 from mplug2.pretrained import from_released, to_released
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-SPECIAL = Special(cls=101, sep=102, pad=0)
+SPECIAL = SpecialTokens(cls=101, sep=102, pad=0)
 BEAMS = {  # name of the settings in results.json -> beams, minimum and maximum length
     "beam5_min3_max12": (5, 3, 12), "beam5_min1_max10": (5, 1, 10), "beam5_min4_max20": (5, 4, 20),
     "beam3_min0_max7": (3, 0, 7), "beam1_min2_max9": (1, 2, 9),
@@ -105,7 +105,7 @@ def computed(variant):
         memory, memory_mask = memories["video"]
         for k in (4, 12):
             bank = given["in.bank_ids"], given["in.bank_mask"].bool()
-            found[f"rank.k{k}.ids"], found[f"rank.k{k}.probs"] = rank(model, memory, *bank, k, memory_mask)
+            found[f"rank.k{k}.ids"], found[f"rank.k{k}.probs"] = rank_answers(model, memory, *bank, k, memory_mask)
     found["visual.ln_pre"] = rearrange(found["visual.ln_pre"], "b t m d -> (b t) m d")
     for i in range(model.config.vision_layers):
         found[f"visual.block.{i}"] = rearrange(found[f"visual.block.{i}"], "b t m d -> m (b t) d")

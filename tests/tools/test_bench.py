@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_objectives import make_batch
 
 from mplug2.config import PRESETS
-from mplug2.generation import Special, beam_search
+from mplug2.generation import SpecialTokens, beam_search
 from mplug2.model.mplug2 import MPLUG2, checkpoint_activations, compile_model
 from mplug2.objectives.objectives import Objectives
 from mplug2.tools import bench
@@ -135,7 +135,7 @@ def test_plain_search_and_cached_search_write_the_same_tokens():
     with torch.no_grad():
         model.decoder.head.bias.data[2] = -1e9  # [SEP], which the cached search forbids
         plain = bench.uncached_search(model, vision, start)[:, 1:]
-        fast = beam_search(model, vision, start, Special(1, 2, 0), bench.BEAMS, bench.CAPTION, bench.CAPTION, 0.0)
+        fast = beam_search(model, vision, start, SpecialTokens(1, 2, 0), bench.BEAMS, bench.CAPTION, bench.CAPTION, 0.0)
     assert fast[0][0][1] == plain[0].tolist()
 
 
