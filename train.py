@@ -47,7 +47,7 @@ from mplug2.data.transforms import Augmentation
 from mplug2.evaluation.evaluate import evaluate, table
 from mplug2.model.layers import Block
 from mplug2.model.mplug2 import MPLUG2, checkpoint_activations, compile_model
-from mplug2.objectives.ema_teacher import Momentum
+from mplug2.objectives.ema_teacher import EMATeacher
 from mplug2.objectives.objectives import Objectives
 from mplug2.objectives.self_critical import SelfCritical
 from mplug2.predictor import Predictor
@@ -150,12 +150,12 @@ class TrainConfig:
     answer_weight: float = 1.0
     """Weight of the loss on answers to questions and instructions."""
     distil: float = 0.0
-    """Weight of the soft targets of a momentum copy of the model, for answers and VTC (ALBEF, mPLUG: 0.4), reached over
+    """Weight of the soft targets of an EMA teacher, for answers and VTC (ALBEF, mPLUG: 0.4), reached over
     the first epoch. 0: no copy."""
-    momentum: float = 0.995
-    """What the momentum copy keeps of itself at each step."""
+    ema_decay: float = 0.995
+    """What the EMA teacher keeps of itself at each step."""
     queue: int = 0
-    """Vectors of each side that VTC keeps as further negatives, with --distil; 0: VTC has no momentum copy."""
+    """Vectors of each side that VTC keeps as further negatives, with --distil; 0: VTC has no EMA teacher."""
     self_critical: bool = False
     """Train captions by their CIDEr-D (self-critical sequence training): to refine a captioner, by --init."""
     freeze: str = ""
@@ -227,10 +227,10 @@ class TrainConfig:
                 raise ValueError(f"{field.name}={getattr(self, field.name)}: expected no negative number")
         if self.max_skipped > 1 or self.warmup > 1 or self.min_lr > 1 or self.distil > 1 or self.layer_decay > 1:
             raise ValueError("max_skipped, warmup, min_lr, distil and layer_decay are shares: expected at most 1")
-        if self.momentum >= 1:
-            raise ValueError(f"momentum={self.momentum}: expected less than 1, else the copy never follows the model")
+        if self.ema_decay >= 1:
+            raise ValueError(f"ema_decay={self.ema_decay}: expected less than 1, else the copy never follows the model")
         if self.queue and not self.distil:
-            raise ValueError(f"queue={self.queue}: the queue belongs to a momentum copy, ask for that by --distil 0.4")
+            raise ValueError(f"queue={self.queue}: the queue belongs to an EMA teacher, ask for that by --distil 0.4")
         if self.queue and not any("contrastive" in TASKS[task].components for task in tasks):
             raise ValueError(f"queue={self.queue}: {self.task} has no VTC that would use it")
         if self.distil and not self.queue and not any("question" in TASKS[task].batch for task in tasks):
@@ -461,17 +461,17 @@ def run(config: TrainConfig, changes: dict, process: distributed.Process, comman
         checkpoint_activations(model)
     if config.compile:
         compile_model(model)
-    momentum, self_critical = None, None
+    ema_teacher, self_critical = None, None
     if config.distil:
         epoch = math.ceil(sum(map(len, [*samples.values(), *shards.values()])) / config.batch_size)
-        momentum = Momentum(model, config.momentum, config.distil, epoch, config.queue)
+        ema_teacher = EMATeacher(model, config.ema_decay, config.distil, epoch, config.queue)
     if config.self_critical:
         self_critical = SelfCritical(tokenizer, [
             [clean(caption, config.max_words) for caption in sample.captions]
             for kind, of_kind in merged.items() if "prompted" in BATCH_TYPES[kind].fields for sample in of_kind
             if sample.captions
         ])
-    objectives = Objectives(model, momentum, self_critical)
+    objectives = Objectives(model, ema_teacher, self_critical)
     parallel = parallelise(
         objectives, process, config.parallel == "fsdp", Block, config.precision == "bfloat16", config.offload
     )
@@ -602,8 +602,8 @@ def run(config: TrainConfig, changes: dict, process: distributed.Process, comman
             else:
                 in_a_row = 0
                 optimizer.step()
-                if momentum:
-                    momentum.follow(model)
+                if ema_teacher:
+                    ema_teacher.update(model)
                 log.step(means, norm, len(where) * process.world, operations)
             optimizer.zero_grad(set_to_none=True)
             log.bar.update()

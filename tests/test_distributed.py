@@ -14,7 +14,7 @@ from test_objectives import likeness, make_batch, make_model, with_positions
 
 from mplug2 import distributed
 from mplug2.distributed import collect, gather, global_mean, start, stop, total, world_size
-from mplug2.objectives.ema_teacher import Momentum
+from mplug2.objectives.ema_teacher import EMATeacher
 from mplug2.objectives.losses import matching_loss
 from mplug2.objectives.objectives import Objectives
 
@@ -152,7 +152,7 @@ def test_two_processes_have_the_losses_and_gradients_of_one_with_the_whole_batch
 def distilled(batches: list[dict], rank: int, world: int) -> tuple[list, list, list]:
     """Losses and gradients at the second of two batches, whose first is in the queue by then; and the queue."""
     model = make_model()
-    momentum = Momentum(model, alpha=0.4, queue=6).double()
+    momentum = EMATeacher(model, alpha=0.4, queue=6).double()
     momentum.teacher = make_model(seed=1)
     momentum.steps += 1
     objectives = Objectives(model, momentum).train()

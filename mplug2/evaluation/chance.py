@@ -9,7 +9,7 @@ import torch
 
 from mplug2.data.records import available, read_records
 from mplug2.data.text import clean
-from mplug2.objectives.losses import generalised_iou
+from mplug2.objectives.losses import generalized_iou
 from mplug2.tasks import EVALUATED
 
 
@@ -46,7 +46,7 @@ def chance(root: Path, split: str, limit: int | None = None) -> dict[str, float]
             found |= {f"{prefix}{way}_r1_rerank": found[f"{prefix}{way}_r1"] for way in ("t2v", "v2t")}
         elif task == "grounding":
             truth = torch.tensor([record.box for record in records])
-            overlap = generalised_iou(truth.mean(dim=0).expand_as(truth), truth)[0]
+            overlap = generalized_iou(truth.mean(dim=0).expand_as(truth), truth)[0]
             found |= {"grounding_accuracy": float((overlap >= 0.5).float().mean()),
                       "grounding_iou": float(overlap.mean())}
         elif what == "caption":

@@ -23,7 +23,7 @@ from mplug2.evaluation.captions import bleu, cider_d, paper_captions, rouge_l
 from mplug2.evaluation.ranking import f1, grounding_accuracy, matthews, pearson, retrieval, spearman, top_k
 from mplug2.evaluation.vqa import exact_match, vqa_accuracy
 from mplug2.model.mplug2 import MPLUG2
-from mplug2.objectives.losses import generalised_iou
+from mplug2.objectives.losses import generalized_iou
 from mplug2.predictor import Predictor
 from mplug2.tasks import EVALUATED, PROMPTS, TASKS
 
@@ -299,7 +299,7 @@ def boxes(predictor: Predictor, records: list[Record]) -> tuple[dict[str, float]
         return {}, []
     found = predictor.predict_boxes([record.image for record in records], [record.text for record in records]).cpu()
     truths = torch.tensor([record.box for record in records])
-    overlap = generalised_iou(found, truths)[0]
+    overlap = generalized_iou(found, truths)[0]
     return {
         "grounding_accuracy": grounding_accuracy(truths.numpy(), found.numpy()),
         "grounding_iou": float(overlap.mean()),

@@ -1,6 +1,6 @@
 """A teacher that follows the model: an average of its weights over time, whose outputs are soft targets.
 
-Momentum distillation, from ALBEF (Li et al. 2021) and mPLUG: question answering learns from the copy's answers, and
+EMATeacher distillation, from ALBEF (Li et al. 2021) and mPLUG: question answering learns from the copy's answers, and
 contrastive learning from the copy's similarities, with a queue of its earlier vectors as further negatives.
 
 Axes: b samples of this process, B of all processes, e contrastive width.
@@ -15,16 +15,16 @@ from mplug2.distributed import gather
 from mplug2.model.mplug2 import MPLUG2
 
 
-class Momentum(nn.Module):
-    """`teacher`: the copy of all modules of `model`. After each step it becomes rate * itself + (1 - rate) * model.
+class EMATeacher(nn.Module):
+    """`teacher`: the copy of all modules of `model`. After each step it becomes decay * itself + (1 - decay) * model.
 
     `alpha` is the weight of its soft targets, reached evenly over the first `ramp` steps. `queue`: how many vectors of
     each side are kept for contrastive learning; 0: none. All of this is state, and is saved and resumed with a run.
     """
 
-    def __init__(self, model: MPLUG2, rate: float = 0.995, alpha: float = 0.4, ramp: int = 1, queue: int = 0):
+    def __init__(self, model: MPLUG2, decay: float = 0.995, alpha: float = 0.4, ramp: int = 1, queue: int = 0):
         super().__init__()
-        self.rate, self.alpha, self.ramp = rate, alpha, ramp
+        self.decay, self.max_alpha, self.ramp = decay, alpha, ramp
         self.teacher = copy.deepcopy(model).requires_grad_(False).eval()
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         if queue:
@@ -34,20 +34,20 @@ class Momentum(nn.Module):
             self.register_buffer("queue_meaning", torch.zeros(queue, dtype=torch.long))
             self.register_buffer("queued", torch.zeros((), dtype=torch.long))
 
-    def train(self, mode: bool = True) -> "Momentum":
+    def train(self, mode: bool = True) -> "EMATeacher":
         """The teacher never drops anything out."""
         return super().train(False)
 
     @property
-    def weight(self) -> float:
+    def alpha(self) -> float:
         """Of the soft targets, now."""
-        return self.alpha * min(1.0, self.steps.item() / self.ramp)
+        return self.max_alpha * min(1.0, self.steps.item() / self.ramp)
 
     @torch.no_grad()
-    def follow(self, model: MPLUG2) -> None:
+    def update(self, model: MPLUG2) -> None:
         """After a step of the optimizer: every parameter of every module, frozen ones too."""
         for own, new in zip(self.teacher.parameters(), model.parameters(), strict=True):
-            own.lerp_(new.detach().to(own.dtype), 1 - self.rate)
+            own.lerp_(new.detach().to(own.dtype), 1 - self.decay)
         self.steps += 1
 
     def queue(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from mplug2.distributed import gather, global_mean
 from mplug2.model.mplug2 import MPLUG2
 from mplug2.model.shapes import check
-from mplug2.objectives.ema_teacher import Momentum
+from mplug2.objectives.ema_teacher import EMATeacher
 
 TEMPERATURE_RANGE = (0.001, 0.5)
 
@@ -33,14 +33,14 @@ def contrastive_loss(vision: Tensor, text: Tensor, temperature: Tensor, meaning:
 
 def distilled_contrastive_loss(
     vision: Tensor, text: Tensor, temperature: Tensor, meaning: Tensor, teacher_vision: Tensor, teacher_text: Tensor,
-    momentum: Momentum,
+    ema_teacher: EMATeacher,
 ) -> Tensor:
     """VTC against the teacher's vectors `b e` of the batch of all processes, and those in its queue; the target is
     mixed with the teacher's own similarities (ALBEF, equation 6). Equal meanings share the rest of it, as above."""
     sizes = check(teacher_text, "b e", **check(teacher_vision, "b e", **check(text, "b e", **check(vision, "b e"))))
     check(meaning, "b", **sizes)
-    temperature, alpha = temperature.clamp(*TEMPERATURE_RANGE), momentum.weight
-    queued_vision, queued_text, queued_meaning = momentum.queue()
+    temperature, alpha = temperature.clamp(*TEMPERATURE_RANGE), ema_teacher.alpha
+    queued_vision, queued_text, queued_meaning = ema_teacher.queue()
     positive = (meaning[:, None] == torch.cat([gather(meaning), queued_meaning])[None, :]).to(vision.dtype)
     target = positive / positive.sum(dim=1, keepdim=True)
     losses = []
@@ -78,7 +78,7 @@ def label_loss(output: Tensor, label: Tensor) -> Tensor:
     return global_mean(losses, torch.ones_like(losses, dtype=torch.bool))
 
 
-def generalised_iou(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+def generalized_iou(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     """Intersection over union, and generalised IoU (Rezatofighi et al. 2019), of boxes (cx, cy, w, h), both `b 4`.
 
     GIoU = IoU - the share of the smallest box around both that neither covers: it has a gradient far from each other.
@@ -95,11 +95,11 @@ def generalised_iou(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def box_losses(boxes: Tensor, truth: Tensor) -> dict[str, Tensor]:
-    """`l1`, the summed distance of the four numbers, and `giou`, 1 - GIoU; boxes as for `generalised_iou`."""
+    """`l1`, the summed distance of the four numbers, and `giou`, 1 - GIoU; boxes as for `generalized_iou`."""
     valid = torch.ones(len(boxes), dtype=torch.bool, device=boxes.device)
     return {
         "l1": global_mean((boxes - truth).abs().sum(dim=1), valid),
-        "giou": global_mean(1 - generalised_iou(boxes, truth)[1], valid),
+        "giou": global_mean(1 - generalized_iou(boxes, truth)[1], valid),
     }
 
 
@@ -142,7 +142,7 @@ def language_loss(
     `teacher`: logits `n s` of another model, whose distribution over the vocabulary is the target by a share of
     `alpha`; the rest of the target is the token itself.
     """
-    logits = predictions(model, ids, mask, memory, positions, memory_mask)
+    logits = decoder_logits(model, ids, mask, memory, positions, memory_mask)
     losses = F.cross_entropy(logits, ids[:, 1:].flatten()[positions], reduction="none")
     if teacher is not None:
         soft = -(teacher.softmax(dim=-1) * logits.log_softmax(dim=-1)).sum(dim=-1)
@@ -150,7 +150,7 @@ def language_loss(
     return global_mean(losses, torch.ones_like(losses, dtype=torch.bool))
 
 
-def predictions(
+def decoder_logits(
     model: MPLUG2, ids: Tensor, mask: Tensor, memory: Tensor, positions: Tensor, memory_mask: Tensor | None = None
 ) -> Tensor:
     """The decoder's logits `n s` for the next tokens of `ids` (`b l`) at n `positions`, indices into `(b (l-1))`."""

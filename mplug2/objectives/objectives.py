@@ -12,17 +12,17 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mplug2.model.mplug2 import MPLUG2, answer_memory
-from mplug2.objectives.ema_teacher import Momentum
+from mplug2.objectives.ema_teacher import EMATeacher
 from mplug2.objectives.losses import (
     TEMPERATURE_RANGE,
     box_losses,
     contrastive_loss,
+    decoder_logits,
     distilled_contrastive_loss,
     label_loss,
     language_loss,
     masked_loss,
     matching_loss,
-    predictions,
 )
 from mplug2.objectives.self_critical import SelfCritical
 
@@ -50,7 +50,7 @@ MASKS = {"caption": "caption_mask", "masked": "caption_mask", "question": "quest
 
 
 
-def join(texts: list[Tensor], b: int) -> Tensor:
+def pad_and_concat(texts: list[Tensor], b: int) -> Tensor:
     """Texts about the same b clips, each `(b r) l ...` with r and l of its own -> all in one, `(b r) l ...`, those
     about a clip in a row; shorter ones are padded with zeros."""
     length = max(text.shape[1] for text in texts)
@@ -59,7 +59,7 @@ def join(texts: list[Tensor], b: int) -> Tensor:
     return torch.cat([text.unflatten(0, (b, -1)) for text in padded], dim=1).flatten(0, 1)
 
 
-def split(joined: Tensor, counts: list[int], b: int) -> list[Tensor]:
+def split_padded(joined: Tensor, counts: list[int], b: int) -> list[Tensor]:
     """What became of joined texts, `(b R) ...`, apart again: `(b r) ...` for each r of `counts`."""
     return [part.flatten(0, 1) for part in joined.unflatten(0, (b, -1)).split(counts, dim=1)]
 
@@ -69,18 +69,18 @@ class Objectives(nn.Module):
     far as the model has the modules for them and the batch (see data/loader.py) the texts. A module, so that a
     distributed wrapper sees one forward.
 
-    `momentum`: its teacher's soft targets for answers and, if it has a queue, for VTC. `self_critical`: captions are
+    `ema_teacher`: its teacher's soft targets for answers and, if it has a queue, for VTC. `self_critical`: captions are
     trained for their reward, in place of the next-token loss.
     """
 
     def __init__(
-        self, model: MPLUG2, momentum: Momentum | None = None, self_critical: SelfCritical | None = None
+        self, model: MPLUG2, ema_teacher: EMATeacher | None = None, self_critical: SelfCritical | None = None
     ):
         super().__init__()
-        self.model, self.momentum, self.self_critical = model, momentum, self_critical
+        self.model, self.ema_teacher, self.self_critical = model, ema_teacher, self_critical
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
-        model, losses, vision = self.model, {}, encode_pixels(self.model, batch)
+        model, losses, vision = self.model, {}, encode_visual(self.model, batch)
         if "masked_ids" in batch and vision is None:
             hidden = model.encode_text(batch["masked_ids"], batch["caption_mask"])
             losses["mlm"] = masked_loss(model, hidden, batch["caption_ids"], batch["masked_positions"])
@@ -105,25 +105,25 @@ class Objectives(nn.Module):
                 *self.soft_answers(batch),
             )
         if "label" in batch:
-            output = model.classify(described(model, batch, vision)[0], batch["task"])
+            output = model.classify(classification_input(model, batch, vision)[0], batch["task"])
             losses["label"] = label_loss(output, batch["label"])
         if "box" in batch:
-            losses |= box_losses(model.predict_box(*described(model, batch, vision)), batch["box"])
+            losses |= box_losses(model.predict_box(*classification_input(model, batch, vision)), batch["box"])
         return losses
 
     @torch.no_grad()
     def soft_answers(self, batch: dict) -> tuple[Tensor | None, float]:
         """The teacher's logits `n s` at the positions of the answers, and their weight; None without a teacher."""
-        if self.momentum is None:
+        if self.ema_teacher is None:
             return None, 0.0
-        teacher, mask = self.momentum.teacher, batch["question_mask"]
+        teacher, mask = self.ema_teacher.teacher, batch["question_mask"]
         vision = teacher.encode_vision(batch["pixels"])
         seen, fused = teacher.fuse(vision, teacher.encode_text(batch["question_ids"], mask), mask)
         memory, memory_mask = answer_memory(seen, fused, mask)
-        logits = predictions(
+        logits = decoder_logits(
             teacher, batch["answer_ids"], batch["answer_mask"], memory, batch["answer_positions"], memory_mask
         )
-        return logits, self.momentum.weight
+        return logits, self.ema_teacher.alpha
 
     def encode_texts(self, batch: dict) -> dict[str, Tensor]:
         """The texts that the model has a use for, `(b r) l d` by name. They go through the text encoder together:
@@ -134,19 +134,19 @@ class Objectives(nn.Module):
         ids = {name: batch[f"{name}_ids"] for name in names if f"{name}_ids" in batch}
         if not ids:
             return {}
-        hidden = model.encode_text(join([*ids.values()], b), join([batch[MASKS[name]] for name in ids], b))
-        parts = split(hidden, [len(of_name) // b for of_name in ids.values()], b)
+        hidden = model.encode_text(pad_and_concat([*ids.values()], b), pad_and_concat([batch[MASKS[name]] for name in ids], b))
+        parts = split_padded(hidden, [len(of_name) // b for of_name in ids.values()], b)
         return {name: part[:, : ids[name].shape[1]] for name, part in zip(ids, parts)}
 
     def fuse(self, batch: dict, vision: Tensor, text: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Texts of several names, fused with their own vision `b v d` in one pass: vision and fused text by name."""
         b, counts = len(vision), [len(of_name) // len(vision) for of_name in text.values()]
         seen, fused = self.model.fuse(
-            vision, join([*text.values()], b), join([batch[MASKS[name]] for name in text], b)
+            vision, pad_and_concat([*text.values()], b), pad_and_concat([batch[MASKS[name]] for name in text], b)
         )
         # Connected layers change the vision for each text; else all texts share it.
-        visions = split(seen, counts, b) if len(seen) > b else [vision] * len(text)
-        parts = [part[:, : text[name].shape[1]] for name, part in zip(text, split(fused, counts, b))]
+        visions = split_padded(seen, counts, b) if len(seen) > b else [vision] * len(text)
+        parts = [part[:, : text[name].shape[1]] for name, part in zip(text, split_padded(fused, counts, b))]
         return dict(zip(text, visions)), dict(zip(text, parts))
 
     def pairs(self, batch: dict, vision: Tensor, text: Tensor) -> dict[str, Tensor]:
@@ -155,24 +155,24 @@ class Objectives(nn.Module):
         unit_vision, unit_text = model.project_vision(vision), model.project_text(text)
         with torch.no_grad():
             similarity = unit_vision @ unit_text.T / model.temperature.clamp(*TEMPERATURE_RANGE)
-        if self.momentum and hasattr(self.momentum, "queued"):
-            teacher = self.momentum.teacher
+        if self.ema_teacher and hasattr(self.ema_teacher, "queued"):
+            teacher = self.ema_teacher.teacher
             with torch.no_grad():
                 vectors = (
                     teacher.project_vision(teacher.encode_vision(batch["pixels"])),
                     teacher.project_text(teacher.encode_text(batch["caption_ids"], mask)),
                 )
             vtc = distilled_contrastive_loss(
-                unit_vision, unit_text, model.temperature, meaning, *vectors, self.momentum
+                unit_vision, unit_text, model.temperature, meaning, *vectors, self.ema_teacher
             )
             if self.training:
-                self.momentum.enqueue(*vectors, meaning)
+                self.ema_teacher.enqueue(*vectors, meaning)
         else:
             vtc = contrastive_loss(unit_vision, unit_text, model.temperature, meaning)
         return {"vtc": vtc, "vtm": matching_loss(model, vision, text, mask, similarity, meaning)}
 
 
-def encode_pixels(model: MPLUG2, batch: dict) -> Tensor | None:
+def encode_visual(model: MPLUG2, batch: dict) -> Tensor | None:
     """V' `b v d` of the pixels, `b 3 t H W`; of pairs of images, `b 2 3 1 H W`, both joined; None for text."""
     if "pixels" not in batch:
         return None
@@ -183,7 +183,7 @@ def encode_pixels(model: MPLUG2, batch: dict) -> Tensor | None:
     return model.concat_pair(rearrange(vision, "(b two) v d -> b two v d", two=2))
 
 
-def described(model: MPLUG2, batch: dict, vision: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def classification_input(model: MPLUG2, batch: dict, vision: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """What a label or a box is read from: V' `b v d`, or the text of the batch `b l d`, fused with V' if there is; and
     V' as fusion leaves it."""
     if "text_ids" not in batch:

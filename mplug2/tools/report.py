@@ -33,7 +33,7 @@ from mplug2.data.media import MediaError, read_media
 from mplug2.data.text import clean
 from mplug2.evaluation.chance import chance
 from mplug2.evaluation.evaluate import EVALUATED
-from mplug2.objectives.losses import generalised_iou
+from mplug2.objectives.losses import generalized_iou
 from mplug2.predictor import Look, Predictor, load
 from mplug2.tools.plots import overlay, seen
 
@@ -181,7 +181,7 @@ def is_right(line: dict) -> bool | None:
 def overlap(line: dict) -> float:
     """Intersection over union of the predicted box and the true one."""
     boxes = torch.tensor([line["prediction"]]), torch.tensor(line["truth"][:1])
-    return generalised_iou(*boxes)[0].item()
+    return generalized_iou(*boxes)[0].item()
 
 
 def sureness(predictor: Predictor | None, lines: list[dict]) -> list[float]:

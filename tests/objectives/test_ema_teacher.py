@@ -1,4 +1,4 @@
-"""Momentum copies: what follows what, how much it weighs, and that its targets are those of the formula."""
+"""EMATeacher copies: what follows what, how much it weighs, and that its targets are those of the formula."""
 
 import pytest
 import torch
@@ -8,41 +8,41 @@ from hypothesis import strategies as st
 from test_objectives import make_batch, task_batch, unit
 
 from mplug2.model.mplug2 import MPLUG2, answer_memory
-from mplug2.objectives.ema_teacher import Momentum
+from mplug2.objectives.ema_teacher import EMATeacher
 from mplug2.objectives.losses import contrastive_loss, distilled_contrastive_loss, language_loss
 from mplug2.objectives.objectives import Objectives
 from mplug2.tasks import TASKS
 
 
-def make(task: str = "video_qa", seed: int = 0, **settings) -> tuple[MPLUG2, Momentum]:
+def make(task: str = "video_qa", seed: int = 0, **settings) -> tuple[MPLUG2, EMATeacher]:
     """A model, and a copy that has gone another way."""
     model = randomised(MPLUG2(small(), task), seed)
-    momentum = Momentum(model, **settings)
-    momentum.teacher = randomised(momentum.teacher, seed + 1)
-    for one in (model, momentum.teacher):
+    ema_teacher = EMATeacher(model, **settings)
+    ema_teacher.teacher = randomised(ema_teacher.teacher, seed + 1)
+    for one in (model, ema_teacher.teacher):
         if hasattr(one, "temperature"):
             one.temperature.data.fill_(0.2)
-    return model, momentum.double()
+    return model, ema_teacher.double()
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_parameter_of_every_module_follows_and_none_learns(task):
-    model, momentum = make(task, rate=0.9)
-    before = {name: parameter.clone() for name, parameter in momentum.teacher.named_parameters()}
+    model, ema_teacher = make(task, decay=0.9)
+    before = {name: parameter.clone() for name, parameter in ema_teacher.teacher.named_parameters()}
     assert before.keys() == dict(model.named_parameters()).keys()
-    momentum.follow(model)
-    for name, parameter in momentum.teacher.named_parameters():
+    ema_teacher.update(model)
+    for name, parameter in ema_teacher.teacher.named_parameters():
         torch.testing.assert_close(parameter, 0.9 * before[name] + 0.1 * dict(model.named_parameters())[name])
         assert not parameter.requires_grad
-    assert momentum.steps == 1
+    assert ema_teacher.steps == 1
 
 
 def test_a_new_copy_is_the_model_and_never_drops_anything_out():
     torch.manual_seed(0)
     model = MPLUG2(small(dropout=0.5, drop_path=0.5), "video_qa")
-    objectives = Objectives(model, Momentum(model)).train()
+    objectives = Objectives(model, EMATeacher(model)).train()
     pixels = noise(2, 3, 2, 8, 8).float()
-    teacher = objectives.momentum.teacher
+    teacher = objectives.ema_teacher.teacher
     assert teacher.encode_vision(pixels).equal(teacher.encode_vision(pixels))
     model.eval()
     torch.testing.assert_close(teacher.encode_vision(pixels), model.encode_vision(pixels))
@@ -52,15 +52,15 @@ def test_a_new_copy_is_the_model_and_never_drops_anything_out():
 @given(st.integers(0, 12), st.integers(1, 5), st.floats(0, 1))
 def test_the_weight_rises_evenly_over_the_first_epoch(steps, ramp, alpha):
     model = MPLUG2(small(), "text_classification")
-    momentum = Momentum(model, alpha=alpha, ramp=ramp)
+    ema_teacher = EMATeacher(model, alpha=alpha, ramp=ramp)
     for _ in range(steps):
-        momentum.follow(model)
-    assert momentum.weight == pytest.approx(alpha * min(1, steps / ramp))
+        ema_teacher.update(model)
+    assert ema_teacher.alpha == pytest.approx(alpha * min(1, steps / ramp))
 
 
 def test_answers_learn_from_the_words_and_from_the_chances_of_the_copy_over_the_vocabulary():
-    model, momentum = make(alpha=0.4, ramp=2)
-    objectives, batch = Objectives(model, momentum), task_batch("video_qa")
+    model, ema_teacher = make(alpha=0.4, ramp=2)
+    objectives, batch = Objectives(model, ema_teacher), task_batch("video_qa")
     ids, mask, positions = batch["answer_ids"], batch["answer_mask"], batch["answer_positions"]
 
     def asked(one: MPLUG2) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,7 +71,7 @@ def test_answers_learn_from_the_words_and_from_the_chances_of_the_copy_over_the_
     memory = asked(model)
     plain = language_loss(model, ids, mask, memory[0], positions, memory[1])
     torch.testing.assert_close(objectives(batch)["answer"], plain)  # nothing from the copy at the start
-    copy = momentum.teacher
+    copy = ema_teacher.teacher
     theirs = copy.decode(ids[:, :-1], mask[:, :-1], *asked(copy))
     ours = model.decode(ids[:, :-1], mask[:, :-1], *memory)
     terms = []
@@ -79,9 +79,9 @@ def test_answers_learn_from_the_words_and_from_the_chances_of_the_copy_over_the_
         chances = theirs[i, j].exp() / theirs[i, j].exp().sum()
         terms.append(-(chances * ours[i, j].log_softmax(0)).sum())
     soft = torch.stack(terms).mean()
-    momentum.steps += 1
+    ema_teacher.steps += 1
     torch.testing.assert_close(objectives(batch)["answer"], 0.8 * plain + 0.2 * soft)
-    momentum.steps += 5
+    ema_teacher.steps += 5
     loss = objectives(batch)["answer"]
     torch.testing.assert_close(loss, 0.6 * plain + 0.4 * soft)
     loss.backward()
@@ -92,16 +92,16 @@ def test_answers_learn_from_the_words_and_from_the_chances_of_the_copy_over_the_
 @settings(max_examples=15)
 @given(st.integers(1, 4), st.integers(0, 5), seeds)
 def test_contrastive_distillation_is_the_formula(b, queued, seed):
-    model, momentum = make("video_retrieval", alpha=0.3, queue=8)
-    momentum.steps += 1
+    model, ema_teacher = make("video_retrieval", alpha=0.3, queue=8)
+    ema_teacher.steps += 1
     rng = torch.Generator().manual_seed(seed)
     vision, text, copy_vision, copy_text = (unit(rng, b, 5) for _ in range(4))
     meaning, others = torch.arange(b), torch.randint(0, b + 1, (queued,), generator=rng)
     old_vision, old_text = unit(rng, queued, 5), unit(rng, queued, 5)
     if queued:
-        momentum.enqueue(old_vision, old_text, others)
+        ema_teacher.enqueue(old_vision, old_text, others)
     found = distilled_contrastive_loss(
-        vision, text, model.temperature, meaning, copy_vision, copy_text, momentum
+        vision, text, model.temperature, meaning, copy_vision, copy_text, ema_teacher
     )
     all_meanings, expected = torch.cat([meaning, others]), 0.0
     for rows, copies, columns, old in (
@@ -117,44 +117,44 @@ def test_contrastive_distillation_is_the_formula(b, queued, seed):
 
 
 def test_without_weight_and_queue_it_is_the_loss_against_the_copies_vectors():
-    model, momentum = make("video_retrieval", alpha=0.0, queue=4)
+    model, ema_teacher = make("video_retrieval", alpha=0.0, queue=4)
     rng = torch.Generator().manual_seed(0)
     vision, text = unit(rng, 3, 5), unit(rng, 3, 5)
-    found = distilled_contrastive_loss(vision, text, model.temperature, torch.arange(3), vision, text, momentum)
+    found = distilled_contrastive_loss(vision, text, model.temperature, torch.arange(3), vision, text, ema_teacher)
     torch.testing.assert_close(found, contrastive_loss(vision, text, model.temperature, torch.arange(3)))
 
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=5))
 def test_the_queue_holds_the_newest(counts):
-    momentum, size = make("video_retrieval", queue=5)[1], 5
+    ema_teacher, size = make("video_retrieval", queue=5)[1], 5
     whole = torch.arange(sum(counts))
     for part in whole.split(counts):
-        momentum.enqueue(part[:, None].expand(-1, 5).double(), -part[:, None].expand(-1, 5).double(), part)
-    vision, text, meaning = momentum.queue()
+        ema_teacher.enqueue(part[:, None].expand(-1, 5).double(), -part[:, None].expand(-1, 5).double(), part)
+    vision, text, meaning = ema_teacher.queue()
     assert sorted(meaning.tolist()) == whole[-size:].tolist()
     assert vision[:, 0].equal(meaning.double()) and text[:, 0].equal(-meaning.double())
     with pytest.raises(ValueError, match="queue=5: expected room for the 6 samples of a batch at least"):
-        momentum.enqueue(vision.new_zeros(6, 5), vision.new_zeros(6, 5), torch.arange(6))
+        ema_teacher.enqueue(vision.new_zeros(6, 5), vision.new_zeros(6, 5), torch.arange(6))
 
 
 def test_training_fills_the_queue_with_the_copys_vectors_and_evaluation_does_not():
-    model, momentum = make("pretrain", queue=6, alpha=0.4)
-    objectives, batch = Objectives(model, momentum), make_batch("image")
+    model, ema_teacher = make("pretrain", queue=6, alpha=0.4)
+    objectives, batch = Objectives(model, ema_teacher), make_batch("image")
     objectives.eval()(batch)
-    assert momentum.queued == 0
+    assert ema_teacher.queued == 0
     losses = objectives.train()(batch)
-    assert momentum.queued == 3 and set(losses) == {"vtc", "vtm", "mlm", "caption", "answer"}
-    expected = momentum.teacher.project_vision(momentum.teacher.encode_vision(batch["pixels"]))
-    torch.testing.assert_close(momentum.queue()[0], expected)
+    assert ema_teacher.queued == 3 and set(losses) == {"vtc", "vtm", "mlm", "caption", "answer"}
+    expected = ema_teacher.teacher.project_vision(ema_teacher.teacher.encode_vision(batch["pixels"]))
+    torch.testing.assert_close(ema_teacher.queue()[0], expected)
 
 
 def test_its_state_is_all_that_it_is():
-    model, momentum = make("pretrain", queue=4)
-    momentum.enqueue(noise(3, 5), noise(3, 5, seed=1), torch.arange(3))
-    momentum.follow(model)
+    model, ema_teacher = make("pretrain", queue=4)
+    ema_teacher.enqueue(noise(3, 5), noise(3, 5, seed=1), torch.arange(3))
+    ema_teacher.update(model)
     other = make("pretrain", seed=5, queue=4)[1]
-    other.load_state_dict(momentum.state_dict())
-    for one, two in zip(momentum.queue(), other.queue()):
+    other.load_state_dict(ema_teacher.state_dict())
+    for one, two in zip(ema_teacher.queue(), other.queue()):
         assert one.equal(two)
     assert other.steps == 1
-    assert all(a.equal(b) for a, b in zip(momentum.teacher.parameters(), other.teacher.parameters()))
+    assert all(a.equal(b) for a, b in zip(ema_teacher.teacher.parameters(), other.teacher.parameters()))

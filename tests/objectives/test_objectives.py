@@ -16,14 +16,14 @@ from mplug2.objectives.losses import (
     TEMPERATURE_RANGE,
     box_losses,
     contrastive_loss,
-    generalised_iou,
+    generalized_iou,
     hard_negatives,
     label_loss,
     language_loss,
     masked_loss,
     matching_loss,
 )
-from mplug2.objectives.objectives import Objectives, described, encode_pixels, join, split
+from mplug2.objectives.objectives import Objectives, classification_input, encode_visual, join, split
 from mplug2.tasks import TASKS, batch_types
 
 CLS, SEP, WORDS = 2, 3, range(5, 29)
@@ -394,10 +394,10 @@ def test_overlap_of_boxes_is_counted_in_cells_and_the_same_both_ways(one, other)
     around = (max(xs) - min(xs) + 1) * (max(ys) - min(ys) + 1)
     union = len(cells | others)
     boxes, other_boxes = torch.tensor([one], dtype=torch.double), torch.tensor([other], dtype=torch.double)
-    iou, giou = generalised_iou(boxes, other_boxes)
+    iou, giou = generalized_iou(boxes, other_boxes)
     assert iou.item() == pytest.approx(len(cells & others) / union)
     assert giou.item() == pytest.approx(len(cells & others) / union - (around - union) / around)
-    assert generalised_iou(other_boxes, boxes)[1].item() == pytest.approx(giou.item())
+    assert generalized_iou(other_boxes, boxes)[1].item() == pytest.approx(giou.item())
     losses = box_losses(boxes, other_boxes)
     assert losses["giou"].item() == pytest.approx(1 - giou.item())
     assert losses["l1"].item() == pytest.approx(sum(abs(a - b) for a, b in zip(one, other)))
@@ -414,7 +414,7 @@ def test_labels_are_read_from_the_last_of_text_vision_and_fused_text():
     trained = randomised(MPLUG2(small(), tasks, dict.fromkeys(tasks.split(","), ("a", "b", "c"))))
     for task in tasks.split(","):
         batch = task_batch(task)
-        vision = encode_pixels(trained, batch)
+        vision = encode_visual(trained, batch)
         if task == "image_pair_reasoning":
             one, two = (trained.encode_vision(batch["pixels"][:, i]) for i in (0, 1))
             torch.testing.assert_close(vision, trained.concat_pair(torch.stack([one, two], dim=1)))
@@ -423,6 +423,6 @@ def test_labels_are_read_from_the_last_of_text_vision_and_fused_text():
             expected = trained.encode_text(batch["text_ids"], batch["text_mask"])
             if task != "text_classification":
                 expected = trained.fuse(vision, expected, batch["text_mask"])[1]
-        torch.testing.assert_close(described(trained, batch, vision)[0], expected)
+        torch.testing.assert_close(classification_input(trained, batch, vision)[0], expected)
         loss = Objectives(trained)(batch)["label"]
         torch.testing.assert_close(loss, label_loss(trained.classify(expected, task), batch["label"]))

@@ -14,7 +14,7 @@ from einops import rearrange
 from torch.nn import functional as F
 
 from mplug2.data.batches import label_positions
-from mplug2.generation import SpecialTokens, beam_search, rank
+from mplug2.generation import SpecialTokens, beam_search, rank_answers
 from mplug2.model.mplug2 import answer_memory
 from mplug2.objectives.losses import language_loss
 from mplug2.pretrained import from_released, to_released
