@@ -38,7 +38,7 @@ from mplug2 import distributed
 from mplug2.checkpoint import Preparation, load_model, read_config
 from mplug2.config import PRESETS, ModelConfig
 from mplug2.data.batches import Collate, MixedBatches
-from mplug2.data.loader import ahead, make_loader
+from mplug2.data.loader import make_loader, prefetch
 from mplug2.data.records import available
 from mplug2.data.samples import Sample, Samples, check_texts, read_classes, read_samples, stream_kind
 from mplug2.data.shards import ReaderState, ShardSet, is_shards, read_shards, stream_batches
@@ -559,19 +559,19 @@ def run(config: TrainConfig, changes: dict, process: distributed.Process, comman
     log.nonfinite_steps = resumed["nonfinite_steps"] if resumed else 0
     in_a_row, warmup = 0, math.ceil(config.warmup * config.max_steps)
     with StopSignal() as stop, Watchdog(process, config.timeout) as watchdog:
-        coming = iter(loader) if config.workers else ahead(loader)
+        coming = iter(loader) if config.workers else prefetch(loader)
         for step in range(first_step, config.max_steps):
             optim.set_rates(optimizer, optim.schedule(step, config.max_steps, warmup, config.min_lr))
-            where, operations, means = [], 0.0, {}
+            sources, operations, means = [], 0.0, {}
             for micro in range(config.accumulate):
                 watchdog.beat(step, "waiting for data", names=functools.partial(batch_names, batches, dataset, step))
                 asked = time.time()
                 batch = next(coming)
                 log.waited(time.time() - asked)
                 log.skipped(batch["errors"], sum(sizes.values()), config.max_skipped)
-                positions.passed(batch)
-                where += batch["where"]
-                watchdog.beat(step, "in a step", names=functools.partial(", ".join, batch["where"]))
+                positions.advance(batch)
+                sources += batch["source"]
+                watchdog.beat(step, "in a step", names=functools.partial(", ".join, batch["source"]))
                 batch = {name: value.to(process.device, non_blocking=True) if torch.is_tensor(value) else value
                          for name, value in batch.items()}
                 with accumulating(parallel, last=micro == config.accumulate - 1):
@@ -591,7 +591,7 @@ def run(config: TrainConfig, changes: dict, process: distributed.Process, comman
             local, whole_norm = torch.stack([means["loss"], norm.to(means["loss"])]).isfinite().tolist()
             skip, leave = distributed.anywhere(not (local and whole_norm), bool(stop.name))
             if skip:
-                seen = distributed.collect((local, where, {name: value.item() for name, value in means.items()}))
+                seen = distributed.collect((local, sources, {name: value.item() for name, value in means.items()}))
                 guilty = [one for one in seen if not one[0]] or seen
                 names = [name for _, of_process, _ in guilty for name in of_process]
                 message, in_a_row = log.nonfinite(step, guilty[0][2], norm.item(), names), in_a_row + 1
@@ -604,7 +604,7 @@ def run(config: TrainConfig, changes: dict, process: distributed.Process, comman
                 optimizer.step()
                 if ema_teacher:
                     ema_teacher.update(model)
-                log.step(means, norm, len(where) * process.world, operations)
+                log.step(means, norm, len(sources) * process.world, operations)
             optimizer.zero_grad(set_to_none=True)
             log.bar.update()
 
@@ -704,7 +704,7 @@ def batch_names(batches: MixedBatches, dataset: Samples, step: int) -> str:
     keys = next(iter(at_step))
     if keys[0][0] not in dataset.samples:
         return f"from the shards of {keys[0][0]}"
-    return ", ".join(dataset.samples[stream][index].where for stream, _, index in keys)
+    return ", ".join(dataset.samples[stream][index].source for stream, _, index in keys)
 
 
 def mean_share(metrics: dict[str, float]) -> float | None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from mplug2.attention_maps import attention_maps
 from mplug2.checkpoint import Preparation, load_model, save_model
 from mplug2.data.media import is_media, kind_of, read_image, read_video, to_pixels
-from mplug2.data.samples import joined
+from mplug2.data.samples import join_text_pair
 from mplug2.data.text import Tokenizer, clean
 from mplug2.generation import SpecialTokens, beam_search, best_texts, greedy, rank_answers
 from mplug2.model.mplug2 import MPLUG2, answer_memory
@@ -272,7 +272,7 @@ class Predictor:
     def encode_text(self, texts: list[Text]) -> tuple[Tensor, Tensor]:
         """Texts, or pairs of texts, -> `b l d` and their mask `b l`."""
         cleaned = [
-            joined((text,) if isinstance(text, str) else text, self.preparation.max_words) for text in texts
+            join_text_pair((text,) if isinstance(text, str) else text, self.preparation.max_words) for text in texts
         ]
         ids, mask = (x.to(self.device) for x in self.tokenizer.encode(cleaned, self.model.config.max_positions))
         return self.model.encode_text(ids, mask), mask

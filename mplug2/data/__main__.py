@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from mplug2.data.adapters import ADAPTERS
-from mplug2.data.check import check
+from mplug2.data.check import check_dataset
 from mplug2.data.shards import pack
 
 
@@ -51,7 +51,7 @@ def check_command(arguments: list[str]) -> None:
     parser.add_argument("--picture", metavar="FILE", type=Path,
                         help="where to draw the sample (default: NAME.png, in --out if given)")
     given = parser.parse_args(arguments)
-    check(given.name, given.root, given.out, given.decode, given.picture)
+    check_dataset(given.name, given.root, given.out, given.decode, given.picture)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class Collate:
         batch = {
             "kind": items[0]["kind"],
             "task": kind.task,
-            "where": [item["where"] for item in items],
+            "source": [item["source"] for item in items],
             "errors": [error for item in items for error in item["errors"]],
             "meaning": torch.tensor([item["meaning"] for item in items]),
         }
@@ -96,7 +96,7 @@ def label_positions(mask: Tensor, prompt_length: int = 1) -> Tensor:
     return labels.flatten().nonzero()[:, 0]
 
 
-def schedule(weights: dict[str, float], steps: int) -> list[str]:
+def batch_schedule(weights: dict[str, float], steps: int) -> list[str]:
     """The kind of each step: always the one that is furthest behind its share."""
     whole, counts, kinds = sum(weights.values()), dict.fromkeys(weights, 0), []
     for step in range(steps):
@@ -120,7 +120,7 @@ class MixedBatches(torch.utils.data.Sampler):
     ):
         self.sizes, self.batch_size, self.seed, self.start = sizes, batch_size, seed, start
         self.rank, self.world, self.accumulate = rank, world, accumulate
-        self.kinds = schedule(weights, steps)
+        self.kinds = batch_schedule(weights, steps)
         self.orders: dict[tuple[str, int], np.ndarray] = {}
 
     def __len__(self) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from mplug2.data.adapters import PUBLISHED, read
-from mplug2.data.adapters.source import Files, Found
+from mplug2.data.adapters.source import Files, ParsedRecord
 from mplug2.data.media import MediaError, read_image, read_video, to_frames, to_pixels
 
 SHOWN = 10
@@ -19,10 +19,10 @@ SHOWN = 10
 TILE = 192
 
 
-def check(name: str, root: Path, out: Path | None, decode: int, picture: Path | None) -> None:
+def check_dataset(name: str, root: Path, out: Path | None, decode: int, picture: Path | None) -> None:
     """Read everything, report it, and write what was asked for."""
     files = Files(root)
-    parts: dict[tuple[str, str], list[Found]] = defaultdict(list)
+    parts: dict[tuple[str, str], list[ParsedRecord]] = defaultdict(list)
     for found in read(name, files):
         parts[found.task, found.split].append(found)
     if not parts:
@@ -41,10 +41,10 @@ def check(name: str, root: Path, out: Path | None, decode: int, picture: Path | 
         print(f"not there: {', '.join(absent)}")
 
     broken = unreadable(files, parts, decode)
-    tell("missing", sorted(files.missing))
-    tell("unreadable", broken)
+    print_report("missing", sorted(files.missing))
+    print_report("unreadable", broken)
     if files.faulty:
-        tell("at fault as published, and left out", files.faulty)
+        print_report("at fault as published, and left out", files.faulty)
     whole = {part: [found for found in records if not files.missing.intersection(media_of(found))]
              for part, records in parts.items()}
     if out:
@@ -59,12 +59,12 @@ def check(name: str, root: Path, out: Path | None, decode: int, picture: Path | 
     show(samples, files.root, picture or (out or Path()) / f"{name}.png")
 
 
-def media_of(found: Found) -> list[str]:
+def media_of(found: ParsedRecord) -> list[str]:
     """The pictures and clips that a record names, relative to the download."""
     return [found.fields[name] for name in ("image", "video") if name in found.fields] + found.fields.get("images", [])
 
 
-def unreadable(files: Files, parts: dict[tuple[str, str], list[Found]], limit: int) -> list[str]:
+def unreadable(files: Files, parts: dict[tuple[str, str], list[ParsedRecord]], limit: int) -> list[str]:
     """Decode some media of each split, or all; the messages of those that fail."""
     errors = []
     for (_, split), records in parts.items():
@@ -83,12 +83,12 @@ def load(path: Path, kind: str) -> np.ndarray:
     return read_video(path, 4) if kind == "video" else read_image(path)
 
 
-def tell(what: str, names: list[str]) -> None:
+def print_report(what: str, names: list[str]) -> None:
     print(f"{what}: {len(names):,}" + "".join(f"\n  {name}" for name in names[:SHOWN])
           + (f"\n  and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""))
 
 
-def write(out: Path, root: Path, parts: dict[tuple[str, str], list[Found]]) -> None:
+def write(out: Path, root: Path, parts: dict[tuple[str, str], list[ParsedRecord]]) -> None:
     """`out/<task>.<split>.jsonl`, whose paths lead through the link `out/media` into the download. A published id that
     several records of a file share is left out: ours are unique."""
     names = [f"{task}.{split}.jsonl" for (task, split), records in parts.items() if records]
@@ -115,14 +115,14 @@ def write(out: Path, root: Path, parts: dict[tuple[str, str], list[Found]]) -> N
                 file.write(json.dumps(fields, ensure_ascii=False) + "\n")
 
 
-def show(samples: list[Found], root: Path, path: Path) -> None:
+def show(samples: list[ParsedRecord], root: Path, path: Path) -> None:
     """Draw one record of each task, the media above what the record says of them; print it where there are none."""
     by_task = {found.task: found for found in samples}
     rows = []
     for task, found in by_task.items():
         kind = "video" if "video" in found.fields else "image"
         said = {key: value for key, value in found.fields.items() if key not in ("image", "video", "images")}
-        print(f"{task}: {json.dumps(said, ensure_ascii=False)[:400]}\n  from {found.where}")
+        print(f"{task}: {json.dumps(said, ensure_ascii=False)[:400]}\n  from {found.source}")
         try:
             frames = [to_frames(to_pixels(load(root / name, kind), TILE)) for name in media_of(found)]
         except MediaError:
@@ -139,7 +139,7 @@ def show(samples: list[Found], root: Path, path: Path) -> None:
         print(f"sample: {path}")
 
 
-def drawn(frames: np.ndarray, text: str, found: Found) -> Image.Image:
+def drawn(frames: np.ndarray, text: str, found: ParsedRecord) -> Image.Image:
     """Frames side by side, the box of the record on them, its text below."""
     strip = Image.fromarray(np.concatenate(list(frames), axis=1))
     if "box" in found.fields:

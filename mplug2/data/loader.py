@@ -41,7 +41,7 @@ def start_worker(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def ahead(batches: Iterable[dict]) -> Iterator[dict]:
+def prefetch(batches: Iterable[dict]) -> Iterator[dict]:
     """Each batch is made by a thread while the one before it is used: what workers do, where there are none."""
     coming = iter(batches)
     with ThreadPoolExecutor(1) as thread:

@@ -58,7 +58,7 @@ class Record:
     """Unique in its file. The default is "<file name>:<line>", so that it does not depend on where the folder lies."""
     meaning: str
     """Records of equal meaning are positives of each other. The default is `id`: equal to no other."""
-    where: str
+    source: str
     """"<file path>:<line>", for messages."""
     image: Path | None = None
     """Absolute, like every path of a record."""
@@ -107,7 +107,7 @@ def read_records(root: Path | str, task: str, split: str) -> list[Record]:
             record = _parse_line(f"{path}:{number}", f"{path.name}:{number}", line, task, parsers)
             if record.id in lines_by_id:
                 first = lines_by_id[record.id]
-                _fail(f"{record.where}: id", record.id, f"an id that line {first} does not have already")
+                _fail(f"{record.source}: id", record.id, f"an id that line {first} does not have already")
             lines_by_id[record.id] = number
             records.append(record)
     if not records:
@@ -146,25 +146,25 @@ def _labels(task: str) -> tuple[tuple[str, ...], bool]:
 
 
 def _parse_line(
-    where: str, default_id: str, line: bytes, task: str, parsers: dict[bool, dict[str, Callable]]
+    source: str, default_id: str, line: bytes, task: str, parsers: dict[bool, dict[str, Callable]]
 ) -> Record:
     try:
         fields = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or brackets nested thousands deep
         raise RecordError(
-            f"{where}: expected one JSON object in UTF-8, found {_short(line.decode(errors='replace'))}: {error}"
+            f"{source}: expected one JSON object in UTF-8, found {_short(line.decode(errors='replace'))}: {error}"
         ) from error
     if not isinstance(fields, dict):
-        _fail(where, fields, "a JSON object")
+        _fail(source, fields, "a JSON object")
     unlabelled = fields.get("unlabelled") is True
     needed = tuple(name for name in RECORD_FIELDS[task] if not (unlabelled and name in TRUTH_FIELDS))
-    _check_names(where, f"task {task!r}", fields, needed, tuple(parsers[unlabelled]))
-    values = {name: parsers[unlabelled][name](f"{where}: {name}", value) for name, value in fields.items()}
+    _check_names(source, f"task {task!r}", fields, needed, tuple(parsers[unlabelled]))
+    values = {name: parsers[unlabelled][name](f"{source}: {name}", value) for name, value in fields.items()}
     record_id = values.setdefault("id", default_id)
     values.setdefault("meaning", record_id)
     if has_gallery(task):
         values.setdefault("gallery", "all")
-    return Record(where=where, **values)
+    return Record(source=source, **values)
 
 
 def _field_parsers(root: Path, task: str, unlabelled: bool) -> dict[str, Callable[[str, Any], Any]]:
@@ -189,15 +189,15 @@ def _field_parsers(root: Path, task: str, unlabelled: bool) -> dict[str, Callabl
     return {name: parsers[name] for name in names}
 
 
-def _check_names(where: str, owner: str, fields: dict, required: tuple[str, ...], known: tuple[str, ...]) -> None:
+def _check_names(source: str, owner: str, fields: dict, required: tuple[str, ...], known: tuple[str, ...]) -> None:
     for name in fields:
         if name not in known:
             raise RecordError(
-                f"{where}: {owner} has no field {name!r}{_did_you_mean(name, known)}; its fields are {_listing(known)}"
+                f"{source}: {owner} has no field {name!r}{_did_you_mean(name, known)}; its fields are {_listing(known)}"
             )
     for name in required:
         if name not in fields:
-            raise RecordError(f"{where}: field {name!r} is missing; {owner} needs {_listing(required)}")
+            raise RecordError(f"{source}: field {name!r} is missing; {owner} needs {_listing(required)}")
 
 
 def _string(at: str, value: Any) -> str:

@@ -20,7 +20,7 @@ from mplug2.tasks import BATCH_TYPES, INSTRUCTIONS, PROMPTS, batch_types, parse_
 class Sample:
     """What is known about one picture, clip or sentence, of all files that speak of it."""
 
-    where: str
+    source: str
     meaning: int
     media: Path | None = None
     captions: tuple[str, ...] = ()
@@ -48,7 +48,7 @@ def read_samples(root: Path, tasks: str, split: str) -> dict[str, list[Sample]]:
             records = [record for file in kind.files if split in there.get(file, ())
                        for record in read_records(root, file, split)]
             if hidden := next((record for record in records if record.unlabelled), None):
-                raise RecordError(f"{hidden.where}: an unlabelled record can be predicted, but not learned from; "
+                raise RecordError(f"{hidden.source}: an unlabelled record can be predicted, but not learned from; "
                                   "give it its truth, or move it to a split of its own")
             if records:
                 apart = kind.fields & {"label", "box"}
@@ -56,7 +56,7 @@ def read_samples(root: Path, tasks: str, split: str) -> dict[str, list[Sample]]:
             for sample in of_task.get(name, ()):
                 if task == "pretrain" and not sample.captions:
                     raise RecordError(
-                        f"{sample.where}: questions about {sample.media}, but no captions, as pre-training needs; "
+                        f"{sample.source}: questions about {sample.media}, but no captions, as pre-training needs; "
                         f"add them to {name}_caption.{split}.jsonl, take this line out, or train --task {name}_qa"
                     )
         if not of_task:
@@ -77,10 +77,10 @@ def read_classes(samples: dict[str, list[Sample]]) -> dict[str, tuple[str, ...]]
             continue
         numbers = [sample for sample in of_kind if isinstance(sample.label, float)]
         if numbers and len(numbers) < len(of_kind):
-            raise RecordError(f"{numbers[0].where}: the label {numbers[0].label} is a number, others are names of "
+            raise RecordError(f"{numbers[0].source}: the label {numbers[0].label} is a number, others are names of "
                               "classes; write the names in quotes, or make all of them numbers")
         if len({sample.label for sample in of_kind}) == 1:
-            raise RecordError(f"{of_kind[0].where}: every label is {of_kind[0].label!r}, as this one; "
+            raise RecordError(f"{of_kind[0].source}: every label is {of_kind[0].label!r}, as this one; "
                               "expected two classes at least")
         classes[BATCH_TYPES[kind].task] = () if numbers else tuple(sorted({sample.label for sample in of_kind}))
     return classes
@@ -89,7 +89,7 @@ def read_classes(samples: dict[str, list[Sample]]) -> dict[str, tuple[str, ...]]
 def _labelled(record: Record) -> Sample:
     """Every record by itself: there may be other texts about the same image."""
     return Sample(
-        record.where, _number(record.meaning), record.video or record.image, images=record.images,
+        record.source, _number(record.meaning), record.video or record.image, images=record.images,
         texts=record.texts or ((record.text,) if record.text else ()), label=record.label, box=record.box,
     )
 
@@ -102,10 +102,10 @@ def stream_kind(stream: str) -> str:
 def _merge(records: list[Record]) -> list[Sample]:
     by_media: dict[Path | str, list[Record]] = {}
     for record in records:
-        by_media.setdefault(record.video or record.image or record.where, []).append(record)
+        by_media.setdefault(record.video or record.image or record.source, []).append(record)
     return [
         Sample(
-            where=group[0].where, meaning=_number(group[0].meaning), media=group[0].video or group[0].image,
+            source=group[0].source, meaning=_number(group[0].meaning), media=group[0].video or group[0].image,
             captions=sum((record.captions or (record.text,) for record in group if record.captions or record.text), ()),
             qa=sum((record.qa for record in group), ()),
         )
@@ -130,22 +130,22 @@ def check_texts(samples: dict[str, list[Sample]], tokenizer: Tokenizer, limit: i
             whole = [(text, clean(text, max_words), extra) for text, extra in texts]
             if sample.texts:
                 part = next((text for text in sample.texts if not clean(text, max_words)), None)
-                whole.append((" / ".join(sample.texts), joined(sample.texts, max_words), 0) if part is None
+                whole.append((" / ".join(sample.texts), join_text_pair(sample.texts, max_words), 0) if part is None
                              else (part, "", 0))
             for text, cleaned, extra in whole:
                 if not cleaned:
-                    raise RecordError(f"{sample.where}: the text {text!r} has no words; take it out")
+                    raise RecordError(f"{sample.source}: the text {text!r} has no words; take it out")
                 # Few words and short ones need no tokenizer: a word is at most as many tokens as letters.
                 if len(cleaned) + extra + 2 <= limit:
                     continue
                 if (count := tokenizer.lengths([cleaned])[0] + extra) > limit:
                     raise RecordError(
-                        f"{sample.where}: the text {text!r} has {count} tokens (with [CLS], [SEP] and prompt), the "
+                        f"{sample.source}: the text {text!r} has {count} tokens (with [CLS], [SEP] and prompt), the "
                         f"model takes {limit}; shorten it, lower max_words ({max_words}), or raise max_positions"
                     )
 
 
-def joined(texts: Sequence[str], max_words: int) -> str:
+def join_text_pair(texts: Sequence[str], max_words: int) -> str:
     """One text, or the two of a pair as one: [SEP] between them, as BERT has it (but with one token type for both)."""
     return " [SEP] ".join(clean(text, max_words) for text in texts)
 
@@ -171,9 +171,9 @@ class Samples(torch.utils.data.Dataset):
             rng = np.random.default_rng((self.seed, *stream.encode(), epoch, number))
             try:
                 pixels = self.pixels(sample, kind, rng)
-                return {**self.texts(sample, kind, rng), "pixels": pixels, "where": sample.where, "errors": errors}
+                return {**self.texts(sample, kind, rng), "pixels": pixels, "source": sample.source, "errors": errors}
             except MediaError as error:
-                errors.append(f"{sample.where}: {error}")
+                errors.append(f"{sample.source}: {error}")
         raise MediaError(f"{len(errors)} files in a row cannot be decoded; the first: {errors[0]}")
 
     def pixels(self, sample: Sample, kind: str, rng: np.random.Generator) -> Tensor | None:
@@ -182,29 +182,29 @@ class Samples(torch.utils.data.Dataset):
             return torch.stack([self.prepare(read_image(image), "image", rng) for image in sample.images])
         if sample.media is None:
             return None
-        medium = BATCH_TYPES[kind].modality
-        frames = read_video(sample.media, self.frames, rng) if medium == "video" else read_image(sample.media)
-        return self.prepare(frames, medium, rng)
+        modality = BATCH_TYPES[kind].modality
+        frames = read_video(sample.media, self.frames, rng) if modality == "video" else read_image(sample.media)
+        return self.prepare(frames, modality, rng)
 
-    def prepare(self, frames: np.ndarray, medium: str, rng: np.random.Generator) -> Tensor:
+    def prepare(self, frames: np.ndarray, modality: str, rng: np.random.Generator) -> Tensor:
         if self.augmentation:
-            frames = augment(frames, self.image_size, medium, self.augmentation, rng)
+            frames = augment(frames, self.image_size, modality, self.augmentation, rng)
         return to_pixels(frames, self.image_size)
 
     def texts(self, sample: Sample, kind: str, rng: np.random.Generator) -> dict:
         """One caption, r questions with an answer each, and the random numbers that choose the masked words; or the
         text that a label or a box is about."""
-        captions, medium = sample.captions, BATCH_TYPES[kind].modality
+        captions, modality = sample.captions, BATCH_TYPES[kind].modality
         item = {"kind": kind, "meaning": sample.meaning, "noise": rng.random((3, self.max_positions))}
         if captions:
             item["caption"] = self.clean(captions[rng.integers(len(captions))])
             item["references"] = [self.clean(caption) for caption in captions]
         if sample.texts:
-            item["text"] = joined(sample.texts, self.max_words)
+            item["text"] = join_text_pair(sample.texts, self.max_words)
         item |= {name: value for name in ("label", "box") if (value := getattr(sample, name)) is not None}
         asked = list(sample.qa)
-        if captions and medium in INSTRUCTIONS:
-            asked.append(Question(INSTRUCTIONS[medium], captions, "describe"))
+        if captions and modality in INSTRUCTIONS:
+            asked.append(Question(INSTRUCTIONS[modality], captions, "describe"))
         # Each kind of question is as likely as any other, however many of it there are, and comes again only when all
         # have come.
         kinds = sorted({question.kind or "" for question in asked})

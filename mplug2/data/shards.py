@@ -63,13 +63,13 @@ def pack(root: Path | str, out: Path | str, split: str = "train", samples_per_sh
 
 def _write_sample(tar: tarfile.TarFile, key: str, sample: Sample) -> None:
     texts = {
-        "where": sample.where, "meaning": sample.meaning, "captions": sample.captions,
+        "source": sample.source, "meaning": sample.meaning, "captions": sample.captions,
         "qa": [{"question": q.question, "answers": q.answers, "kind": q.kind} for q in sample.qa],
     }
     files = {"json": json.dumps(texts).encode()}
     if sample.media:
         if not sample.media.is_file():
-            raise FileNotFoundError(f"{sample.where}: {sample.media} does not exist; fetch it, or take the line out")
+            raise FileNotFoundError(f"{sample.source}: {sample.media} does not exist; fetch it, or take the line out")
         files[sample.media.suffix[1:].lower()] = sample.media.read_bytes()
     for suffix, content in files.items():
         member = tarfile.TarInfo(f"{key}.{suffix}")
@@ -81,7 +81,7 @@ def is_shards(root: Path | str) -> bool:
     return (Path(root) / INDEX).is_file()
 
 
-class Piece(NamedTuple):
+class ShardRange(NamedTuple):
     """Samples `first` to `stop` of a shard, in an epoch."""
 
     epoch: int
@@ -156,7 +156,7 @@ def _parse(path: Path, number: int, files: dict[str, bytes]) -> tuple[Sample, st
     try:
         texts = json.loads(files["json"])
         sample = Sample(
-            where=f"{path}:{number} ({texts['where']})", meaning=int(texts["meaning"]),
+            source=f"{path}:{number} ({texts['where']})", meaning=int(texts["meaning"]),
             captions=tuple(map(str, texts["captions"])),
             qa=tuple(Question(q["question"], tuple(q["answers"]), q["kind"]) for q in texts["qa"]),
         )
@@ -171,22 +171,22 @@ def _parse(path: Path, number: int, files: dict[str, bytes]) -> tuple[Sample, st
 
 
 @dataclass(frozen=True)
-class Plan:
+class ReadPlan:
     """Who reads what: `readers` readers, which first share out `leftovers`, pieces of an epoch that others began, and
     then read epoch after epoch, from `epoch` on."""
 
     readers: int
-    leftovers: tuple[tuple[Piece, ...], ...] = ()
+    leftovers: tuple[tuple[ShardRange, ...], ...] = ()
     """By reader."""
     epoch: int = 0
 
-    def round(self, shards: ShardSet, reader: int, number: int, seed: tuple[int, ...]) -> tuple[Piece, ...]:
+    def round(self, shards: ShardSet, reader: int, number: int, seed: tuple[int, ...]) -> tuple[ShardRange, ...]:
         """What a reader reads in its round `number`: its leftovers in round 0, then its shards of one epoch."""
         if number == 0:
             return self.leftovers[reader] if self.leftovers else ()
         epoch = self.epoch + number - 1
         order = np.random.default_rng((*seed, epoch)).permutation(len(shards.paths))
-        return tuple(Piece(epoch, int(i), 0, shards.sizes[i]) for i in order[reader :: self.readers])
+        return tuple(ShardRange(epoch, int(i), 0, shards.sizes[i]) for i in order[reader :: self.readers])
 
 
 class Reader:
@@ -196,7 +196,7 @@ class Reader:
     """
 
     def __init__(
-        self, shards: ShardSet, stream: str, samples: Samples, check, plan: Plan, reader: int, window: int,
+        self, shards: ShardSet, stream: str, samples: Samples, check, plan: ReadPlan, reader: int, window: int,
         at: tuple[int, int] = (0, 0),
     ):
         if plan.readers > len(shards.paths):
@@ -237,7 +237,7 @@ class Reader:
                     errors = []
             self.at = (number + 1, 0)
 
-    def _read(self, pieces: tuple[Piece, ...], start: int, count: int) -> list[tuple]:
+    def _read(self, pieces: tuple[ShardRange, ...], start: int, count: int) -> list[tuple]:
         """The next `count` samples of a round from `start` on, as (epoch, shard, number, files or what is wrong)."""
         buffer: list[tuple] = []
         for piece in pieces:
@@ -265,10 +265,10 @@ class Reader:
                 with tempfile.NamedTemporaryFile(suffix=f".{suffix}") as media:  # decoders want a file with a name
                     media.write(files[suffix])
                     media.flush()
-                    pixels = self.samples.pixels(Sample(sample.where, sample.meaning, Path(media.name)), kind, rng)
+                    pixels = self.samples.pixels(Sample(sample.source, sample.meaning, Path(media.name)), kind, rng)
             elif kind != "text":
                 raise RecordError("there is no picture or clip")
-            return {**self.samples.texts(sample, kind, rng), "pixels": pixels, "where": sample.where}
+            return {**self.samples.texts(sample, kind, rng), "pixels": pixels, "source": sample.source}
         except (MediaError, RecordError) as error:
             return f"{path}:{number}: {error}"
 
@@ -280,22 +280,22 @@ class ReaderState:
     """
 
     def __init__(self, shards: dict[str, ShardSet], readers: int, window: int, seed: int, state: dict):
-        self.plans: dict[str, Plan] = {}
+        self.plans: dict[str, ReadPlan] = {}
         self.at: dict[str, dict[int, tuple[int, int]]] = {}
         for stream, shard_set in shards.items():
-            self.plans[stream], self.at[stream] = Plan(readers), {}
+            self.plans[stream], self.at[stream] = ReadPlan(readers), {}
             if stream in state:
-                leftovers = tuple(tuple(Piece(*piece) for piece in pieces) for pieces in state[stream]["leftovers"])
-                plan = Plan(state[stream]["readers"], leftovers, state[stream]["epoch"])
+                leftovers = tuple(tuple(ShardRange(*piece) for piece in pieces) for pieces in state[stream]["leftovers"])
+                plan = ReadPlan(state[stream]["readers"], leftovers, state[stream]["epoch"])
                 at = {reader: tuple(place) for reader, place in state[stream]["at"].items()}
                 same = plan.readers == readers and state[stream]["window"] == window
-                self.plans[stream] = plan if same else deal(
+                self.plans[stream] = plan if same else assign(
                     shard_set, plan, at, readers, state[stream]["window"], (seed, *stream.encode())
                 )
                 self.at[stream] = at if same else {}
         self.window = window
 
-    def passed(self, batch: dict) -> None:
+    def advance(self, batch: dict) -> None:
         """A batch was trained on."""
         if "position" in batch:
             stream, reader, at = batch["position"]
@@ -316,13 +316,13 @@ class ReaderState:
         return state
 
 
-def deal(
-    shards: ShardSet, plan: Plan, at: dict[int, tuple[int, int]], readers: int, window: int, seed: tuple[int, ...]
-) -> Plan:
+def assign(
+    shards: ShardSet, plan: ReadPlan, at: dict[int, tuple[int, int]], readers: int, window: int, seed: tuple[int, ...]
+) -> ReadPlan:
     """A plan for another number of readers: what is left of the epochs that anybody began is dealt out, the largest
     pieces first, to whom has least; windows that were begun are read from their start."""
     last = max([number for number, _ in at.values()], default=0)
-    left: list[Piece] = []
+    left: list[ShardRange] = []
     for reader in range(plan.readers):
         number, position = at.get(reader, (0, 0))
         skip = position - position % window
@@ -332,10 +332,10 @@ def deal(
                 if skip < size:
                     left.append(piece._replace(first=piece.first + skip))
                 skip = max(0, skip - size)
-    shares: list[list[Piece]] = [[] for _ in range(readers)]
+    shares: list[list[ShardRange]] = [[] for _ in range(readers)]
     for piece in sorted(left, key=lambda piece: (piece.first - piece.stop, piece)):
         min(shares, key=lambda share: sum(p.stop - p.first for p in share)).append(piece)
-    return Plan(readers, tuple(map(tuple, shares)), plan.epoch + last)
+    return ReadPlan(readers, tuple(map(tuple, shares)), plan.epoch + last)
 
 
 class MixedStream(IterableDataset):

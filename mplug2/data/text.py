@@ -19,7 +19,7 @@ SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 FILE_NAME = "tokenizer.json"
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """Lower-case, without accents and apostrophes, all other punctuation and symbols blank, blanks squeezed.
 
     Accents go because BERT's uncased tokenizer drops them too: a model could never answer "café".
@@ -34,11 +34,11 @@ def normalise(text: str) -> str:
 
 @lru_cache(maxsize=100_000)  # the texts of a data set come again every epoch
 def clean(text: str, max_words: int = 30) -> str:
-    """Lower-case, without accents and punctuation (see `normalise`), cut at `max_words` words.
+    """Lower-case, without accents and punctuation (see `normalize`), cut at `max_words` words.
 
     This is how mPLUG-2 prepares all its text; answers are scored after the same steps.
     """
-    return " ".join(normalise(text).split()[:max_words])
+    return " ".join(normalize(text).split()[:max_words])
 
 
 class Tokenizer:

@@ -8,7 +8,7 @@
     grounding        box_iou, grounding_accuracy
 
 Everything but `paper_captions` is plain Python and numpy: strings and arrays go in, numbers come out. Captions are
-compared on their whitespace tokens, so normalise both sides alike before scoring them.
+compared on their whitespace tokens, so normalize both sides alike before scoring them.
 """
 
 import math
@@ -155,7 +155,7 @@ def _common(first: list[str], second: list[str]) -> int:
 
 
 def paper_captions(references: list[list[str]], hypotheses: list[str]) -> dict[str, float]:
-    """The pipeline of the captioning papers on raw captions, not on normalised ones: the Penn Treebank tokenizer, then
+    """The pipeline of the captioning papers on raw captions, not on normalized ones: the Penn Treebank tokenizer, then
     BLEU-1 to -4, METEOR, ROUGE-L and CIDEr of `pycocoevalcap`. Shares from 0 to 1; CIDEr from 0 to 10.
 
     Tokenizer and METEOR are Java programs. Raises ValueError as `bleu` does, and if the package or Java is missing.

@@ -23,8 +23,8 @@ def chance(root: Path, split: str, limit: int | None = None) -> dict[str, float]
         records = [record for record in read_records(root, task, split)[:limit] if not record.unlabelled]
         if not records:
             continue
-        medium, _, what = task.partition("_")
-        prefix = "image_" if medium == "image" else ""
+        modality, _, what = task.partition("_")
+        prefix = "image_" if modality == "image" else ""
         if what == "qa":
             by_kind = defaultdict(list)
             for question in (question for record in records for question in record.qa):

@@ -92,12 +92,12 @@ def evaluate(
         if split not in there.get(task, ()) or not can(predictor.model, task) or (tasks and task not in tasks):
             continue
         records = read_records(root, task, split)[:limit]
-        medium, _, what = task.partition("_")
-        prefix = "image_" if medium == "image" else ""
+        modality, _, what = task.partition("_")
+        prefix = "image_" if modality == "image" else ""
         if what == "caption":
-            found, written = captions(predictor, records, medium, beams, paper)
+            found, written = captions(predictor, records, modality, beams, paper)
         elif what == "qa":
-            found, written = answers(predictor, records, medium, among)
+            found, written = answers(predictor, records, modality, among)
         elif what == "retrieval":
             found, written = galleries(predictor, task, records, all_captions=all_captions)
         elif task == "grounding":
@@ -238,7 +238,7 @@ def labels(
         found = zero_shot(predictor, task, media, sorted({truths[place] for place in known}), root)
     numbers = {isinstance(truths[place], float) for place in known} or {isinstance(found[0], float)}
     if numbers != {isinstance(found[0], float)}:
-        raise ValueError(f"{records[0].where}: the labels here are not of the kind that the model was made for: "
+        raise ValueError(f"{records[0].source}: the labels here are not of the kind that the model was made for: "
                          "one has names of classes, the other numbers")
     metrics = {}
     if known and numbers == {True}:

@@ -2,7 +2,7 @@
 
 import re
 
-from mplug2.data.text import normalise
+from mplug2.data.text import normalize
 from mplug2.evaluation.captions import _check_samples
 
 VQA_NUMBERS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())}
@@ -28,14 +28,14 @@ def vqa_accuracy(answers: list[list[str]], predictions: list[str]) -> float:
     """The accuracy of VQAv2, in [0, 1]: an answer counts in full if three of the ten people gave it.
 
     It is averaged over the ways to leave one person out: min(1, how many of the others agree / 3). As in the official
-    evaluation the prediction is normalised (`vqa_normalise`), and people's answers lose their punctuation where they
+    evaluation the prediction is normalized (`vqa_normalize`), and people's answers lose their punctuation where they
     are not all the same. Source: Antol et al. 2015, "VQA: Visual Question Answering", and its evaluation code
     (github.com/GT-Vision-Lab/VQA). Raises ValueError as `bleu` does.
     """
     _check_samples(answers, predictions)
     scores = []
     for given, prediction in zip(answers, predictions):
-        prediction = vqa_normalise(prediction)
+        prediction = vqa_normalize(prediction)
         if len(set(given)) > 1:
             given = [_vqa_punctuation(answer) for answer in given]
         hits = sum(answer == prediction for answer in given)
@@ -45,7 +45,7 @@ def vqa_accuracy(answers: list[list[str]], predictions: list[str]) -> float:
     return sum(scores) / len(scores)
 
 
-def vqa_normalise(answer: str) -> str:
+def vqa_normalize(answer: str) -> str:
     """Lower-case, without articles and punctuation, numbers to ten as digits, apostrophes back in contractions."""
     spaced = answer.replace("\n", " ").replace("\t", " ").strip()
     words = (VQA_NUMBERS.get(word, word) for word in _vqa_punctuation(spaced).lower().split())
@@ -64,10 +64,10 @@ def _vqa_punctuation(text: str) -> str:
 
 
 def exact_match(answers: list[list[str]], predictions: list[str]) -> float:
-    """Fraction, in [0, 1], of predictions that equal one of their accepted answers after `normalise`.
+    """Fraction, in [0, 1], of predictions that equal one of their accepted answers after `normalize`.
 
     Raises ValueError as `bleu` does.
     """
     _check_samples(answers, predictions)
-    hits = [normalise(prediction) in map(normalise, accepted) for accepted, prediction in zip(answers, predictions)]
+    hits = [normalize(prediction) in map(normalize, accepted) for accepted, prediction in zip(answers, predictions)]
     return sum(hits) / len(hits)

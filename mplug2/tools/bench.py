@@ -37,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mplug2.config import PRESETS
 from mplug2.data.batches import Collate, MixedBatches, label_positions
-from mplug2.data.loader import ahead, make_loader
+from mplug2.data.loader import make_loader, prefetch
 from mplug2.data.samples import Samples, check_texts, read_samples
 from mplug2.data.text import Tokenizer, clean
 from mplug2.generation import SpecialTokens, beam_search
@@ -220,13 +220,13 @@ def bench_data(options: argparse.Namespace) -> dict[str, float]:
     def loader(weights: dict[str, float], steps: int) -> Iterator[dict]:
         batches = MixedBatches(counts, weights, options.batch_size, steps, seed=0)
         made = make_loader(dataset, batches, collate, options.workers, pin=options.device == "cuda")
-        return iter(made) if options.workers else ahead(made)
+        return iter(made) if options.workers else prefetch(made)
 
     main_kind = next(iter(samples))
     batches = loader({main_kind: 1.0}, DATA_STEPS)
     next(batches)  # the workers have started
     start = time.perf_counter()
-    read = sum(len(batch["where"]) for batch in batches)
+    read = sum(len(batch["source"]) for batch in batches)
     rate = read / (time.perf_counter() - start)
 
     model = MPLUG2(config, "pretrain").to(options.device).train()

@@ -130,7 +130,7 @@ class Work:
     def batch(self, kind: str) -> dict:
         """A batch as `Collate` makes it; of the words of a caption 15 % are masked."""
         b, l, size = self.b, min(self.words + 2, self.config.max_positions), self.config.image_size
-        task, medium, parts = BATCH_TYPES[kind].task, BATCH_TYPES[kind].modality, BATCH_TYPES[kind].fields
+        task, modality, parts = BATCH_TYPES[kind].task, BATCH_TYPES[kind].modality, BATCH_TYPES[kind].fields
         batch = {"kind": kind, "task": task, "meaning": torch.zeros(b, dtype=torch.long)}
 
         def text(name: str, rows: int) -> dict:
@@ -142,12 +142,12 @@ class Work:
         if "masked" in parts:
             positions = torch.arange(math.ceil(0.15 * b * l))
             batch |= {"masked_ids": batch["caption_ids"], "masked_positions": positions}
-        if medium != "text":
+        if modality != "text":
             images = (2,) if "pair" in TASKS[task].components else ()
-            batch["pixels"] = torch.zeros(b, *images, 3, self.frames if medium == "video" else 1, size, size)
-        if "prompted" in parts and medium != "text":
+            batch["pixels"] = torch.zeros(b, *images, 3, self.frames if modality == "video" else 1, size, size)
+        if "prompted" in parts and modality != "text":
             batch |= {**text("prompted", b), "prompted_positions": torch.arange(b * (l - 1))}
-        if "question" in parts and medium != "text":
+        if "question" in parts and modality != "text":
             rows = b * self.questions
             batch |= text("question", rows) | text("answer", rows) | {"answer_positions": torch.arange(rows * (l - 1))}
         if "label" in parts:
@@ -226,8 +226,8 @@ def report(plan: PlanConfig, work: Work, accumulate: int) -> str:
              "", f"{'GiB on each device':<34}{'parameters':>11}{'optimizer':>11}{'gradients':>11}{'activations':>13}"
                  f"{'in all':>9}"]
     kinds = {kind.modality: name for task in parse_tasks(work.task) for name, kind in batch_types(task).items()}
-    counts = {kinds[medium]: count for medium, count in (("video", plan.videos), ("image", plan.images))
-              if count and medium in kinds}
+    counts = {kinds[modality]: count for modality, count in (("video", plan.videos), ("image", plan.images))
+              if count and modality in kinds}
     if not counts:
         raise ValueError(f"the plan is of pictures and clips; {work.task} with --images {plan.images} and --videos "
                          f"{plan.videos} has none of them")

@@ -90,7 +90,7 @@ class Log:
         self.flops += flops
 
     def nonfinite(self, step: int, losses: dict[str, float], norm: float, where: list[str]) -> str:
-        """A step that was not taken; `where` are the samples of the processes that saw it. Returns what was said."""
+        """A step that was not taken; `source` are the samples of the processes that saw it. Returns what was said."""
         self.nonfinite_steps += 1
         values = ", ".join(f"{name.removeprefix('loss/')} {value:.3g}" for name, value in losses.items())
         message = (f"step {step} is not finite: {values}, gradient norm {norm:.3g}; the samples: {', '.join(where)}")

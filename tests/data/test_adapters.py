@@ -20,7 +20,7 @@ def found_in(name: str, root: Path) -> tuple[dict, Files]:
     files, parts = Files(root), defaultdict(list)
     for found in read(name, files):
         parts[found.task, found.split].append(found.fields)
-        assert str(root) in found.where
+        assert str(root) in found.source
     return dict(parts), files
 
 

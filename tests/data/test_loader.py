@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mplug2.data.batches import Collate, MixedBatches, schedule
-from mplug2.data.loader import ahead, make_loader
+from mplug2.data.batches import Collate, MixedBatches, batch_schedule
+from mplug2.data.loader import make_loader, prefetch
 from mplug2.data.media import MediaError, read_image, read_video, to_pixels
 from mplug2.data.records import Question, RecordError
 from mplug2.data.samples import Sample, Samples, check_texts, read_classes, read_samples
@@ -36,14 +36,14 @@ weights_of_kinds = st.lists(st.floats(0.01, 1), min_size=1, max_size=3).map(lamb
 def test_after_every_step_each_kind_has_had_its_share(weights, steps):
     """Together the k kinds are one step behind when one is chosen, the furthest behind of them therefore 1 / k or more:
     none gets ahead by more than 1 - 1 / k."""
-    kinds, k, counts = schedule(weights, steps), len(weights), Counter()
+    kinds, k, counts = batch_schedule(weights, steps), len(weights), Counter()
     assert len(kinds) == steps
     for step, kind in enumerate(kinds, start=1):
         counts[kind] += 1
         ahead = [counts[name] - step * weight / sum(weights.values()) for name, weight in weights.items()]
         assert max(ahead) <= 1 - 1 / k + 1e-9
         assert min(ahead) >= -(k - 1) * (1 - 1 / k) - 1e-9
-    assert schedule(weights, steps // 2) == kinds[: steps // 2]
+    assert batch_schedule(weights, steps // 2) == kinds[: steps // 2]
 
 
 @st.composite
@@ -179,7 +179,7 @@ def test_questions_join_the_captions_of_their_clip(root):
     samples = read_samples(root, "pretrain", "train")
     assert {kind: len(of_kind) for kind, of_kind in samples.items()} == {"video": 6, "image": 5, "text": 7}
     clip = samples["video"][1]
-    assert clip.media == root / "1.gif" and clip.where == f"{root / 'video_caption.train.jsonl'}:2"
+    assert clip.media == root / "1.gif" and clip.source == f"{root / 'video_caption.train.jsonl'}:2"
     assert clip.captions == ("a blue seven moving left", "a blue seven going left")
     assert [question.kind for question in clip.qa] == ["colour", "digit", "digit"]
     picture, sentence = samples["image"][0], samples["text"][2]
@@ -325,7 +325,7 @@ def test_batches_are_the_same_with_any_number_of_workers_and_from_any_step(root,
     assert_equal(batches_of(root, tokenizer, workers=2), expected)
     assert_equal(batches_of(root, tokenizer, workers=0, start=4), expected[4:])
     other = batches_of(root, tokenizer, workers=0, seed=1)
-    assert any(one["where"] != two["where"] for one, two in zip(expected, other))
+    assert any(one["source"] != two["source"] for one, two in zip(expected, other))
 
 
 def test_a_loader_leaves_the_random_numbers_of_the_run_alone(root, tokenizer):
@@ -338,7 +338,7 @@ def test_a_loader_leaves_the_random_numbers_of_the_run_alone(root, tokenizer):
 def test_what_a_batch_holds(root, tokenizer):
     for batch in batches_of(root, tokenizer, workers=0):
         kind, r = batch["kind"], 2
-        assert batch["meaning"].shape == (3,) and len(batch["where"]) == 3 and batch["errors"] == []
+        assert batch["meaning"].shape == (3,) and len(batch["source"]) == 3 and batch["errors"] == []
         texts = tokenizer.decode(batch["caption_ids"])
         assert batch["caption_mask"].sum(1).tolist() == tokenizer.lengths(texts)
         if kind == "text":
@@ -363,7 +363,7 @@ def test_what_a_batch_holds(root, tokenizer):
 def test_a_kind_of_batch_has_the_texts_that_its_task_trains_on(root, tmp_path, tokenizer):
     write_data(tmp_path)
     (tmp_path / "video_retrieval.train.jsonl").write_text((root / "video_caption.train.jsonl").read_text())
-    always = {"kind", "task", "where", "errors", "meaning", "pixels"}
+    always = {"kind", "task", "source", "errors", "meaning", "pixels"}
     for task, expected in (
         ("video_retrieval", {"caption_ids", "caption_mask"}),
         ("video_caption", {"prompted_ids", "prompted_mask", "prompted_positions", "prompt_length", "references"}),
@@ -489,7 +489,7 @@ def test_two_sources_of_one_kind_are_streams_of_their_own(root):
     samples = read_samples(root, "pretrain", "train")
     data = dataset({"video": samples["video"], "video@1": samples["video"]})
     one, other = data["video", 0, 0], data["video@1", 0, 0]
-    assert one["kind"] == other["kind"] == "video" and one["where"] == other["where"]
+    assert one["kind"] == other["kind"] == "video" and one["source"] == other["source"]
     assert not np.array_equal(one["noise"], other["noise"])
 
 
@@ -504,11 +504,11 @@ def test_a_corrupt_clip_is_replaced_by_the_next_and_reported(tmp_path, tokenizer
     assert data["video", 1, 2]["errors"] == item["errors"]  # the same words each time, by which it is counted once
     instead = data["video", 0, 3]
     assert instead["errors"] == [] and item["pixels"].equal(instead["pixels"])
-    assert {key: item[key] for key in ("caption", "questions", "where", "meaning")} == {
-        key: instead[key] for key in ("caption", "questions", "where", "meaning")
+    assert {key: item[key] for key in ("caption", "questions", "source", "meaning")} == {
+        key: instead[key] for key in ("caption", "questions", "source", "meaning")
     }
     last = data["video", 0, 5]  # the one after the last is the first
-    assert "5.gif does not exist" in last["errors"][0] and last["where"].endswith("jsonl:1")
+    assert "5.gif does not exist" in last["errors"][0] and last["source"].endswith("jsonl:1")
     batch = Collate(tokenizer)([item, last, instead])
     assert batch["errors"] == item["errors"] + last["errors"]
     assert batch["pixels"].shape[0] == 3
@@ -554,7 +554,7 @@ def test_a_program_that_fails_with_workers_at_work_ends(tmp_path):
 @settings(max_examples=20, deadline=None)
 def test_one_batch_is_made_ahead_and_each_comes_once_in_order(count, taken):
     made = []
-    batches = ahead(made.append(i) or {"step": i} for i in range(count))
+    batches = prefetch(made.append(i) or {"step": i} for i in range(count))
     for i in range(min(taken, count)):
         assert next(batches) == {"step": i}
     time.sleep(0.001)
@@ -567,7 +567,7 @@ def test_an_error_in_a_batch_that_is_made_ahead_comes_when_the_batch_is_due():
         yield {"step": 0}
         raise MediaError("broken.gif")
 
-    batches = ahead(failing())
+    batches = prefetch(failing())
     assert next(batches) == {"step": 0}
     with pytest.raises(MediaError, match="broken.gif"):
         next(batches)

@@ -91,7 +91,7 @@ def test_what_is_written_is_what_is_read(tmp_path_factory, drawn):
     assert len(records) == len(lines)
     for number, (record, fields) in enumerate(zip(records, lines, strict=True), start=1):
         record_id = fields.get("id", f"{path.name}:{number}")
-        expected = {"id": record_id, "meaning": record_id, "where": f"{path}:{number}"} | fields
+        expected = {"id": record_id, "meaning": record_id, "source": f"{path}:{number}"} | fields
         if task in GALLERIES:
             expected.setdefault("gallery", "all")
         for name in ("image", "video"):

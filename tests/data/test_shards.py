@@ -16,12 +16,12 @@ from mplug2.data.batches import Collate, MixedBatches
 from mplug2.data.media import MediaError
 from mplug2.data.samples import read_samples
 from mplug2.data.shards import (
-    Piece,
-    Plan,
     Reader,
     ReaderState,
+    ReadPlan,
+    ShardRange,
     ShardSet,
-    deal,
+    assign,
     is_shards,
     pack,
     read_shards,
@@ -92,7 +92,7 @@ def test_an_index_that_is_wrong_is_named(tmp_path):
 class Numbers(Reader):
     """A reader of shards that are nothing but numbers."""
 
-    def _read(self, pieces: tuple[Piece, ...], start: int, count: int) -> list[tuple]:
+    def _read(self, pieces: tuple[ShardRange, ...], start: int, count: int) -> list[tuple]:
         every = [(piece.epoch, piece.shard, i, {}) for piece in pieces for i in range(piece.first, piece.stop)]
         return every[start : start + count]
 
@@ -104,7 +104,7 @@ class Seed:
     seed = 7
 
 
-def numbers(shards: ShardSet, plan: Plan, reader: int, window: int, at: tuple[int, int] = (0, 0)) -> Numbers:
+def numbers(shards: ShardSet, plan: ReadPlan, reader: int, window: int, at: tuple[int, int] = (0, 0)) -> Numbers:
     return Numbers(shards, "video", Seed, None, plan, reader, window, at)
 
 
@@ -124,7 +124,7 @@ def every(shards: ShardSet, epochs: int) -> list[tuple[int, int, int]]:
 @given(streams(), st.integers(1, 3))
 def test_the_readers_together_read_every_sample_once_an_epoch(drawn, readers):
     """In another order each epoch, and not in that of the shards."""
-    shards, plan, seen = drawn["shards"], Plan(readers), []
+    shards, plan, seen = drawn["shards"], ReadPlan(readers), []
     for number in range(readers):
         reader = numbers(plan=plan, reader=number, **drawn)
         for epoch in range(3):
@@ -136,7 +136,7 @@ def test_the_readers_together_read_every_sample_once_an_epoch(drawn, readers):
 
 def test_a_window_is_shuffled_and_nothing_leaves_it():
     shards = ShardSet((Path("0.tar"), Path("1.tar")), (100, 100))
-    reader = numbers(shards, Plan(1), 0, 50)
+    reader = numbers(shards, ReadPlan(1), 0, 50)
     order = [key[1] * 100 + key[2] for key in (next(reader)["key"] for _ in range(200))]
     order = order if order[0] < 100 else [(number + 100) % 200 for number in order]
     for start in range(0, 200, 50):
@@ -146,10 +146,10 @@ def test_a_window_is_shuffled_and_nothing_leaves_it():
 @settings(max_examples=40, deadline=None)
 @given(streams(), st.integers(0, 60))
 def test_a_reader_goes_on_where_it_was_to_the_sample(drawn, done):
-    whole = numbers(plan=Plan(2), reader=1, **drawn)
+    whole = numbers(plan=ReadPlan(2), reader=1, **drawn)
     for _ in range(done):
         next(whole)
-    resumed = numbers(plan=Plan(2), reader=1, at=whole.at, **drawn)
+    resumed = numbers(plan=ReadPlan(2), reader=1, at=whole.at, **drawn)
     assert [next(resumed)["key"] for _ in range(30)] == [next(whole)["key"] for _ in range(30)]
 
 
@@ -158,7 +158,7 @@ def test_a_reader_goes_on_where_it_was_to_the_sample(drawn, done):
 def test_other_readers_lose_no_sample_and_see_at_most_the_windows_that_were_begun_again(drawn, done, later, last):
     """Twice: what is left is dealt out to `later` readers, and what they leave to `last` ones."""
     shards, window, seen = drawn["shards"], drawn["window"], Counter()
-    plan, counts = Plan(len(done)), done
+    plan, counts = ReadPlan(len(done)), done
     for readers in (later, last, None):
         at = {}
         for number, count in enumerate(counts):
@@ -167,9 +167,9 @@ def test_other_readers_lose_no_sample_and_see_at_most_the_windows_that_were_begu
                 seen[next(reader)["key"]] += 1
             at[number] = reader.at
         if readers:
-            plan = deal(shards, plan, at, readers, window, (7, *b"video"))
+            plan = assign(shards, plan, at, readers, window, (7, *b"video"))
             counts = [done[0]] * readers
-    left = deal(shards, plan, at, 1, window, (7, *b"video"))
+    left = assign(shards, plan, at, 1, window, (7, *b"video"))
     seen.update((piece.epoch, piece.shard, i) for piece in left.leftovers[0] for i in range(piece.first, piece.stop))
     expected = set(every(shards, left.epoch))
     assert set(seen) == expected  # nothing lost, of any epoch that was begun
@@ -195,25 +195,25 @@ def batches_of(
         dataset(samples), shards, batches, Collate(tokenizer), positions, 30, workers, pin=False
     ))
     for batch in found:
-        positions.passed(batch)
+        positions.advance(batch)
     return found, positions
 
 
 def where(batches: list[dict]) -> list[list[str]]:
-    return [batch["where"] for batch in batches]
+    return [batch["source"] for batch in batches]
 
 
 def test_samples_from_shards_are_those_of_the_folder(root, packed, tokenizer):  # noqa: F811
     batches, _ = batches_of(packed, tokenizer, 9)
     assert Counter(batch["kind"] for batch in batches) == {"video": 3, "image": 3, "text": 3}
-    clips = [place for batch in batches if batch["kind"] == "video" for place in batch["where"]]
+    clips = [place for batch in batches if batch["kind"] == "video" for place in batch["source"]]
     file = root / "video_caption.train.jsonl"
     assert {place.split("(")[1] for place in clips} == {f"{file}:{i + 1})" for i in range(6)}
-    samples = {sample.where: sample for sample in read_samples(root, "pretrain", "train")["video"]}
+    samples = {sample.source: sample for sample in read_samples(root, "pretrain", "train")["video"]}
     for batch in batches:
         if batch["kind"] == "video":
             assert batch["pixels"].shape == (2, 3, 4, 8, 8) and batch["errors"] == []
-            expected = [samples[place.split("(")[1][:-1]].meaning for place in batch["where"]]
+            expected = [samples[place.split("(")[1][:-1]].meaning for place in batch["source"]]
             assert batch["meaning"].tolist() == expected
 
 
@@ -239,7 +239,7 @@ def test_a_resumed_stream_is_the_stream_that_never_stopped(root, packed, tokeniz
 def test_processes_and_workers_have_shards_of_their_own(packed, tokenizer):  # noqa: F811
     found = [batches_of(packed, tokenizer, 6, rank=rank, world=2)[0] for rank in range(2)]
     assert [batch["kind"] for batch in found[0]] == [batch["kind"] for batch in found[1]]
-    files = [{place.split(":")[0] for batch in batches[:3] for place in batch["where"]} for batches in found]
+    files = [{place.split(":")[0] for batch in batches[:3] for place in batch["source"]} for batches in found]
     assert not files[0] & files[1]
     with pytest.raises(ValueError, match="3 shards of video for 4 readers .*; pack with fewer samples a shard"):
         batches_of(packed, tokenizer, 3, world=4)
@@ -250,7 +250,7 @@ def test_every_worker_has_its_turn_in_every_stream(packed, tokenizer):  # noqa: 
     found, positions = batches_of(packed, tokenizer, 9, workers=3)
     assert [batch["kind"] for batch in found] == [batch["kind"] for batch in batches_of(packed, tokenizer, 9)[0]]
     assert {stream: sorted(at) for stream, at in positions.at.items()} == dict.fromkeys(positions.at, [0, 1, 2])
-    clips = [place for batch in found if batch["kind"] == "video" for place in batch["where"]]
+    clips = [place for batch in found if batch["kind"] == "video" for place in batch["source"]]
     assert len(clips) == len(set(clips)) == 6
 
 
@@ -274,7 +274,7 @@ def broken(root: Path, out: Path, change) -> Path:
 def clips(root: Path, tokenizer, steps: int = 3) -> tuple[list[str], list[str]]:  # noqa: F811
     batches, _ = batches_of(root, tokenizer, 3 * steps)
     batches = [batch for batch in batches if batch["kind"] == "video"]
-    return [place for batch in batches for place in batch["where"]], [e for batch in batches for e in batch["errors"]]
+    return [place for batch in batches for place in batch["source"]], [e for batch in batches for e in batch["errors"]]
 
 
 def test_corrupt_members_are_skipped_and_counted_by_name(root, tmp_path, tokenizer):  # noqa: F811
@@ -317,7 +317,7 @@ def test_nothing_but_corrupt_samples_stops_the_run(root, tmp_path, tokenizer):  
 def test_a_tar_of_another_maker_can_be_read(tmp_path, tokenizer):  # noqa: F811
     """Folders in the names, a sample of two files in the other order, and members that are no files."""
     write_gif(tmp_path / "a.gif", 1)
-    texts = json.dumps({"where": "the web", "meaning": 3, "captions": ["a red three"], "qa": []}).encode()
+    texts = json.dumps({"source": "the web", "meaning": 3, "captions": ["a red three"], "qa": []}).encode()
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         folder = tarfile.TarInfo("clips")
         folder.type = tarfile.DIRTYPE
@@ -328,4 +328,4 @@ def test_a_tar_of_another_maker_can_be_read(tmp_path, tokenizer):  # noqa: F811
             tar.addfile(member, io.BytesIO(content))
     (tmp_path / "shards.json").write_text('{"kinds": {"video": [{"file": "x.tar", "samples": 1}]}}')
     (batch,), _ = batches_of(tmp_path, tokenizer, 1)
-    assert batch["where"] == [f"{tmp_path / 'x.tar'}:0 (the web)"] * 2 and batch["meaning"].tolist() == [3, 3]
+    assert batch["source"] == [f"{tmp_path / 'x.tar'}:0 (the web)"] * 2 and batch["meaning"].tolist() == [3, 3]

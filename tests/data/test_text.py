@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BertTokenizerFast
 
-from mplug2.data.text import SPECIAL_TOKENS, Tokenizer, clean, normalise
+from mplug2.data.text import SPECIAL_TOKENS, Tokenizer, clean, normalize
 
 # BERT's own files do not start with [PAD] [UNK] [CLS] either: ids must be looked up, never assumed.
 VOCAB = ["[UNK]", "[PAD]", "a", "the", "red", "seven", "play", "##ing", "##s", "[SEP]", "[CLS]", "[MASK]", "do", "not",
@@ -274,7 +274,7 @@ def test_clean():
 def test_clean_is_a_short_prefix_and_changes_nothing_the_second_time(text, max_words):
     cleaned = clean(text, max_words)
     assert clean(cleaned, max_words) == cleaned and len(cleaned.split()) <= max_words
-    assert normalise(text).startswith(cleaned)
+    assert normalize(text).startswith(cleaned)
 
 
 @settings(max_examples=100, deadline=None)

@@ -12,10 +12,10 @@ from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
-from mplug2.data.text import normalise
+from mplug2.data.text import normalize
 from mplug2.evaluation.captions import CiderD, bleu, cider_d, paper_captions, rouge_l
 from mplug2.evaluation.ranking import box_iou, f1, grounding_accuracy, matthews, pearson, retrieval, spearman, top_k
-from mplug2.evaluation.vqa import exact_match, vqa_accuracy, vqa_normalise
+from mplug2.evaluation.vqa import exact_match, vqa_accuracy, vqa_normalize
 
 captions = st.lists(st.sampled_from(["a", "red", "blue", "seven", "moves"]), max_size=9).map(" ".join)
 """Few words, so that n-grams are shared; often one word or none."""
@@ -136,13 +136,13 @@ def test_lists_that_do_not_fit_are_refused(metric):
     ("...", ""),
 ])
 def test_normalise(text, expected):
-    assert normalise(text) == expected
+    assert normalize(text) == expected
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.text())
 def test_normalise_changes_nothing_the_second_time(text):
-    assert normalise(normalise(text)) == normalise(text)
+    assert normalize(normalize(text)) == normalize(text)
 
 
 def test_exact_match():
@@ -254,7 +254,7 @@ def test_vqa_accuracy_normalises_as_the_official_evaluation():
     ("a", ""),
 ])
 def test_vqa_normalise(text, expected):
-    assert vqa_normalise(text) == expected
+    assert vqa_normalize(text) == expected
 
 
 def test_top_k():

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from mplug2.data.adapters import image, text, video
-from mplug2.data.adapters.source import Files, Found
+from mplug2.data.adapters.source import Files, ParsedRecord
 
-ADAPTERS: dict[str, Callable[[Files], Iterator[Found]]] = {
+ADAPTERS: dict[str, Callable[[Files], Iterator[ParsedRecord]]] = {
     "msrvtt_caption": video.msrvtt_caption,
     "msrvtt_qa": video.msrvtt_qa,
     "msrvtt_retrieval": video.msrvtt_retrieval,
@@ -88,7 +88,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, int]]] = {
 above each. Kinetics and the web sets shrink with time, so that no count can be expected of a download."""
 
 
-def read(name: str, files: Files) -> Iterator[Found]:
+def read(name: str, files: Files) -> Iterator[ParsedRecord]:
     """The records of a data set. Raises ValueError for an unknown name, RecordError for an annotation that is not as
     published, with its place, FileNotFoundError for an annotation file that is not there."""
     if name not in ADAPTERS:

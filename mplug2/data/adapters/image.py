@@ -4,9 +4,9 @@ import os
 from collections.abc import Iterator
 
 from mplug2.data.adapters.source import (
+    Annotation,
     Files,
-    Found,
-    Item,
+    ParsedRecord,
     fail,
     json_lines,
     json_list,
@@ -20,31 +20,31 @@ from mplug2.data.records import BOX_SLACK, RecordError
 # ---- captions --------------------------------------------------------------------------------------------------------
 
 
-def coco(files: Files) -> Iterator[Found]:
+def coco(files: Files) -> Iterator[ParsedRecord]:
     """dataset_coco.json, Karpathy's splits: `images` with filename, filepath, split, sentences (raw, ...), cocoid.
     "restval" is trained on. Each picture serves captioning and retrieval."""
     return _karpathy(files, "dataset_coco.json", "cocoid")
 
 
-def flickr30k(files: Files) -> Iterator[Found]:
+def flickr30k(files: Files) -> Iterator[ParsedRecord]:
     """dataset_flickr30k.json, as of COCO, but without filepath and cocoid."""
     return _karpathy(files, "dataset_flickr30k.json", "imgid")
 
 
-def _karpathy(files: Files, name: str, id_field: str) -> Iterator[Found]:
+def _karpathy(files: Files, name: str, id_field: str) -> Iterator[ParsedRecord]:
     splits = {"train": "train", "restval": "train", "val": "val", "test": "test"}
     for image in json_object(files.annotation(name)).items("images"):
         captions = [sentence.text("raw") for sentence in image.items("sentences")]
         if not captions:
-            fail(f"{image.where}: sentences", "one or more sentences", captions)
+            fail(f"{image.source}: sentences", "one or more sentences", captions)
         path = os.path.join(image.text("filepath") if "filepath" in image else "", image.text("filename"))
         for task in ("image_caption", "image_retrieval"):
-            yield Found(task, image.choice("split", splits), image.where, {
+            yield ParsedRecord(task, image.choice("split", splits), image.source, {
                 "id": image.key(id_field), "image": files.media("image", path), "captions": captions,
             })
 
 
-def nocaps(files: Files) -> Iterator[Found]:
+def nocaps(files: Files) -> Iterator[ParsedRecord]:
     """nocaps_val_4500_captions.json (`images` with id and file_name, `annotations` with image_id and caption) and
     nocaps_test_image_info.json (`images` only: the captions are kept by the server)."""
     for split, name in (("val", "nocaps_val_4500_captions.json"), ("test", "nocaps_test_image_info.json")):
@@ -63,27 +63,27 @@ def nocaps(files: Files) -> Iterator[Found]:
                 truth = {"captions": image.look_up("id", captions, "an image with captions")}
             else:
                 truth = {"unlabelled": True}
-            yield Found("image_caption", split, image.where, fields | truth)
+            yield ParsedRecord("image_caption", split, image.source, fields | truth)
 
 
-def visual_genome(files: Files) -> Iterator[Found]:
+def visual_genome(files: Files) -> Iterator[ParsedRecord]:
     """region_descriptions.json (id, regions with phrase) as captions, question_answers.json (id, qas with qa_id,
     question, answer). All for training; pictures are named by their id."""
     for image in json_list(files.annotation("region_descriptions.json")):
         phrases = [region.text("phrase") for region in image.items("regions")]
         if phrases:  # a few pictures have none
-            yield Found("image_caption", "train", image.where, {
+            yield ParsedRecord("image_caption", "train", image.source, {
                 "id": image.key("id"), "image": files.media("image", f"{image.key('id')}.jpg"), "captions": phrases,
             })
     for image in json_list(files.annotation("question_answers.json")):
         qa = [{"question": each.text("question"), "answers": [each.text("answer")]} for each in image.items("qas")]
         if qa:
-            yield Found("image_qa", "train", image.where, {
+            yield ParsedRecord("image_qa", "train", image.source, {
                 "id": image.key("id"), "image": files.media("image", f"{image.key('id')}.jpg"), "qa": qa,
             })
 
 
-def cc3m(files: Files) -> Iterator[Found]:
+def cc3m(files: Files) -> Iterator[ParsedRecord]:
     """Train_GCC-training.tsv and, if it is there, Validation_GCC-1.1.0-Validation.tsv: caption and address. The
     pictures of a split are named by the number of their row, from 0, in nine digits, as img2dataset does, and lie below
     a folder `train` and a folder `val`."""
@@ -92,12 +92,12 @@ def cc3m(files: Files) -> Iterator[Found]:
         yield from _web(files, "val", path, ["caption", "url"], "val")
 
 
-def cc12m(files: Files) -> Iterator[Found]:
+def cc12m(files: Files) -> Iterator[ParsedRecord]:
     """cc12m.tsv: address and caption, pictures as of CC3M."""
     return _web(files, "train", files.annotation("cc12m.tsv"), ["url", "caption"])
 
 
-def sbu(files: Files) -> Iterator[Found]:
+def sbu(files: Files) -> Iterator[ParsedRecord]:
     """sbu.tsv (caption and address), or the published pair SBU_captioned_photo_dataset_urls.txt and
     ..._captions.txt, line by line; pictures as of CC3M."""
     if path := files.optional("sbu.tsv"):
@@ -107,19 +107,19 @@ def sbu(files: Files) -> Iterator[Found]:
     captions = list(text_lines(files.annotation("SBU_captioned_photo_dataset_captions.txt")))
     if (count := sum(1 for _ in text_lines(urls))) != len(captions):
         raise RecordError(f"{urls} has {count} lines, but there are {len(captions)} captions; fetch both again")
-    for number, (where, caption) in enumerate(captions):
-        yield Found("image_caption", "train", where, {
+    for number, (source, caption) in enumerate(captions):
+        yield ParsedRecord("image_caption", "train", source, {
             "image": files.media("image", f"{number:09d}.jpg"), "captions": [caption],
         })
 
 
-def _web(files: Files, split: str, path, columns: list[str], folder: str = "") -> Iterator[Found]:
+def _web(files: Files, split: str, path, columns: list[str], folder: str = "") -> Iterator[ParsedRecord]:
     number = 0
     for row in table(path, "\t", columns, quoted=False):
         if number == 0 and list(row.values.values()) == columns:  # a line of names, which img2dataset wants there
             continue
         name = os.path.join(folder, f"{number:09d}.jpg")
-        yield Found("image_caption", split, row.where, {
+        yield ParsedRecord("image_caption", split, row.source, {
             "image": files.media("image", name), "captions": [row.text("caption")],
         })
         number += 1
@@ -128,7 +128,7 @@ def _web(files: Files, split: str, path, columns: list[str], folder: str = "") -
 # ---- questions, entailment, pairs, boxes -----------------------------------------------------------------------------
 
 
-def vqav2(files: Files) -> Iterator[Found]:
+def vqav2(files: Files) -> Iterator[ParsedRecord]:
     """v2_OpenEnded_mscoco_SPLIT_questions.json (`questions` with image_id, question, question_id) and
     v2_mscoco_SPLIT_annotations.json (`annotations` with question_id, answers (answer, ...), answer_type, ...) of
     train2014 and val2014; the questions of test2015 and test-dev2015 are for the server."""
@@ -149,39 +149,39 @@ def vqav2(files: Files) -> Iterator[Found]:
                 question["answers"] = [each.text("answer") for each in given.items("answers")]
                 question["kind"], truth = given.text("answer_type"), {}
                 if not question["answers"]:
-                    fail(f"{given.where}: answers", "one or more answers", [])
-            yield Found("image_qa", split, entry.where, {
+                    fail(f"{given.source}: answers", "one or more answers", [])
+            yield ParsedRecord("image_qa", split, entry.source, {
                 "id": entry.key("question_id"), "image": files.media("image", name), "qa": [question], **truth,
             })
 
 
-def snli_ve(files: Files) -> Iterator[Found]:
+def snli_ve(files: Files) -> Iterator[ParsedRecord]:
     """snli_ve_train.jsonl, snli_ve_dev.jsonl, snli_ve_test.jsonl: Flickr30K_ID, sentence2, gold_label, pairID, ..."""
     labels = {name: name for name in ("entailment", "neutral", "contradiction")}
     for split, name in (("train", "train"), ("val", "dev"), ("test", "test")):
         for entry in json_lines(files.annotation(f"snli_ve_{name}.jsonl")):
-            yield Found("visual_entailment", split, entry.where, {
+            yield ParsedRecord("visual_entailment", split, entry.source, {
                 "id": entry.text("pairID"), "image": files.media("image", f"{entry.key('Flickr30K_ID')}.jpg"),
                 "text": entry.text("sentence2"), "label": entry.choice("gold_label", labels),
             })
 
 
-def nlvr2(files: Files) -> Iterator[Found]:
+def nlvr2(files: Files) -> Iterator[ParsedRecord]:
     """train.json, dev.json, test1.json, an object a line: identifier (split-set-pair-sentence), sentence, label.
     The pictures are split-set-pair-img0.png and -img1.png."""
     for split, name in (("train", "train.json"), ("val", "dev.json"), ("test", "test1.json")):
         for entry in json_lines(files.annotation(name)):
             pair, dash, _ = entry.text("identifier").rpartition("-")
             if not dash:
-                fail(f"{entry.where}: identifier", "split-set-pair-sentence", entry.text("identifier"))
-            yield Found("image_pair_reasoning", split, entry.where, {
+                fail(f"{entry.source}: identifier", "split-set-pair-sentence", entry.text("identifier"))
+            yield ParsedRecord("image_pair_reasoning", split, entry.source, {
                 "id": entry.text("identifier"), "text": entry.text("sentence"),
                 "images": [files.media("image", f"{pair}-img{side}.png") for side in (0, 1)],
                 "label": entry.choice("label", {"True": "true", "False": "false"}),
             })
 
 
-def refcoco(files: Files, refs: str = "refs(unc).p") -> Iterator[Found]:
+def refcoco(files: Files, refs: str = "refs(unc).p") -> Iterator[ParsedRecord]:
     """refs(unc).p (a list of ref_id, ann_id, image_id, split, sentences with sent) and instances.json (`images` with
     id, file_name, width, height; `annotations` with id, bbox): RefCOCO and RefCOCO+, each in a folder of its own."""
     instances = json_object(files.annotation("instances.json"))
@@ -192,33 +192,33 @@ def refcoco(files: Files, refs: str = "refs(unc).p") -> Iterator[Found]:
         image = ref.look_up("image_id", images, "the id of one of the images of instances.json")
         box = _box(ref.look_up("ann_id", boxes, "the id of one of the annotations of instances.json"), image)
         for number, sentence in enumerate(ref.items("sentences")):
-            yield Found("grounding", ref.choice("split", splits), ref.where, {
+            yield ParsedRecord("grounding", ref.choice("split", splits), ref.source, {
                 "id": f"{ref.key('ref_id')}-{number}", "image": files.media("image", image.text("file_name")),
                 "text": sentence.text("sent"), "box": box,
             })
 
 
-def refcocog(files: Files) -> Iterator[Found]:
+def refcocog(files: Files) -> Iterator[ParsedRecord]:
     """The same of RefCOCOg, in UMD's splits: refs(umd).p and instances.json."""
     return refcoco(files, "refs(umd).p")
 
 
-def _box(entry: Item, image: Item) -> list[float]:
+def _box(entry: Annotation, image: Annotation) -> list[float]:
     """bbox (left, top, width, height in pixels) -> centre x, centre y, width, height in shares of the picture."""
     width, height, bbox = image.number("width"), image.number("height"), entry.get("bbox")
     if not isinstance(bbox, list) or len(bbox) != 4:
-        fail(f"{entry.where}: bbox", "four numbers, left, top, width, height", bbox)
-    left, top, w, h = (Item(f"{entry.where}: bbox[{k}]", {"": value}).number("") for k, value in enumerate(bbox))
+        fail(f"{entry.source}: bbox", "four numbers, left, top, width, height", bbox)
+    left, top, w, h = (Annotation(f"{entry.source}: bbox[{k}]", {"": value}).number("") for k, value in enumerate(bbox))
     inside = left >= 0 and top >= 0 and w > 0 and h > 0
     if not inside or left + w > width * (1 + BOX_SLACK) or top + h > height * (1 + BOX_SLACK):
-        fail(f"{entry.where}: bbox", f"a box with an area inside the picture, {width:g} x {height:g} pixels", bbox)
+        fail(f"{entry.source}: bbox", f"a box with an area inside the picture, {width:g} x {height:g} pixels", bbox)
     return [(left + w / 2) / width, (top + h / 2) / height, min(1.0, w / width), min(1.0, h / height)]
 
 
 # ---- classes ---------------------------------------------------------------------------------------------------------
 
 
-def imagenet(files: Files) -> Iterator[Found]:
+def imagenet(files: Files) -> Iterator[ParsedRecord]:
     """Folders train/CLASS/ and val/CLASS/ of pictures. With LOC_synset_mapping.txt (n01440764, blank, its names,
     separated by commas) classes get the first of their names, and their number too where two share it."""
     names: dict[str, str] = {}
@@ -232,9 +232,9 @@ def imagenet(files: Files) -> Iterator[Found]:
         if not pictures:
             raise FileNotFoundError(f"{files.root / split}: no pictures; expected {split}/CLASS/PICTURE")
         for path in pictures:
-            entry = Item(str(files.root / path), {"folder": path.split("/")[1]})
+            entry = Annotation(str(files.root / path), {"folder": path.split("/")[1]})
             if split == "train":
                 classes.setdefault(entry.text("folder"), names.get(entry.text("folder"), entry.text("folder")))
-            yield Found("image_classification", split, entry.where, {
+            yield ParsedRecord("image_classification", split, entry.source, {
                 "image": path, "label": entry.choice("folder", classes),
             })

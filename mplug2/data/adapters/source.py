@@ -18,44 +18,44 @@ from mplug2.data.records import RecordError
 SUFFIXES = {"image": STILL_SUFFIXES + ANIMATION_SUFFIXES, "video": VIDEO_SUFFIXES + ANIMATION_SUFFIXES}
 
 
-def fail(where: str, expected: str, found: Any) -> NoReturn:
-    raise RecordError(f"{where}: expected {expected}; found {reprlib.repr(found)}")
+def fail(source: str, expected: str, found: Any) -> NoReturn:
+    raise RecordError(f"{source}: expected {expected}; found {reprlib.repr(found)}")
 
 
 @dataclass(frozen=True)
-class Found:
+class ParsedRecord:
     """One of our records, made from a published annotation."""
 
     task: str
     split: str
-    where: str
+    source: str
     """The file and line, or file and entry, that it comes from."""
     fields: dict[str, Any]
     """Fields of `records.RECORD_FIELDS`; media as paths relative to the download."""
 
 
-class Item:
+class Annotation:
     """One annotation, an object of a JSON file or a row of a table. Its methods raise RecordError, with its place, for
     a field that is missing or not what they expect."""
 
-    def __init__(self, where: str, values: Any):
+    def __init__(self, source: str, values: Any):
         if not isinstance(values, dict):
-            fail(where, "an object with named fields", values)
-        self.where, self.values = where, values
+            fail(source, "an object with named fields", values)
+        self.source, self.values = source, values
 
     def __contains__(self, name: str) -> bool:
         return name in self.values
 
     def get(self, name: str) -> Any:
         if name not in self.values:
-            raise RecordError(f"{self.where}: field {name!r} is missing; there are {', '.join(map(str, self.values))}")
+            raise RecordError(f"{self.source}: field {name!r} is missing; there are {', '.join(map(str, self.values))}")
         return self.values[name]
 
     def text(self, name: str) -> str:
         """A string that is not blank."""
         value = self.get(name)
         if not isinstance(value, str) or not value.strip():
-            fail(f"{self.where}: {name}", "a text that is not empty", value)
+            fail(f"{self.source}: {name}", "a text that is not empty", value)
         return value.strip()
 
     def texts(self, name: str) -> list[str]:
@@ -63,8 +63,8 @@ class Item:
         value = self.get(name)
         values = [value] if isinstance(value, str) else value
         if not isinstance(values, list) or not values:
-            fail(f"{self.where}: {name}", "one or more texts", value)
-        return [Item(f"{self.where}: {name}[{k}]", {"text": text}).text("text") for k, text in enumerate(values)]
+            fail(f"{self.source}: {name}", "one or more texts", value)
+        return [Annotation(f"{self.source}: {name}[{k}]", {"text": text}).text("text") for k, text in enumerate(values)]
 
     def key(self, name: str) -> str:
         """A string or an integer that names something."""
@@ -78,7 +78,7 @@ class Item:
         except (TypeError, ValueError):
             number = math.nan
         if not math.isfinite(number):
-            fail(f"{self.where}: {name}", "a number", value)
+            fail(f"{self.source}: {name}", "a number", value)
         return number
 
     def choice(self, name: str, choices: dict[str, str]) -> str:
@@ -86,21 +86,21 @@ class Item:
         value = self.key(name)
         if value not in choices:
             few = len(choices) <= 12
-            fail(f"{self.where}: {name}", f"one of {', '.join(choices) if few else f'{len(choices)} names'}", value)
+            fail(f"{self.source}: {name}", f"one of {', '.join(choices) if few else f'{len(choices)} names'}", value)
         return choices[value]
 
-    def items(self, name: str) -> list["Item"]:
+    def items(self, name: str) -> list["Annotation"]:
         """A list of objects."""
         value = self.get(name)
         if not isinstance(value, list):
-            fail(f"{self.where}: {name}", "a list", value)
-        return [Item(f"{self.where}: {name}[{k}]", each) for k, each in enumerate(value)]
+            fail(f"{self.source}: {name}", "a list", value)
+        return [Annotation(f"{self.source}: {name}[{k}]", each) for k, each in enumerate(value)]
 
     def look_up(self, name: str, table: dict[str, Any], what: str) -> Any:
         """The entry of another list that a field refers to."""
         key = self.key(name)
         if key not in table:
-            fail(f"{self.where}: {name}", what, key)
+            fail(f"{self.source}: {name}", what, key)
         return table[key]
 
 
@@ -117,12 +117,12 @@ def read_json(path: Path) -> Any:
         raise RecordError(f"{path}: expected JSON in UTF-8: {error}; fetch the file again") from error
 
 
-def json_object(path: Path) -> Item:
-    return Item(str(path), read_json(path))
+def json_object(path: Path) -> Annotation:
+    return Annotation(str(path), read_json(path))
 
 
-def json_list(path: Path) -> list[Item]:
-    return Item(str(path), {"entry": read_json(path)}).items("entry")
+def json_list(path: Path) -> list[Annotation]:
+    return Annotation(str(path), {"entry": read_json(path)}).items("entry")
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
@@ -137,37 +137,37 @@ def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
 
 def text_lines(path: Path) -> Iterator[tuple[str, str]]:
     """(place, line) of each line that is not blank, without the blanks around it."""
-    return ((where, line.strip()) for where, line in numbered_lines(path) if line.strip())
+    return ((source, line.strip()) for source, line in numbered_lines(path) if line.strip())
 
 
-def json_lines(path: Path) -> Iterator[Item]:
-    for where, line in text_lines(path):
+def json_lines(path: Path) -> Iterator[Annotation]:
+    for source, line in text_lines(path):
         try:
-            yield Item(where, json.loads(line))
+            yield Annotation(source, json.loads(line))
         except json.JSONDecodeError as error:
-            raise RecordError(f"{where}: expected a JSON object, {error.msg}") from error
+            raise RecordError(f"{source}: expected a JSON object, {error.msg}") from error
 
 
 def table(
     path: Path, delimiter: str, columns: list[str] | None = None, quoted: bool = True, faulty: list[str] | None = None
-) -> Iterator[Item]:
+) -> Iterator[Annotation]:
     """Rows of a CSV or TSV file, whose first line names the columns unless `columns` does. Every row must have as many
     cells. `quoted`: cells may stand in quotes, as in CSV; in most TSV files a quote is a quote. `faulty`: where
     to note rows of another number of cells, for a file that is known to have some, in place of an error."""
-    for where, row in _quoted_rows(path, delimiter) if quoted else _rows(path, delimiter):
+    for source, row in _quoted_rows(path, delimiter) if quoted else _rows(path, delimiter):
         if columns is None:
             columns = [cell.strip() for cell in row]
         elif len(row) == len(columns):
-            yield Item(where, dict(zip(columns, row, strict=True)))
+            yield Annotation(source, dict(zip(columns, row, strict=True)))
         elif faulty is None:
-            fail(where, f"{len(columns)} columns ({', '.join(columns)})", row)
+            fail(source, f"{len(columns)} columns ({', '.join(columns)})", row)
         else:
-            faulty.append(f"{where}: {len(row)} columns, not {len(columns)}")
+            faulty.append(f"{source}: {len(row)} columns, not {len(columns)}")
 
 
 def _rows(path: Path, delimiter: str) -> Iterator[tuple[str, list[str]]]:
-    lines = ((where, line.rstrip("\r\n")) for where, line in numbered_lines(path))
-    return ((where, line.split(delimiter)) for where, line in lines if line)
+    lines = ((source, line.rstrip("\r\n")) for source, line in numbered_lines(path))
+    return ((source, line.split(delimiter)) for source, line in lines if line)
 
 
 def _quoted_rows(path: Path, delimiter: str) -> Iterator[tuple[str, list[str]]]:
@@ -184,14 +184,14 @@ class _Plain(pickle.Unpickler):
         raise RecordError(f"it holds {module}.{name}, where lists, dictionaries, strings and numbers are expected")
 
 
-def pickle_list(path: Path) -> list[Item]:
+def pickle_list(path: Path) -> list[Annotation]:
     """A list of objects in a pickle, of which nothing is run: anything but plain data is refused."""
     try:
         with path.open("rb") as file:
             content = _Plain(file, encoding="latin1").load()  # RefCOCO's were written by Python 2
     except (RecordError, pickle.UnpicklingError, EOFError, AttributeError, ValueError) as error:
         raise RecordError(f"{path} cannot be read: {error}; fetch it again from its publisher") from error
-    return Item(str(path), {"entry": content}).items("entry")
+    return Annotation(str(path), {"entry": content}).items("entry")
 
 
 # ---- the files of a download -----------------------------------------------------------------------------------------

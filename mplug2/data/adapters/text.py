@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mplug2.data.adapters.source import Files, Found, Item, fail, table
+from mplug2.data.adapters.source import Annotation, Files, ParsedRecord, fail, table
 
 NO_YES = {"0": "not_entailment", "1": "entailment"}
 ENTAILMENT = {"entailment": "entailment", "not_entailment": "not_entailment"}
@@ -39,7 +39,7 @@ GLUE = {
 COLA_COLUMNS = ["source", "label", "mark", "sentence"]  # its files for training and validation have no names
 
 
-def glue(files: Files, name: str) -> Iterator[Found]:
+def glue(files: Files, name: str) -> Iterator[ParsedRecord]:
     """train.tsv, dev.tsv and test.tsv, alone in the download or in the folder of their task (CoLA/, SST-2/, ...). In
     QQP's published files line breaks cut a few rows in two, and two have no second question: they are left out, and
     named."""
@@ -54,7 +54,7 @@ def glue(files: Files, name: str) -> Iterator[Found]:
         columns = COLA_COLUMNS if name == "cola" and labelled else None
         for number, row in enumerate(table(path, "\t", columns, False, faulty)) if path else ():
             if faulty is not None and not all(row.get(column).strip() for column in task.texts):
-                faulty.append(f"{row.where}: a question is empty")
+                faulty.append(f"{row.source}: a question is empty")
                 continue
             texts = [row.text(column) for column in task.texts]
             fields = {"text": texts[0]} if len(texts) == 1 else {"texts": texts}
@@ -64,11 +64,11 @@ def glue(files: Files, name: str) -> Iterator[Found]:
                 index = next((row.key(column) for column in ("index", "id") if column in row), str(number))
                 fields |= {"id": index, "unlabelled": True}
             kind = "text_classification" if len(texts) == 1 else "text_pair_classification"
-            yield Found(kind, split, row.where, fields)
+            yield ParsedRecord(kind, split, row.source, fields)
 
 
-def _score(row: Item, column: str) -> float:
+def _score(row: Annotation, column: str) -> float:
     value = row.number(column)
     if not 0 <= value <= 5:
-        fail(f"{row.where}: {column}", "a score from 0 to 5", row.get(column))
+        fail(f"{row.source}: {column}", "a score from 0 to 5", row.get(column))
     return value

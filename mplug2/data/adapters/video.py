@@ -1,13 +1,23 @@
 """Public data sets of clips: published annotation files to our records.
 
-Each function takes the `Files` of a download and yields `Found`s. Its docstring names the files that it expects; clips
+Each function takes the `Files` of a download and yields `ParsedRecord`s. Its docstring names the files that it expects; clips
 are found by their names, wherever in the download they lie.
 """
 
 import os
 from collections.abc import Iterator
 
-from mplug2.data.adapters.source import Files, Found, Item, fail, json_lines, json_list, json_object, table, text_lines
+from mplug2.data.adapters.source import (
+    Annotation,
+    Files,
+    ParsedRecord,
+    fail,
+    json_lines,
+    json_list,
+    json_object,
+    table,
+    text_lines,
+)
 
 Captions = dict[str, list[str]]
 
@@ -15,7 +25,7 @@ Captions = dict[str, list[str]]
 # ---- MSR-VTT ---------------------------------------------------------------------------------------------------------
 
 
-def msrvtt_caption(files: Files) -> Iterator[Found]:
+def msrvtt_caption(files: Files) -> Iterator[ParsedRecord]:
     """train_val_videodatainfo.json and test_videodatainfo.json, each with `videos` (video_id, split) and `sentences`
     (video_id, caption)."""
     for name in ("train_val_videodatainfo.json", "test_videodatainfo.json"):
@@ -24,12 +34,12 @@ def msrvtt_caption(files: Files) -> Iterator[Found]:
         for video_id, captions in _msrvtt_sentences(info, videos).items():
             video = videos[video_id]
             split = video.choice("split", {"train": "train", "validate": "val", "test": "test"})
-            yield Found("video_caption", split, video.where, {
+            yield ParsedRecord("video_caption", split, video.source, {
                 "id": video_id, "video": files.media("video", video_id), "captions": captions,
             })
 
 
-def _msrvtt_sentences(info: Item, videos: dict) -> Captions:
+def _msrvtt_sentences(info: Annotation, videos: dict) -> Captions:
     captions: Captions = {}
     for sentence in info.items("sentences"):
         sentence.look_up("video_id", videos, "the video_id of one of the videos")
@@ -37,37 +47,37 @@ def _msrvtt_sentences(info: Item, videos: dict) -> Captions:
     return captions
 
 
-def msrvtt_retrieval(files: Files, train: str = "MSRVTT_train.9k.csv") -> Iterator[Found]:
+def msrvtt_retrieval(files: Files, train: str = "MSRVTT_train.9k.csv") -> Iterator[ParsedRecord]:
     """MSRVTT_data.json (as above, all splits), MSRVTT_train.9k.csv (video_id), and the 1k-A test set
     MSRVTT_JSFUSION_test.csv (key, vid_key, video_id, sentence): one sentence a clip."""
     info = json_object(files.annotation("MSRVTT_data.json"))
     captions = _msrvtt_sentences(info, {video.text("video_id"): video for video in info.items("videos")})
     for row in table(files.annotation(train), ","):
-        yield Found("video_retrieval", "train", row.where, {
+        yield ParsedRecord("video_retrieval", "train", row.source, {
             "id": row.text("video_id"), "video": files.media("video", row.text("video_id")),
             "captions": row.look_up("video_id", captions, "a clip that MSRVTT_data.json has sentences of"),
         })
     for row in table(files.annotation("MSRVTT_JSFUSION_test.csv"), ","):
-        yield Found("video_retrieval", "test", row.where, {
+        yield ParsedRecord("video_retrieval", "test", row.source, {
             "id": row.text("video_id"), "video": files.media("video", row.text("video_id")),
             "captions": [row.text("sentence")],
         })
 
 
-def msrvtt_retrieval_7k(files: Files) -> Iterator[Found]:
+def msrvtt_retrieval_7k(files: Files) -> Iterator[ParsedRecord]:
     """The same with the smaller training set, MSRVTT_train.7k.csv."""
     return msrvtt_retrieval(files, "MSRVTT_train.7k.csv")
 
 
-def msrvtt_qa(files: Files) -> Iterator[Found]:
+def msrvtt_qa(files: Files) -> Iterator[ParsedRecord]:
     """train_qa.json, val_qa.json, test_qa.json: lists of question, answer, id, video_id (a number)."""
     return _qa(files, lambda entry: f"video{entry.key('video_id')}")
 
 
-def _qa(files: Files, clip_of) -> Iterator[Found]:
+def _qa(files: Files, clip_of) -> Iterator[ParsedRecord]:
     for split in ("train", "val", "test"):
         for entry in json_list(files.annotation(f"{split}_qa.json")):
-            yield Found("video_qa", split, entry.where, {
+            yield ParsedRecord("video_qa", split, entry.source, {
                 "id": entry.key("id"), "video": files.media("video", clip_of(entry)),
                 "qa": [{"question": entry.text("question"), "answers": [entry.text("answer")]}],
             })
@@ -76,39 +86,39 @@ def _qa(files: Files, clip_of) -> Iterator[Found]:
 # ---- MSVD ------------------------------------------------------------------------------------------------------------
 
 
-def msvd_caption(files: Files) -> Iterator[Found]:
+def msvd_caption(files: Files) -> Iterator[ParsedRecord]:
     """AllVideoDescriptions.txt (clip, blank, description; comments start with #), train_list.txt, val_list.txt and
     test_list.txt (a clip a line)."""
     return _msvd(files, "video_caption")
 
 
-def msvd_retrieval(files: Files) -> Iterator[Found]:
+def msvd_retrieval(files: Files) -> Iterator[ParsedRecord]:
     """The same files."""
     return _msvd(files, "video_retrieval")
 
 
-def _msvd(files: Files, task: str) -> Iterator[Found]:
+def _msvd(files: Files, task: str) -> Iterator[ParsedRecord]:
     captions: Captions = {}
-    for where, line in text_lines(files.annotation("AllVideoDescriptions.txt")):
+    for source, line in text_lines(files.annotation("AllVideoDescriptions.txt")):
         if not line.startswith("#"):
             clip, _, text = line.partition(" ")
-            captions.setdefault(clip, []).append(Item(where, {"description": text}).text("description"))
+            captions.setdefault(clip, []).append(Annotation(source, {"description": text}).text("description"))
     for split in ("train", "val", "test"):
-        for where, clip in text_lines(files.annotation(f"{split}_list.txt")):
-            entry = Item(where, {"clip": clip})
-            yield Found(task, split, where, {
+        for source, clip in text_lines(files.annotation(f"{split}_list.txt")):
+            entry = Annotation(source, {"clip": clip})
+            yield ParsedRecord(task, split, source, {
                 "id": clip, "video": files.media("video", clip),
                 "captions": entry.look_up("clip", captions, "a clip of AllVideoDescriptions.txt"),
             })
 
 
-def msvd_qa(files: Files) -> Iterator[Found]:
+def msvd_qa(files: Files) -> Iterator[ParsedRecord]:
     """train_qa.json, val_qa.json, test_qa.json as of MSR-VTT, and youtube_mapping.txt (clip, blank, vid<number>)."""
     clips = {}
-    for where, line in text_lines(files.annotation("youtube_mapping.txt")):
+    for source, line in text_lines(files.annotation("youtube_mapping.txt")):
         clip, _, number = line.rpartition(" ")
         if not clip or not number.startswith("vid"):
-            fail(where, "a clip and its number, such as mv89psg6zh4_33_46 vid1", line)
+            fail(source, "a clip and its number, such as mv89psg6zh4_33_46 vid1", line)
         clips[number.removeprefix("vid")] = clip
     return _qa(files, lambda entry: entry.look_up("video_id", clips, "a number of youtube_mapping.txt"))
 
@@ -116,21 +126,21 @@ def msvd_qa(files: Files) -> Iterator[Found]:
 # ---- others ----------------------------------------------------------------------------------------------------------
 
 
-def tgif_qa(files: Files) -> Iterator[Found]:
+def tgif_qa(files: Files) -> Iterator[ParsedRecord]:
     """FrameQA: Train_frameqa_question.csv and Test_frameqa_question.csv, separated by tabs: gif_name, question, answer,
     type (0 to 3), vid_id, ..."""
     kinds = {"0": "object", "1": "number", "2": "color", "3": "location"}
     for split in ("train", "test"):
         name = f"{split.title()}_frameqa_question"
         for row in table(files.annotation(f"{name}.csv", f"{name}.tsv"), "\t"):
-            yield Found("video_qa", split, row.where, {
+            yield ParsedRecord("video_qa", split, row.source, {
                 "video": files.media("video", f"{row.text('gif_name')}.gif"),
                 "qa": [{"question": row.text("question"), "answers": [row.text("answer")],
                         "kind": row.choice("type", kinds)}],
             })
 
 
-def didemo(files: Files) -> Iterator[Found]:
+def didemo(files: Files) -> Iterator[ParsedRecord]:
     """train_data.json, val_data.json, test_data.json: lists of video, description, annotation_id, times, ... As in
     paragraph retrieval, the text of a clip is all of its descriptions, one after the other."""
     for split in ("train", "val", "test"):
@@ -138,14 +148,14 @@ def didemo(files: Files) -> Iterator[Found]:
         places = {}
         for entry in json_list(files.annotation(f"{split}_data.json")):
             texts.setdefault(entry.text("video"), []).append(entry.text("description"))
-            places.setdefault(entry.text("video"), entry.where)
+            places.setdefault(entry.text("video"), entry.source)
         for video, descriptions in texts.items():
-            yield Found("video_retrieval", split, places[video], {
+            yield ParsedRecord("video_retrieval", split, places[video], {
                 "id": video, "video": files.media("video", video), "captions": [" ".join(descriptions)],
             })
 
 
-def lsmdc(files: Files) -> Iterator[Found]:
+def lsmdc(files: Files) -> Iterator[ParsedRecord]:
     """LSMDC16_annos_training.csv, LSMDC16_annos_val.csv and LSMDC16_challenge_1000_publictect.csv: tabs, no names;
     first the clip, last the sentence, times between them. A clip may have several lines: they mean the same."""
     names = {"train": "LSMDC16_annos_training.csv", "val": "LSMDC16_annos_val.csv",
@@ -154,22 +164,22 @@ def lsmdc(files: Files) -> Iterator[Found]:
     for split, name in names.items():
         for row in table(files.annotation(name), "\t", columns, quoted=False):
             clip = row.text("clip")
-            yield Found("video_retrieval", split, row.where, {
+            yield ParsedRecord("video_retrieval", split, row.source, {
                 "video": files.media("video", f"{clip}.avi"), "captions": [row.text("sentence")], "meaning": clip,
             })
 
 
-def webvid(files: Files) -> Iterator[Found]:
+def webvid(files: Files) -> Iterator[ParsedRecord]:
     """results_2M_train.csv and results_2M_val.csv (or 10M): videoid, contentUrl, duration, page_dir, name."""
     for split in ("train", "val"):
         for row in table(files.annotation(f"results_2M_{split}.csv", f"results_10M_{split}.csv"), ","):
             video = os.path.join(row.text("page_dir"), f"{row.key('videoid')}.mp4")
-            yield Found("video_caption", split, row.where, {
+            yield ParsedRecord("video_caption", split, row.source, {
                 "id": row.key("videoid"), "video": files.media("video", video), "captions": [row.text("name")],
             })
 
 
-def kinetics(files: Files) -> Iterator[Found]:
+def kinetics(files: Files) -> Iterator[ParsedRecord]:
     """train.csv, val.csv (or validate.csv) and, if there is one with labels, test.csv: label, youtube_id, time_start,
     time_end, split. Clips are named youtube_id_start_end, the times as six digits."""
     classes: dict[str, str] = {}
@@ -181,12 +191,12 @@ def kinetics(files: Files) -> Iterator[Found]:
             if split == "train":
                 classes[row.text("label")] = row.text("label")
             name = f"{row.text('youtube_id')}_{row.number('time_start'):06.0f}_{row.number('time_end'):06.0f}"
-            yield Found("video_classification", split, row.where, {
+            yield ParsedRecord("video_classification", split, row.source, {
                 "id": name, "video": files.media("video", name), "label": row.choice("label", classes),
             })
 
 
-def ssv2(files: Files) -> Iterator[Found]:
+def ssv2(files: Files) -> Iterator[ParsedRecord]:
     """Something-Something v2: train.json and validation.json (lists of id, label, template, placeholders) and
     labels.json (template: number), as they are or with something-something-v2- before their names. The class is the
     template without brackets."""
@@ -195,8 +205,8 @@ def ssv2(files: Files) -> Iterator[Found]:
     for split, name in (("train", "train.json"), ("val", "validation.json")):
         for entry in json_list(files.annotation(f"something-something-v2-{name}", name)):
             template = entry.text("template").replace("[", "").replace("]", "")
-            label = Item(entry.where, {"template": template}).choice("template", classes)
-            yield Found("video_classification", split, entry.where, {
+            label = Annotation(entry.source, {"template": template}).choice("template", classes)
+            yield ParsedRecord("video_classification", split, entry.source, {
                 "id": entry.key("id"), "video": files.media("video", f"{entry.key('id')}.webm"), "label": label,
             })
 
@@ -204,7 +214,7 @@ def ssv2(files: Files) -> Iterator[Found]:
 # ---- the files released with mPLUG-2 ---------------------------------------------------------------------------------
 
 
-def mplug2_caption(files: Files) -> Iterator[Found]:
+def mplug2_caption(files: Files) -> Iterator[ParsedRecord]:
     """train.jsonl (video_id, caption: one line a caption) and test.jsonl (video_id, golden_captions: all of them)."""
     for split in ("train", "val", "test"):
         captions: Captions = {}
@@ -213,34 +223,34 @@ def mplug2_caption(files: Files) -> Iterator[Found]:
             gold = next((name for name in ("golden_captions", "golden_caption", "gold_caption") if name in entry), "")
             clip = entry.text("video_id")
             captions.setdefault(clip, []).extend(entry.texts(gold or "caption"))
-            places.setdefault(clip, entry.where)
+            places.setdefault(clip, entry.source)
         for clip, texts in captions.items():
-            yield Found("video_caption", split, places[clip], {
+            yield ParsedRecord("video_caption", split, places[clip], {
                 "id": clip, "video": files.media("video", clip), "captions": texts,
             })
 
 
-def mplug2_qa(files: Files) -> Iterator[Found]:
+def mplug2_qa(files: Files) -> Iterator[ParsedRecord]:
     """train.jsonl and test.jsonl: video_id, question, answer."""
     for split in ("train", "val", "test"):
         for entry in _released(files, split):
-            yield Found("video_qa", split, entry.where, {
+            yield ParsedRecord("video_qa", split, entry.source, {
                 "video": files.media("video", entry.text("video_id")),
                 "qa": [{"question": entry.text("question"), "answers": [entry.text("answer")]}],
             })
 
 
-def mplug2_retrieval(files: Files) -> Iterator[Found]:
+def mplug2_retrieval(files: Files) -> Iterator[ParsedRecord]:
     """train.jsonl and test.jsonl: clip_name (or video, a file name) and caption, one or a list. Lines of the same clip
     mean the same."""
     for split in ("train", "val", "test"):
         for entry in _released(files, split):
             clip = entry.text("clip_name" if "clip_name" in entry or "video" not in entry else "video")
-            yield Found("video_retrieval", split, entry.where, {
+            yield ParsedRecord("video_retrieval", split, entry.source, {
                 "video": files.media("video", clip), "captions": entry.texts("caption"), "meaning": clip,
             })
 
 
-def _released(files: Files, split: str) -> Iterator[Item]:
+def _released(files: Files, split: str) -> Iterator[Annotation]:
     path = files.optional("val.jsonl") if split == "val" else files.annotation(f"{split}.jsonl")
     return json_lines(path) if path else iter(())
