@@ -25,8 +25,8 @@ from mplug2.data.media import is_media
 from mplug2.data.records import available, read_records
 from mplug2.data.text import clean
 from mplug2.evaluation import submissions
-from mplug2.evaluation.chance import chance
-from mplug2.evaluation.evaluate import Prediction, evaluate, table
+from mplug2.evaluation.chance import chance_level
+from mplug2.evaluation.evaluate import Prediction, evaluate, format_table
 from mplug2.predictor import Predictor, load
 from mplug2.tools.plots import attention, contact_sheet
 from mplug2.training.flags import Parser
@@ -86,8 +86,8 @@ class EvalConfig:
             raise ValueError(f"--input {self.input}: no such file or folder")
         if self.input and bool(self.find) != Path(self.input).is_dir():
             raise ValueError("--find searches a folder, and a folder needs --find; captions are of one file")
-        if self.server and self.server not in submissions.TASKS:
-            raise ValueError(f"--server {self.server}: expected one of {', '.join(submissions.TASKS)}")
+        if self.server and self.server not in submissions.BENCHMARKS:
+            raise ValueError(f"--server {self.server}: expected one of {', '.join(submissions.BENCHMARKS)}")
         if self.limit < 0 or self.beams < 1:
             raise ValueError("--limit has to be at least 0 and --beams at least 1")
 
@@ -113,8 +113,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 def try_on(predictor: Predictor, config: EvalConfig) -> None:
     """Caption, answer or search files of the user's."""
     if config.attention:
-        written, looks = predictor.look(config.input, config.question)
-        attention(config.input, predictor.preparation.frames, looks, written, config.question, Path(config.attention))
+        written, looks = predictor.explain(config.input, config.question)
+        attention(config.input, predictor.preprocess.frames, looks, written, config.question, Path(config.attention))
         print(f"{written}\nattention: {config.attention}")
     elif config.find:
         files = sorted(path for path in Path(config.input).rglob("*") if is_media(path))
@@ -137,23 +137,24 @@ def score(predictor: Predictor, config: EvalConfig) -> dict[str, float]:
     if not splits:
         raise ValueError(f"{root} has none of the splits {config.splits}; it has {', '.join(sorted(there))}")
     tasks = None if config.task == "all" else config.task.split(",")
-    among = answer_list(config.answers, root)
+    answer_list = read_answer_list(config.answers, root)
     folder = Path(config.checkpoint) / "eval"
     folder.mkdir(exist_ok=True)
     by_split, flat, lines = {}, {}, []
     for split in splits:
         by_split[split], predictions = evaluate(
-            predictor, root, split, config.limit or None, tasks, among, config.beams, config.paper_captions,
+            predictor, root, split, config.limit or None, tasks, answer_list, config.beams, config.paper_captions,
             config.all_captions,
         )
         flat |= {f"{split}/{name}": value for name, value in by_split[split].items()}
         lines += [json.dumps(prediction.line(split)) + "\n" for prediction in predictions]
         if config.server:
-            pairs = [(p.id, str(p.prediction)) for p in predictions if p.task == submissions.TASKS[config.server]]
-            print(f"for the server of {config.server}: {submissions.write(config.server, folder, split, pairs)}")
+            pairs = [(p.id, str(p.prediction)) for p in predictions if p.task == submissions.BENCHMARKS[config.server]]
+            file = submissions.write_submission(config.server, folder, split, pairs)
+            print(f"for the server of {config.server}: {file}")
         seen = [prediction for prediction in predictions if prediction.media and prediction.truth]
         if seen:
-            contact_sheet(sample(seen, 16), predictor.preparation.frames, folder / f"contact_sheet_{split}.png")
+            contact_sheet(sample(seen, 16), predictor.preprocess.frames, folder / f"contact_sheet_{split}.png")
     if not flat and not lines:
         raise ValueError(f"{root} has no data, in the splits {config.splits}, for what this checkpoint can do "
                          f"(task {config.task}, trained for {predictor.model.task})")
@@ -161,8 +162,9 @@ def score(predictor: Predictor, config: EvalConfig) -> dict[str, float]:
     file = Path(config.json) if config.json else folder / "metrics.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(flat, indent=2) + "\n")
-    by_chance = chance(root, splits[0], config.limit or None)
-    print(table({**by_split, "chance": {name: by_chance[name] for name in by_split[splits[0]] if name in by_chance}}))
+    by_chance = chance_level(root, splits[0], config.limit or None)
+    print(format_table({**by_split, "chance": {name: by_chance[name]
+          for name in by_split[splits[0]] if name in by_chance}}))
     if any("caption_" in name for name in flat):
         print("captions scored: on lower-case words without punctuation, by this repository"
               + ("; caption_paper_*: on Penn Treebank tokens, by pycocoevalcap" if config.paper_captions else ""))
@@ -170,7 +172,7 @@ def score(predictor: Predictor, config: EvalConfig) -> dict[str, float]:
     return flat
 
 
-def answer_list(answers: str, root: Path) -> list[str] | None:
+def read_answer_list(answers: str, root: Path) -> list[str] | None:
     """The different answers, in the order in which they come first."""
     if not answers:
         return None

@@ -35,7 +35,7 @@ import torch
 
 import tiny_data
 from mplug2 import distributed
-from mplug2.checkpoint import Preparation, load_model, read_config
+from mplug2.checkpoint import PreprocessConfig, load_model, read_config
 from mplug2.config import PRESETS, ModelConfig
 from mplug2.data.batches import Collate, MixedBatches
 from mplug2.data.loader import make_loader, prefetch
@@ -44,7 +44,7 @@ from mplug2.data.samples import Sample, Samples, check_texts, read_classes, read
 from mplug2.data.shards import ReaderState, ShardSet, is_shards, read_shards, stream_batches
 from mplug2.data.text import Tokenizer, clean
 from mplug2.data.transforms import Augmentation
-from mplug2.evaluation.evaluate import evaluate, table
+from mplug2.evaluation.evaluate import evaluate, format_table
 from mplug2.model.layers import Block
 from mplug2.model.mplug2 import MPLUG2, checkpoint_activations, compile_model
 from mplug2.objectives.ema_teacher import EMATeacher
@@ -52,31 +52,31 @@ from mplug2.objectives.objectives import Objectives
 from mplug2.objectives.self_critical import SelfCritical
 from mplug2.predictor import Predictor
 from mplug2.tasks import BATCH_TYPES, INSTRUCTIONS, PROMPTS, TASKS, batch_types, parse_tasks
-from mplug2.tools.memory_plan import PlanConfig, Work, cost, report
+from mplug2.tools.memory_plan import PlanConfig, Workload, cost, format_plan
 from mplug2.tools.plots import curves
 from mplug2.tools.report import write_report
 from mplug2.training import optim
-from mplug2.training.fault_tolerance import StopSignal, Watchdog, generator_states, set_generator_states
+from mplug2.training.fault_tolerance import GracefulStop, Watchdog, generator_states, set_generator_states
 from mplug2.training.flags import Parser
 from mplug2.training.logs import Log, peak_tflops
 from mplug2.training.parallel import (
-    accumulating,
-    average_replicated,
-    clip_gradient,
+    all_reduce_replicated_grads,
+    clip_grad_norm,
     load_optimizer_state,
+    no_sync,
     optimizer_state,
-    parallelise,
-    separate,
+    split_param_groups,
+    wrap_model,
 )
 from mplug2.training.recipes import RECIPES
 from mplug2.training.run_checkpoint import (
-    load_beside,
+    clean_partial,
+    extra_state,
+    load_extra_state,
     load_training,
-    point,
-    recover,
     save_checkpoint,
-    state_beside,
-    whole_model,
+    unsharded_copy,
+    update_symlink,
 )
 
 
@@ -303,17 +303,17 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         if given["PlanConfig"]:
             raise ValueError(f"{', '.join(given['PlanConfig'])}: settings of a plan, which is asked for by --plan")
         config, changes = resolve(given["TrainConfig"], given["ModelConfig"])
-        process = distributed.start(config.device)
+        process = distributed.init_distributed(config.device)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     try:
         return run(config, changes, process, typed(sys.argv[1:] if arguments is None else arguments))
     except (ValueError, OSError) as error:  # OSError: a full disk, a folder that may not be written to
-        if process.is_main or not isinstance(error, distributed.EverywhereError):
+        if process.is_main or not isinstance(error, distributed.AllRanksError):
             print(f"\ntrain.py: {error}", file=sys.stderr)
         raise SystemExit(1) from error
     finally:
-        distributed.stop()
+        distributed.shutdown()
 
 
 def typed(arguments: list[str]) -> str:
@@ -331,16 +331,16 @@ def planned(plan: PlanConfig, config: TrainConfig, changes: dict) -> str:
         model = dataclasses.replace(read_config(config.init)[1], **changes)
     else:
         model = PRESETS[config.preset](**changes)
-    return report(plan, work_of(config, model, plan.gpus), config.accumulate)
+    return format_plan(plan, workload(config, model, plan.gpus), config.accumulate)
 
 
-def work_of(config: TrainConfig, model: ModelConfig, world: int) -> Work:
+def workload(config: TrainConfig, model: ModelConfig, world: int) -> Workload:
     """What each of `world` processes does at a time. ValueError if they cannot share a batch."""
     if config.batch_size % (world * config.accumulate):
         raise ValueError(f"batch_size={config.batch_size} cannot be shared by {world} processes evenly"
                          + (f", in {config.accumulate} micro-batches" if config.accumulate > 1 else ""))
-    return Work(model, config.batch_size // world // config.accumulate, config.frames, config.questions,
-                config.max_words, config.task, config.precision == "bfloat16", config.optimizer)
+    return Workload(model, config.batch_size // world // config.accumulate, config.frames, config.questions,
+                    config.max_words, config.task, config.precision == "bfloat16", config.optimizer)
 
 
 def resolve(given: dict, changes: dict) -> tuple[TrainConfig, dict]:
@@ -351,7 +351,7 @@ def resolve(given: dict, changes: dict) -> tuple[TrainConfig, dict]:
     config = TrainConfig(**{**defaults, **with_recipe(given)})
     folder = Path(config.out) / config.run_name
     saved_file = folder / "settings.json"
-    recover(folder)
+    clean_partial(folder)
     again = started_again(saved_file)
     if again and (folder / "last").exists():
         config = dataclasses.replace(config, resume=True)
@@ -412,10 +412,10 @@ def started_again(saved_file: Path) -> bool:
     return same or any(int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
-def run(config: TrainConfig, changes: dict, process: distributed.Process, command: str) -> dict[str, float]:
+def run(config: TrainConfig, changes: dict, process: distributed.DistInfo, command: str) -> dict[str, float]:
     started = time.time()
     folder = Path(config.out) / config.run_name
-    work_of(config, PRESETS[config.preset](), process.world)  # refuses what cannot be shared
+    workload(config, PRESETS[config.preset](), process.world_size)  # refuses what cannot be shared
     random.seed(config.seed)
     np.random.seed(config.seed)
     torch.manual_seed(config.seed)  # the same weights on every process
@@ -424,7 +424,7 @@ def run(config: TrainConfig, changes: dict, process: distributed.Process, comman
     if not config.data:
         if process.is_main:
             print("the tiny world: written to a cache when first used, in seconds", flush=True)
-        distributed.together(tiny_data.ensure, process)
+        distributed.run_on_main(tiny_data.ensure, process)
     roots = read_sources(config.data) if config.data else {tiny_data.ensure(): 1.0}
     samples, shards, weights = read_streams(config, roots)
     root = Path(config.eval_data) if config.eval_data else next((root for root in roots if not is_shards(root)), None)
@@ -455,7 +455,7 @@ def run(config: TrainConfig, changes: dict, process: distributed.Process, comman
         tokenizer = make_tokenizer(config, samples, changes)
         model = MPLUG2(PRESETS[config.preset](**{**changes, "vocab_size": len(tokenizer)}), config.task, classes)
     check_texts(merged, tokenizer, model.config.max_positions, config.max_words)
-    preparation = Preparation(config.frames, config.max_words)
+    preprocess = PreprocessConfig(config.frames, config.max_words)
     optim.freeze(model.train(), config.freeze.split(",") if config.freeze else [])
     if config.activation_checkpointing:
         checkpoint_activations(model)
@@ -472,20 +472,20 @@ def run(config: TrainConfig, changes: dict, process: distributed.Process, comman
             if sample.captions
         ])
     objectives = Objectives(model, ema_teacher, self_critical)
-    parallel = parallelise(
+    parallel = wrap_model(
         objectives, process, config.parallel == "fsdp", Block, config.precision == "bfloat16", config.offload
     )
     optimizer = optim.make_optimizer(
         model, config.lr, config.vision_lr or config.lr, config.weight_decay, (0.9, config.beta2),
         config.optimizer, config.layer_decay,
     )
-    separate(optimizer)
+    split_param_groups(optimizer)
     first_step = resumed["step"] if resumed else 0
     torch.manual_seed(config.seed + process.rank)  # but dropout and negatives of its own
     if resumed:
         load_optimizer_state(optimizer, model, resumed["optimizer"])
-        load_beside(objectives, resumed["objectives"])
-        if len(resumed["generators"]) == process.world:
+        load_extra_state(objectives, resumed["objectives"])
+        if len(resumed["generators"]) == process.world_size:
             set_generator_states(resumed["generators"][process.rank], process.device)
         else:  # no process is any of the old ones
             torch.manual_seed(int(np.random.default_rng((config.seed, first_step, process.rank)).integers(2**63)))
@@ -498,12 +498,12 @@ def run(config: TrainConfig, changes: dict, process: distributed.Process, comman
     )
     sizes = {stream: len(of_stream) for stream, of_stream in {**samples, **shards}.items()}
     batches = MixedBatches(
-        sizes, weights, config.batch_size, config.max_steps, config.seed, first_step, process.rank, process.world,
+        sizes, weights, config.batch_size, config.max_steps, config.seed, first_step, process.rank, process.world_size,
         config.accumulate,
     )
     collate, pin = Collate(tokenizer, model.classes), process.device.type == "cuda"
     positions = ReaderState(
-        shards, process.world * max(1, config.workers), config.shuffle_buffer, config.seed,
+        shards, process.world_size * max(1, config.workers), config.shuffle_buffer, config.seed,
         resumed["positions"] if resumed else {},
     )
     if shards:
@@ -521,60 +521,61 @@ def run(config: TrainConfig, changes: dict, process: distributed.Process, comman
             "train": dataclasses.asdict(config), "model": dataclasses.asdict(model.config),
             "data": {str(root): weight for root, weight in roots.items()},
             "launch": os.environ.get("TORCHELASTIC_RUN_ID", "none"),
-            "parameters": count, "processes": process.world, "torch": torch.__version__,
+            "parameters": count, "processes": process.world_size, "torch": torch.__version__,
             "commands": list(dict.fromkeys([*before, command])),
         }
         file.write_text(json.dumps(settings, indent=2) + "\n")
         counts = ", ".join(f"{size:,} {name}" for name, size in sizes.items())
         print(f"{config.task}: {count:,} parameters, vocabulary {len(tokenizer)}, samples: {counts}, {process.device}"
-              + (f" x {process.world}, {config.parallel}" if process.world > 1 else ""))
+              + (f" x {process.world_size}, {config.parallel}" if process.world_size > 1 else ""))
 
-    distributed.together(start_folder, process)
+    distributed.run_on_main(start_folder, process)
     peak = config.peak_tflops or peak_tflops(process.device)
     log = Log(folder, process, first_step, config.max_steps, peak)
-    work = work_of(config, model.config, process.world)
+    work = workload(config, model.config, process.world_size)
     flops = functools.cache(lambda kind: cost(work, kind).flops if peak else 0.0)
 
     def unsharded() -> MPLUG2 | None:
         """The model in one piece; if it is sharded, only on the main process, None on others. All have to call it."""
-        return whole_model(model, process) if config.parallel == "fsdp" else model
+        return unsharded_copy(model, process) if config.parallel == "fsdp" else model
 
     def save(step: int, score: float | None) -> None:
         """All processes together write a checkpoint."""
-        watchdog.beat(step, "saving", patience=10)
+        watchdog.heartbeat(step, "saving", patience=10)
         one = unsharded()
-        state = positions.collected(distributed.collect(positions))
+        state = positions.collected(distributed.all_gather_object(positions))
         training = {
             "step": step, "optimizer": optimizer_state(optimizer, model), "positions": state,
-            "objectives": state_beside(objectives), "nonfinite_steps": log.nonfinite_steps,
-            "generators": distributed.collect(generator_states(process.device)),
+            "objectives": extra_state(objectives), "nonfinite_steps": log.nonfinite_steps,
+            "generators": distributed.all_gather_object(generator_states(process.device)),
         }
-        distributed.together(lambda: save_checkpoint(
-            folder, f"step_{step:07d}", one, tokenizer, preparation, training, config.keep, score
+        distributed.run_on_main(lambda: save_checkpoint(
+            folder, f"step_{step:07d}", one, tokenizer, preprocess, training, config.keep, score
         ), process)
 
     # ---- the loop
     if config.resume_from:
-        distributed.together(lambda: point(folder / "last", config.resume_from), process)
+        distributed.run_on_main(lambda: update_symlink(folder / "last", config.resume_from), process)
     log.nonfinite_steps = resumed["nonfinite_steps"] if resumed else 0
     in_a_row, warmup = 0, math.ceil(config.warmup * config.max_steps)
-    with StopSignal() as stop, Watchdog(process, config.timeout) as watchdog:
+    with GracefulStop() as stop, Watchdog(process, config.timeout) as watchdog:
         coming = iter(loader) if config.workers else prefetch(loader)
         for step in range(first_step, config.max_steps):
-            optim.set_rates(optimizer, optim.schedule(step, config.max_steps, warmup, config.min_lr))
+            optim.set_lr(optimizer, optim.lr_factor(step, config.max_steps, warmup, config.min_lr))
             sources, operations, means = [], 0.0, {}
             for micro in range(config.accumulate):
-                watchdog.beat(step, "waiting for data", names=functools.partial(batch_names, batches, dataset, step))
+                watchdog.heartbeat(step, "waiting for data", names=functools.partial(
+                    batch_names, batches, dataset, step))
                 asked = time.time()
                 batch = next(coming)
                 log.waited(time.time() - asked)
                 log.skipped(batch["errors"], sum(sizes.values()), config.max_skipped)
                 positions.advance(batch)
                 sources += batch["source"]
-                watchdog.beat(step, "in a step", names=functools.partial(", ".join, batch["source"]))
+                watchdog.heartbeat(step, "in a step", names=functools.partial(", ".join, batch["source"]))
                 batch = {name: value.to(process.device, non_blocking=True) if torch.is_tensor(value) else value
                          for name, value in batch.items()}
-                with accumulating(parallel, last=micro == config.accumulate - 1):
+                with no_sync(parallel, last=micro == config.accumulate - 1):
                     with torch.autocast(process.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
                         losses = parallel(batch)
                         loss = sum(loss_weights.get(name, 1.0) * value for name, value in losses.items())
@@ -583,28 +584,29 @@ def run(config: TrainConfig, changes: dict, process: distributed.Process, comman
                 for name, value in losses.items():
                     means[name] = means.get(name, 0.0) + value.detach() / config.accumulate
                 operations += flops(batch["kind"])
-            average_replicated(parallel)
-            norm = clip_gradient(parameters, config.clip_grad)
+            all_reduce_replicated_grads(parallel)
+            norm = clip_grad_norm(parameters, config.clip_grad)
 
             # One process may see what the others do not: they skip, and they stop, together.
             # To ask is to wait for the device, once a step: the weights may change only when the answer is known.
             local, whole_norm = torch.stack([means["loss"], norm.to(means["loss"])]).isfinite().tolist()
-            skip, leave = distributed.anywhere(not (local and whole_norm), bool(stop.name))
+            skip, leave = distributed.any_rank(not (local and whole_norm), bool(stop.name))
             if skip:
-                seen = distributed.collect((local, sources, {name: value.item() for name, value in means.items()}))
+                seen = distributed.all_gather_object(
+                    (local, sources, {name: value.item() for name, value in means.items()}))
                 guilty = [one for one in seen if not one[0]] or seen
                 names = [name for _, of_process, _ in guilty for name in of_process]
                 message, in_a_row = log.nonfinite(step, guilty[0][2], norm.item(), names), in_a_row + 1
                 if in_a_row == config.max_nonfinite:
-                    raise distributed.EverywhereError(
+                    raise distributed.AllRanksError(
                         f"{in_a_row} steps in a row were not finite, as many as --max-nonfinite allows; the last: "
-                        f"{message}. Look at these samples, lower --lr, or go on from an older checkpoint")
+                        f"{message}. WordAttention at these samples, lower --lr, or go on from an older checkpoint")
             else:
                 in_a_row = 0
                 optimizer.step()
                 if ema_teacher:
                     ema_teacher.update(model)
-                log.step(means, norm, len(sources) * process.world, operations)
+                log.step(means, norm, len(sources) * process.world_size, operations)
             optimizer.zero_grad(set_to_none=True)
             log.bar.update()
 
@@ -613,12 +615,12 @@ def run(config: TrainConfig, changes: dict, process: distributed.Process, comman
                 rates = [group["lr"] for group in optimizer.param_groups]
                 log.write(done, {"lr": max(rates), "lr_lowest": min(rates)})
             if done % config.eval_every == 0 and root:
-                watchdog.beat(done, "validating", patience=10)
+                watchdog.heartbeat(done, "validating", patience=10)
                 one = unsharded()
                 if process.is_main:
-                    predictor = Predictor(one.to(process.device), tokenizer, preparation)
+                    predictor = Predictor(one.to(process.device), tokenizer, preprocess)
                     found = validate(predictor, root, "val", config, config.eval_limit, done, log)
-                    score = mean_share(found)
+                    score = mean_score(found)
                 distributed.barrier()
             if done % config.save_every == 0 or done == config.max_steps or leave:
                 save(done, score)
@@ -639,10 +641,10 @@ def run(config: TrainConfig, changes: dict, process: distributed.Process, comman
     one = unsharded()
     if process.is_main and root:
         split = "test" if any("test" in splits for splits in available(root).values()) else "val"
-        predictor = Predictor(one.to(process.device), tokenizer, preparation)
+        predictor = Predictor(one.to(process.device), tokenizer, preprocess)
         results = validate(predictor, root, split, config, None, config.max_steps, log)
         curves(folder / "metrics.jsonl", folder / "curves.png")
-        print(table({split: results}))
+        print(format_table({split: results}))
         print(f"{folder / 'report.html'}: this run on one page")
         print(f"{folder / 'last'}: {(time.time() - started) / 60:.1f} minutes in all; "
               f"python eval.py --checkpoint {folder / 'last'} evaluates every split")
@@ -707,7 +709,7 @@ def batch_names(batches: MixedBatches, dataset: Samples, step: int) -> str:
     return ", ".join(dataset.samples[stream][index].source for stream, _, index in keys)
 
 
-def mean_share(metrics: dict[str, float]) -> float | None:
+def mean_score(metrics: dict[str, float]) -> float | None:
     """What `best` goes by: the mean of all that are shares; CIDEr and ranks are not."""
     shares = [value for name, value in metrics.items()
               if math.isfinite(value) and not name.endswith(("cider", "median_rank"))]

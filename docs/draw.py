@@ -121,8 +121,8 @@ def predictions(out: Path) -> None:
     figure, grid = plt.subplots(len(rows), 9, figsize=(11, 1.35 * len(rows)),
                                 gridspec_kw={"width_ratios": [1] * 4 + [2.4] + [1] * 4, "wspace": 0.06, "hspace": 0.08})
     for row, (record, question) in zip(grid, rows):
-        written, looks = model.look(record.video, question.question)
-        shown = read_media(record.video, model.preparation.frames)
+        written, looks = model.explain(record.video, question.question)
+        shown = read_media(record.video, model.preprocess.frames)
         row[4].axis("off")
         for axes, frame in zip([*row[:4], *row[5:]], [*shown, *overlay(shown, looks[-1])]):
             axes.imshow(frame, interpolation="nearest")

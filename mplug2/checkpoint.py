@@ -38,7 +38,7 @@ class CheckpointError(ValueError):
 
 
 @dataclass(frozen=True)
-class Preparation:
+class PreprocessConfig:
     """How media and text have to be prepared for a model."""
 
     frames: int = 4
@@ -48,7 +48,8 @@ class Preparation:
 
 
 def save_model(
-    folder: Path | str, model: MPLUG2, tokenizer: Tokenizer, preparation: Preparation, dtype: torch.dtype | None = None
+    folder: Path | str, model: MPLUG2, tokenizer: Tokenizer, preprocess: PreprocessConfig,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write the three files that inference needs into `folder`, which is made; the weights as `dtype`, if one is given.
     """
@@ -58,14 +59,14 @@ def save_model(
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = {
         "format": FORMAT, "task": model.task, "model": dataclasses.asdict(model.config),
-        "preparation": dataclasses.asdict(preparation), "classes": model.classes,
+        "preparation": dataclasses.asdict(preprocess), "classes": model.classes,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save(folder / "tokenizer.json")
 
 
-def read_config(folder: Path | str) -> tuple[str, ModelConfig, Preparation]:
-    """The task, the model's settings and the preparation that a checkpoint was saved with."""
+def read_config(folder: Path | str) -> tuple[str, ModelConfig, PreprocessConfig]:
+    """The task, the model's settings and the preprocess that a checkpoint was saved with."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder} is not a checkpoint: there is no {path.name} in it; "
@@ -76,7 +77,7 @@ def read_config(folder: Path | str) -> tuple[str, ModelConfig, Preparation]:
         if found != FORMAT:
             raise CheckpointError(f"{path}: format {found}, this version reads format {FORMAT}")
         config = from_dict(ModelConfig, saved["model"], str(path))
-        return saved["task"], config, from_dict(Preparation, saved["preparation"], str(path))
+        return saved["task"], config, from_dict(PreprocessConfig, saved["preparation"], str(path))
     except CheckpointError:
         raise
     except (KeyError, TypeError, ValueError) as error:
@@ -92,7 +93,7 @@ def read_classes(folder: Path | str) -> dict[str, tuple[str, ...]]:
 def load_model(
     folder: Path | str, task: str | None = None, changes: dict | None = None,
     classes: dict[str, tuple[str, ...]] | None = None,
-) -> tuple[MPLUG2, Tokenizer, Preparation]:
+) -> tuple[MPLUG2, Tokenizer, PreprocessConfig]:
     """Load a checkpoint, as the task it was saved with or as another `task` whose modules it has.
 
     `changes` are settings of the model that differ from the saved ones (dropout, say). `classes` are those of a
@@ -101,7 +102,7 @@ def load_model(
     """
     if (Path(folder) / "manifest.json").exists():
         verify(folder, MODEL_FILES)
-    saved_task, config, preparation = read_config(folder)
+    saved_task, config, preprocess = read_config(folder)
     if changes:
         config = dataclasses.replace(config, **changes)
     tokenizer = Tokenizer.load(Path(folder) / "tokenizer.json")
@@ -114,7 +115,7 @@ def load_model(
         anew = tuple(f"classifier.{name}" for name, names in model.classes.items() if names != saved_classes.get(name))
         missing = NEW_MODULES
     model.newly_initialized = load_weights(model, Path(folder) / "model.safetensors", saved_task, anew, missing)
-    return model.eval(), tokenizer, preparation
+    return model.eval(), tokenizer, preprocess
 
 
 def load_weights(model: MPLUG2, path: Path, saved_task: str, anew: tuple[str, ...] = (), missing: tuple[str, ...] = ()
@@ -130,7 +131,7 @@ def load_weights(model: MPLUG2, path: Path, saved_task: str, anew: tuple[str, ..
         raise CheckpointError(f"{path} cannot be read, it may be cut off ({error}); use an older checkpoint") from error
     wanted = model.state_dict()
     new = [name for name in wanted if name.startswith(tuple(f"{part}." for part in anew))
-             or (name not in weights and name.split(".")[0] in missing)]
+           or (name not in weights and name.split(".")[0] in missing)]
     for name in new:
         del wanted[name]
         weights.pop(name, None)
@@ -157,12 +158,6 @@ def load_weights(model: MPLUG2, path: Path, saved_task: str, anew: tuple[str, ..
         )
     model.load_state_dict({**model.state_dict(), **{name: weights[name] for name in wanted}})
     return new
-
-
-
-
-
-
 
 
 def verify(folder: Path | str, names: tuple[str, ...]) -> None:
@@ -203,23 +198,9 @@ def _damaged(folder: Path, problem: str) -> CheckpointError:
     return CheckpointError(f"the checkpoint {folder} ({real.name}) is damaged: {problem}; {offer}")
 
 
-
-
-
-
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-
-
-
-
-
-
-
-

@@ -22,11 +22,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 @dataclass(frozen=True)
-class Process:
+class DistInfo:
     """This process among those that torchrun started."""
 
     rank: int
-    world: int
+    world_size: int
     device: torch.device
 
     @property
@@ -34,7 +34,7 @@ class Process:
         return self.rank == 0
 
 
-def start(device: str = "auto") -> Process:
+def init_distributed(device: str = "auto") -> DistInfo:
     """Join the process group if torchrun started more than one process. `device`: auto, cpu, cuda, cuda:1, mps."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -54,13 +54,13 @@ def start(device: str = "auto") -> Process:
         # gloo beside NCCL: flags and names of samples travel without waiting for the GPU, offloaded gradients too.
         # No operation of the group times out: a process that hangs is found, and named, by survival.Watchdog.
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", store=meeting_point(rank, world), rank=rank,
+            "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", store=rendezvous_store(rank, world), rank=rank,
             world_size=world, timeout=timedelta(days=7),
         )
-    return Process(rank, world, chosen)
+    return DistInfo(rank, world, chosen)
 
 
-def meeting_point(rank: int, world: int) -> dist.Store:
+def rendezvous_store(rank: int, world: int) -> dist.Store:
     """The store through which the processes find each other, of this attempt alone. The one that torchrun shares with
     them lives on over its restarts (--max-restarts) and still holds the addresses of processes that are gone, for which
     a new process would wait for ever (pytorch issue 135712). So process 0 opens a new one and leaves its port in the
@@ -84,7 +84,7 @@ def meeting_point(rank: int, world: int) -> dist.Store:
             return own
 
 
-def stop() -> None:
+def shutdown() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -115,12 +115,12 @@ class _Gather(torch.autograd.Function):
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def gather(x: Tensor) -> Tensor:
+def all_gather_with_grad(x: Tensor) -> Tensor:
     """`b ...` of each process -> `B ...` of all, with gradients. Every process must bring the same b."""
     return _Gather.apply(x) if world_size() > 1 else x
 
 
-def total(x: Tensor) -> Tensor:
+def all_reduce_sum(x: Tensor) -> Tensor:
     """The sum over the processes, without gradients."""
     x = x.detach().clone()
     if dist.is_initialized():
@@ -133,11 +133,11 @@ def global_mean(values: Tensor, valid: Tensor) -> Tensor:
 
     Returned is this process's share of it, times the number of processes: the average over the processes is the mean.
     """
-    count = total(valid.sum()).clamp(min=1)
+    count = all_reduce_sum(valid.sum()).clamp(min=1)
     return (values * valid).sum() * world_size() / count
 
 
-def collect(value) -> list:
+def all_gather_object(value) -> list:
     """`value` of every process, by rank."""
     if not dist.is_initialized():
         return [value]
@@ -146,11 +146,11 @@ def collect(value) -> list:
     return values
 
 
-class EverywhereError(ValueError):
+class AllRanksError(ValueError):
     """Raised by all processes alike, so that one of them has to say it."""
 
 
-def anywhere(*flags: bool) -> list[bool]:
+def any_rank(*flags: bool) -> list[bool]:
     """For each flag, whether it is true on any process."""
     if world_size() == 1:
         return list(flags)
@@ -159,43 +159,29 @@ def anywhere(*flags: bool) -> list[bool]:
     return found.bool().tolist()
 
 
-def together(action, process: Process) -> None:
-    """Let the main process do something while the others wait; if it fails, all of them raise EverywhereError."""
+def run_on_main(action, process: DistInfo) -> None:
+    """Let the main process do something while the others wait; if it fails, all of them raise AllRanksError."""
     message = ""
     if process.is_main:
         try:
             action()
         except (ValueError, OSError) as error:
             message = f"{error}"
-    if failed := collect(message)[0]:
-        raise EverywhereError(failed)
+    if failed := all_gather_object(message)[0]:
+        raise AllRanksError(failed)
 
 
 # ---- models that processes share -------------------------------------------------------------------------------------
 
 
-
-
-
-
-
-
-
-
-
-
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A parameter or optimizer state put together of its parts. All processes have to call it at the same time."""
     return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def part_of(tensor: Tensor, like: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     """The inverse of `whole`, for a `tensor` that every process has: sharded as `like` is."""
     if isinstance(like, DTensor) and tensor.shape == like.shape:
         tensor = tensor.to(like.device, like.dtype)
         return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
     return tensor
-
-
-
-

@@ -44,8 +44,9 @@ def greedy(
 
 @torch.no_grad()
 def sample(
-    model: MPLUG2, memory: Tensor, start: Tensor, special: SpecialTokens, max_length: int = 20, temperature: float = 1.0,
-    top_k: int = 0, top_p: float = 1.0, generator: torch.Generator | None = None, memory_mask: Tensor | None = None,
+    model: MPLUG2, memory: Tensor, start: Tensor, special: SpecialTokens, max_length: int = 20,
+    temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, generator: torch.Generator | None = None,
+    memory_mask: Tensor | None = None,
 ) -> list[list[int]]:
     """Each next token drawn by its probability, after the logits are divided by `temperature`: of the `top_k`
     likeliest tokens (0: all), and of those the fewest that hold `top_p` of the probability.
@@ -61,7 +62,7 @@ def sample(
         probability, token = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
         sum_before = probability.cumsum(dim=-1) - probability
         probability[sum_before >= top_p] = 0.0  # never the first
-        probability[:, top_k or token.shape[1] :] = 0.0
+        probability[:, top_k or token.shape[1]:] = 0.0
         total = probability.cumsum(dim=-1)
         # One number for every text, also of those that are done: what one text draws does not depend on the others.
         point = torch.rand(len(start), generator=generator, device=logits.device, dtype=logits.dtype)[rows]

@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor
 
 from mplug2.attention_maps import attention_maps
-from mplug2.checkpoint import Preparation, load_model, save_model
+from mplug2.checkpoint import PreprocessConfig, load_model, save_model
 from mplug2.data.media import is_media, kind_of, read_image, read_video, to_pixels
 from mplug2.data.samples import join_text_pair
 from mplug2.data.text import Tokenizer, clean
@@ -32,8 +32,8 @@ Text = str | tuple[str, str]
 
 def load(checkpoint: str | Path, device: str = "cpu", task: str | None = None) -> "Predictor":
     """Open a checkpoint folder, such as runs/tiny/last; `task`: as a smaller model than it was saved."""
-    model, tokenizer, preparation = load_model(checkpoint, task)
-    return Predictor(model.to(device), tokenizer, preparation)
+    model, tokenizer, preprocess = load_model(checkpoint, task)
+    return Predictor(model.to(device), tokenizer, preprocess)
 
 
 def check_list(inputs: Sequence[str | Path]) -> None:
@@ -43,7 +43,7 @@ def check_list(inputs: Sequence[str | Path]) -> None:
 
 
 @dataclass(frozen=True)
-class Look:
+class WordAttention:
     """Where a word of the question or of the text that was written looks: `map`, `t h w`, sums to the share of its
     attention that is on patches (the rest is on the class token and on text)."""
 
@@ -53,10 +53,10 @@ class Look:
 
 
 class Predictor:
-    """A model with its tokenizer and preparation. Methods raise ValueError if the model's task lacks the modules."""
+    """A model with its tokenizer and preprocess. Methods raise ValueError if the model's task lacks the modules."""
 
-    def __init__(self, model: MPLUG2, tokenizer: Tokenizer, preparation: Preparation, batch_size: int = 64):
-        self.model, self.tokenizer, self.preparation, self.batch_size = model, tokenizer, preparation, batch_size
+    def __init__(self, model: MPLUG2, tokenizer: Tokenizer, preprocess: PreprocessConfig, batch_size: int = 64):
+        self.model, self.tokenizer, self.preprocess, self.batch_size = model, tokenizer, preprocess, batch_size
         self.special_tokens = SpecialTokens(tokenizer.cls, tokenizer.sep, tokenizer.pad)
 
     @property
@@ -68,7 +68,7 @@ class Predictor:
         opens it, in single precision, and `train.py --init` starts from it."""
         if Path(folder).exists() and any(Path(folder).iterdir()):
             raise FileExistsError(f"{folder} is not empty: export a model into a new folder")
-        save_model(folder, self.model, self.tokenizer, self.preparation, dtype)
+        save_model(folder, self.model, self.tokenizer, self.preprocess, dtype)
 
     def caption(
         self, paths: Sequence[str | Path], beams: int = 1, max_length: int = 20, prompted: bool = True
@@ -84,7 +84,8 @@ class Predictor:
                 ids = greedy(self.model, vision, start, self.special_tokens, max_length)
             else:
                 ids = best_texts(
-                    beam_search(self.model, vision, start, self.special_tokens, beams, max_length=max_length), self.special_tokens
+                    beam_search(self.model, vision, start, self.special_tokens,
+                                beams, max_length=max_length), self.special_tokens
                 )
             return self.tokenizer.decode(ids)
 
@@ -92,29 +93,29 @@ class Predictor:
 
     def answer(
         self, paths: Sequence[str | Path], questions: Sequence[str], max_length: int = 10,
-        among: Sequence[str] | None = None, candidates: int = 32,
+        answer_list: Sequence[str] | None = None, candidates: int = 32,
     ) -> list[str]:
         """The answer to each question about the picture or clip of the same place in the list.
 
-        It is written, or, with a list `among`, chosen: of the answers there, the `candidates` whose first word is
+        It is written, or, with a list `answer_list`, chosen: of the answers there, the `candidates` whose first word is
         likeliest are scored whole.
         """
         check_list(paths)
         check_list(questions)
         if len(paths) != len(questions):
             raise ValueError(f"{len(paths)} paths, but {len(questions)} questions: expected one question for each path")
-        if among is not None:
-            check_list(among)
-            cleaned = [clean(text, self.preparation.max_words) for text in among]
+        if answer_list is not None:
+            check_list(answer_list)
+            cleaned = [clean(text, self.preprocess.max_words) for text in answer_list]
             answers = [x.to(self.device) for x in self.tokenizer.encode(cleaned, self.model.config.max_positions)]
 
         def write(vision: Tensor, kind: str, indices: list[int]) -> list[str]:
             text, mask = self.encode_text([questions[place] for place in indices])
             vision, fused = self.model.fuse(vision, text, mask)
             memory, memory_mask = answer_memory(vision, fused, mask)
-            if among is not None:
+            if answer_list is not None:
                 best = rank_answers(self.model, memory, *answers, candidates, memory_mask)[0][:, 0]
-                return [among[number] for number in best.tolist()]
+                return [answer_list[number] for number in best.tolist()]
             start = self.start(len(vision))
             return self.tokenizer.decode(
                 greedy(self.model, memory, start, self.special_tokens, max_length, memory_mask)
@@ -133,14 +134,14 @@ class Predictor:
                 text, mask = self.encode_text([questions[place] for place in indices])
                 seen, fused = self.model.fuse(vision, text, mask)
                 memory, memory_mask = answer_memory(seen, fused, mask)
-            cleaned = [clean(texts[place], self.preparation.max_words) for place in indices]
+            cleaned = [clean(texts[place], self.preprocess.max_words) for place in indices]
             ids, mask = (x.to(self.device) for x in self.tokenizer.encode([text or "[SEP]" for text in cleaned]))
             mask[[not text for text in cleaned], 2:] = False  # an empty text is [SEP] alone
             ids = torch.cat([start, ids[:, 1:]], dim=1)[:, : self.model.config.max_positions]
             mask = torch.cat([torch.ones_like(start, dtype=mask.dtype), mask[:, 1:]], dim=1)[:, : ids.shape[1]]
             logits = self.model.decode(ids, mask, memory, memory_mask)
             log_probs = logits[:, :-1].float().log_softmax(dim=-1).gather(2, ids[:, 1:, None])[:, :, 0]
-            written = (log_probs * mask[:, 1:])[:, start.shape[1] - 1 :]
+            written = (log_probs * mask[:, 1:])[:, start.shape[1] - 1:]
             return written.sum(dim=1).exp().tolist()
 
         return self.on_media(paths, score)
@@ -192,11 +193,11 @@ class Predictor:
         return torch.cat(rows)
 
     @torch.no_grad()
-    def look(self, path: str | Path, question: str = "") -> tuple[str, list[Look]]:
+    def explain(self, path: str | Path, question: str = "") -> tuple[str, list[WordAttention]]:
         """The answer to a question, or a caption, and where its words look: the question's in the last cross-attention
         of fusion, those that were written in that of the decoder; the mean over the heads. A model without a decoder
         writes nothing: the words are those of `question`, the text of a label or a box."""
-        looks: list[Look] = []
+        looks: list[WordAttention] = []
         writes = "decoder" in self.model.components
         written = "" if not writes else self.answer([path], [question])[0] if question else self.caption([path])[0]
         config = self.model.config
@@ -207,12 +208,12 @@ class Predictor:
             weights = maps[module].mean(dim=1)[0, :, 1:v].cpu()
             for number, row in zip(ids, rearrange(weights, "l (t h w) -> l t h w", h=side, w=side)):
                 if (word := self.tokenizer.decode([[number]])[0]):
-                    looks.append(Look(word, module, row))
+                    looks.append(WordAttention(word, module, row))
 
         def record(vision: Tensor, kind: str, _) -> list[None]:
             memory, memory_mask, start = vision, None, self.start(1, "" if question else PROMPTS[kind])
             if question:
-                ids, mask = self.tokenizer.encode([clean(question, self.preparation.max_words)])
+                ids, mask = self.tokenizer.encode([clean(question, self.preprocess.max_words)])
                 ids, mask = ids.to(self.device), mask.to(self.device)
                 with attention_maps(self.model) as maps:
                     seen, fused = self.model.fuse(vision, self.model.encode_text(ids, mask), mask)
@@ -225,7 +226,7 @@ class Predictor:
             ids = torch.cat([start, words], dim=1)[:, : config.max_positions]
             with attention_maps(self.model) as maps:
                 self.model.decode(ids, torch.ones_like(ids, dtype=torch.bool), memory, memory_mask)
-            maps = {name: weights[:, :, start.shape[1] - 1 :] for name, weights in maps.items()}
+            maps = {name: weights[:, :, start.shape[1] - 1:] for name, weights in maps.items()}
             collect(maps, "decoder", words[0].tolist(), vision.shape[1])
             return [None]
 
@@ -243,7 +244,7 @@ class Predictor:
             found = self.on_media([inputs[i] for i in media], lambda vision, *_: self.model.project_vision(vision))
             vectors |= zip(media, found)
         for first in range(0, len(texts), self.batch_size):
-            indices = texts[first : first + self.batch_size]
+            indices = texts[first: first + self.batch_size]
             with torch.no_grad():
                 text, _ = self.encode_text([str(inputs[i]) for i in indices])
                 vectors |= zip(indices, self.model.project_text(text))
@@ -272,7 +273,7 @@ class Predictor:
     def encode_text(self, texts: list[Text]) -> tuple[Tensor, Tensor]:
         """Texts, or pairs of texts, -> `b l d` and their mask `b l`."""
         cleaned = [
-            join_text_pair((text,) if isinstance(text, str) else text, self.preparation.max_words) for text in texts
+            join_text_pair((text,) if isinstance(text, str) else text, self.preprocess.max_words) for text in texts
         ]
         ids, mask = (x.to(self.device) for x in self.tokenizer.encode(cleaned, self.model.config.max_positions))
         return self.model.encode_text(ids, mask), mask
@@ -308,7 +309,7 @@ class Predictor:
                 kind = known[0]
             else:
                 kind = kind_of(path)
-                frames = read_image(path) if kind == "image" else read_video(path, self.preparation.frames)
+                frames = read_image(path) if kind == "image" else read_video(path, self.preprocess.frames)
                 waiting[kind][path] = to_pixels(frames, self.model.config.image_size), []
             waiting[kind][path][1].append(place)
             if sum(len(askers) for _, askers in waiting[kind].values()) == self.batch_size:

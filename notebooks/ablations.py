@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import tiny_data
-from mplug2.checkpoint import Preparation
+from mplug2.checkpoint import PreprocessConfig
 from mplug2.config import tiny
 from mplug2.data.batches import Collate, MixedBatches
 from mplug2.data.loader import make_loader
@@ -54,14 +54,14 @@ def train(changes: dict, kinds: dict[str, int], seed: int) -> Predictor:
     dataset = Samples(samples, 32, 4, 1, model.config.max_positions, 30, seed)
     batches = MixedBatches({kind: len(samples[kind]) for kind in kinds}, kinds, 32, steps, seed)
     for step, batch in enumerate(make_loader(dataset, batches, Collate(tokenizer), workers=0, pin=False)):
-        optim.set_rates(optimizer, optim.schedule(step, steps, steps // 20, 0.01))
+        optim.set_lr(optimizer, optim.lr_factor(step, steps, steps // 20, 0.01))
         vision = model.project_vision(model.encode_vision(batch["pixels"]))
         text = model.project_text(model.encode_text(batch["caption_ids"], batch["caption_mask"]))
-        contrastive_loss(vision, text, model.temperature, batch["meaning"]).backward()
+        contrastive_loss(vision, text, model.temperature, batch["positive_id"]).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return Predictor(model.eval(), tokenizer, Preparation(frames=4, max_words=30))
+    return Predictor(model.eval(), tokenizer, PreprocessConfig(frames=4, max_words=30))
 
 
 def test(predictor: Predictor) -> dict[str, float]:
@@ -74,7 +74,7 @@ def test(predictor: Predictor) -> dict[str, float]:
             those = [record for record in records if record.gallery == gallery]
             texts, media = [record.captions[0] for record in those], [record.video or record.image for record in those]
             cosines = predictor.similarity(media, texts).numpy()
-            meaning = np.array([record.meaning for record in those])
+            meaning = np.array([record.positive_id for record in those])
             right = meaning[:, None] == meaning[None, :]
             r1["v2t"].append(retrieval(cosines, right)["r1"])
             r1["t2v"].append(retrieval(cosines.T, right)["r1"])

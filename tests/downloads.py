@@ -205,7 +205,7 @@ def lsmdc(root: Path) -> dict:
         rows(root / name, "\t", [key, *times, 'SOMEONE says "no".'], [key, *times, "He sits."])
         clip(root / f"000{n}_American_Beauty" / f"{key}.avi")
         found["video_retrieval", split] = [{
-            "video": f"000{n}_American_Beauty/{key}.avi", "captions": [text], "meaning": key,
+            "video": f"000{n}_American_Beauty/{key}.avi", "captions": [text], "positive_id": key,
         } for text in ('SOMEONE says "no".', "He sits.")]
     return found
 
@@ -279,8 +279,9 @@ def mplug2_retrieval(root: Path) -> dict:
     clip(root / "video0.mp4")
     clip(root / "video1.mp4")
     return {
-        ("video_retrieval", "train"): [{"video": "video0.mp4", "captions": ["a cat plays"], "meaning": "video0"}],
-        ("video_retrieval", "test"): [{"video": "video1.mp4", "captions": ["two men talk"], "meaning": "video1.mp4"}],
+        ("video_retrieval", "train"): [{"video": "video0.mp4", "captions": ["a cat plays"], "positive_id": "video0"}],
+        ("video_retrieval", "test"): [
+            {"video": "video1.mp4", "captions": ["two men talk"], "positive_id": "video1.mp4"}],
     }
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 import torch.multiprocessing as mp
 
-from mplug2.distributed import start, stop
+from mplug2.distributed import init_distributed, shutdown
 
 
 def free_port() -> int:
@@ -25,12 +25,12 @@ def serve(rank: int, world: int, jobs: mp.Queue, results: mp.Queue) -> None:
         function, arguments, port, size, joined = job
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         if joined:
-            start("cpu")
+            init_distributed("cpu")
         try:
             results.put(function(*arguments))
         except BaseException:  # the test that asked has to hear of it, whatever it is
             results.put(Failed(traceback.format_exc()))
-        stop()
+        shutdown()
 
 
 class Failed(str):

@@ -19,7 +19,7 @@ def test_the_weights_are_those_that_the_module_mixes_its_values_by(b, r, l, m, s
     assert weights.shape == (b * r, 3, l, m)
     assert_same(weights.sum(-1), torch.ones(b * r, 3, l).double())
     values = module.key_value(memory).chunk(2, dim=-1)[1].repeat_interleave(r, dim=0)
-    heads = [weights[:, c] @ values[..., 4 * c : 4 * c + 4] for c in range(3)]
+    heads = [weights[:, c] @ values[..., 4 * c: 4 * c + 4] for c in range(3)]
     assert_same(module.out(torch.cat(heads, dim=-1)), module(x, memory, mask))
     assert_same(attention_weights(module, x, module.keys_and_values(memory), mask), weights)
 
@@ -30,7 +30,7 @@ def test_so_are_those_of_self_attention_also_a_token_at_a_time(b, l, p, seed):
     mask = causal_mask(random_mask(b, p + l, seed))
     weights = self_attention_weights(module, x, mask)
     values = module.qkv(x).chunk(3, dim=-1)[2]
-    heads = [weights[:, c] @ values[..., 4 * c : 4 * c + 4] for c in range(3)]
+    heads = [weights[:, c] @ values[..., 4 * c: 4 * c + 4] for c in range(3)]
     assert_same(module.out(torch.cat(heads, dim=-1)), module(x, mask))
     cache = KVCache()
     module(x[:, :p], mask[:, :, :p, :p], cache)
@@ -74,7 +74,7 @@ def test_the_vision_encoder_shows_each_frame_and_generation_each_step(config, t,
     with attention_maps(model) as steps, attention_maps(model, SelfAttention) as self_steps:
         state = model.decoder.start(vision)
         for place in range(3):
-            model.decoder.step(ids[:, place : place + 1], state)
+            model.decoder.step(ids[:, place: place + 1], state)
             for name, weights in steps.items():
                 assert_same(weights[:, :, 0], whole[name][:, :, place])
             assert self_steps["decoder.layers.0.self_attention"].shape == (2, config.heads, 1, place + 1)

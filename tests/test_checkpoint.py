@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from mplug2.checkpoint import CheckpointError, Preparation, load_model, read_config, save_model
+from mplug2.checkpoint import CheckpointError, PreprocessConfig, load_model, read_config, save_model
 from mplug2.data.text import Tokenizer
 from mplug2.model.mplug2 import MPLUG2
 from mplug2.tasks import TASKS
-from mplug2.training.run_checkpoint import load_training, recover, save_checkpoint
+from mplug2.training.run_checkpoint import clean_partial, load_training, save_checkpoint
 
-PREPARATION = Preparation(frames=3, max_words=7)
+PREPARATION = PreprocessConfig(frames=3, max_words=7)
 TOKENIZER = Tokenizer.train(["a red one", "a one"], 20)
 
 
@@ -62,9 +62,9 @@ def test_what_is_loaded_is_what_was_saved_to_the_bit(tmp_path_factory, task, see
     folder = tmp_path_factory.mktemp("checkpoint")
     model = make_model(task, seed, universal_readout=readout, width=width)
     save_model(folder, model, TOKENIZER, PREPARATION)
-    found, tokenizer, preparation = load_model(folder)
+    found, tokenizer, preprocess = load_model(folder)
     assert_same_weights(found, model)
-    assert (found.task, found.config, preparation) == (task, model.config, PREPARATION)
+    assert (found.task, found.config, preprocess) == (task, model.config, PREPARATION)
     assert tokenizer.encode(["one red"])[0].equal(TOKENIZER.encode(["one red"])[0])
     assert not found.training
     assert read_config(folder) == (task, model.config, PREPARATION)
@@ -92,7 +92,7 @@ def test_a_fine_tuning_starts_the_heads_anew_that_a_checkpoint_lacks_and_nothing
     with pytest.raises(CheckpointError, match=rf"not in the file[^$]*: train.py --task {task} --init trains it"):
         load_model(saved, task)
     found, _, _ = load_model(saved, task, classes={task: ("a", "b")})
-    assert sorted(found.fresh) == NEW[task]
+    assert sorted(found.newly_initialized) == NEW[task]
     expected = make_model().state_dict()
     for name, tensor in found.state_dict().items():
         if name not in NEW[task]:
@@ -105,15 +105,17 @@ def test_classes_are_kept_with_the_checkpoint_and_others_start_anew(tmp_path):
     model = MPLUG2(small(), both, classes).eval()
     save_model(tmp_path, model, TOKENIZER, PREPARATION)
     found, _, _ = load_model(tmp_path)
-    assert found.classes == classes and found.fresh == []
+    assert found.classes == classes and found.newly_initialized == []
     assert_same_weights(found, model)
     one, _, _ = load_model(tmp_path, "visual_entailment", classes={"visual_entailment": ("no", "yes")})
-    assert one.fresh == [] and one.classes == {"visual_entailment": ("no", "yes")}
+    assert one.newly_initialized == []
+    assert one.classes == {"visual_entailment": ("no", "yes")}
     assert_same_weights(one, model)
     for others in (("yes", "no"), ("a", "b", "c"), ()):
         other, _, _ = load_model(tmp_path, "visual_entailment", classes={"visual_entailment": others})
-        assert sorted(other.fresh) == [f"classifier.visual_entailment.{name}" for name in ("bias", "weight")]
-    # A checkpoint of before there were classes has none.
+        new = [f"classifier.visual_entailment.{name}" for name in ("bias", "weight")]
+        assert sorted(other.newly_initialized) == new
+    # A checkpoint from before there were classes has none.
     change_config(tmp_path, None, classes={})
     with pytest.raises(CheckpointError, match=r"visual_entailment.weight: expected \(1, 16\), found \(2, 16"):
         load_model(tmp_path)
@@ -311,7 +313,7 @@ def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(tmp_path, step
         run = tmp_path / str(moment)
         save(run, 1, old)
         killed = save_until_killed(run, step, new, moment)
-        recover(run)  # as a run does when it starts again
+        clean_partial(run)  # as a run does when it starts again
         found, saved = load_model(run / "last")[0], load_training(run / "last")
         is_new = found.decoder.head.bias.equal(new.decoder.head.bias)
         assert_same_weights(found, new if is_new else old)

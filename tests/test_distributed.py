@@ -13,7 +13,15 @@ from processes import Processes
 from test_objectives import likeness, make_batch, make_model, with_positions
 
 from mplug2 import distributed
-from mplug2.distributed import collect, gather, global_mean, start, stop, total, world_size
+from mplug2.distributed import (
+    all_gather_object,
+    all_gather_with_grad,
+    all_reduce_sum,
+    global_mean,
+    init_distributed,
+    shutdown,
+    world_size,
+)
 from mplug2.objectives.ema_teacher import EMATeacher
 from mplug2.objectives.losses import matching_loss
 from mplug2.objectives.objectives import Objectives
@@ -27,8 +35,8 @@ def pair():
 
 
 def place() -> tuple:
-    process = start("cpu")
-    return process.rank, process.world, process.is_main, str(process.device)
+    process = init_distributed("cpu")
+    return process.rank, process.world_size, process.is_main, str(process.device)
 
 
 def test_each_process_knows_its_place(pair):
@@ -41,9 +49,9 @@ def test_each_process_knows_its_place(pair):
 def primitives(x: list, weights: list) -> tuple:
     """Gather `x`, weigh what came, sum; and the other means of talking."""
     x = torch.tensor(x, dtype=torch.float64, requires_grad=True)
-    gathered = gather(x)
+    gathered = all_gather_with_grad(x)
     (gathered * torch.tensor(weights, dtype=torch.float64)).sum().backward()
-    return gathered.tolist(), x.grad.tolist(), total(x.sum()).item(), collect(weights), world_size()
+    return gathered.tolist(), x.grad.tolist(), all_reduce_sum(x.sum()).item(), all_gather_object(weights), world_size()
 
 
 def test_gather_has_the_tensors_by_rank_and_sums_the_gradients_of_all_who_used_them(pair):
@@ -57,18 +65,18 @@ def test_gather_has_the_tensors_by_rank_and_sums_the_gradients_of_all_who_used_t
 def test_one_process_is_a_group_of_its_own():
     assert primitives([1.0, 2.0], [3.0, 4.0]) == ([1.0, 2.0], [3.0, 4.0], 3.0, [[3.0, 4.0]], 1)
     distributed.barrier()  # waits for nobody
-    process = start("cpu")
-    assert (process.rank, process.world, process.is_main) == (0, 1, True)
-    stop()
+    process = init_distributed("cpu")
+    assert (process.rank, process.world_size, process.is_main) == (0, 1, True)
+    shutdown()
 
 
 def test_a_device_that_is_not_there_is_refused_with_the_way_out(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert start("auto").device == torch.device("cpu")
+    assert init_distributed("auto").device == torch.device("cpu")
     with pytest.raises(ValueError, match="cuda:0: this machine .* has no CUDA; use --device cpu"):
-        start("cuda")
+        init_distributed("cuda")
     with pytest.raises(ValueError, match="device 'gpu': expected auto, cpu, cuda, cuda:N or mps"):
-        start("gpu")
+        init_distributed("gpu")
 
 
 def mean(values: list, valid: list) -> tuple[float, list]:
@@ -100,12 +108,12 @@ LOSSES = ("vtc", "mlm", "caption", "answer")
 
 def share(batch: dict, rank: int, world: int) -> dict:
     """The part of a batch that a process would have made: its samples, padded to the longest of them only."""
-    b = len(batch["meaning"]) // world
+    b = len(batch["positive_id"]) // world
     part = {}
     for name, value in batch.items():
         rows = len(value) // world if torch.is_tensor(value) else 0
-        part[name] = value[rank * rows : (rank + 1) * rows] if rows else value
-    assert len(part["meaning"]) == b
+        part[name] = value[rank * rows: (rank + 1) * rows] if rows else value
+    assert len(part["positive_id"]) == b
     for text in ("caption", "prompted", "question", "answer"):
         if f"{text}_mask" in part:
             longest = int(part[f"{text}_mask"].sum(1).max())
@@ -132,7 +140,7 @@ def test_two_processes_have_the_losses_and_gradients_of_one_with_the_whole_batch
     parameter. The batch is drawn, with texts of unequal lengths and meanings that occur twice. Not for the matching
     loss: each process draws its hard negatives from its own samples, which is another loss (see the test below)."""
     batch = make_batch(kind, b, r, seed)
-    batch["meaning"] = torch.randint(0, b, (b,), generator=torch.Generator().manual_seed(seed))
+    batch["positive_id"] = torch.randint(0, b, (b,), generator=torch.Generator().manual_seed(seed))
     names = [name for name, _ in make_model().named_parameters()]
     whole = losses_and_gradients(batch, 0, 1)
     parts = pair.run(losses_and_gradients, (batch, 0, 2), (batch, 1, 2))
@@ -165,7 +173,7 @@ def distilled(batches: list[dict], rank: int, world: int) -> tuple[list, list, l
 
 def test_distillation_and_the_queue_are_those_of_one_process(pair):
     batches = [make_batch("image", b=4, seed=seed) for seed in (0, 1)]
-    batches[1]["meaning"] = torch.tensor([0, 4, 5, 1])  # two of the second batch are in the queue already
+    batches[1]["positive_id"] = torch.tensor([0, 4, 5, 1])  # two of the second batch are in the queue already
     losses, gradients, queue = distilled(batches, 0, 1)
     one, other = pair.run(distilled, (batches, 0, 2), (batches, 1, 2))
     np.testing.assert_allclose((np.array(one[0]) + other[0]) / 2, losses, rtol=1e-9)
@@ -185,7 +193,7 @@ def matching(batch: dict, rank: int, world: int, partner: list[int]) -> tuple[fl
     model, part = make_model(), share(batch, rank, world)
     vision = model.encode_vision(part["pixels"])
     text = model.encode_text(part["caption_ids"], part["caption_mask"])
-    loss = matching_loss(model, vision, text, part["caption_mask"], likeness(partner), part["meaning"])
+    loss = matching_loss(model, vision, text, part["caption_mask"], likeness(partner), part["positive_id"])
     loss.backward()
     gradients = [p.grad.numpy() if p.grad is not None else None for p in model.parameters()]
     return loss.item(), gradients
@@ -194,13 +202,13 @@ def matching(batch: dict, rank: int, world: int, partner: list[int]) -> tuple[fl
 def test_the_matching_loss_agrees_too_where_the_negatives_are_the_same(pair):
     """Each process draws from its own samples, so this holds for a draw that stays within the halves only."""
     batch = make_batch("video", b=4)
-    batch["meaning"] = torch.tensor([0, 1, 0, 0])  # no negatives within the second half
+    batch["positive_id"] = torch.tensor([0, 1, 0, 0])  # no negatives within the second half
     value, _ = matching(batch, 0, 1, [1, 0, 1, 1])
     # One process finds a negative for the last two samples in the other half; two processes cannot.
     split = pair.run(matching, (batch, 0, 2, [1, 0]), (batch, 1, 2, [1, 0]))
     assert sum(part[0] for part in split) / 2 != pytest.approx(value, rel=1e-3)
 
-    batch["meaning"] = torch.arange(4)
+    batch["positive_id"] = torch.arange(4)
     value, gradients = matching(batch, 0, 1, [1, 0, 3, 2])
     split = pair.run(matching, (batch, 0, 2, [1, 0]), (batch, 1, 2, [1, 0]))
     assert sum(part[0] for part in split) / 2 == pytest.approx(value, rel=1e-9)

@@ -106,7 +106,7 @@ def test_what_is_written(packages, tmp_path, capsys):
     for split in ("train", "val", "test"):
         for medium in ("image", "video"):
             records = read_records(out, f"{medium}_caption", split)
-            codes = {record.meaning for record in records}
+            codes = {record.positive_id for record in records}
             seen.setdefault(split, set()).update(code.split("-")[0] for code in codes)
             assert any("1F3FF" in code for code in codes) == (split == "train" and medium == "image")
             assert records[0].captions[0].startswith("hand 1F4")

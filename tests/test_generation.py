@@ -62,7 +62,7 @@ def test_steps_with_caches_give_the_logits_of_the_whole_text(seed, b, r, pieces,
     whole = decoder(ids, ids > -1, memory, memory_mask)
     state, done = decoder.start(memory, memory_mask), 0
     for piece in pieces:
-        found = decoder.step(ids[:, done : done + piece], state)
+        found = decoder.step(ids[:, done: done + piece], state)
         done += piece
         torch.testing.assert_close(found, whole[:, done - 1], rtol=1e-9, atol=1e-9)
     assert all(key.shape[0] == b for key, _ in state.memories)
@@ -202,7 +202,7 @@ def test_a_beam_as_wide_as_all_texts_of_a_length_is_exhaustive_search(seed, leng
         ids = torch.cat([start[i].expand(len(texts), -1), texts], dim=1)
         with torch.no_grad():
             steps = model.decode(ids, ids > -1, memory[i, mask[i]].expand(len(ids), -1, -1))
-        steps = steps[:, first - 1 : -1].log_softmax(-1)
+        steps = steps[:, first - 1: -1].log_softmax(-1)
         scores = steps.gather(2, texts[:, :, None]).sum((1, 2)) / ((6 + length - 1) / 6) ** penalty
         every = sorted(zip(scores.tolist(), texts.tolist()), reverse=True)
         possible = [(score, ids) for score, ids in found[i] if score > -1e6]  # without those that ended too early

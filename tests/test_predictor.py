@@ -17,12 +17,12 @@ from PIL import Image
 
 import mplug2
 import tiny_data
-from mplug2.checkpoint import Preparation, save_model
+from mplug2.checkpoint import PreprocessConfig, save_model
 from mplug2.data.media import MediaError, read_media, to_pixels
 from mplug2.data.records import read_records
 from mplug2.data.text import Tokenizer, clean
-from mplug2.evaluation.chance import chance
-from mplug2.evaluation.evaluate import Prediction, evaluate, galleries, table
+from mplug2.evaluation.chance import chance_level
+from mplug2.evaluation.evaluate import Prediction, evaluate, evaluate_retrieval, format_table
 from mplug2.generation import beam_search, best_texts
 from mplug2.model.mplug2 import MPLUG2, answer_memory
 from mplug2.predictor import Predictor
@@ -54,7 +54,7 @@ def make_predictor(
         model.decoder.embeddings.position.weight.data.mul_(4)
         head.bias.data.zero_()
         head.norm.bias.data.zero_()
-    return Predictor(model, tokenizer, Preparation(frames, max_words=12), batch_size)
+    return Predictor(model, tokenizer, PreprocessConfig(frames, max_words=12), batch_size)
 
 
 def write_media(path: Path, seed: int, frames: int) -> Path:
@@ -107,7 +107,7 @@ def test_the_model_of_these_tests_tells_inputs_apart(alone):
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=8), st.integers(1, 4))
 def test_results_come_in_the_order_of_the_paths_whatever_the_batches(predictor, media, alone, order, batch_size):
     """Pictures and clips mixed, some of them twice."""
-    batched = Predictor(predictor.model, predictor.tokenizer, predictor.preparation, batch_size)
+    batched = Predictor(predictor.model, predictor.tokenizer, predictor.preprocess, batch_size)
     paths, asked = [media[i] for i in order], [(i + k) % 4 for k, i in enumerate(order)]
     assert batched.caption(paths) == [alone["captions"][i] for i in order]
     expected = [alone["answers"][i][question] for i, question in zip(order, asked)]
@@ -127,7 +127,7 @@ def test_a_caption_goes_on_from_the_prompt_of_its_kind(predictor, media):
             while len(written) < 1 + len(ids) + 20 and len(written) < 24 and written[-1] != predictor.tokenizer.sep:
                 row = torch.tensor([written])
                 written.append(int(predictor.model.decode(row, row > -1, vision)[0, -1].argmax()))
-        assert predictor.caption([path]) == predictor.tokenizer.decode([written[1 + len(ids) :]])
+        assert predictor.caption([path]) == predictor.tokenizer.decode([written[1 + len(ids):]])
 
 
 def test_a_model_of_single_frames_takes_a_clip_for_a_clip(media):
@@ -172,7 +172,7 @@ def test_the_likelihood_of_a_text_is_the_product_of_its_tokens_probabilities(pre
 
 
 def test_a_model_without_a_decoder_shows_where_the_words_of_a_text_look(media):
-    written, looks = make_predictor("visual_entailment").look(media[1], "which colour is it")
+    written, looks = make_predictor("visual_entailment").explain(media[1], "which colour is it")
     assert written == "" and [look.word for look in looks] == ["which", "colour", "is", "it"]
     assert {look.module.split(".")[0] for look in looks} == {"fusion"}
 
@@ -200,10 +200,11 @@ def test_matching_is_a_chance_for_each_pair(predictor, media):
     texts = ["a red one", "two moving left", "three"]
     together = predictor.match_probability(vision, texts)
     assert together.shape == (3,) and ((together > 0) & (together < 1)).all()
-    alone = torch.cat([predictor.match_probability(vision[i : i + 1], texts[i : i + 1]) for i in range(3)])
+    alone = torch.cat([predictor.match_probability(vision[i: i + 1], texts[i: i + 1]) for i in range(3)])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
     shared = predictor.match_probability(vision[:1], texts)  # one picture, all texts
-    torch.testing.assert_close(shared, predictor.match_probability(vision[:1].expand(3, -1, -1), texts), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(shared, predictor.match_probability(
+        vision[:1].expand(3, -1, -1), texts), rtol=1e-4, atol=1e-5)
 
 
 def test_text_is_cleaned_before_it_is_read(predictor, media):
@@ -246,10 +247,10 @@ def test_a_model_without_the_modules_says_so(media):
 
 
 def test_load_opens_a_checkpoint_as_any_smaller_model(predictor, media, tmp_path):
-    save_model(tmp_path, predictor.model, predictor.tokenizer, predictor.preparation)
+    save_model(tmp_path, predictor.model, predictor.tokenizer, predictor.preprocess)
     loaded = mplug2.load(tmp_path)
     assert loaded.caption(media) == predictor.caption(media)
-    assert loaded.preparation == predictor.preparation
+    assert loaded.preprocess == predictor.preprocess
     captioner = mplug2.load(str(tmp_path), task="video_caption")
     assert captioner.caption(media) == predictor.caption(media)
     assert not hasattr(captioner.model, "fusion")
@@ -278,7 +279,7 @@ def root(tmp_path_factory) -> Path:
     write_records(folder, "video_caption.test", clips)
     write_records(folder, "image_caption.test", pictures)
     write_records(folder, "video_retrieval.test", [
-        {"video": f"{i}.gif", "captions": [TEXTS[i], "another"], "meaning": str(i % 3 if i < 4 else i),
+        {"video": f"{i}.gif", "captions": [TEXTS[i], "another"], "positive_id": str(i % 3 if i < 4 else i),
          "gallery": "long" if i < 4 else "short"} for i in range(6)
     ])
     write_records(folder, "image_retrieval.test", pictures)
@@ -308,12 +309,12 @@ class Oracle(Predictor):
 
 
 def test_captions_and_answers_are_scored_by_kind(root, predictor):
-    oracle = Oracle(predictor.model, predictor.tokenizer, predictor.preparation)
+    oracle = Oracle(predictor.model, predictor.tokenizer, predictor.preprocess)
     metrics, predictions = evaluate(oracle, root, "test")
     assert metrics["caption_exact"] == metrics["image_caption_exact"] == 0.5
     assert metrics["qa_colour"] == 1.0 and metrics["qa_yesno"] == 0.5 and metrics["qa_all"] == 0.0
     assert 0 < metrics["caption_bleu4"] < 1 and metrics["caption_cider"] > 0
-    galleries = {f"{prefix}{way}_{key}" for prefix in ("", "image_") for way in ("t2v", "v2t")
+    galleries = {f"{way}_{key}" for way in ("t2v", "v2t", "t2i", "i2t")
                  for key in ("r1", "r5", "r10", "median_rank", "r1_rerank")}
     scores = ("exact", "cider", "bleu4", "rouge_l")
     described = {f"{prefix}caption_{key}" for prefix in ("", "image_") for key in scores}
@@ -326,16 +327,16 @@ def test_captions_and_answers_are_scored_by_kind(root, predictor):
                                         id="video_qa.test.jsonl:1")
     retrieved = [prediction for prediction in predictions if "retrieval" in prediction.task]
     assert len(predictions) - len(retrieved) == 6 + 18 + 4
-    for medium, prefix in (("video", ""), ("image", "image_")):
+    for medium, directions in (("video", ("t2v", "v2t")), ("image", ("t2i", "i2t"))):
         records = read_records(root, f"{medium}_retrieval", "test")
         found = [prediction for prediction in retrieved if prediction.task.startswith(medium)]
-        for way in ("t2v", "v2t"):  # a text looks for a file, by its id, and a file for a text
-            of_way = [prediction for prediction in found if (prediction.media is None) == (way == "t2v")]
+        for way in directions:  # a text looks for a file, by its id, and a file for a text
+            of_way = [prediction for prediction in found if (prediction.media is None) == way.startswith("t")]
             assert sorted(p.id for p in of_way) == sorted(record.id for record in records)
             sizes = Counter(record.gallery for record in records)
             of_gallery = {record.id: record.gallery for record in records}
             shares = [(p.prediction in p.truth) / sizes[of_gallery[p.id]] / len(sizes) for p in of_way]
-            assert sum(shares) == pytest.approx(metrics[f"{prefix}{way}_r1_rerank"])
+            assert sum(shares) == pytest.approx(metrics[f"{way}_r1_rerank"])
         for p in found:
             (record,) = [record for record in records if record.id == p.id]
             path, text = record.video or record.image, record.captions[0]
@@ -357,7 +358,7 @@ def test_retrieval_is_the_mean_over_galleries_by_cosine_then_by_the_matching_hea
     records = read_records(root, "video_retrieval", "test")
     for gallery in ("long", "short"):
         chosen = [record for record in records if record.gallery == gallery]
-        texts, meanings = [record.captions[0] for record in chosen], [record.meaning for record in chosen]
+        texts, meanings = [record.captions[0] for record in chosen], [record.positive_id for record in chosen]
         cosines = predictor.similarity([record.video for record in chosen], texts)
         vision = torch.stack(predictor.encode_media([record.video for record in chosen]))
         match = torch.stack([predictor.match_probability(row.expand(len(texts), -1, -1), texts) for row in vision])
@@ -372,13 +373,13 @@ def test_retrieval_is_the_mean_over_galleries_by_cosine_then_by_the_matching_hea
 def test_only_the_best_by_cosine_are_ranked_anew(root, predictor, monkeypatch):
     """With one candidate nothing can change."""
     records = [dataclasses.replace(record, gallery="all") for record in read_records(root, "video_retrieval", "test")]
-    one = galleries(predictor, "video_retrieval", records, rerank=1)[0]
+    one = evaluate_retrieval(predictor, "video_retrieval", records, rerank=1)[0]
     for way in ("t2v", "v2t"):
         assert one[f"{way}_r1_rerank"] == one[f"{way}_r1"]
     # A head that finds the best candidate unlikely moves it behind the second best, and no further.
-    monkeypatch.setattr(Predictor, "match", lambda self, vision, texts: torch.linspace(0, 1, len(texts)))
-    two = galleries(predictor, "video_retrieval", records, rerank=2)[0]
-    meanings = [record.meaning for record in records]
+    monkeypatch.setattr(Predictor, "match_probability", lambda self, vision, texts: torch.linspace(0, 1, len(texts)))
+    two = evaluate_retrieval(predictor, "video_retrieval", records, rerank=2)[0]
+    meanings = [record.positive_id for record in records]
     cosines = predictor.similarity([record.video for record in records], [record.captions[0] for record in records])
     for way, scores in (("t2v", cosines.T), ("v2t", cosines)):
         second = scores.argsort(dim=1, descending=True)[:, 1].tolist()
@@ -392,13 +393,13 @@ def test_a_task_is_evaluated_on_what_it_has_modules_for_and_the_data_has_files_f
     assert {"qa_colour", "caption_exact"} <= set(keys) and not any("r1" in key for key in keys)
     assert len(predictions) == 2 + 6 + 2
     keys, predictions = evaluate(make_predictor("image_retrieval"), root, "test")
-    assert {key.removeprefix("image_")[:3] for key in keys} == {"t2v", "v2t"}
+    assert {key[:3] for key in keys} == {"t2v", "v2t", "t2i", "i2t"}
     assert {prediction.task for prediction in predictions} == {"image_retrieval", "video_retrieval"}
     assert evaluate(make_predictor(), root, "val") == ({}, [])
 
 
 def test_a_table_has_a_column_a_split_and_blanks_where_a_split_has_no_number():
-    text = table({"test": {"caption_cider": 1.25, "qa_order": 0.955}, "combos": {"qa_order": 0.5}})
+    text = format_table({"test": {"caption_cider": 1.25, "qa_order": 0.955}, "combos": {"qa_order": 0.5}})
     assert text.splitlines() == [
         "                              test    combos",
         "caption_cider                1.250          ",
@@ -428,7 +429,7 @@ def test_curves_and_contact_sheets_are_pictures(root, tmp_path):
 
 def test_an_exported_model_is_half_as_large_and_says_the_same(tmp_path):
     predictor = make_predictor()
-    save_model(tmp_path / "whole", predictor.model, predictor.tokenizer, predictor.preparation)
+    save_model(tmp_path / "whole", predictor.model, predictor.tokenizer, predictor.preprocess)
     predictor.save(tmp_path / "half")
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "half")]
     assert 0.5 <= sizes[1] / sizes[0] < 0.6
@@ -490,18 +491,18 @@ def test_chance_is_that_of_a_model_that_looks_at_nothing(tmp_path):
                               {"question": "b", "answers": ["blue!"], "kind": "k"},
                               {"question": "c", "answers": ["one"]}, {"question": "d", "answers": ["two"]}]})
     write("image_caption", {"captions": ["a", "b"]}, {"captions": ["B!"]}, {"captions": ["c"]}, {"captions": ["d"]})
-    write("image_retrieval", *({"captions": ["a"], "meaning": meaning, "gallery": gallery}
+    write("image_retrieval", *({"captions": ["a"], "positive_id": meaning, "gallery": gallery}
                                for gallery, meaning in ("1x", "1x", "1y", "1z", "2x", "2y")))
     write("grounding", *({"text": "a", "box": [0.25, 0.5, 0.5, 1.0]} for _ in range(2)),
           {"text": "a", "box": [0.25, 0.5, 0.5, 1.0]})
-    found = chance(tmp_path, "test")
+    found = chance_level(tmp_path, "test")
     expected = {
         "text_classification_accuracy": 2 / 3, "image_classification_accuracy": 3 / 5,
         "image_classification_zero_shot": 3 / 5, "image_qa_k": 1.0, "image_qa_all": 1 / 2, "image_caption_exact": 2 / 4,
-        "image_t2v_r1": (2 * 2 / 4 + 2 * 1 / 4 + 2 * 1 / 2) / 6, "image_t2v_r5": 1.0,
+        "t2i_r1": (2 * 2 / 4 + 2 * 1 / 4 + 2 * 1 / 2) / 6, "t2i_r5": 1.0,
         "grounding_accuracy": 1.0, "grounding_iou": 1.0,
     }
     for key, value in expected.items():
         assert found[key] == pytest.approx(value), key
-    assert chance(tmp_path, "test", limit=2)["text_classification_accuracy"] == 1.0
-    assert chance(tmp_path, "val") == {}
+    assert chance_level(tmp_path, "test", limit=2)["text_classification_accuracy"] == 1.0
+    assert chance_level(tmp_path, "val") == {}

@@ -100,7 +100,7 @@ def recognised(levels: np.ndarray) -> int | None:
     """The row of the stroke that is shown as written, at its own or at double size and alone in a frame (h, w)."""
     for size in (1, 2):
         for y, x in product(range(0, 32 - 8 * size + 1, 8), repeat=2):
-            cell = levels[y : y + 8 * size, x : x + 8 * size]
+            cell = levels[y: y + 8 * size, x: x + 8 * size]
             same_pixels = (np.repeat(np.repeat(cell[::size, ::size], size, 0), size, 1) == cell).all()
             if same_pixels and cell.any() and np.count_nonzero(cell) == np.count_nonzero(levels):
                 row = ROW_OF.get(np.ascontiguousarray(cell[::size, ::size]).tobytes())
@@ -162,7 +162,7 @@ def test_training_shows_every_other_combination_often():
         assert (number == 0) if held_out(axis, digit, colour) else (number >= 20), (axis, digit, colour, number)
 
 
-def names_held_out(meaning: str) -> bool:
+def names_held_out(positive_id: str) -> bool:
     """Whether a meaning such as "red 7 left" or "blue 3 + red 7" names a combination that is held out on its axis."""
     colour, digit, *rest = meaning.split()
     things, kind = [(colour, digit)], rest[0] if rest else "picture"
@@ -175,7 +175,7 @@ def test_files_keep_combinations_apart(root):
     for split in SPLITS:
         for task in ("caption", "qa", "retrieval"):
             for record in records(root, f"video_{task}", split) + records(root, f"image_{task}", split):
-                assert names_held_out(record["meaning"]) == (split == "combos"), record
+                assert names_held_out(record["positive_id"]) == (split == "combos"), record
 
 
 # --- time ------------------------------------------------------------------------------------------------------------
@@ -454,7 +454,7 @@ def test_boxes_hold_exactly_the_digit_that_is_named(root, split):
         left, top, right, bottom = (round(32 * edge, 6) for edge in (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2))
         assert (right - left, bottom - top) == (8, 8) and 0 <= left and 0 <= top and right <= 32 and bottom <= 32
         inside = np.zeros((32, 32), bool)
-        inside[int(top) : int(bottom), int(left) : int(right)] = True
+        inside[int(top): int(bottom), int(left): int(right)] = True
         lit = levels_of(frame[None])
         (colour,) = [colour for colour, levels in lit.items() if (levels[0] > 0)[inside].any()]
         (other,) = set(lit) - {colour}

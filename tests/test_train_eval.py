@@ -114,8 +114,8 @@ def test_a_run_writes_settings_metrics_a_curve_and_checkpoints(run):
                                                                    "--save-every 2 --eval-every 2 --out ."])]
     assert settings["train"]["max_steps"] == 4 and settings["train"]["lr"] == train.TrainConfig().lr
     assert settings["model"]["width"] == 32 and settings["model"]["patch_size"] == 8
-    task, config, preparation = read_config(run / "last")
-    assert (task, config.width, preparation.frames, preparation.max_words) == ("pretrain", 32, 4, 30)
+    task, config, preprocess = read_config(run / "last")
+    assert (task, config.width, preprocess.frames, preprocess.max_words) == ("pretrain", 32, 4, 30)
     with Image.open(run / "curves.png") as picture:
         picture.load()
 
@@ -139,7 +139,7 @@ def test_metrics_have_a_line_a_step_the_validation_and_the_results(run):
     losses = {key.removeprefix("loss/") for line in steps for key in line if key.startswith("loss/")}
     assert losses == {"vtc", "vtm", "mlm", "caption", "answer"}
     validated = [line for line in found if "val/caption_exact" in line]
-    assert [line["step"] for line in validated] == [2, 4] and "val/image_t2v_r1" in validated[0]
+    assert [line["step"] for line in validated] == [2, 4] and "val/t2i_r1" in validated[0]
     (results,) = [line for line in found if "test/caption_exact" in line]
     assert {f"test/{key}" for key in KEYS} <= set(results)
 
@@ -296,7 +296,7 @@ def test_init_and_preset_exclude_each_other_and_sizes_come_from_the_checkpoint(c
 
 
 def test_a_batch_that_the_processes_cannot_share_evenly_is_refused():
-    process = distributed.Process(0, 2, torch.device("cpu"))
+    process = distributed.DistInfo(0, 2, torch.device("cpu"))
     with pytest.raises(ValueError, match="batch_size=7 cannot be shared by 2 processes evenly"):
         train.run(train.TrainConfig(batch_size=7), {}, process, "")
     with pytest.raises(ValueError, match="batch_size=8 cannot be shared by 2 processes evenly, in 3 micro-batches"):
@@ -351,7 +351,9 @@ def test_evaluation_reports_every_metric_of_both_splits_and_draws_contact_sheets
     found = evaluation.main(["--checkpoint", str(run / "last"), "--json", str(tmp_path / "results" / "all.json"),
                              "--limit", "28"])
     expected = {f"{split}/{key}" for split in ("test", "combos") for key in KEYS}
-    expected |= {f"{split}/image_{key}" for split in ("test", "combos") for key in KEYS if key != "qa_order"}
+    of_images = {f"image_{key}" for key in KEYS if key != "qa_order"}
+    of_images = {key.replace("image_t2v", "t2i").replace("image_v2t", "i2t") for key in of_images}
+    expected |= {f"{split}/{key}" for split in ("test", "combos") for key in of_images}
     expected |= {f"{split}/{kind}_classification_zero_shot" for split in ("test", "combos")
                  for kind in ("image", "video")}
     assert set(found) == expected
@@ -363,7 +365,7 @@ def test_evaluation_reports_every_metric_of_both_splits_and_draws_contact_sheets
             picture.load()
             assert picture.format == "PNG" and min(picture.size) > 400
     printed = capsys.readouterr().out
-    assert "test    combos" in printed and "image_v2t_r1_rerank" in printed and "contact sheets:" in printed
+    assert "test    combos" in printed and "i2t_r1_rerank" in printed and "contact sheets:" in printed
 
 
 def test_evaluation_of_one_split_is_written_beside_the_checkpoint(run, light):
@@ -378,7 +380,7 @@ def own_files(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("own")
     frames = np.zeros((10, 48, 64, 3), np.uint8)
     for t, frame in enumerate(frames):
-        frame[20:30, 5 * t : 5 * t + 10] = (255, 0, 0)
+        frame[20:30, 5 * t: 5 * t + 10] = (255, 0, 0)
     iio.imwrite(folder / "clip.mp4", frames, plugin="pyav", codec="libx264", fps=10)
     iio.imwrite(folder / "clip.gif", frames, loop=0)
     (folder / "more").mkdir()

@@ -77,7 +77,7 @@ class Emoji:
     @property
     def captions(self) -> list[str]:
         """Its name, and its name with two keywords."""
-        pairs = [self.keywords[first : first + 2] for first in range(0, min(len(self.keywords), 6), 2)]
+        pairs = [self.keywords[first: first + 2] for first in range(0, min(len(self.keywords), 6), 2)]
         return [self.name, *(f"{self.name}, {', '.join(pair)}" for pair in pairs)]
 
 
@@ -197,7 +197,7 @@ def check(records: dict[tuple[str, str], list[dict]], unknown: list[str]) -> Non
 
 
 def add(records: dict, medium: str, emoji: Emoji, split: str, path: str) -> None:
-    about = {medium: path, "id": f"{medium}-{emoji.code}", "meaning": emoji.code}
+    about = {medium: path, "id": f"{medium}-{emoji.code}", "positive_id": emoji.code}
     lines = {
         "caption": {"captions": emoji.captions},
         "qa": {"qa": [{"question": QUESTION, "answers": [emoji.group], "kind": "group"}]},

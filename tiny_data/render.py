@@ -43,5 +43,5 @@ def render(scene: Scene, strokes: np.ndarray) -> np.ndarray:
             spread = _spread(pose.size)
             level = np.rint(LEVELS * pose.light * (spread @ stroke @ spread.T)).astype(np.uint8)
             y, x = thing.y + pose.y, thing.x + pose.x
-            frame[y : y + pose.size, x : x + pose.size] += (level > 0) * (below + level)  # things do not overlap
+            frame[y: y + pose.size, x: x + pose.size] += (level > 0) * (below + level)  # things do not overlap
     return frames

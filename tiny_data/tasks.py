@@ -38,7 +38,7 @@ Shown = tuple[dict, tuple[Scene, ...]]  # a record, and the scenes that its medi
 
 def described(scenes: Sequence[Scene]) -> list[dict]:
     """One record a scene, for captioning and for retrieval."""
-    return [{"captions": list(captions(scene)), "meaning": meaning(scene)} for scene in scenes]
+    return [{"captions": list(captions(scene)), "positive_id": meaning(scene)} for scene in scenes]
 
 
 def questioned(scenes: Sequence[Scene], rng: np.random.Generator) -> list[dict]:
@@ -52,7 +52,7 @@ def questioned(scenes: Sequence[Scene], rng: np.random.Generator) -> list[dict]:
     counted = {*one[:rarer], *two[:rarer]}
     yes = rng.permutation(len(scenes)) % 2 == 0
     return [
-        {"qa": questions(scene, rng, yes=bool(yes[i]), count=i in counted), "meaning": meaning(scene)}
+        {"qa": questions(scene, rng, yes=bool(yes[i]), count=i in counted), "positive_id": meaning(scene)}
         for i, scene in enumerate(scenes)
     ]
 

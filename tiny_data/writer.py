@@ -161,7 +161,7 @@ def gif(frames: np.ndarray) -> bytes:
         parts.append(struct.pack("<sHHHHBB", b",", 0, 0, w, h, 0, 7))  # 7: colours have 7 bits, codes 8
         stream = frame.tobytes() + b"\x81"
         for start in range(0, len(stream), 255):
-            block = stream[start : start + 255]
+            block = stream[start: start + 255]
             parts += (bytes([len(block)]), block)
         parts.append(b"\0")
     return b"".join(parts) + b";"

@@ -37,7 +37,7 @@ class Collate:
             "task": kind.task,
             "source": [item["source"] for item in items],
             "errors": [error for item in items for error in item["errors"]],
-            "meaning": torch.tensor([item["meaning"] for item in items]),
+            "positive_id": torch.tensor([item["positive_id"] for item in items]),
         }
         if kind.modality != "text":
             batch["pixels"] = torch.stack([item["pixels"] for item in items])
@@ -72,7 +72,7 @@ class Collate:
         numbers, label = self.numbers[task], item["label"]
         if isinstance(label, float) == bool(numbers) or (numbers and label not in numbers):
             expected = f"one of {', '.join(numbers)}" if numbers else "a number"
-            raise RecordError(f"{item['where']}: label {label!r}: this model was made for {expected}")
+            raise RecordError(f"{item['source']}: label {label!r}: this model was made for {expected}")
         return numbers[label] if numbers else label
 
     def masked(self, ids: Tensor, mask: Tensor, noise: np.ndarray) -> dict[str, Tensor]:
@@ -116,10 +116,10 @@ class MixedBatches(torch.utils.data.Sampler):
 
     def __init__(
         self, sizes: dict[str, int], weights: dict[str, float], batch_size: int, steps: int, seed: int, start: int = 0,
-        rank: int = 0, world: int = 1, accumulate: int = 1,
+        rank: int = 0, world_size: int = 1, accumulate: int = 1,
     ):
         self.sizes, self.batch_size, self.seed, self.start = sizes, batch_size, seed, start
-        self.rank, self.world, self.accumulate = rank, world, accumulate
+        self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
         self.kinds = batch_schedule(weights, steps)
         self.orders: dict[tuple[str, int], np.ndarray] = {}
 
@@ -138,7 +138,7 @@ class MixedBatches(torch.utils.data.Sampler):
     def __iter__(self) -> Iterator[list[tuple[str, int, int]]]:
         size = self.batch_size // self.accumulate
         for kind, count in self.turns():
-            yield [self.key(kind, count * size + i) for i in range(self.rank, size, self.world)]
+            yield [self.key(kind, count * size + i) for i in range(self.rank, size, self.world_size)]
 
     def key(self, kind: str, position: int) -> tuple[str, int, int]:
         """The sample at a position of the endless stream of one kind."""

@@ -151,4 +151,3 @@ def drawn(frames: np.ndarray, text: str, found: ParsedRecord) -> Image.Image:
     row.paste(strip, (0, 0))
     ImageDraw.Draw(row).multiline_text((4, strip.height + 2), "\n".join(lines), fill="black", spacing=2)
     return row
-

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 
 from mplug2.tasks import RECORD_FIELDS, TASKS
 
-OPTIONAL_FIELDS: tuple[str, ...] = ("id", "meaning", "unlabelled")
+OPTIONAL_FIELDS: tuple[str, ...] = ("id", "positive_id", "unlabelled")
 """Fields that a line of any task may have."""
 
 TRUTH_FIELDS: tuple[str, ...] = ("captions", "label", "box")
@@ -56,7 +56,7 @@ class Record:
 
     id: str
     """Unique in its file. The default is "<file name>:<line>", so that it does not depend on where the folder lies."""
-    meaning: str
+    positive_id: str
     """Records of equal meaning are positives of each other. The default is `id`: equal to no other."""
     source: str
     """"<file path>:<line>", for messages."""
@@ -156,12 +156,14 @@ def _parse_line(
         ) from error
     if not isinstance(fields, dict):
         _fail(source, fields, "a JSON object")
+    if "meaning" in fields:  # how `positive_id` was spelled before
+        fields.setdefault("positive_id", fields.pop("meaning"))
     unlabelled = fields.get("unlabelled") is True
     needed = tuple(name for name in RECORD_FIELDS[task] if not (unlabelled and name in TRUTH_FIELDS))
     _check_names(source, f"task {task!r}", fields, needed, tuple(parsers[unlabelled]))
     values = {name: parsers[unlabelled][name](f"{source}: {name}", value) for name, value in fields.items()}
     record_id = values.setdefault("id", default_id)
-    values.setdefault("meaning", record_id)
+    values.setdefault("positive_id", record_id)
     if has_gallery(task):
         values.setdefault("gallery", "all")
     return Record(source=source, **values)
@@ -172,7 +174,7 @@ def _field_parsers(root: Path, task: str, unlabelled: bool) -> dict[str, Callabl
     path = partial(_path, root)
     parsers = {
         "id": _string,
-        "meaning": _string,
+        "positive_id": _string,
         "image": path,
         "video": path,
         "images": partial(_pair, path),

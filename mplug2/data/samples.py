@@ -21,7 +21,7 @@ class Sample:
     """What is known about one picture, clip or sentence, of all files that speak of it."""
 
     source: str
-    meaning: int
+    positive_id: int
     media: Path | None = None
     captions: tuple[str, ...] = ()
     qa: tuple[Question, ...] = ()
@@ -89,7 +89,7 @@ def read_classes(samples: dict[str, list[Sample]]) -> dict[str, tuple[str, ...]]
 def _labelled(record: Record) -> Sample:
     """Every record by itself: there may be other texts about the same image."""
     return Sample(
-        record.source, _number(record.meaning), record.video or record.image, images=record.images,
+        record.source, _id_number(record.positive_id), record.video or record.image, images=record.images,
         texts=record.texts or ((record.text,) if record.text else ()), label=record.label, box=record.box,
     )
 
@@ -105,7 +105,8 @@ def _merge(records: list[Record]) -> list[Sample]:
         by_media.setdefault(record.video or record.image or record.source, []).append(record)
     return [
         Sample(
-            source=group[0].source, meaning=_number(group[0].meaning), media=group[0].video or group[0].image,
+            source=group[0].source, positive_id=_id_number(group[0].positive_id),
+            media=group[0].video or group[0].image,
             captions=sum((record.captions or (record.text,) for record in group if record.captions or record.text), ()),
             qa=sum((record.qa for record in group), ()),
         )
@@ -113,9 +114,9 @@ def _merge(records: list[Record]) -> list[Sample]:
     ]
 
 
-def _number(meaning: str) -> int:
+def _id_number(positive_id: str) -> int:
     """The same 63-bit number for the same text, on every process."""
-    return int.from_bytes(hashlib.blake2b(meaning.encode(), digest_size=8).digest(), "big") >> 1
+    return int.from_bytes(hashlib.blake2b(positive_id.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def check_texts(samples: dict[str, list[Sample]], tokenizer: Tokenizer, limit: int, max_words: int) -> None:
@@ -195,7 +196,7 @@ class Samples(torch.utils.data.Dataset):
         """One caption, r questions with an answer each, and the random numbers that choose the masked words; or the
         text that a label or a box is about."""
         captions, modality = sample.captions, BATCH_TYPES[kind].modality
-        item = {"kind": kind, "meaning": sample.meaning, "noise": rng.random((3, self.max_positions))}
+        item = {"kind": kind, "positive_id": sample.positive_id, "noise": rng.random((3, self.max_positions))}
         if captions:
             item["caption"] = self.clean(captions[rng.integers(len(captions))])
             item["references"] = [self.clean(caption) for caption in captions]

@@ -50,7 +50,7 @@ def pack(root: Path | str, out: Path | str, split: str = "train", samples_per_sh
     index: dict[str, list[dict]] = {}
     for kind, samples in read_samples(Path(root), "pretrain", split).items():
         for first in range(0, len(samples), samples_per_shard):
-            name, part = f"{kind}-{first // samples_per_shard:06d}.tar", samples[first : first + samples_per_shard]
+            name, part = f"{kind}-{first // samples_per_shard:06d}.tar", samples[first: first + samples_per_shard]
             with tarfile.open(out / f".{name}.part", "w") as tar:
                 for number, sample in enumerate(part, start=first):
                     _write_sample(tar, f"{number:09d}", sample)
@@ -63,7 +63,7 @@ def pack(root: Path | str, out: Path | str, split: str = "train", samples_per_sh
 
 def _write_sample(tar: tarfile.TarFile, key: str, sample: Sample) -> None:
     texts = {
-        "source": sample.source, "meaning": sample.meaning, "captions": sample.captions,
+        "source": sample.source, "positive_id": sample.positive_id, "captions": sample.captions,
         "qa": [{"question": q.question, "answers": q.answers, "kind": q.kind} for q in sample.qa],
     }
     files = {"json": json.dumps(texts).encode()}
@@ -155,8 +155,11 @@ def _parse(path: Path, number: int, files: dict[str, bytes]) -> tuple[Sample, st
     """A sample without its media, and the suffix of the file that is its media. RecordError if it is not whole."""
     try:
         texts = json.loads(files["json"])
+        for old, name in (("where", "source"), ("meaning", "positive_id")):  # the names in shards packed before
+            if old in texts:
+                texts.setdefault(name, texts.pop(old))
         sample = Sample(
-            source=f"{path}:{number} ({texts['where']})", meaning=int(texts["meaning"]),
+            source=f"{path}:{number} ({texts['source']})", positive_id=int(texts["positive_id"]),
             captions=tuple(map(str, texts["captions"])),
             qa=tuple(Question(q["question"], tuple(q["answers"]), q["kind"]) for q in texts["qa"]),
         )
@@ -186,7 +189,7 @@ class ReadPlan:
             return self.leftovers[reader] if self.leftovers else ()
         epoch = self.epoch + number - 1
         order = np.random.default_rng((*seed, epoch)).permutation(len(shards.paths))
-        return tuple(ShardRange(epoch, int(i), 0, shards.sizes[i]) for i in order[reader :: self.readers])
+        return tuple(ShardRange(epoch, int(i), 0, shards.sizes[i]) for i in order[reader:: self.readers])
 
 
 class Reader:
@@ -223,7 +226,7 @@ class Reader:
                     min(self.window, total - start)
                 )
                 buffer = self._read(pieces, start, len(order))
-                for place in order[position - start :]:
+                for place in order[position - start:]:
                     position += 1
                     self.at = (number, position)
                     found = self._item(*buffer[place])
@@ -265,7 +268,7 @@ class Reader:
                 with tempfile.NamedTemporaryFile(suffix=f".{suffix}") as media:  # decoders want a file with a name
                     media.write(files[suffix])
                     media.flush()
-                    pixels = self.samples.pixels(Sample(sample.source, sample.meaning, Path(media.name)), kind, rng)
+                    pixels = self.samples.pixels(Sample(sample.source, sample.positive_id, Path(media.name)), kind, rng)
             elif kind != "text":
                 raise RecordError("there is no picture or clip")
             return {**self.samples.texts(sample, kind, rng), "pixels": pixels, "source": sample.source}
@@ -285,7 +288,8 @@ class ReaderState:
         for stream, shard_set in shards.items():
             self.plans[stream], self.at[stream] = ReadPlan(readers), {}
             if stream in state:
-                leftovers = tuple(tuple(ShardRange(*piece) for piece in pieces) for pieces in state[stream]["leftovers"])
+                leftovers = tuple(tuple(ShardRange(*piece) for piece in pieces)
+                                  for pieces in state[stream]["leftovers"])
                 plan = ReadPlan(state[stream]["readers"], leftovers, state[stream]["epoch"])
                 at = {reader: tuple(place) for reader, place in state[stream]["at"].items()}
                 same = plan.readers == readers and state[stream]["window"] == window

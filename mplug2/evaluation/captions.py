@@ -184,40 +184,6 @@ def paper_captions(references: list[list[str]], hypotheses: list[str]) -> dict[s
     return {name: float(score) for name, score in scores.items()}
 
 
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 def _ngrams(text: str) -> Counter[Ngram]:
     """How often each n-gram of 1 to MAX_N whitespace tokens occurs in `text`."""
     words = text.split()

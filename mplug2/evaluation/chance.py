@@ -9,11 +9,12 @@ import torch
 
 from mplug2.data.records import available, read_records
 from mplug2.data.text import clean
+from mplug2.evaluation.evaluate import DIRECTIONS
 from mplug2.objectives.losses import generalized_iou
 from mplug2.tasks import EVALUATED
 
 
-def chance(root: Path, split: str, limit: int | None = None) -> dict[str, float]:
+def chance_level(root: Path, split: str, limit: int | None = None) -> dict[str, float]:
     """What the metrics of a model are that looks at nothing: it knows the commonest answer to each kind of question,
     the commonest label, and the mean box of the split, and ranks a gallery at random."""
     there, found = available(root), {}
@@ -33,17 +34,17 @@ def chance(root: Path, split: str, limit: int | None = None) -> dict[str, float]
                 commonest = Counter(answer for accepted in asked for answer in accepted).most_common(1)[0][1]
                 found[f"{prefix}qa_{kind}"] = commonest / len(asked)
         elif what == "retrieval":
-            of_gallery = Counter((record.gallery, record.meaning) for record in records)
+            of_gallery = Counter((record.gallery, record.positive_id) for record in records)
             sizes = Counter(record.gallery for record in records)
             for k in (1, 5, 10):
                 # One minus the chance that k draws miss all the right ones.
                 values = [
                     1 - math.comb(n - right, min(k, n)) / math.comb(n, min(k, n))
                     for record in records for n, right in [
-                        (sizes[record.gallery], of_gallery[record.gallery, record.meaning])]
+                        (sizes[record.gallery], of_gallery[record.gallery, record.positive_id])]
                 ]
-                found |= {f"{prefix}{way}_r{k}": float(np.mean(values)) for way in ("t2v", "v2t")}
-            found |= {f"{prefix}{way}_r1_rerank": found[f"{prefix}{way}_r1"] for way in ("t2v", "v2t")}
+                found |= {f"{way}_r{k}": float(np.mean(values)) for way in DIRECTIONS[modality]}
+            found |= {f"{way}_r1_rerank": found[f"{way}_r1"] for way in DIRECTIONS[modality]}
         elif task == "grounding":
             truth = torch.tensor([record.box for record in records])
             overlap = generalized_iou(truth.mean(dim=0).expand_as(truth), truth)[0]

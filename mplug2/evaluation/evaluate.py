@@ -29,6 +29,8 @@ from mplug2.tasks import EVALUATED, PROMPTS, TASKS
 
 CANDIDATES = 32
 """Answers of a list that are scored whole."""
+DIRECTIONS = {"video": ("t2v", "v2t"), "image": ("t2i", "i2t")}
+"""Names of the two directions of retrieval, from text and to text."""
 VOTES = 10
 """Answers that VQAv2 has of each question."""
 
@@ -60,7 +62,7 @@ class Prediction:
         return line if self.confidence is None else {**line, "confidence": round(self.confidence, 4)}
 
 
-def can(model: MPLUG2, task: str) -> bool:
+def supports(model: MPLUG2, task: str) -> bool:
     """Whether the model has the modules for a task: for classes its head, or VTC, which compares with captions."""
     needed, built = TASKS[task].components, model.components
     if "classifier" in needed:
@@ -70,10 +72,10 @@ def can(model: MPLUG2, task: str) -> bool:
 
 def evaluate(
     predictor: Predictor, root: Path, split: str, limit: int | None = None, tasks: Sequence[str] | None = None,
-    among: Sequence[str] | None = None, beams: int = 1, paper: bool = False, all_captions: bool = False,
+    answer_list: Sequence[str] | None = None, beams: int = 1, paper: bool = False, all_captions: bool = False,
 ) -> tuple[dict[str, float], list[Prediction]]:
     """All that the model has the modules for and the folder `root` the files; or these `tasks` only. `limit`: only the
-    first records of each. `among`: answers to rank, instead of writing them. `beams`: of the search for captions.
+    first records of each. `answer_list`: answers to rank, instead of writing them. `beams`: of the search for captions.
     `paper`: captions by the papers' pipeline too. `all_captions`: every caption is a query of retrieval, not only the
     first. Unlabelled records are predicted, but not scored.
 
@@ -83,33 +85,33 @@ def evaluate(
     for task in tasks or ():
         if task not in EVALUATED:
             raise ValueError(f"task {task!r} cannot be evaluated; known are {', '.join(EVALUATED)}")
-        if not can(predictor.model, task):
+        if not supports(predictor.model, task):
             raise ValueError(f"a model for {predictor.model.task} has not the modules for {task}; "
                              f"fine-tune it: train.py --task {task} --init")
     metrics: dict[str, float] = {}
     predictions: list[Prediction] = []
     for task in EVALUATED:
-        if split not in there.get(task, ()) or not can(predictor.model, task) or (tasks and task not in tasks):
+        if split not in there.get(task, ()) or not supports(predictor.model, task) or (tasks and task not in tasks):
             continue
         records = read_records(root, task, split)[:limit]
         modality, _, what = task.partition("_")
         prefix = "image_" if modality == "image" else ""
         if what == "caption":
-            found, written = captions(predictor, records, modality, beams, paper)
+            found, written = evaluate_captions(predictor, records, modality, beams, paper)
         elif what == "qa":
-            found, written = answers(predictor, records, modality, among)
+            found, written = evaluate_answers(predictor, records, modality, answer_list)
         elif what == "retrieval":
-            found, written = galleries(predictor, task, records, all_captions=all_captions)
+            prefix, (found, written) = "", evaluate_retrieval(predictor, task, records, all_captions=all_captions)
         elif task == "grounding":
-            prefix, (found, written) = "", boxes(predictor, records)
+            prefix, (found, written) = "", evaluate_boxes(predictor, records)
         else:
-            prefix, (found, written) = f"{task}_", labels(predictor, task, records, root)
+            prefix, (found, written) = f"{task}_", evaluate_labels(predictor, task, records, root)
         metrics |= {f"{prefix}{key}": value for key, value in found.items()}
         predictions += written
     return metrics, predictions
 
 
-def captions(
+def evaluate_captions(
     predictor: Predictor, records: list[Record], kind: str, beams: int = 1, paper: bool = False
 ) -> tuple[dict[str, float], list[Prediction]]:
     media = [record.video or record.image for record in records]
@@ -134,15 +136,15 @@ def captions(
     ]
 
 
-def answers(
-    predictor: Predictor, records: list[Record], kind: str, among: Sequence[str] | None = None
+def evaluate_answers(
+    predictor: Predictor, records: list[Record], kind: str, answer_list: Sequence[str] | None = None
 ) -> tuple[dict[str, float], list[Prediction]]:
     asked = [(record.video or record.image, question, record.id) for record in records for question in record.qa]
     media, questions = [media for media, _, _ in asked], [question.question for _, question, _ in asked]
-    if among is None:
+    if answer_list is None:
         written = predictor.answer(media, questions)
     else:
-        written = predictor.answer(media, questions, among=among, candidates=CANDIDATES)
+        written = predictor.answer(media, questions, answer_list=answer_list, candidates=CANDIDATES)
     by_kind = defaultdict(list)
     for (_, question, _), text in zip(asked, written):
         if question.answers:
@@ -160,7 +162,7 @@ def answers(
     ]
 
 
-def galleries(
+def evaluate_retrieval(
     predictor: Predictor, task: str, records: list[Record], rerank: int = 16, all_captions: bool = False
 ) -> tuple[dict[str, float], list[Prediction]]:
     """Mean over the galleries, and the best of the re-ranked ones for each query: the id of a record for a text, a text
@@ -172,14 +174,14 @@ def galleries(
         by_gallery[record.gallery].append(record)
     found, written = [], []
     for of_gallery in by_gallery.values():
-        metrics, predictions = in_gallery(predictor, task, of_gallery, rerank, all_captions)
+        metrics, predictions = evaluate_gallery(predictor, task, of_gallery, rerank, all_captions)
         found.append(metrics)
         written += predictions
     return {key: float(np.mean([metrics[key] for metrics in found])) for key in found[0]}, written
 
 
 @torch.no_grad()
-def in_gallery(
+def evaluate_gallery(
     predictor: Predictor, task: str, records: list[Record], rerank: int, all_captions: bool
 ) -> tuple[dict[str, float], list[Prediction]]:
     asked = [(text, record) for record in records
@@ -187,35 +189,37 @@ def in_gallery(
     texts, media = [text for text, _ in asked], [record.video or record.image for record in records]
     vision = torch.stack(predictor.encode_media(media))
     unit_vision, unit_text = predictor.model.project_vision(vision), predictor.embed(texts)
-    of_text = np.array([record.meaning for _, record in asked])
-    of_media = np.array([record.meaning for record in records])
+    of_text = np.array([record.positive_id for _, record in asked])
+    of_media = np.array([record.positive_id for record in records])
     right = of_text[:, None] == of_media[None, :]
     cosines = (unit_text @ unit_vision.T).cpu()
     metrics, predictions = {}, []
-    for name, scores, positives in (("t2v", cosines, right), ("v2t", cosines.T, right.T)):
+    to_media, to_text = DIRECTIONS[TASKS[task].modality]
+    for name, scores, positives in ((to_media, cosines, right), (to_text, cosines.T, right.T)):
         ranks = retrieval(scores.numpy(), positives)
         metrics |= {f"{name}_{key}": float(ranks[key]) for key in ("r1", "r5", "r10", "median_rank")}
         best = scores.topk(min(rerank, scores.shape[1]), dim=1).indices
         # Candidates outside the best keep their order below them: cosines are at most 1, probabilities at least 0.
         again = scores - 2
         for query, candidates in enumerate(best):
-            if name == "t2v":
-                again[query, candidates] = predictor.match_probability(vision[candidates], [texts[query]] * len(candidates)).cpu()
+            if name == to_media:
+                again[query, candidates] = predictor.match_probability(
+                    vision[candidates], [texts[query]] * len(candidates)).cpu()
             else:
                 again[query, candidates] = predictor.match_probability(
-                    vision[query : query + 1], [texts[i] for i in candidates.tolist()]
+                    vision[query: query + 1], [texts[i] for i in candidates.tolist()]
                 ).cpu()
         metrics[f"{name}_r1_rerank"] = float(retrieval(again.numpy(), positives)["r1"])
-        queries = asked if name == "t2v" else [("", record) for record in records]
-        answers = [record.id for record in records] if name == "t2v" else texts
+        queries = asked if name == to_media else [("", record) for record in records]
+        answers = [record.id for record in records] if name == to_media else texts
         for (text, record), first, is_right in zip(queries, again.argmax(dim=1).tolist(), positives):
             truth = tuple(answers[i] for i in is_right.nonzero()[0])
-            shown = None if name == "t2v" else record.video or record.image
+            shown = None if name == to_media else record.video or record.image
             predictions.append(Prediction(task, shown, text, answers[first], truth, id=record.id))
     return metrics, predictions
 
 
-def labels(
+def evaluate_labels(
     predictor: Predictor, task: str, records: list[Record], root: Path
 ) -> tuple[dict[str, float], list[Prediction]]:
     """Classes by the head of the task, or numbers; without a head, classes of media by captions (`zero_shot`)."""
@@ -293,7 +297,7 @@ def zero_shot(
     return [classes[number] for number in scores.argmax(dim=1).tolist()]
 
 
-def boxes(predictor: Predictor, records: list[Record]) -> tuple[dict[str, float], list[Prediction]]:
+def evaluate_boxes(predictor: Predictor, records: list[Record]) -> tuple[dict[str, float], list[Prediction]]:
     records = [record for record in records if not record.unlabelled]  # no server takes boxes
     if not records:
         return {}, []
@@ -310,9 +314,7 @@ def boxes(predictor: Predictor, records: list[Record]) -> tuple[dict[str, float]
     ]
 
 
-
-
-def table(by_split: dict[str, dict[str, float]]) -> str:
+def format_table(by_split: dict[str, dict[str, float]]) -> str:
     """A row for each metric, a column for each split; shares in per cent, CIDEr as it is."""
     names = list(dict.fromkeys(name for metrics in by_split.values() for name in metrics))
     width = max([23, *map(len, names)]) + 1

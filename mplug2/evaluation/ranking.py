@@ -83,7 +83,7 @@ def box_iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     high = np.minimum(first[..., :2] + first[..., 2:] / 2, second[..., :2] + second[..., 2:] / 2)
     shared = np.prod(np.clip(high - low, 0, None), axis=-1)
     union = np.prod(first[..., 2:], axis=-1) + np.prod(second[..., 2:], axis=-1) - shared
-    return np.divide(shared, union, out=np.zeros_like(shared), source=union > 0)
+    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
 
 
 def grounding_accuracy(truths: np.ndarray, predictions: np.ndarray) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mplug2.data.adapters.text import GLUE
 
-TASKS = {"vqav2": "image_qa", "nocaps": "image_caption"} | {
+BENCHMARKS = {"vqav2": "image_qa", "nocaps": "image_caption"} | {
     f"glue_{name}": "text_classification" if len(task.texts) == 1 else "text_pair_classification"
     for name, task in GLUE.items()
 }
@@ -20,14 +20,14 @@ NUMBERED = ("CoLA", "SST-2", "MRPC", "QQP", "WNLI")
 """Tasks of GLUE whose files have 0 and 1 for the classes; the others have their names."""
 
 
-def write(benchmark: str, folder: Path | str, split: str, predictions: Sequence[tuple[str, str]]) -> Path:
+def write_submission(benchmark: str, folder: Path | str, split: str, predictions: Sequence[tuple[str, str]]) -> Path:
     """Write (id of the record, prediction) pairs into `folder`, as the server of `benchmark` wants them; returns the
     file. Raises ValueError for an unknown benchmark, an id that is no number or is there twice, an empty prediction and
     a class that the task does not have, each with its id."""
-    if benchmark not in TASKS:
-        raise ValueError(f"no server format for {benchmark!r}; there are {', '.join(TASKS)}")
+    if benchmark not in BENCHMARKS:
+        raise ValueError(f"no server format for {benchmark!r}; there are {', '.join(BENCHMARKS)}")
     if not predictions:
-        raise ValueError(f"there is no prediction of {TASKS[benchmark]} for {benchmark}, split {split}")
+        raise ValueError(f"there is no prediction of {BENCHMARKS[benchmark]} for {benchmark}, split {split}")
     seen = set()
     for name, prediction in predictions:
         if not name.isdecimal():

@@ -9,7 +9,7 @@ VQA_NUMBERS = {word: str(i) for i, word in enumerate("zero one two three four fi
 VQA_NUMBERS["none"] = "0"
 VQA_PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
 VQA_CONTRACTIONS = {
-    word[:place] + word[place + 1 :]: word for word in (
+    word[:place] + word[place + 1:]: word for word in (
         "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd "
         "he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't "
         "needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've "

@@ -27,10 +27,6 @@ def reference_attention(
     return torch.einsum("b c l m, b c m e -> b c l e", weights, value)
 
 
-
-
-
-
 def padding_mask(mask: Tensor) -> Tensor:
     """`b l`, true = real token, to `b 1 1 l`: no query attends to padding."""
     return rearrange(mask, "b l -> b 1 1 l")

@@ -125,5 +125,5 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     t, taps = x.shape[1], weight.shape[2]
     out, padded = bias, F.pad(x, (0, 0, 0, 0, taps // 2, taps // 2))
     for tap, tap_weight in enumerate(weight[:, 0].unbind(dim=1)):
-        out = torch.addcmul(out, padded[:, tap : tap + t], tap_weight)
+        out = torch.addcmul(out, padded[:, tap: tap + t], tap_weight)
     return out

@@ -77,7 +77,8 @@ class MPLUG2(nn.Module):
             self.box_head = BoxHead(width, config.image_size // config.patch_size)
         if "pair" in built:
             self.pair_place = nn.Parameter(torch.zeros(2, width))
-        self.newly_initialized: list[str] = []  # parameters that a checkpoint had no weights for, see checkpoint.load_model
+        # parameters that a checkpoint had no weights for, see checkpoint.load_model
+        self.newly_initialized: list[str] = []
         init_weights(self)
 
     def encode_vision(self, pixels: Tensor) -> Tensor:
@@ -154,8 +155,6 @@ class MPLUG2(nn.Module):
         if not hasattr(self, name):
             raise ValueError(f"a model for the task {self.task!r} has no {name}; build it for another task")
         return getattr(self, name)
-
-
 
 
 def answer_memory(vision: Tensor, text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from mplug2.distributed import gather
+from mplug2.distributed import all_gather_with_grad
 from mplug2.model.mplug2 import MPLUG2
 
 
@@ -56,18 +56,19 @@ class EMATeacher(nn.Module):
         return self.queue_vision[:count], self.queue_text[:count], self.queue_meaning[:count]
 
     @torch.no_grad()
-    def enqueue(self, vision: Tensor, text: Tensor, meaning: Tensor) -> None:
+    def enqueue(self, vision: Tensor, text: Tensor, positive_id: Tensor) -> None:
         """Put unit vectors `b e` of every process, and their meanings `b`, in the place of the oldest ones.
 
         Every process keeps the same queue."""
-        vision, text, meaning = gather(vision), gather(text), gather(meaning)
+        vision, text, positive_id = all_gather_with_grad(
+            vision), all_gather_with_grad(text), all_gather_with_grad(positive_id)
         if not (vision.isfinite().all() and text.isfinite().all()):
             return  # the step is going to be skipped
-        size, count = len(self.queue_meaning), len(meaning)
+        size, count = len(self.queue_meaning), len(positive_id)
         if count > size:
             raise ValueError(f"queue={size}: expected room for the {count} samples of a batch at least")
-        positions = (self.queued + torch.arange(count, device=meaning.device)) % size
+        positions = (self.queued + torch.arange(count, device=positive_id.device)) % size
         self.queue_vision[positions] = vision.to(self.queue_vision.dtype)
         self.queue_text[positions] = text.to(self.queue_text.dtype)
-        self.queue_meaning[positions] = meaning
+        self.queue_meaning[positions] = positive_id
         self.queued += count

@@ -5,7 +5,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from mplug2.distributed import gather, global_mean
+from mplug2.distributed import all_gather_with_grad, global_mean
 from mplug2.model.mplug2 import MPLUG2
 from mplug2.model.shapes import check
 from mplug2.objectives.ema_teacher import EMATeacher
@@ -13,53 +13,54 @@ from mplug2.objectives.ema_teacher import EMATeacher
 TEMPERATURE_RANGE = (0.001, 0.5)
 
 
-def contrastive_loss(vision: Tensor, text: Tensor, temperature: Tensor, meaning: Tensor) -> Tensor:
+def contrastive_loss(vision: Tensor, text: Tensor, temperature: Tensor, positive_id: Tensor) -> Tensor:
     """VTC on unit vectors `b e`: each vision has to find its texts among those of all processes, and each text its
-    visions. Pairs of equal `meaning` (`b`, integers) are positives of each other, and share the target evenly.
+    visions. Pairs of equal `positive_id` (`b`, integers) are positives of each other, and share the target evenly.
 
     Each process scores its own rows against columns that are gathered with gradients.
     """
     sizes = check(text, "b e", **check(vision, "b e"))
-    check(meaning, "b", **sizes)
+    check(positive_id, "b", **sizes)
     temperature = temperature.clamp(*TEMPERATURE_RANGE)
-    positive = (meaning[:, None] == gather(meaning)[None, :]).to(vision.dtype)
+    positive = (positive_id[:, None] == all_gather_with_grad(positive_id)[None, :]).to(vision.dtype)
     target = positive / positive.sum(dim=1, keepdim=True)
     losses = []
     for rows, columns in ((vision, text), (text, vision)):
-        log_probs = (rows @ gather(columns).T / temperature).log_softmax(dim=1)
+        log_probs = (rows @ all_gather_with_grad(columns).T / temperature).log_softmax(dim=1)
         losses.append(-(target * log_probs).sum(dim=1))
     return torch.stack(losses).mean()
 
 
 def distilled_contrastive_loss(
-    vision: Tensor, text: Tensor, temperature: Tensor, meaning: Tensor, teacher_vision: Tensor, teacher_text: Tensor,
-    ema_teacher: EMATeacher,
+    vision: Tensor, text: Tensor, temperature: Tensor, positive_id: Tensor, teacher_vision: Tensor,
+    teacher_text: Tensor, ema_teacher: EMATeacher,
 ) -> Tensor:
     """VTC against the teacher's vectors `b e` of the batch of all processes, and those in its queue; the target is
     mixed with the teacher's own similarities (ALBEF, equation 6). Equal meanings share the rest of it, as above."""
     sizes = check(teacher_text, "b e", **check(teacher_vision, "b e", **check(text, "b e", **check(vision, "b e"))))
-    check(meaning, "b", **sizes)
+    check(positive_id, "b", **sizes)
     temperature, alpha = temperature.clamp(*TEMPERATURE_RANGE), ema_teacher.alpha
-    queued_vision, queued_text, queued_meaning = ema_teacher.queue()
-    positive = (meaning[:, None] == torch.cat([gather(meaning), queued_meaning])[None, :]).to(vision.dtype)
+    queued_vision, queued_text, queued_id = ema_teacher.queue()
+    positive = (positive_id[:, None] == torch.cat(
+        [all_gather_with_grad(positive_id), queued_id])[None, :]).to(vision.dtype)
     target = positive / positive.sum(dim=1, keepdim=True)
     losses = []
     for rows, teacher_rows, columns, queued in (
         (vision, teacher_vision, teacher_text, queued_text), (text, teacher_text, teacher_vision, queued_vision),
     ):
-        columns = torch.cat([gather(columns), queued.to(columns.dtype)]).T
+        columns = torch.cat([all_gather_with_grad(columns), queued.to(columns.dtype)]).T
         soft = (teacher_rows @ columns / temperature.detach()).softmax(dim=1)
         log_probs = (rows @ columns / temperature).log_softmax(dim=1)
         losses.append(-((alpha * soft + (1 - alpha) * target) * log_probs).sum(dim=1))
     return torch.stack(losses).mean()
 
 
-def hard_negatives(similarity: Tensor, meaning: Tensor) -> tuple[Tensor, Tensor]:
-    """For each row of `similarity` (`b b`) a column of another meaning, drawn in proportion to softmax(similarity).
+def hard_negatives(similarity: Tensor, positive_id: Tensor) -> tuple[Tensor, Tensor]:
+    """For each row of `similarity` (`b b`) a column of another positive_id, drawn in proportion to softmax(similarity).
 
     Returns indices `b` and whether there was any such column, `b`.
     """
-    negative = meaning[:, None] != meaning[None, :]
+    negative = positive_id[:, None] != positive_id[None, :]
     exists = negative.any(dim=1)
     chance = similarity.softmax(dim=1) + 1e-6
     # A row without any negative draws at random; its loss is masked by `exists`.
@@ -104,18 +105,19 @@ def box_losses(boxes: Tensor, truth: Tensor) -> dict[str, Tensor]:
 
 
 def matching_loss(
-    model: MPLUG2, vision: Tensor, text: Tensor, text_mask: Tensor, similarity: Tensor, meaning: Tensor
+    model: MPLUG2, vision: Tensor, text: Tensor, text_mask: Tensor, similarity: Tensor, positive_id: Tensor
 ) -> Tensor:
     """VTM: do vision `b v d` and text `b l d` belong together? Each pair is asked as it is, with one hard negative
     text, and with one hard negative vision; `similarity` (`b b`, vision by text, without gradients) draws them."""
     sizes = check(text, "b l d", **check(vision, "b v d"))
     check(similarity, "b b", **sizes)
-    other_text, has_text = hard_negatives(similarity, meaning)
-    other_vision, has_vision = hard_negatives(similarity.T, meaning)
+    other_text, has_text = hard_negatives(similarity, positive_id)
+    other_vision, has_vision = hard_negatives(similarity.T, positive_id)
     # Each vision with its own and with another text, which share its keys and values; each text with another vision.
     both = rearrange(torch.stack([text, text[other_text]]), "r b l d -> (b r) l d")
     both_mask = rearrange(torch.stack([text_mask, text_mask[other_text]]), "r b l -> (b r) l")
-    matched, unmatched = rearrange(model.itm_logits(model.fuse(vision, both, both_mask)[1]), "(b r) y -> r b y", r=2, y=2)
+    matched, unmatched = rearrange(model.itm_logits(model.fuse(
+        vision, both, both_mask)[1]), "(b r) y -> r b y", r=2, y=2)
     other = model.itm_logits(model.fuse(vision[other_vision], text, text_mask)[1])
     logits = torch.cat([matched, unmatched, other])
     matches = torch.zeros(3 * sizes["b"], dtype=torch.long, device=text.device)
@@ -127,7 +129,8 @@ def matching_loss(
 def masked_loss(model: MPLUG2, hidden: Tensor, ids: Tensor, positions: Tensor) -> Tensor:
     """MLM: the original `ids` (`b l`) at the masked `positions`, indices into `(b l)`, from `hidden` (`b l d`)."""
     check(hidden, "b l d", **check(ids, "b l"))
-    logits = model.mlm_logits(rearrange(hidden, "b l d -> (b l) d")[positions])  # only where there is something to predict
+    # only where there is something to predict
+    logits = model.mlm_logits(rearrange(hidden, "b l d -> (b l) d")[positions])
     losses = F.cross_entropy(logits, ids.flatten()[positions], reduction="none")
     return global_mean(losses, torch.ones_like(losses, dtype=torch.bool))
 

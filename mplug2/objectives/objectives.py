@@ -30,26 +30,6 @@ MASKS = {"caption": "caption_mask", "masked": "caption_mask", "question": "quest
 """Which mask of a batch belongs to its texts."""
 
 
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 def pad_and_concat(texts: list[Tensor], b: int) -> Tensor:
     """Texts about the same b clips, each `(b r) l ...` with r and l of its own -> all in one, `(b r) l ...`, those
     about a clip in a row; shorter ones are padded with zeros."""
@@ -134,7 +114,8 @@ class Objectives(nn.Module):
         ids = {name: batch[f"{name}_ids"] for name in names if f"{name}_ids" in batch}
         if not ids:
             return {}
-        hidden = model.encode_text(pad_and_concat([*ids.values()], b), pad_and_concat([batch[MASKS[name]] for name in ids], b))
+        hidden = model.encode_text(pad_and_concat([*ids.values()], b),
+                                   pad_and_concat([batch[MASKS[name]] for name in ids], b))
         parts = split_padded(hidden, [len(of_name) // b for of_name in ids.values()], b)
         return {name: part[:, : ids[name].shape[1]] for name, part in zip(ids, parts)}
 
@@ -151,7 +132,7 @@ class Objectives(nn.Module):
 
     def pairs(self, batch: dict, vision: Tensor, text: Tensor) -> dict[str, Tensor]:
         """VTC and VTM of vision `b v d` and the captions of the batch, `b l d`."""
-        model, mask, meaning = self.model, batch["caption_mask"], batch["meaning"]
+        model, mask, positive_id = self.model, batch["caption_mask"], batch["positive_id"]
         unit_vision, unit_text = model.project_vision(vision), model.project_text(text)
         with torch.no_grad():
             similarity = unit_vision @ unit_text.T / model.temperature.clamp(*TEMPERATURE_RANGE)
@@ -163,13 +144,13 @@ class Objectives(nn.Module):
                     teacher.project_text(teacher.encode_text(batch["caption_ids"], mask)),
                 )
             vtc = distilled_contrastive_loss(
-                unit_vision, unit_text, model.temperature, meaning, *vectors, self.ema_teacher
+                unit_vision, unit_text, model.temperature, positive_id, *vectors, self.ema_teacher
             )
             if self.training:
-                self.ema_teacher.enqueue(*vectors, meaning)
+                self.ema_teacher.enqueue(*vectors, positive_id)
         else:
-            vtc = contrastive_loss(unit_vision, unit_text, model.temperature, meaning)
-        return {"vtc": vtc, "vtm": matching_loss(model, vision, text, mask, similarity, meaning)}
+            vtc = contrastive_loss(unit_vision, unit_text, model.temperature, positive_id)
+        return {"vtc": vtc, "vtm": matching_loss(model, vision, text, mask, similarity, positive_id)}
 
 
 def encode_visual(model: MPLUG2, batch: dict) -> Tensor | None:

@@ -49,7 +49,7 @@ class SelfCritical:
             [len(row) for row in rows], device=start.device
         )[:, None]
         ids, mask = torch.cat([start, written], dim=1), torch.cat([torch.ones_like(start).bool(), valid], dim=1)
-        logits = model.decode(ids[:, :-1], mask[:, :-1], vision)[:, start.shape[1] - 1 :]
+        logits = model.decode(ids[:, :-1], mask[:, :-1], vision)[:, start.shape[1] - 1:]
         log_probs = -F.cross_entropy(logits.transpose(1, 2), written, reduction="none")
         return global_mean(-advantage[:, None] * log_probs, valid)
 

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from mplug2.checkpoint import Preparation, save_model
+from mplug2.checkpoint import PreprocessConfig, save_model
 from mplug2.config import ModelConfig
 from mplug2.data.text import Tokenizer, clean
 from mplug2.model.mplug2 import MPLUG2
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{out}: {model.task}, {sum(parameter.numel() for parameter in model.parameters()):,} parameters")
 
 
-def convert_released(given: argparse.Namespace) -> tuple[MPLUG2, Tokenizer, Preparation]:
+def convert_released(given: argparse.Namespace) -> tuple[MPLUG2, Tokenizer, PreprocessConfig]:
     """A released checkpoint for one task. ValueError for another prompt, end token or tokenizer than its own."""
     contents, task = open_weights(given.file), given.task or "video_caption"
     if given.settings:
@@ -81,10 +81,10 @@ def convert_released(given: argparse.Namespace) -> tuple[MPLUG2, Tokenizer, Prep
                              "other captioning task, or question answering")
     model = from_released(contents, run, bert, task)
     tokenizer = tokenizer_of(model.config, given, Path(given.file).parent)
-    return model, tokenizer, Preparation(run.get("test_num_frames", 16))
+    return model, tokenizer, PreprocessConfig(run.get("test_num_frames", 16))
 
 
-def start(given: argparse.Namespace) -> tuple[MPLUG2, Tokenizer, Preparation]:
+def start(given: argparse.Namespace) -> tuple[MPLUG2, Tokenizer, PreprocessConfig]:
     """A model of the sizes of CLIP and BERT, filled with both; a quarter as many fusion layers as text layers."""
     clip, settings = open_weights(given.clip), open_settings(given.bert)
     if settings is None:
@@ -106,7 +106,7 @@ def start(given: argparse.Namespace) -> tuple[MPLUG2, Tokenizer, Preparation]:
         clip_settings = {"quick_gelu": True}
     from_clip(model, clip, clip_settings)
     from_bert(model, given.bert)
-    return model, tokenizer_of(config, given, Path(given.bert)), Preparation()
+    return model, tokenizer_of(config, given, Path(given.bert)), PreprocessConfig()
 
 
 def tokenizer_of(config: ModelConfig, given: argparse.Namespace, folder: Path) -> Tokenizer:

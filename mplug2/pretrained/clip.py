@@ -54,7 +54,7 @@ def from_clip(model: MPLUG2, source: str | Path | Mapping[str, Tensor], settings
     first release have none, but the same names as those of open_clip, so `{"quick_gelu": True}` must be given for them.
 
     Local temporal modules become identities again: for images the encoder is CLIP's, with its last LayerNorm on every
-    token. ReaderState are resized to the model's resolution; with temporal down-sampling the kernel stands at the centre
+    token. Positions are resized to the model's resolution; with temporal down-sampling the kernel stands at the centre
     tap. Raises ValueError if the sizes, the number of heads or the activation are not the model's, or if entries are
     missing or left over.
     """

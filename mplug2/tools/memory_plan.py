@@ -111,7 +111,7 @@ class _Counter(TorchDispatchMode):
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """What a device does at a time."""
 
     config: ModelConfig
@@ -131,7 +131,7 @@ class Work:
         """A batch as `Collate` makes it; of the words of a caption 15 % are masked."""
         b, l, size = self.b, min(self.words + 2, self.config.max_positions), self.config.image_size
         task, modality, parts = BATCH_TYPES[kind].task, BATCH_TYPES[kind].modality, BATCH_TYPES[kind].fields
-        batch = {"kind": kind, "task": task, "meaning": torch.zeros(b, dtype=torch.long)}
+        batch = {"kind": kind, "task": task, "positive_id": torch.zeros(b, dtype=torch.long)}
 
         def text(name: str, rows: int) -> dict:
             return {f"{name}_ids": torch.zeros(rows, l, dtype=torch.long),
@@ -160,7 +160,7 @@ class Work:
         return Objectives(MPLUG2(self.config, self.task)).train()
 
 
-def cost(work: Work, kind: str, checkpointing: bool = False) -> Cost:
+def cost(work: Workload, kind: str, checkpointing: bool = False) -> Cost:
     """What a micro-batch costs. Dropout of attention weights is left out: kernels on a GPU do not store its mask."""
     flops = {  # the kernel of fake tensors, which the counter of torch does not know
         aten._scaled_dot_product_flash_attention_for_cpu:
@@ -196,7 +196,7 @@ def parameter_counts(config: ModelConfig) -> tuple[int, int, int, int]:
     return whole, whole - sum(blocks), max(blocks), matrices
 
 
-def device_memory(work: Work, costs: Cost, gpus: int, sharded: bool) -> dict[str, int]:
+def device_memory(work: Workload, costs: Cost, gpus: int, sharded: bool) -> dict[str, int]:
     """Bytes on each device, at the moment of a step when most is needed.
 
     Parameters, gradients and optimizer state are float32. DDP keeps its buckets, which all gradients lie in, from the
@@ -216,7 +216,7 @@ def device_memory(work: Work, costs: Cost, gpus: int, sharded: bool) -> dict[str
     return {**parts, "in all": sum(parts.values())}
 
 
-def report(plan: PlanConfig, work: Work, accumulate: int) -> str:
+def format_plan(plan: PlanConfig, work: Workload, accumulate: int) -> str:
     """The plan as text."""
     whole, batch_size = parameter_counts(work.config)[0], work.b * plan.gpus * accumulate
     lines = [f"{whole / 1e6:,.1f} M parameters; {plan.gpus} devices, {work.b} samples each at a time, x {accumulate} "

@@ -11,7 +11,7 @@ import numpy as np  # noqa: E402
 
 from mplug2.data.media import read_media  # noqa: E402
 from mplug2.evaluation.evaluate import Prediction  # noqa: E402
-from mplug2.predictor import Look  # noqa: E402
+from mplug2.predictor import WordAttention  # noqa: E402
 
 
 def curves(metrics_file: Path, out: Path) -> None:
@@ -68,19 +68,19 @@ def contact_sheet(predictions: list[Prediction], frames: int, out: Path) -> None
     _save(figure, out)
 
 
-def attention(path: str, frames: int, looks: list[Look], written: str, question: str, out: Path) -> None:
-    """A row for each word: the frames in grey, and the warmer the more the word looks there.
+def attention(path: str, frames: int, words: list[WordAttention], written: str, question: str, out: Path) -> None:
+    """A row for each word: the frames in grey, and the warmer the more the word words there.
 
     Each row is scaled by its own largest weight."""
-    if not looks:
-        raise ValueError(f"{path}: nothing was written about it, so that no word looks anywhere")
-    shown = seen(read_media(path, frames), looks[0])
+    if not words:
+        raise ValueError(f"{path}: nothing was written about it, so that no word words anywhere")
+    shown = seen(read_media(path, frames), words[0])
     columns = len(shown)
     figure, grid = plt.subplots(
-        len(looks) + 1, columns + 1, figsize=(1.5 * columns + 3, 1.5 * (len(looks) + 1)), squeeze=False,
+        len(words) + 1, columns + 1, figsize=(1.5 * columns + 3, 1.5 * (len(words) + 1)), squeeze=False,
         gridspec_kw={"width_ratios": [1] * columns + [2]},
     )
-    for row, look in zip(grid, [None, *looks]):
+    for row, look in zip(grid, [None, *words]):
         for axes, frame in zip(row, overlay(shown, look) if look else shown):
             axes.imshow(frame, interpolation="nearest")
         for axes in row:
@@ -93,14 +93,14 @@ def attention(path: str, frames: int, looks: list[Look], written: str, question:
     _save(figure, out)
 
 
-def seen(frames: np.ndarray, look: Look) -> np.ndarray:
+def seen(frames: np.ndarray, look: WordAttention) -> np.ndarray:
     """Those of the frames `t H W 3` that `look` has a map of: with temporal down-sampling, every second one."""
     columns = look.map.shape[0]
     return frames[:: max(1, len(frames) // columns)][:columns]
 
 
-def overlay(frames: np.ndarray, look: Look) -> np.ndarray:
-    """The frames `t H W 3` in grey, and the warmer the more the word looks there: uint8 `t H W 3`.
+def overlay(frames: np.ndarray, look: WordAttention) -> np.ndarray:
+    """The frames `t H W 3` in grey, and the warmer the more the word words there: uint8 `t H W 3`.
 
     Scaled by the largest weight of all frames; grey, so that every colour is a weight, on dark ground too."""
     weights = look.map.float().numpy() / max(look.map.max().item(), 1e-9)

@@ -31,10 +31,10 @@ from PIL import Image
 
 from mplug2.data.media import MediaError, read_media
 from mplug2.data.text import clean
-from mplug2.evaluation.chance import chance
+from mplug2.evaluation.chance import chance_level
 from mplug2.evaluation.evaluate import EVALUATED
 from mplug2.objectives.losses import generalized_iou
-from mplug2.predictor import Look, Predictor, load
+from mplug2.predictor import Predictor, WordAttention, load
 from mplug2.tools.plots import overlay, seen
 
 CARDS = 8
@@ -165,7 +165,7 @@ def by_chance(settings: dict, by_split: dict) -> dict[str, float]:
     split = next(reversed(by_split), "")
     for root in map(Path, filter(None, [settings["train"].get("eval_data", ""), *settings.get("data", {})])):
         if split and any(root.glob(f"*.{split}.jsonl")):  # not so in a folder of shards, or one that is gone
-            return chance(root, split)
+            return chance_level(root, split)
     return {}
 
 
@@ -184,7 +184,7 @@ def overlap(line: dict) -> float:
     return generalized_iou(*boxes)[0].item()
 
 
-def sureness(predictor: Predictor | None, lines: list[dict]) -> list[float]:
+def confidence(predictor: Predictor | None, lines: list[dict]) -> list[float]:
     """How sure the model was of each prediction of one task: its probability, or 0 where that is not known; of boxes
     and numbers, how far they are off."""
     task = lines[0]["task"]
@@ -237,7 +237,7 @@ def kind_of_metric(name: str) -> str:
         what = "Answers by kind of question"
     elif "caption_" in name:
         what = "Captions"
-    elif re.search("(t2v|v2t)_", name):
+    elif re.search("(t2v|v2t|t2i|i2t)_", name):
         what = "Retrieval"
     else:
         return "Classes, labels and boxes"
@@ -385,8 +385,8 @@ def mistakes(predictions: list[dict], predictor: Predictor | None) -> str:
         lines = by_task[task]
         if not isinstance(lines[0]["prediction"], float):
             lines = random.Random(0).sample(lines, min(SUREST_OF, len(lines)))
-        scored = [{**line, "sureness": value} for line, value in zip(lines, sureness(predictor, lines))]
-        ranked.append(sorted(scored, key=lambda line: -line["sureness"])[: math.ceil(CARDS / len(by_task))])
+        scored = [{**line, "confidence": value} for line, value in zip(lines, confidence(predictor, lines))]
+        ranked.append(sorted(scored, key=lambda line: -line["confidence"])[: math.ceil(CARDS / len(by_task))])
     count = sum(is_right(line) is False for line in predictions)
     about = (f"{count:,} of {len(predictions):,} predictions are wrong. Of up to {SUREST_OF} wrong ones of each task, "
              "those that the model was surest of: that it gave the highest probability, where that is known; of boxes "
@@ -411,8 +411,8 @@ def sentence(line: dict) -> str:
     question = f"<span class=faint>{escape(line['question'])}</span><br>" if line["question"] else ""
     truth = "" if right or not truths else f" <span class=faint>({escape(truths[0])})</span>"
     sure = ""
-    if line.get("sureness") and not isinstance(line["prediction"], float):
-        value, what = line["sureness"], "probability"
+    if line.get("confidence") and not isinstance(line["prediction"], float):
+        value, what = line["confidence"], "probability"
         if line["task"] == "grounding":
             value, what = 1 - value, "overlap"
         sure = f"<br><span class=faint>{what} {value:.0%}</span>"
@@ -451,8 +451,8 @@ def where_words_look(lines: list[dict], predictor: Predictor | None) -> str:
     if "decoder" in built and not line["task"].endswith(("_caption", "_qa")) or not built & {"fusion", "decoder"}:
         return ""
     try:
-        written, looks = predictor.look(line["media"][0], line["question"])
-        frames = read_media(line["media"][0], predictor.preparation.frames)
+        written, looks = predictor.explain(line["media"][0], line["question"])
+        frames = read_media(line["media"][0], predictor.preprocess.frames)
     except MediaError:  # damaged since the evaluation; `picture` says so
         return ""
     if not looks:
@@ -463,7 +463,7 @@ def where_words_look(lines: list[dict], predictor: Predictor | None) -> str:
     return f"<div class=faint>{escape(about)}</div><table class=looks>{rows}</table>"
 
 
-def look_row(look: Look, frames: np.ndarray) -> str:
+def look_row(look: WordAttention, frames: np.ndarray) -> str:
     every = math.ceil(2 * len(frames) / FRAMES)
     strip = np.concatenate(list(overlay(frames, look)[::every]), axis=1)[None]
     return (f"<tr><td>{escape(look.word)}<td class=faint>{escape(look.module.split('.')[0])}<br>"
@@ -485,8 +485,8 @@ def draw_box(frame: np.ndarray, box: list[float], colour: tuple[int, int, int]) 
     cx, cy, w, h = box
     left, right = (int(np.clip(x * width, 0, width - 1)) for x in (cx - w / 2, cx + w / 2))
     top, bottom = (int(np.clip(y * height, 0, height - 1)) for y in (cy - h / 2, cy + h / 2))
-    frame[[top, bottom], left : right + 1] = colour
-    frame[top : bottom + 1, [left, right]] = colour
+    frame[[top, bottom], left: right + 1] = colour
+    frame[top: bottom + 1, [left, right]] = colour
 
 
 def data_uri(frames: np.ndarray) -> str:

@@ -1,8 +1,8 @@
 """What keeps a run from losing work: signals that ask it to stop, generators that go on where they were, and a watchdog
 for processes that hang.
 
-    with StopSignal() as stop, Watchdog(process, timeout=600) as watchdog:
-        watchdog.beat(step, "waiting for data")
+    with GracefulStop() as stop, Watchdog(process, timeout=600) as watchdog:
+        watchdog.heartbeat(step, "waiting for data")
         ...
         if any process has a stop.name: save, and leave the loop
 """
@@ -23,16 +23,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from mplug2.distributed import Process
+from mplug2.distributed import DistInfo
 
 
-class StopSignal:
+class GracefulStop:
     """SIGTERM and SIGINT are noted instead of obeyed: `name` is that of the last one, or empty."""
 
     def __init__(self):
         self.name = ""
 
-    def __enter__(self) -> "StopSignal":
+    def __enter__(self) -> "GracefulStop":
         self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -45,7 +45,7 @@ class StopSignal:
 
 
 class Watchdog:
-    """Ends the process, with exit code 70, when it has not called `beat` for `timeout` seconds, and names who hangs.
+    """Ends the process with exit code 70 when it has not called `heartbeat` for `timeout` seconds, and names who hangs.
 
     Every process tells a shared store, from a thread of its own, where it is. Whoever waits in vain reads the store,
     twice: a process whose word has not changed is stopped or dead; else those that are furthest behind hold up the
@@ -54,17 +54,17 @@ class Watchdog:
 
     EXIT_CODE = 70
 
-    def __init__(self, process: Process, timeout: float):
+    def __init__(self, process: DistInfo, timeout: float):
         self.process, self.timeout, self.interval = process, timeout, min(1.0, timeout / 4)
         self.store = None
-        if process.world > 1:  # a connection of its own: the group's may be what hangs
+        if process.world_size > 1:  # a connection of its own: the group's may be what hangs
             store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
             store.set_timeout(timedelta(seconds=30))
             self.store = dist.PrefixStore(f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         self.over, self.count = threading.Event(), 0
-        self.beat(0, "starting")
+        self.heartbeat(0, "starting")
 
-    def beat(self, step: int, doing: str, patience: float = 1.0, names: Callable[[], str] = str) -> None:
+    def heartbeat(self, step: int, doing: str, patience: float = 1.0, names: Callable[[], str] = str) -> None:
         """Something goes on: `step` is the number of steps done, `patience` a factor for what may take longer than a
         step, `names` says, if it comes to that, which files were at work."""
         self.position = (time.monotonic() + self.timeout * patience, step, doing, names)
@@ -99,14 +99,14 @@ class Watchdog:
         _, step, doing, names = self.position
         if not self.store:
             return f"the process has been at the same place since step {step}: {doing} {names()}".rstrip()
-        keys = [str(rank) for rank in range(self.process.world)]
+        keys = [str(rank) for rank in range(self.process.world_size)]
         before = [json.loads(self.store.get(key)) for key in keys]
         time.sleep(3 * self.interval)
         self._tell()
         now = [json.loads(self.store.get(key)) for key in keys]
         lines = []
         for rank, (old, new) in enumerate(zip(before, now)):
-            line = f"process {rank} of {self.process.world}: {new[1]} steps done, {new[2]}"
+            line = f"process {rank} of {self.process.world_size}: {new[1]} steps done, {new[2]}"
             if rank == self.process.rank:
                 line = f"{line} {names()}".rstrip() + " (this process)"
             lines.append(line + ("; NO SIGN OF LIFE: stopped, killed or cut off" if old[0] == new[0] else ""))

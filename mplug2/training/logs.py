@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from mplug2 import distributed
-from mplug2.distributed import Process
+from mplug2.distributed import DistInfo
 
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362, "RTX 4090": 165}
 """Dense bfloat16 operations a second, in 10^12, by a part of the device's name. Source: NVIDIA's data sheets."""
@@ -36,7 +36,7 @@ class Log:
     A resumed run goes on from `first_step`: lines of later steps, which it does again, are taken out.
     """
 
-    def __init__(self, folder: Path, process: Process, first_step: int, steps: int, peak: float = 0.0):
+    def __init__(self, folder: Path, process: DistInfo, first_step: int, steps: int, peak: float = 0.0):
         self.path, self.process, self.peak = folder / "metrics.jsonl", process, peak
         self.failed: set[str] = set()
         self.failed_anywhere: set[str] = set()
@@ -102,10 +102,10 @@ class Log:
         """One line: means since the last one, over all processes. All of them have to call it."""
         seconds = time.time() - self.since
         means = {
-            name: (distributed.total(torch.stack(found).mean()) / self.process.world).item()
+            name: (distributed.all_reduce_sum(torch.stack(found).mean()) / self.process.world_size).item()
             for name, found in sorted(self.values.items())
         }
-        shared = distributed.collect((sorted(self.failed), peak_memory_gib(self.process.device)))
+        shared = distributed.all_gather_object((sorted(self.failed), peak_memory_gib(self.process.device)))
         self.failed_anywhere = self.failed_anywhere.union(*(failed for failed, _ in shared))
         self.bar.set_postfix_str(
             " ".join(f"{name.removeprefix('loss/')} {value:.2f}" for name, value in means.items() if "/" in name)
@@ -119,7 +119,7 @@ class Log:
         if self.peak:
             line["mfu"] = self.flops / seconds / (self.peak * 1e12)
         self.line(line)
-        self._refuse_too_many(self.failed_anywhere, distributed.EverywhereError)
+        self._refuse_too_many(self.failed_anywhere, distributed.AllRanksError)
         self._reset()
 
     def line(self, values: dict[str, float]) -> None:

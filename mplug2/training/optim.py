@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from mplug2.distributed import part_of, whole
+from mplug2.distributed import full_tensor, shard_like
 from mplug2.model.mplug2 import MPLUG2
 
 
@@ -107,8 +107,9 @@ class Muon(torch.optim.AdamW):
             torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
             ahead = torch._foreach_lerp(gradients, momenta, self.momentum)  # Nesterov
             # A sharded matrix is put together for this, by every process: its singular values are those of the whole.
-            steps = orthogonalize(torch.stack([whole(matrix) for matrix in ahead])).to(parameters[0].dtype).unbind()
-            steps = [part_of(step, parameter) for step, parameter in zip(steps, parameters)]
+            steps = orthogonalize(torch.stack([full_tensor(matrix)
+                                  for matrix in ahead])).to(parameters[0].dtype).unbind()
+            steps = [shard_like(step, parameter) for step, parameter in zip(steps, parameters)]
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(parameters, steps, alpha=-0.2 * group["lr"] * max(rows, columns) ** 0.5)
 
@@ -126,7 +127,7 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     return x if matrices.shape[1] <= matrices.shape[2] else x.mT
 
 
-def schedule(step: int, steps: int, warmup: int, floor: float) -> float:
+def lr_factor(step: int, steps: int, warmup: int, floor: float) -> float:
     """The share of the full learning rate at `step` of `steps`: linear up, then a half cosine down to `floor`."""
     if step < warmup:
         return (step + 1) / warmup
@@ -134,6 +135,6 @@ def schedule(step: int, steps: int, warmup: int, floor: float) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def set_rates(optimizer: torch.optim.Optimizer, share: float) -> None:
+def set_lr(optimizer: torch.optim.Optimizer, share: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * share

@@ -11,11 +11,11 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from mplug2.distributed import Process, part_of, whole, world_size
+from mplug2.distributed import DistInfo, full_tensor, shard_like, world_size
 
 
-def parallelise(
-    module: nn.Module, process: Process, sharded: bool, block: type[nn.Module], low_precision: bool,
+def wrap_model(
+    module: nn.Module, process: DistInfo, sharded: bool, block: type[nn.Module], low_precision: bool,
     offload: bool,
 ) -> nn.Module:
     """`module` on the device of `process`, with gradients that are averaged over the processes.
@@ -26,7 +26,7 @@ def parallelise(
     """
     if not sharded:
         module.to(process.device)
-        if process.world == 1:
+        if process.world_size == 1:
             return module
         # Buffers are the same everywhere already. (The newer name of this setting; torch 2.13 warns of the older one.)
         new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
@@ -38,8 +38,8 @@ def parallelise(
             world_size=1,
         )
     settings = {
-        "mesh": init_device_mesh(process.device.type, (process.world,)),
-        # FSDP2 cannot share out a single number: these stay whole, see `average_replicated`.
+        "mesh": init_device_mesh(process.device.type, (process.world_size,)),
+        # FSDP2 cannot share out a single number: these stay whole, see `all_reduce_replicated_grads`.
         "ignored_params": {parameter for parameter in module.parameters() if parameter.dim() == 0},
         "offload_policy": CPUOffloadPolicy(pin_memory=process.device.type == "cuda") if offload else OffloadPolicy(),
     }
@@ -61,7 +61,7 @@ def parallelise(
     return module
 
 
-def accumulating(module: nn.Module, last: bool) -> AbstractContextManager:
+def no_sync(module: nn.Module, last: bool) -> AbstractContextManager:
     """Within it, forward and backward of a micro-batch: only the `last` one of a step exchanges gradients."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(last)
@@ -71,7 +71,7 @@ def accumulating(module: nn.Module, last: bool) -> AbstractContextManager:
     return nullcontext()
 
 
-def average_replicated(module: nn.Module) -> None:
+def all_reduce_replicated_grads(module: nn.Module) -> None:
     """After backward: the gradients that FSDP2 does not average, those of single numbers."""
     if isinstance(module, FSDPModule) and world_size() > 1:
         for parameter in module.parameters():
@@ -80,7 +80,7 @@ def average_replicated(module: nn.Module) -> None:
                 parameter.grad /= world_size()
 
 
-def clip_gradient(parameters: list[nn.Parameter], limit: float) -> Tensor:
+def clip_grad_norm(parameters: list[nn.Parameter], limit: float) -> Tensor:
     """Scale all gradients so that their common norm is at most `limit`; returns the norm that it was."""
     if not any(isinstance(parameter, DTensor) for parameter in parameters):
         return nn.utils.clip_grad_norm_(parameters, limit)
@@ -95,7 +95,7 @@ def clip_gradient(parameters: list[nn.Parameter], limit: float) -> Tensor:
     return norm
 
 
-def separate(optimizer: torch.optim.Optimizer) -> None:
+def split_param_groups(optimizer: torch.optim.Optimizer) -> None:
     """Give parameters that are whole groups of their own: an update cannot mix them with sharded ones."""
     for group in list(optimizer.param_groups):
         wholes = [parameter for parameter in group["params"] if not isinstance(parameter, DTensor)]
@@ -107,7 +107,7 @@ def separate(optimizer: torch.optim.Optimizer) -> None:
 def optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, dict[str, Tensor]]:
     """What the optimizer knows, by name of the parameter, put together: the same for any number of processes."""
     return {
-        name: {key: whole(value).cpu() for key, value in optimizer.state[parameter].items()}
+        name: {key: full_tensor(value).cpu() for key, value in optimizer.state[parameter].items()}
         for name, parameter in module.named_parameters() if parameter in optimizer.state
     }
 
@@ -121,7 +121,7 @@ def load_optimizer_state(
     if unknown := sorted(set(saved) - {names[parameter] for parameter in ordered}):
         raise ValueError(f"the saved optimizer state is of other parameters: {', '.join(unknown[:8])}")
     state = {
-        number: {key: part_of(value, parameter) for key, value in saved[names[parameter]].items()}
+        number: {key: shard_like(value, parameter) for key, value in saved[names[parameter]].items()}
         for number, parameter in enumerate(ordered) if names[parameter] in saved
     }
     groups, number = [], 0

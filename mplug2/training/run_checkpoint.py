@@ -10,14 +10,14 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from mplug2.checkpoint import CheckpointError, Preparation, _damaged, _sha256, save_model, verify
+from mplug2.checkpoint import CheckpointError, PreprocessConfig, _damaged, _sha256, save_model, verify
 from mplug2.data.text import Tokenizer
-from mplug2.distributed import Process, part_of, whole
+from mplug2.distributed import DistInfo, full_tensor, shard_like
 from mplug2.model.mplug2 import MPLUG2
 
 
 def save_checkpoint(
-    run: Path, name: str, model: MPLUG2, tokenizer: Tokenizer, preparation: Preparation, training: dict, keep: int,
+    run: Path, name: str, model: MPLUG2, tokenizer: Tokenizer, preprocess: PreprocessConfig, training: dict, keep: int,
     score: float | None = None,
 ) -> Path:
     """Write `run/name` whole or not at all, let `run/last` point to it, and remove all but the newest `keep` and the
@@ -26,9 +26,9 @@ def save_checkpoint(
     Raises CheckpointError if the disk is full or the files cannot be written; what was there before is untouched.
     """
     folder, aside, old = run / name, run / f".{name}.part", run / f".{name}.old"
-    recover(run)
+    clean_partial(run)
     try:
-        save_model(aside, model, tokenizer, preparation)
+        save_model(aside, model, tokenizer, preprocess)
         torch.save(training, aside / "training.pt")
         _write_manifest(aside, training["step"], score)
         for path in (*aside.iterdir(), aside):
@@ -42,23 +42,23 @@ def save_checkpoint(
     if folder.exists():
         os.rename(folder, old)
     os.rename(aside, folder)
-    point(run / "last", name)
+    update_symlink(run / "last", name)
     if score is not None and ((best := _score(run / "best")) is None or score >= best):
-        point(run / "best", name)
+        update_symlink(run / "best", name)
     _flush(run)
     # Never the one just written, though it may be of an earlier step than others, where a run was taken back.
     kept = {folder, (run / "best").resolve()}
     others = sorted((other for other in run.glob("step_*") if other != folder), reverse=True)
-    for other in [*(other for other in others[keep - 1 :] if other.resolve() not in kept), old]:
+    for other in [*(other for other in others[keep - 1:] if other.resolve() not in kept), old]:
         shutil.rmtree(other, ignore_errors=other == old)
     return folder
 
 
-def recover(run: Path) -> None:
+def clean_partial(run: Path) -> None:
     """Clean up after a run that was killed while it saved. A checkpoint that was moved out of the way is put back,
     if the new one did not get its name yet."""
     for old in run.glob(".step_*.old"):
-        folder = run / old.name[1 : -len(".old")]
+        folder = run / old.name[1: -len(".old")]
         with suppress(FileNotFoundError):  # another process of this run was faster
             if folder.exists():
                 shutil.rmtree(old)
@@ -94,12 +94,12 @@ def _score(folder: Path) -> float | None:
     return json.loads(path.read_text())["score"] if path.is_file() else None
 
 
-def whole_model(model: MPLUG2, process: Process) -> MPLUG2 | None:
+def unsharded_copy(model: MPLUG2, process: DistInfo) -> MPLUG2 | None:
     """A model that is sharded (FSDP2), put together on the main process, in the memory of the CPU; None on the others.
     All of them have to call it."""
     weights = {}
     for name, tensor in model.state_dict().items():
-        one_piece = whole(tensor)
+        one_piece = full_tensor(tensor)
         if process.is_main:
             weights[name] = one_piece.cpu()
     if not process.is_main:
@@ -110,20 +110,22 @@ def whole_model(model: MPLUG2, process: Process) -> MPLUG2 | None:
     return one
 
 
-def state_beside(objectives: nn.Module) -> dict[str, torch.Tensor]:
+def extra_state(objectives: nn.Module) -> dict[str, torch.Tensor]:
     """What is trained along with the model: momentum copies, queues. All processes have to call it."""
-    return {name: whole(tensor).cpu() for name, tensor in objectives.state_dict().items() if name[:6] != "model."}
+    return {name: full_tensor(tensor).cpu() for name, tensor in objectives.state_dict().items() if name[:6] != "model."}
 
 
 @torch.no_grad()
-def load_beside(objectives: nn.Module, saved: dict[str, torch.Tensor]) -> None:
-    """The inverse of `state_beside`. CheckpointError if the run has other parts now."""
+def load_extra_state(objectives: nn.Module, saved: dict[str, torch.Tensor]) -> None:
+    """The inverse of `extra_state`. CheckpointError if the run has other parts now."""
     own = {name: tensor for name, tensor in objectives.state_dict().items() if name[:6] != "model."}
+    # Runs saved before the teacher was renamed call it "momentum".
+    saved = {name.replace("momentum.", "ema_teacher.", 1): tensor for name, tensor in saved.items()}
     if own.keys() != saved.keys():
         raise CheckpointError(f"the checkpoint has {', '.join(sorted(saved)) or 'nothing'} beside the model, this run "
                               f"{', '.join(sorted(own)) or 'nothing'}: it was saved with other settings")
     for name, tensor in own.items():
-        tensor.copy_(part_of(saved[name], tensor))
+        tensor.copy_(shard_like(saved[name], tensor))
 
 
 def _flush(path: Path) -> None:
@@ -135,7 +137,7 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def point(link: Path, name: str) -> None:
+def update_symlink(link: Path, name: str) -> None:
     """Let the symbolic link `link` point to `name`, in one step."""
     aside = link.with_name(f".{link.name}.part")
     aside.unlink(missing_ok=True)

@@ -49,10 +49,11 @@ def test_after_every_step_each_kind_has_had_its_share(weights, steps):
 @st.composite
 def batch_settings(draw: st.DrawFn) -> dict:
     weights = draw(weights_of_kinds)
-    world = draw(st.integers(1, 3))
+    world_size = draw(st.integers(1, 3))
     return dict(
-        sizes={kind: draw(st.integers(1, 9)) for kind in weights}, weights=weights, world=world,
-        batch_size=world * draw(st.integers(1, 4)), steps=draw(st.integers(1, 30)), seed=draw(st.integers(0, 2**32)),
+        sizes={kind: draw(st.integers(1, 9)) for kind in weights}, weights=weights, world_size=world_size,
+        batch_size=world_size * draw(st.integers(1, 4)), steps=draw(st.integers(1, 30)),
+        seed=draw(st.integers(0, 2**32)),
     )
 
 
@@ -70,11 +71,11 @@ def test_a_batch_is_a_function_of_its_step_alone(drawn, data):
 @settings(max_examples=40, deadline=None)
 @given(batch_settings())
 def test_the_processes_share_the_global_batch(drawn):
-    world = drawn.pop("world")
+    world_size = drawn.pop("world_size")
     alone = list(MixedBatches(**drawn))
-    shares = [list(MixedBatches(**drawn, rank=rank, world=world)) for rank in range(world)]
+    shares = [list(MixedBatches(**drawn, rank=rank, world_size=world_size)) for rank in range(world_size)]
     for step, batch in enumerate(alone):
-        assert [share[step] for share in shares] == [batch[rank::world] for rank in range(world)]
+        assert [share[step] for share in shares] == [batch[rank::world_size] for rank in range(world_size)]
         assert len({kind for kind, _, _ in batch}) == 1
 
 
@@ -82,27 +83,27 @@ def test_the_processes_share_the_global_batch(drawn):
 @given(batch_settings(), st.integers(1, 3), st.data())
 def test_micro_batches_are_the_parts_of_the_batch_wherever_a_run_starts(drawn, accumulate, data):
     drawn["batch_size"] *= accumulate
-    alone = list(MixedBatches(**{**drawn, "world": 1}))
+    alone = list(MixedBatches(**{**drawn, "world_size": 1}))
     start = data.draw(st.integers(0, drawn["steps"]))
     shares = [list(MixedBatches(**drawn, rank=rank, start=start, accumulate=accumulate))
-              for rank in range(drawn["world"])]
+              for rank in range(drawn["world_size"])]
     for step, batch in enumerate(alone[start:]):
-        parts = [share[step * accumulate : (step + 1) * accumulate] for share in shares]
-        assert {len(part) for share in parts for part in share} == {len(batch) // accumulate // drawn["world"]}
+        parts = [share[step * accumulate: (step + 1) * accumulate] for share in shares]
+        assert {len(part) for share in parts for part in share} == {len(batch) // accumulate // drawn["world_size"]}
         for micro in range(accumulate):
             size = len(batch) // accumulate
-            assert sorted(key for part in parts for key in part[micro]) == sorted(batch[micro * size :][:size])
+            assert sorted(key for part in parts for key in part[micro]) == sorted(batch[micro * size:][:size])
     assert all(len(share) == (drawn["steps"] - start) * accumulate for share in shares)
 
 
 @settings(max_examples=40, deadline=None)
 @given(batch_settings())
 def test_every_sample_comes_once_an_epoch(drawn):
-    keys = [key for batch in MixedBatches(**{**drawn, "world": 1}) for key in batch]
+    keys = [key for batch in MixedBatches(**{**drawn, "world_size": 1}) for key in batch]
     for kind, size in drawn["sizes"].items():
         of_kind = [(epoch, index) for name, epoch, index in keys if name == kind]
         for start in range(0, len(of_kind), size):
-            epoch = of_kind[start : start + size]
+            epoch = of_kind[start: start + size]
             assert {number for number, _ in epoch} == {start // size}
             if len(epoch) == size:
                 assert sorted(index for _, index in epoch) == list(range(size))
@@ -143,17 +144,17 @@ def write_data(root: Path) -> Path:
         Image.fromarray(pixels).save(root / f"{i}.png")
     write_records(root, "video_caption.train", [
         {"video": f"{i}.gif", "captions": [f"{SUBJECTS[i % 3]} moving left", f"{SUBJECTS[i % 3]} going left"],
-         "meaning": f"left {i % 3}"} for i in range(CLIPS)
+         "positive_id": f"left {i % 3}"} for i in range(CLIPS)
     ])
     write_records(root, "video_qa.train", [
-        {"video": f"{i}.gif", "meaning": f"left {i % 3}", "qa": [
+        {"video": f"{i}.gif", "positive_id": f"left {i % 3}", "qa": [
             {"question": "which colour is it?", "answers": ["red", "scarlet"], "kind": "colour"},
             {"question": "what digit is it?", "answers": ["three"], "kind": "digit"},
             {"question": "which digit is shown?", "answers": ["three"], "kind": "digit"},
         ]} for i in range(CLIPS)
     ])
     write_records(root, "image_caption.train", [
-        {"image": f"{i}.png", "captions": [SUBJECTS[i % 3]], "meaning": f"left {i % 3}"} for i in range(PICTURES)
+        {"image": f"{i}.png", "captions": [SUBJECTS[i % 3]], "positive_id": f"left {i % 3}"} for i in range(PICTURES)
     ])
     write_records(root, "text_only.train", [{"text": f"Here is {SUBJECTS[i % 3]}!"} for i in range(7)])
     return root
@@ -189,10 +190,11 @@ def test_questions_join_the_captions_of_their_clip(root):
 
 def test_equal_meanings_are_equal_numbers_in_all_files_and_different_ones_differ(root):
     samples = read_samples(root, "pretrain", "train")
-    assert [clip.meaning for clip in samples["video"]] == 2 * [clip.meaning for clip in samples["video"][:3]]
-    assert [picture.meaning for picture in samples["image"][:3]] == [clip.meaning for clip in samples["video"][:3]]
-    assert len({sample.meaning for of_kind in samples.values() for sample in of_kind}) == 3 + 7
-    assert all(0 <= sample.meaning < 2**63 for sample in samples["text"])  # what a tensor can hold
+    assert [clip.positive_id for clip in samples["video"]] == 2 * [clip.positive_id for clip in samples["video"][:3]]
+    assert [picture.positive_id for picture in samples["image"][:3]] == [
+        clip.positive_id for clip in samples["video"][:3]]
+    assert len({sample.positive_id for of_kind in samples.values() for sample in of_kind}) == 3 + 7
+    assert all(0 <= sample.positive_id < 2**63 for sample in samples["text"])  # what a tensor can hold
 
 
 def test_a_task_reads_its_own_files_and_kinds_without_a_file_are_left_out(root, tmp_path):
@@ -338,7 +340,7 @@ def test_a_loader_leaves_the_random_numbers_of_the_run_alone(root, tokenizer):
 def test_what_a_batch_holds(root, tokenizer):
     for batch in batches_of(root, tokenizer, workers=0):
         kind, r = batch["kind"], 2
-        assert batch["meaning"].shape == (3,) and len(batch["source"]) == 3 and batch["errors"] == []
+        assert batch["positive_id"].shape == (3,) and len(batch["source"]) == 3 and batch["errors"] == []
         texts = tokenizer.decode(batch["caption_ids"])
         assert batch["caption_mask"].sum(1).tolist() == tokenizer.lengths(texts)
         if kind == "text":
@@ -348,7 +350,7 @@ def test_what_a_batch_holds(root, tokenizer):
         prompt = {"video": "a video of", "image": "a picture of"}[kind]
         assert tokenizer.decode(batch["prompted_ids"]) == [f"{prompt} {text}" for text in texts]
         words = tokenizer.lengths([prompt])[0] - 2
-        assert tokenizer.decode(batch["prompted_ids"][:, 1 : 1 + words]) == [prompt] * 3
+        assert tokenizer.decode(batch["prompted_ids"][:, 1: 1 + words]) == [prompt] * 3
         assert (batch["prompted_ids"][:, 0] == tokenizer.cls).all()
         labels = batch["prompted_ids"][:, 1:].flatten()[batch["prompted_positions"]]  # the captions and their [SEP]
         assert tokenizer.decode(labels[None]) == [texts[0]] and (labels == tokenizer.sep).sum() == 3
@@ -363,7 +365,7 @@ def test_what_a_batch_holds(root, tokenizer):
 def test_a_kind_of_batch_has_the_texts_that_its_task_trains_on(root, tmp_path, tokenizer):
     write_data(tmp_path)
     (tmp_path / "video_retrieval.train.jsonl").write_text((root / "video_caption.train.jsonl").read_text())
-    always = {"kind", "task", "source", "errors", "meaning", "pixels"}
+    always = {"kind", "task", "source", "errors", "positive_id", "pixels"}
     for task, expected in (
         ("video_retrieval", {"caption_ids", "caption_mask"}),
         ("video_caption", {"prompted_ids", "prompted_mask", "prompted_positions", "prompt_length", "references"}),
@@ -504,8 +506,8 @@ def test_a_corrupt_clip_is_replaced_by_the_next_and_reported(tmp_path, tokenizer
     assert data["video", 1, 2]["errors"] == item["errors"]  # the same words each time, by which it is counted once
     instead = data["video", 0, 3]
     assert instead["errors"] == [] and item["pixels"].equal(instead["pixels"])
-    assert {key: item[key] for key in ("caption", "questions", "source", "meaning")} == {
-        key: instead[key] for key in ("caption", "questions", "source", "meaning")
+    assert {key: item[key] for key in ("caption", "questions", "source", "positive_id")} == {
+        key: instead[key] for key in ("caption", "questions", "source", "positive_id")
     }
     last = data["video", 0, 5]  # the one after the last is the first
     assert "5.gif does not exist" in last["errors"][0] and last["source"].endswith("jsonl:1")

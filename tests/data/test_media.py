@@ -41,7 +41,7 @@ def counter(total: int, height: int = 32, width: int = 48) -> np.ndarray:
     frames = np.zeros((total, height, width, 3), np.uint8)
     numbers = np.arange(total)[:, None, None, None]
     frames[:, :, : width // 2] = numbers // 20 * STEP
-    frames[:, :, width // 2 :] = numbers % 20 * STEP
+    frames[:, :, width // 2:] = numbers % 20 * STEP
     return frames
 
 

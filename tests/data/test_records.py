@@ -40,7 +40,7 @@ FIELD_VALUES = {
     "texts": st.tuples(texts, texts).map(list),
     "label": texts,
     "box": boxes,
-    "meaning": texts,
+    "positive_id": texts,
     "gallery": texts,
 }
 
@@ -48,7 +48,7 @@ FIELD_VALUES = {
 @st.composite
 def task_and_lines(draw: st.DrawFn) -> tuple[str, list[dict]]:
     task = draw(st.sampled_from(sorted(RECORD_FIELDS)))
-    optional = ["meaning"] + ["gallery"] * (task in GALLERIES)
+    optional = ["positive_id"] + ["gallery"] * (task in GALLERIES)
     values = FIELD_VALUES | ({"label": st.sampled_from(LABELS[task])} if task in LABELS else {})
     line = st.fixed_dictionaries(
         {name: values[name] for name in RECORD_FIELDS[task]}, optional={name: values[name] for name in optional}
@@ -91,7 +91,7 @@ def test_what_is_written_is_what_is_read(tmp_path_factory, drawn):
     assert len(records) == len(lines)
     for number, (record, fields) in enumerate(zip(records, lines, strict=True), start=1):
         record_id = fields.get("id", f"{path.name}:{number}")
-        expected = {"id": record_id, "meaning": record_id, "source": f"{path}:{number}"} | fields
+        expected = {"id": record_id, "positive_id": record_id, "source": f"{path}:{number}"} | fields
         if task in GALLERIES:
             expected.setdefault("gallery", "all")
         for name in ("image", "video"):
@@ -137,7 +137,7 @@ BAD = [  # task, changes to the good line (None takes a field out), what the mes
     ("video_caption", {"video": "a/.."}, ["video: expected the path of a file inside"]),
     ("video_caption", {"id": 5}, ["id: expected a string", "found 5"]),
     ("video_caption", {"id": "first"}, ["id: expected an id that line 1 does not have already", "found 'first'"]),
-    ("video_caption", {"meaning": ""}, ["meaning: expected a string that is not empty"]),
+    ("video_caption", {"positive_id": ""}, ["positive_id: expected a string that is not empty"]),
     ("video_retrieval", {"gallery": 1}, ["gallery: expected a string", "found 1"]),
     ("image_qa", {"qa": []}, ["qa: expected a list of one or more", "found []"]),
     ("image_qa", {"qa": ["what?"]}, ["qa[0]: expected an object", "found 'what?'"]),

@@ -94,7 +94,7 @@ class Numbers(Reader):
 
     def _read(self, pieces: tuple[ShardRange, ...], start: int, count: int) -> list[tuple]:
         every = [(piece.epoch, piece.shard, i, {}) for piece in pieces for i in range(piece.first, piece.stop)]
-        return every[start : start + count]
+        return every[start: start + count]
 
     def _item(self, epoch: int, shard: int, number: int, files: dict) -> dict:
         return {"key": (epoch, shard, number)}
@@ -140,7 +140,7 @@ def test_a_window_is_shuffled_and_nothing_leaves_it():
     order = [key[1] * 100 + key[2] for key in (next(reader)["key"] for _ in range(200))]
     order = order if order[0] < 100 else [(number + 100) % 200 for number in order]
     for start in range(0, 200, 50):
-        assert sorted(order[start : start + 50]) == list(range(start, start + 50)) != order[start : start + 50]
+        assert sorted(order[start: start + 50]) == list(range(start, start + 50)) != order[start: start + 50]
 
 
 @settings(max_examples=40, deadline=None)
@@ -213,8 +213,8 @@ def test_samples_from_shards_are_those_of_the_folder(root, packed, tokenizer):  
     for batch in batches:
         if batch["kind"] == "video":
             assert batch["pixels"].shape == (2, 3, 4, 8, 8) and batch["errors"] == []
-            expected = [samples[place.split("(")[1][:-1]].meaning for place in batch["source"]]
-            assert batch["meaning"].tolist() == expected
+            expected = [samples[place.split("(")[1][:-1]].positive_id for place in batch["source"]]
+            assert batch["positive_id"].tolist() == expected
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -317,7 +317,7 @@ def test_nothing_but_corrupt_samples_stops_the_run(root, tmp_path, tokenizer):  
 def test_a_tar_of_another_maker_can_be_read(tmp_path, tokenizer):  # noqa: F811
     """Folders in the names, a sample of two files in the other order, and members that are no files."""
     write_gif(tmp_path / "a.gif", 1)
-    texts = json.dumps({"source": "the web", "meaning": 3, "captions": ["a red three"], "qa": []}).encode()
+    texts = json.dumps({"source": "the web", "positive_id": 3, "captions": ["a red three"], "qa": []}).encode()
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         folder = tarfile.TarInfo("clips")
         folder.type = tarfile.DIRTYPE
@@ -328,4 +328,4 @@ def test_a_tar_of_another_maker_can_be_read(tmp_path, tokenizer):  # noqa: F811
             tar.addfile(member, io.BytesIO(content))
     (tmp_path / "shards.json").write_text('{"kinds": {"video": [{"file": "x.tar", "samples": 1}]}}')
     (batch,), _ = batches_of(tmp_path, tokenizer, 1)
-    assert batch["source"] == [f"{tmp_path / 'x.tar'}:0 (the web)"] * 2 and batch["meaning"].tolist() == [3, 3]
+    assert batch["source"] == [f"{tmp_path / 'x.tar'}:0 (the web)"] * 2 and batch["positive_id"].tolist() == [3, 3]

@@ -37,7 +37,7 @@ def test_all_frames_are_treated_alike(height, width, size, kind, style, flip, se
     made = augment(frames, size, kind, augmentation, np.random.default_rng(seed))
     assert made.shape == (3, size, size, 3) and made.dtype == np.uint8
     for number in range(3):
-        alone = augment(frames[number : number + 1], size, kind, augmentation, np.random.default_rng(seed))
+        alone = augment(frames[number: number + 1], size, kind, augmentation, np.random.default_rng(seed))
         np.testing.assert_array_equal(made[number], alone[0])
 
 

@@ -9,7 +9,7 @@ from helpers import small
 
 import eval as evaluation
 import train
-from mplug2.checkpoint import Preparation, save_model
+from mplug2.checkpoint import PreprocessConfig, save_model
 from mplug2.data.__main__ import main
 from mplug2.data.records import RecordError
 from mplug2.data.samples import read_samples
@@ -27,7 +27,7 @@ def checkpoint(tmp_path_factory):
     torch.manual_seed(0)
     model = MPLUG2(small(vocab_size=len(tokenizer), max_positions=32), "pretrain")
     folder = tmp_path_factory.mktemp("model")
-    save_model(folder, model.eval(), tokenizer, Preparation(frames=4))
+    save_model(folder, model.eval(), tokenizer, PreprocessConfig(frames=4))
     return folder
 
 
@@ -60,7 +60,7 @@ def test_zero_shot_captions_and_retrieval_of_coco(checkpoint, tmp_path):
     main(["coco", str(tmp_path / "coco"), "--out", str(tmp_path / "data")])
     metrics, predictions = run(checkpoint, tmp_path / "data", "--splits", "val,test")
     assert {line["id"] for line in predictions} == {"102", "103"}
-    assert {"val/image_caption_cider", "test/image_t2v_r10", "test/image_v2t_median_rank"} <= set(metrics)
+    assert {"val/image_caption_cider", "test/t2i_r10", "test/i2t_median_rank"} <= set(metrics)
 
 
 def test_a_recipe_fine_tunes_on_what_was_written(checkpoint, tmp_path):
@@ -92,15 +92,15 @@ def test_every_caption_may_be_a_query(checkpoint, tmp_path):
     ))
     first, _ = run(checkpoint, tmp_path)
     every, _ = run(checkpoint, tmp_path, "--all-captions")
-    assert first["test/image_t2v_r1"] * 2 == int(first["test/image_t2v_r1"] * 2)
+    assert first["test/t2i_r1"] * 2 == int(first["test/t2i_r1"] * 2)
     predictor = evaluation.load(str(checkpoint))
     pictures = [tmp_path / "0.png", tmp_path / "1x.png"]
     scores = predictor.similarity(pictures, ["a dog 0", "two men 0", "a dog 1", "two men 1"]).T
     hits = [scores[q, q // 2] > scores[q, 1 - q // 2] for q in range(4)]
-    assert every["test/image_t2v_r1"] == pytest.approx(sum(map(float, hits)) / 4)
+    assert every["test/t2i_r1"] == pytest.approx(sum(map(float, hits)) / 4)
     best = [max(scores[2 * v, v], scores[2 * v + 1, v]) > max(scores[2 - 2 * v, v], scores[3 - 2 * v, v])
             for v in range(2)]
-    assert every["test/image_v2t_r1"] == pytest.approx(sum(map(float, best)) / 2)
+    assert every["test/i2t_r1"] == pytest.approx(sum(map(float, best)) / 2)
 
 
 def test_predictions_for_servers_whose_truths_are_kept(checkpoint, tmp_path, capsys):
@@ -120,7 +120,7 @@ def test_predictions_for_servers_whose_truths_are_kept(checkpoint, tmp_path, cap
 
 
 def test_columns_hold_the_names_of_their_splits():
-    printed = evaluation.table({"test": {"t2v_r1": 0.5}, "test_shuffled": {"t2v_r1": 0.25, "t2v_median_rank": 3.0}})
+    printed = evaluation.format_table({"test": {"t2v_r1": 0.5}, "test_shuffled": {"t2v_r1": 0.25, "t2v_median_rank": 3.0}})
     assert [line.split() for line in printed.splitlines()] == [
         ["test", "test_shuffled"], ["t2v_r1", "50.0", "25.0"], ["t2v_median_rank", "3.0"],
     ]

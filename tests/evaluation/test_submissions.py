@@ -4,16 +4,16 @@ import json
 
 import pytest
 
-from mplug2.evaluation.submissions import write
+from mplug2.evaluation.submissions import write_submission
 
 
 def test_vqav2_and_nocaps(tmp_path):
-    path = write("vqav2", tmp_path, "test-dev", [("458752000", "net"), ("7", "")])
+    path = write_submission("vqav2", tmp_path, "test-dev", [("458752000", "net"), ("7", "")])
     assert path.name == "vqav2_test-dev.json"
     assert json.loads(path.read_text()) == [
         {"question_id": 458752000, "answer": "net"}, {"question_id": 7, "answer": ""},
     ]
-    path = write("nocaps", tmp_path, "test", [("3", "a dog")])
+    path = write_submission("nocaps", tmp_path, "test", [("3", "a dog")])
     assert json.loads(path.read_text()) == [{"image_id": 3, "caption": "a dog"}]
 
 
@@ -30,7 +30,7 @@ def test_vqav2_and_nocaps(tmp_path):
     ("glue_wnli", "test", "not_entailment", "WNLI.tsv", "0"),
 ])
 def test_glue(name, split, label, file, written, tmp_path):
-    path = write(name, tmp_path, split, [("10", label), ("9", label)])
+    path = write_submission(name, tmp_path, split, [("10", label), ("9", label)])
     assert path.name == file
     assert path.read_text() == f"index\tprediction\n9\t{written}\n10\t{written}\n"
 
@@ -45,4 +45,4 @@ def test_glue(name, split, label, file, written, tmp_path):
 ])
 def test_what_is_refused(name, predictions, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        write(name, tmp_path, "test", predictions)
+        write_submission(name, tmp_path, "test", predictions)

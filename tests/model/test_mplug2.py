@@ -242,10 +242,10 @@ def test_heads_read_the_class_token_alone(seed):
     tokens = noise(3, 4, 16, seed=seed)
     for head, module in (
         (model.project_vision, model.contrastive_vision), (model.project_text, model.contrastive_text),
-        (model.match, model.matching_head),
+        (model.itm_logits, model.matching_head),
     ):
         expected = tokens[:, 0] @ module.weight.T + module.bias
-        if head != model.match:
+        if head != model.itm_logits:
             expected = expected / expected.square().sum(dim=1, keepdim=True).sqrt()
         assert_same(head(tokens), expected)
 

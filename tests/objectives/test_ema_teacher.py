@@ -96,21 +96,21 @@ def test_contrastive_distillation_is_the_formula(b, queued, seed):
     ema_teacher.steps += 1
     rng = torch.Generator().manual_seed(seed)
     vision, text, copy_vision, copy_text = (unit(rng, b, 5) for _ in range(4))
-    meaning, others = torch.arange(b), torch.randint(0, b + 1, (queued,), generator=rng)
+    positive_id, others = torch.arange(b), torch.randint(0, b + 1, (queued,), generator=rng)
     old_vision, old_text = unit(rng, queued, 5), unit(rng, queued, 5)
     if queued:
         ema_teacher.enqueue(old_vision, old_text, others)
     found = distilled_contrastive_loss(
-        vision, text, model.temperature, meaning, copy_vision, copy_text, ema_teacher
+        vision, text, model.temperature, positive_id, copy_vision, copy_text, ema_teacher
     )
-    all_meanings, expected = torch.cat([meaning, others]), 0.0
+    all_meanings, expected = torch.cat([positive_id, others]), 0.0
     for rows, copies, columns, old in (
         (vision, copy_vision, copy_text, old_text), (text, copy_text, copy_vision, old_vision)
     ):
         columns = torch.cat([columns, old])
         for i in range(b):
             chances, theirs = ((one[i] @ columns.T / 0.2).softmax(0) for one in (rows, copies))
-            positive = (all_meanings == meaning[i]).double()
+            positive = (all_meanings == positive_id[i]).double()
             target = 0.3 * theirs + 0.7 * positive / positive.sum()
             expected = expected - (target * chances.log()).sum() / (2 * b)
     torch.testing.assert_close(found, expected)
@@ -130,9 +130,9 @@ def test_the_queue_holds_the_newest(counts):
     whole = torch.arange(sum(counts))
     for part in whole.split(counts):
         ema_teacher.enqueue(part[:, None].expand(-1, 5).double(), -part[:, None].expand(-1, 5).double(), part)
-    vision, text, meaning = ema_teacher.queue()
-    assert sorted(meaning.tolist()) == whole[-size:].tolist()
-    assert vision[:, 0].equal(meaning.double()) and text[:, 0].equal(-meaning.double())
+    vision, text, positive_id = ema_teacher.queue()
+    assert sorted(positive_id.tolist()) == whole[-size:].tolist()
+    assert vision[:, 0].equal(positive_id.double()) and text[:, 0].equal(-positive_id.double())
     with pytest.raises(ValueError, match="queue=5: expected room for the 6 samples of a batch at least"):
         ema_teacher.enqueue(vision.new_zeros(6, 5), vision.new_zeros(6, 5), torch.arange(6))
 

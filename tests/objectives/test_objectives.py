@@ -23,7 +23,7 @@ from mplug2.objectives.losses import (
     masked_loss,
     matching_loss,
 )
-from mplug2.objectives.objectives import Objectives, classification_input, encode_visual, join, split
+from mplug2.objectives.objectives import Objectives, classification_input, encode_visual, pad_and_concat, split_padded
 from mplug2.tasks import TASKS, batch_types
 
 CLS, SEP, WORDS = 2, 3, range(5, 29)
@@ -59,17 +59,17 @@ model = make_model()
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=6), st.floats(0.01, 0.5), seeds)
-def test_contrastive_loss_is_the_formula_with_a_target_that_equal_meanings_share(meaning, temperature, seed):
+def test_contrastive_loss_is_the_formula_with_a_target_that_equal_meanings_share(positive_id, temperature, seed):
     rng = torch.Generator().manual_seed(seed)
-    b = len(meaning)
+    b = len(positive_id)
     vision, text = unit(rng, b), unit(rng, b)
     expected = 0.0
     for rows, columns in ((vision, text), (text, vision)):
         for i in range(b):
             scores = [math.exp(float(rows[i] @ columns[j]) / temperature) for j in range(b)]
-            positives = [j for j in range(b) if meaning[j] == meaning[i]]
+            positives = [j for j in range(b) if positive_id[j] == positive_id[i]]
             expected -= sum(math.log(scores[j] / sum(scores)) for j in positives) / len(positives) / (2 * b)
-    found = contrastive_loss(vision, text, torch.tensor(temperature, dtype=torch.float64), torch.tensor(meaning))
+    found = contrastive_loss(vision, text, torch.tensor(temperature, dtype=torch.float64), torch.tensor(positive_id))
     assert found.item() == pytest.approx(expected, rel=1e-9)
 
 
@@ -78,9 +78,9 @@ def test_contrastive_loss_is_the_formula_with_a_target_that_equal_meanings_share
 def test_which_of_equal_meanings_stands_on_the_diagonal_makes_no_difference(seed):
     rng = torch.Generator().manual_seed(seed)
     vision, text, temperature = unit(rng, 5), unit(rng, 5), torch.tensor(0.1).double()
-    meaning = torch.tensor([7, 1, 7, 2, 7])
+    positive_id = torch.tensor([7, 1, 7, 2, 7])
     swapped = text[[4, 1, 0, 3, 2]]
-    losses = [contrastive_loss(vision, one, temperature, meaning) for one in (text, swapped)]
+    losses = [contrastive_loss(vision, one, temperature, positive_id) for one in (text, swapped)]
     torch.testing.assert_close(*losses)
     different = [contrastive_loss(vision, one, temperature, torch.arange(5)) for one in (text, swapped)]
     assert abs(different[0] - different[1]) > 1e-6
@@ -88,13 +88,13 @@ def test_which_of_equal_meanings_stands_on_the_diagonal_makes_no_difference(seed
 
 def test_the_temperature_is_kept_in_its_range_and_learns():
     rng = torch.Generator().manual_seed(0)
-    vision, text, meaning = unit(rng, 4), unit(rng, 4), torch.arange(4)
+    vision, text, positive_id = unit(rng, 4), unit(rng, 4), torch.arange(4)
     for outside, edge in ((1e-6, TEMPERATURE_RANGE[0]), (-1.0, TEMPERATURE_RANGE[0]), (3.0, TEMPERATURE_RANGE[1])):
-        losses = [contrastive_loss(vision, text, torch.tensor(t).double(), meaning) for t in (outside, edge)]
+        losses = [contrastive_loss(vision, text, torch.tensor(t).double(), positive_id) for t in (outside, edge)]
         torch.testing.assert_close(*losses)
     assert TEMPERATURE_RANGE == (0.001, 0.5)
     temperature = torch.tensor(0.07).double().requires_grad_()
-    contrastive_loss(vision, text, temperature, meaning).backward()
+    contrastive_loss(vision, text, temperature, positive_id).backward()
     assert temperature.grad != 0
 
 
@@ -110,21 +110,21 @@ def test_contrastive_loss_refuses_shapes_that_do_not_fit():
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=8), seeds)
-def test_a_hard_negative_never_has_the_same_meaning(meaning, seed):
-    meaning, rng = torch.tensor(meaning), torch.Generator().manual_seed(seed)
+def test_a_hard_negative_never_has_the_same_meaning(positive_id, seed):
+    positive_id, rng = torch.tensor(positive_id), torch.Generator().manual_seed(seed)
     # Likenesses so far apart that the softmax is 0 for all but one: the others still have to be possible.
-    chosen, exists = hard_negatives(1000 * torch.randn(len(meaning), len(meaning), generator=rng), meaning)
-    for i in range(len(meaning)):
-        assert exists[i] == any(meaning != meaning[i])
-        assert not exists[i] or meaning[chosen[i]] != meaning[i]
+    chosen, exists = hard_negatives(1000 * torch.randn(len(positive_id), len(positive_id), generator=rng), positive_id)
+    for i in range(len(positive_id)):
+        assert exists[i] == any(positive_id != positive_id[i])
+        assert not exists[i] or positive_id[chosen[i]] != positive_id[i]
 
 
 def test_hard_negatives_are_drawn_in_proportion_to_the_softmax_of_their_likeness():
     torch.manual_seed(0)
-    meaning = torch.tensor([0, 1, 2, 3, 1])
+    positive_id = torch.tensor([0, 1, 2, 3, 1])
     row = torch.tensor([5.0, 0.3, 1.0, -1.0, 2.0])
     n = 4000
-    draws = torch.cat([hard_negatives(row.repeat(5, 1), meaning)[0][1:2] for _ in range(n)])  # row 1: not 1, not 4
+    draws = torch.cat([hard_negatives(row.repeat(5, 1), positive_id)[0][1:2] for _ in range(n)])  # row 1: not 1, not 4
     weights = row.exp() * torch.tensor([1, 0, 1, 1, 0])
     expected = weights / weights.sum()
     found = draws.bincount(minlength=5) / n
@@ -138,35 +138,35 @@ def likeness(wanted: list[int]) -> torch.Tensor:
     return 50 * torch.nn.functional.one_hot(torch.tensor(wanted), len(wanted)).double()
 
 
-@pytest.mark.parametrize("meaning", [[0, 1, 2], [0, 1, 1], [5, 5, 5]])
-def test_matching_loss_asks_each_pair_and_its_two_hard_negatives(meaning):
+@pytest.mark.parametrize("positive_id", [[0, 1, 2], [0, 1, 1], [5, 5, 5]])
+def test_matching_loss_asks_each_pair_and_its_two_hard_negatives(positive_id):
     torch.manual_seed(0)
     vision, text = noise(3, 5, 16), noise(3, 4, 16, seed=1)
     mask = torch.arange(4) < torch.tensor([4, 2, 3])[:, None]
-    wanted_text, wanted_vision = [2, 0, 0], [1, 0, 0]  # of another meaning in the first two cases
+    wanted_text, wanted_vision = [2, 0, 0], [1, 0, 0]  # of another positive_id in the first two cases
 
-    def chance(i: int, j: int) -> torch.Tensor:
+    def chance_level(i: int, j: int) -> torch.Tensor:
         """(no match, match) of vision i and text j, asked alone and without padding."""
         length = int(mask[j].sum())
-        fused = model.fuse(vision[i : i + 1], text[j : j + 1, :length], mask[j : j + 1, :length])[1]
+        fused = model.fuse(vision[i: i + 1], text[j: j + 1, :length], mask[j: j + 1, :length])[1]
         return model.itm_logits(fused)[0].softmax(0)
 
-    losses = [-chance(i, i)[1].log() for i in range(3)]
-    if len(set(meaning)) > 1:  # else there is no negative, and the pairs count alone
-        losses += [-chance(i, wanted_text[i])[0].log() for i in range(3)]
-        losses += [-chance(wanted_vision[j], j)[0].log() for j in range(3)]
+    losses = [-chance_level(i, i)[1].log() for i in range(3)]
+    if len(set(positive_id)) > 1:  # else there is no negative, and the pairs count alone
+        losses += [-chance_level(i, wanted_text[i])[0].log() for i in range(3)]
+        losses += [-chance_level(wanted_vision[j], j)[0].log() for j in range(3)]
     # Rows draw texts and columns visions, so one matrix could not ask for all of these.
-    drawn = [hard_negatives(likeness(wanted), torch.tensor(meaning)) for wanted in (wanted_text, wanted_vision)]
+    drawn = [hard_negatives(likeness(wanted), torch.tensor(positive_id)) for wanted in (wanted_text, wanted_vision)]
     with patch("mplug2.objectives.losses.hard_negatives", side_effect=drawn):
-        found = matching_loss(model, vision, text, mask, torch.zeros(3, 3).double(), torch.tensor(meaning))
+        found = matching_loss(model, vision, text, mask, torch.zeros(3, 3).double(), torch.tensor(positive_id))
     torch.testing.assert_close(found, torch.stack(losses).mean())
 
 
 def test_texts_are_drawn_by_the_rows_and_visions_by_the_columns_of_the_similarity():
-    similarity, meaning = noise(4, 4), torch.arange(4)
+    similarity, positive_id = noise(4, 4), torch.arange(4)
     vision, text, mask = noise(4, 5, 16), noise(4, 3, 16), torch.ones(4, 3) > 0
     with patch("mplug2.objectives.losses.hard_negatives", wraps=hard_negatives) as drawn:
-        matching_loss(model, vision, text, mask, similarity, meaning)
+        matching_loss(model, vision, text, mask, similarity, positive_id)
     by_text, by_vision = (call.args[0] for call in drawn.call_args_list)
     assert by_text.equal(similarity) and by_vision.equal(similarity.T)
 
@@ -204,9 +204,9 @@ def test_language_loss_is_the_mean_over_what_follows_the_prompt_and_is_no_paddin
     memory_mask = torch.arange(6) < torch.randint(1, 7, (len(lengths), 1), generator=rng)
     terms = []
     for i, length in enumerate(lengths):  # alone, without any padding, one token after the other
-        real = memory[i : i + 1, : int(memory_mask[i].sum())]
+        real = memory[i: i + 1, : int(memory_mask[i].sum())]
         for place in range(prompt_length, length):
-            past = ids[i : i + 1, :place]
+            past = ids[i: i + 1, :place]
             logits = model.decode(past, torch.ones_like(past) > 0, real)[0, -1]
             terms.append(-logits.log_softmax(0)[ids[i, place]])
     found = language_loss(model, ids, mask, memory, label_positions(mask, prompt_length), memory_mask)
@@ -224,7 +224,7 @@ def make_batch(kind: str, b: int = 3, r: int = 2, seed: int = 0) -> dict:
     def texts(count: int, shortest: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
         return make_texts(torch.randint(shortest, 9, (count,), generator=rng).tolist(), rng)
 
-    batch = {"kind": kind, "task": "pretrain", "meaning": torch.arange(b)}
+    batch = {"kind": kind, "task": "pretrain", "positive_id": torch.arange(b)}
     batch["caption_ids"], batch["caption_mask"] = texts(b)
     batch["masked"] = batch["caption_mask"] & (torch.rand(batch["caption_mask"].shape, generator=rng) < 0.4)
     batch["masked_ids"] = torch.where(batch["masked"], 4, batch["caption_ids"])
@@ -246,7 +246,7 @@ def with_positions(batch: dict) -> dict:
     return batch | positions
 
 
-WITHOUT_KIND = ("task", "meaning", "pixels")
+WITHOUT_KIND = ("task", "positive_id", "pixels")
 
 
 def task_batch(task: str, seed: int = 0, b: int = 3) -> dict:
@@ -302,18 +302,19 @@ def test_sentences_without_pictures_train_masked_language_modelling_from_text_al
     losses = Objectives(model)(batch)
     assert set(losses) == {"mlm"}
     hidden = model.encode_text(batch["masked_ids"], batch["caption_mask"])
-    torch.testing.assert_close(losses["mlm"], masked_loss(model, hidden, batch["caption_ids"], batch["masked_positions"]))
+    torch.testing.assert_close(losses["mlm"], masked_loss(
+        model, hidden, batch["caption_ids"], batch["masked_positions"]))
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 3), st.lists(st.tuples(st.integers(1, 3), st.integers(1, 4)), min_size=1, max_size=3), seeds)
 def test_texts_that_are_joined_come_apart_again(b, shapes, seed):
     texts = [noise(b * r, l, 2, seed=seed + i) for i, (r, l) in enumerate(shapes)]
-    joined = join(texts, b)
+    joined = pad_and_concat(texts, b)
     assert joined.shape == (b * sum(r for r, _ in shapes), max(l for _, l in shapes), 2)
-    for text, part in zip(texts, split(joined, [r for r, _ in shapes], b)):
+    for text, part in zip(texts, split_padded(joined, [r for r, _ in shapes], b)):
         torch.testing.assert_close(part[:, : text.shape[1]], text)
-        assert (part[:, text.shape[1] :] == 0).all()
+        assert (part[:, text.shape[1]:] == 0).all()
     of_clip = joined.unflatten(0, (b, -1))[-1]  # the texts about the last clip stand in a row
     torch.testing.assert_close(of_clip[0, : shapes[0][1]], texts[0][-shapes[0][0]])
 
@@ -334,14 +335,15 @@ def test_captions_masked_words_and_answers_come_from_the_memory_that_architectur
 
     text = model.encode_text(batch["masked_ids"], batch["caption_mask"])
     fused = model.fuse(vision, text, batch["caption_mask"])[1]
-    torch.testing.assert_close(losses["mlm"], masked_loss(model, fused, batch["caption_ids"], batch["masked_positions"]))
+    torch.testing.assert_close(losses["mlm"], masked_loss(
+        model, fused, batch["caption_ids"], batch["masked_positions"]))
 
     total, count = 0.0, 0
     for i in range(6):  # questions 0, 1, 2 are about clip 0
         keep = batch["question_mask"][i]
-        question = batch["question_ids"][i : i + 1, keep]
+        question = batch["question_ids"][i: i + 1, keep]
         seen, fused = model.fuse(vision[i // 3][None], model.encode_text(question, question > -1), question > -1)
-        answer = batch["answer_ids"][i : i + 1, batch["answer_mask"][i]]
+        answer = batch["answer_ids"][i: i + 1, batch["answer_mask"][i]]
         tokens = answer.shape[1] - 1
         memory = torch.cat([seen, fused], dim=1)
         total += tokens * language_loss(model, answer, answer > -1, memory, torch.arange(tokens))

@@ -41,7 +41,7 @@ def test_the_loss_is_the_advantage_over_the_greedy_caption_times_its_log_probabi
     for i in range(3):
         reward, baseline = (scorer.scores([REFERENCES[i]], [texts[j]])[0] for j in (drawn[i], greedy[i]))
         ids = torch.tensor([batch["prompted_ids"][i, :2].tolist() + written[drawn[i]] + [TOKENIZER.sep]])
-        log_probs = model.decode(ids[:, :-1], ids[:, :-1] > -1, vision[i : i + 1])[0].log_softmax(-1)
+        log_probs = model.decode(ids[:, :-1], ids[:, :-1] > -1, vision[i: i + 1])[0].log_softmax(-1)
         terms += [-(reward - baseline) * log_probs[place - 1, ids[0, place]] for place in range(2, ids.shape[1])]
     torch.testing.assert_close(found, torch.stack(terms).mean(), rtol=1e-5, atol=1e-6)  # rewards are float32
 

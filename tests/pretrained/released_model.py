@@ -231,7 +231,7 @@ class Released:
             if i and i % self.d["stride_layer"] == 0:
                 joint = torch.cat([torch.ones_like(vision[:, :, 0]), mask], dim=1)
                 both = self.layer(name, torch.cat([vision, text], dim=1), joint[:, None, None])
-                vision, text = vision + both[:, : vision.shape[1]], both[:, vision.shape[1] :]
+                vision, text = vision + both[:, : vision.shape[1]], both[:, vision.shape[1]:]
             else:
                 text = self.layer(name, text, mask[:, None, None], vision)
         return vision, text

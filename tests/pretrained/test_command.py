@@ -111,11 +111,11 @@ def test_the_command_converts_a_released_file(released, tmp_path, monkeypatch, c
     monkeypatch.delitem(sys.modules, "mplug2.pretrained.__main__")
     runpy.run_module("mplug2.pretrained", run_name="__main__")
     assert "released: video_caption, " in capsys.readouterr().out
-    model, tokenizer, preparation = load_model(tmp_path / "runs" / "released")
+    model, tokenizer, preprocess = load_model(tmp_path / "runs" / "released")
     assert sorted(file.name for file in (tmp_path / "runs" / "released").iterdir()) == [
         "config.json", "model.safetensors", "tokenizer.json"
     ]
-    assert (model.task, len(tokenizer), preparation.frames) == ("video_caption", 160, 7)
+    assert (model.task, len(tokenizer), preprocess.frames) == ("video_caption", 160, 7)
     converted = to_released(model)
     assert all(torch.equal(entry, CAPTIONING[name]) for name, entry in converted.items())
     golden = torch.load(GOLDEN / "golden.pt", weights_only=True)

@@ -123,7 +123,7 @@ def decoding_flops() -> int:
     """Universal layers on vision and decoder in a captioning step, from sizes: 2 frames, 20 labels."""
     config = PRESETS["tiny"]()
     d, q, v, l = config.width, config.latents, 1 + 2 * config.patches, bench.CAPTION
-    layer = lambda x, m: x * 2 * (4 + 2 + 8) * d**2 + 4 * x * x * d + m * 4 * d**2 + 4 * x * m * d  # noqa: E731
+    def layer(x, m): return x * 2 * (4 + 2 + 8) * d**2 + 4 * x * x * d + m * 4 * d**2 + 4 * x * m * d  # noqa: E731
     head = l * 2 * (d**2 + d * config.vocab_size)
     return layer(q, v) + layer(v, q) + config.decoder_layers * layer(l, v) + head
 

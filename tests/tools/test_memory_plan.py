@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from mplug2.config import ModelConfig, large, tiny
 from mplug2.model.mplug2 import MPLUG2
-from mplug2.tools.memory_plan import PlanConfig, Work, cost, device_memory, parameter_counts
+from mplug2.tools.memory_plan import PlanConfig, Workload, cost, device_memory, parameter_counts
 
 SIZES = dict(
     image_size=48, patch_size=8, vision_width=192, vision_layers=2, vision_head_width=32, width=192, heads=4,
@@ -23,11 +23,11 @@ SHALLOW = "--plan --vision-layers 1 --text-layers 2 --universal-layers 1 --fusio
 MEASURE = """
 import sys, torch
 from mplug2.config import ModelConfig
-from mplug2.tools.memory_plan import Work
+from mplug2.tools.memory_plan import Workload
 torch.set_num_threads(1)
 def memory(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
-work = Work(ModelConfig(**eval(sys.argv[1])), b=24, questions=1)
+work = Workload(ModelConfig(**eval(sys.argv[1])), b=24, questions=1)
 (torch.ones(8, 8, requires_grad=True) @ torch.ones(8, 8)).sum().backward()  # what the first step loads
 before = memory("VmRSS")
 objectives, batch = work.objectives(), work.batch("video")
@@ -49,7 +49,7 @@ def test_the_memory_of_a_step_is_that_of_a_real_one_within_a_fifth():
     )
     assert done.returncode == 0, done.stderr
     measured = int(done.stdout)
-    work = Work(ModelConfig(**SIZES), b=24, questions=1)
+    work = Workload(ModelConfig(**SIZES), b=24, questions=1)
     planned = device_memory(work, cost(work, "video"), 1, sharded=False)["in all"]
     assert measured > 150e6
     assert planned == pytest.approx(measured, rel=0.2), planned / measured
@@ -57,7 +57,7 @@ def test_the_memory_of_a_step_is_that_of_a_real_one_within_a_fifth():
 
 def test_operations_are_those_of_a_real_step_and_checkpointing_gives_memory_for_more_of_them():
     """All matrix products; torch's counter does not know the CPU's attention, so it is told to use another."""
-    work = Work(tiny(), b=2)
+    work = Workload(tiny(), b=2)
     counted = cost(work, "image")
     with FlopCounterMode(display=False) as real, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         sum(work.objectives()(work.batch("image")).values()).backward()
@@ -72,14 +72,14 @@ def test_sharding_divides_what_a_device_keeps():
     with torch.device("meta"):
         model = MPLUG2(large())
     assert whole == sum(p.numel() for p in model.parameters()) > 1e9 and block < outside < whole / 5
-    work, costs = Work(large(), b=1), cost(Work(tiny(), b=1), "text")
+    work, costs = Workload(large(), b=1), cost(Workload(tiny(), b=1), "text")
     one, many = (device_memory(work, costs, gpus, sharded=True) for gpus in (1, 64))
     assert many["optimizer"] == one["optimizer"] // 64 == 8 * whole // 64
     assert many["activations"] == one["activations"] and sum(many.values()) < sum(one.values()) / 4
     shared = device_memory(work, costs, 64, sharded=False)
     assert shared["optimizer"] == 2 * shared["gradients"] == 8 * whole  # the buckets of DDP
     assert device_memory(work, costs, 1, sharded=False)["gradients"] == costs.peak - costs.activations
-    muon = Work(large(), b=1, optimizer="muon")
+    muon = Workload(large(), b=1, optimizer="muon")
     assert device_memory(muon, costs, 64, sharded=False)["optimizer"] == 8 * whole - 4 * matrices
     assert 0.8 * whole < matrices < whole
 

@@ -8,15 +8,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from mplug2.distributed import Process
-from mplug2.training.fault_tolerance import StopSignal, Watchdog, generator_states, set_generator_states
+from mplug2.distributed import DistInfo
+from mplug2.training.fault_tolerance import GracefulStop, Watchdog, generator_states, set_generator_states
 
 CPU = torch.device("cpu")
 
 
 def test_signals_are_noted_and_the_old_handlers_come_back():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with StopSignal() as stop:
+    with GracefulStop() as stop:
         assert stop.name == ""
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.name == "SIGTERM"
@@ -43,12 +43,12 @@ def test_the_watchdog_names_who_is_behind_and_who_is_silent(monkeypatch):
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(server.port))
-    dogs = [Watchdog(Process(rank, 3, CPU), timeout=1000) for rank in range(3)]
+    dogs = [Watchdog(DistInfo(rank, 3, CPU), timeout=1000) for rank in range(3)]
     dogs[0].interval, dogs[1].interval, dogs[2].interval = 0.15, 0.02, 0.02
 
     def report(*places: tuple[int, str]) -> list[str]:
         for dog, (step, doing) in zip(dogs, places):
-            dog.beat(step, doing, names=lambda: "a.jsonl:3")
+            dog.heartbeat(step, doing, names=lambda: "a.jsonl:3")
             dog._tell()
         return dogs[0]._report().splitlines()
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mplug2.distributed import EverywhereError, Process
+from mplug2.distributed import AllRanksError, DistInfo
 from mplug2.training import logs
 from mplug2.training.logs import Log, peak_memory_gib, peak_tflops
 
-ALONE = Process(0, 1, torch.device("cpu"))
+ALONE = DistInfo(0, 1, torch.device("cpu"))
 
 
 def lines(folder: Path) -> list[dict]:
@@ -51,7 +51,7 @@ def test_a_resumed_run_takes_back_the_lines_of_steps_that_it_does_again(tmp_path
 
 
 def test_only_the_main_process_writes(tmp_path):
-    log = Log(tmp_path, Process(1, 2, torch.device("cpu")), 0, 9)
+    log = Log(tmp_path, DistInfo(1, 2, torch.device("cpu")), 0, 9)
     log.line({"step": 1})
     assert list(tmp_path.iterdir()) == [] and log.bar.disable
     assert not Log(tmp_path, ALONE, 0, 9).bar.disable
@@ -64,7 +64,7 @@ def test_files_that_failed_are_counted_over_all_processes(tmp_path, monkeypatch)
     log.skipped(["a: gone"], 100, 0.03)
     log.write(1, {})
     log.skipped(["a: gone", "b: gone"], 100, 0.03)
-    with pytest.raises(EverywhereError, match="4 of 100 media files cannot be decoded, more than max_skipped=0.03"):
+    with pytest.raises(AllRanksError, match="4 of 100 media files cannot be decoded, more than max_skipped=0.03"):
         log.write(2, {})
     log.close()
     assert [line["skipped_files"] for line in lines(tmp_path)] == [3, 4]

@@ -12,7 +12,7 @@ from torch import nn
 from mplug2.model.local_temporal import TemporalConv
 from mplug2.model.mplug2 import MPLUG2
 from mplug2.tasks import TASKS
-from mplug2.training.optim import depth, freeze, make_optimizer, orthogonalize, parameter_groups, schedule, set_rates
+from mplug2.training.optim import depth, freeze, lr_factor, make_optimizer, orthogonalize, parameter_groups, set_lr
 
 rates = st.sampled_from([1e-3, 2e-5])
 
@@ -163,18 +163,18 @@ def test_muon_goes_on_from_its_saved_state():
 @given(steps=st.integers(1, 200), warmup_share=st.floats(0, 1), floor=st.floats(0, 1))
 def test_the_rate_rises_to_one_and_falls_to_the_floor(steps, warmup_share, floor):
     warmup = round(warmup_share * (steps - 1))
-    shares = [schedule(step, steps, warmup, floor) for step in range(steps + 1)]
+    shares = [lr_factor(step, steps, warmup, floor) for step in range(steps + 1)]
     rising, falling = shares[:warmup], shares[warmup:]
     assert rising == pytest.approx([(step + 1) / warmup for step in range(warmup)])
     assert falling[0] == 1 and falling[-1] == pytest.approx(floor)
     assert all(later <= earlier for earlier, later in zip(falling, falling[1:]))
     assert falling == pytest.approx([1 + floor - share for share in reversed(falling)])  # half a cosine is symmetric
-    assert schedule(steps + 10, steps, warmup, floor) == pytest.approx(floor)
+    assert lr_factor(steps + 10, steps, warmup, floor) == pytest.approx(floor)
 
 
 def test_a_quarter_of_the_fall_is_that_of_a_cosine():
-    assert schedule(25, 100, 0, 0.0) == pytest.approx((1 + 2**-0.5) / 2)
-    assert schedule(75, 100, 0, 0.2) == pytest.approx(0.2 + 0.8 * (1 - 2**-0.5) / 2)
+    assert lr_factor(25, 100, 0, 0.0) == pytest.approx((1 + 2**-0.5) / 2)
+    assert lr_factor(75, 100, 0, 0.2) == pytest.approx(0.2 + 0.8 * (1 - 2**-0.5) / 2)
 
 
 @given(shares=st.lists(st.floats(0, 1), min_size=1, max_size=3), seed=seeds)
@@ -182,5 +182,5 @@ def test_rates_are_shares_of_the_full_ones_however_often_they_are_set(shares, se
     optimizer = make_optimizer(MPLUG2(small(), "video_caption"), 1e-3, 1e-4, 0.02, (0.9, 0.98))
     full = [group["lr"] for group in optimizer.param_groups]
     for share in shares:
-        set_rates(optimizer, share)
+        set_lr(optimizer, share)
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([rate * share for rate in full])

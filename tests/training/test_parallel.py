@@ -29,15 +29,15 @@ from mplug2.objectives import losses
 from mplug2.objectives.objectives import Objectives
 from mplug2.training.optim import make_optimizer
 from mplug2.training.parallel import (
-    accumulating,
-    average_replicated,
-    clip_gradient,
+    all_reduce_replicated_grads,
+    clip_grad_norm,
     load_optimizer_state,
+    no_sync,
     optimizer_state,
-    parallelise,
-    separate,
+    split_param_groups,
+    wrap_model,
 )
-from mplug2.training.run_checkpoint import load_training, whole_model
+from mplug2.training.run_checkpoint import load_training, unsharded_copy
 
 LOSSES = ("vtc", "vtm", "mlm", "caption", "answer")
 SMALL = (
@@ -71,28 +71,29 @@ def gradients(parallel: torch.nn.Module, batches: list[dict], loss: str) -> tupl
     """One loss, averaged over micro-batches and processes, and its gradient for every parameter."""
     value = 0.0
     for number, batch in enumerate(batches):
-        with accumulating(parallel, last=number == len(batches) - 1):
+        with no_sync(parallel, last=number == len(batches) - 1):
             losses = parallel(batch)
             sum(part * (name == loss) for name, part in losses.items()).div(len(batches)).backward()
-            value += distributed.total(losses[loss]).item() / distributed.world_size() / len(batches)
-    average_replicated(parallel)
+            value += distributed.all_reduce_sum(losses[loss]).item() / distributed.world_size() / len(batches)
+    all_reduce_replicated_grads(parallel)
     found = {}
     for name, parameter in parallel.named_parameters():
         gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-        found[name.removeprefix("module.")] = distributed.whole(gradient).numpy().copy()  # DDP writes into it again
+        found[name.removeprefix("module.")] = distributed.full_tensor(
+            gradient).numpy().copy()  # DDP writes into it again
     parallel.zero_grad()
     return value, found
 
 
 def shared_gradients(kind: str, rank: int, world: int) -> dict:
     """Of each loss, by DDP and by FSDP2; of two micro-batches, and by DDP also of a single batch."""
-    process, found = distributed.Process(rank, world, torch.device("cpu")), {}
+    process, found = distributed.DistInfo(rank, world, torch.device("cpu")), {}
     whole = [make_batch(kind, 6 if world == 3 else 4, 2, seed) for seed in (1, 2)]
     for batch in whole:
-        batch["meaning"] = torch.tensor([5, 6, 5, 7, 8, 8])[: len(batch["meaning"])]
+        batch["positive_id"] = torch.tensor([5, 6, 5, 7, 8, 8])[: len(batch["positive_id"])]
     with patch.object(losses, "hard_negatives", neighbours):
         for way in ("ddp", "fsdp"):
-            parallel = parallelise(Objectives(make_model()), process, way == "fsdp", Block, False, False)
+            parallel = wrap_model(Objectives(make_model()), process, way == "fsdp", Block, False, False)
             for loss in LOSSES if kind != "text" else ("mlm",):
                 for count in (1, 2) if way == "ddp" else (2,):
                     shares = [share(batch, rank, world) for batch in whole[:count]]
@@ -108,7 +109,7 @@ def test_losses_and_gradients_of_several_processes_are_those_of_one(processes, w
     found = processes.run(shared_gradients, *((kind, rank, world) for rank in range(world)))
     whole = [make_batch(kind, 6 if world == 3 else 4, 2, seed) for seed in (1, 2)]
     for batch in whole:
-        batch["meaning"] = torch.tensor([5, 6, 5, 7, 8, 8])[: len(batch["meaning"])]
+        batch["positive_id"] = torch.tensor([5, 6, 5, 7, 8, 8])[: len(batch["positive_id"])]
     alone = Objectives(make_model())
     with patch.object(losses, "hard_negatives", neighbours):
         expected = {(loss, count): gradients(alone, whole[:count], loss)
@@ -129,7 +130,7 @@ HEADS = {"text_classification": ("label",), "video_classification": ("label",), 
 
 def task_gradients(b: int, rank: int, world: int) -> dict:
     """Of each of these losses for a batch of b, by DDP and by FSDP2."""
-    process, found = distributed.Process(rank, world, torch.device("cpu")), {}
+    process, found = distributed.DistInfo(rank, world, torch.device("cpu")), {}
     for name, heads in HEADS.items():
         task = "text_pair_classification" if name == "number" else name
         batch = task_batch(task, b=b)
@@ -138,7 +139,7 @@ def task_gradients(b: int, rank: int, world: int) -> dict:
         batch = {key: value.chunk(world)[rank] if torch.is_tensor(value) else value for key, value in batch.items()}
         for way in ("ddp", "fsdp") if world > 1 else ("alone",):
             model = randomised(MPLUG2(small(), task, {} if name == "number" else {task: ("a", "b", "c")}))
-            parallel = parallelise(Objectives(model), process, way == "fsdp", Block, False, False)
+            parallel = wrap_model(Objectives(model), process, way == "fsdp", Block, False, False)
             with patch.object(losses, "hard_negatives", neighbours):
                 for loss in heads:
                     found[name, loss, way] = gradients(parallel, [batch], loss)
@@ -162,13 +163,13 @@ def test_the_losses_and_gradients_of_other_tasks_are_those_of_one_process(proces
 
 def exchanges(rank: int, way: str) -> list[bool]:
     """After each of two micro-batches: have the processes exchanged their gradients?"""
-    process, found = distributed.Process(rank, 2, torch.device("cpu")), []
-    parallel = parallelise(Objectives(make_model()), process, way == "fsdp", Block, False, False)
+    process, found = distributed.DistInfo(rank, 2, torch.device("cpu")), []
+    parallel = wrap_model(Objectives(make_model()), process, way == "fsdp", Block, False, False)
     for last in (False, True):
-        with accumulating(parallel, last):
+        with no_sync(parallel, last):
             parallel(share(make_batch("text", 4, 2, 1), rank, 2))["mlm"].backward()
-        there = [distributed.whole(p.grad) for p in parallel.parameters() if p.dim() and p.grad is not None]
-        sums = distributed.collect(float(sum(gradient.abs().sum() for gradient in there)))
+        there = [distributed.full_tensor(p.grad) for p in parallel.parameters() if p.dim() and p.grad is not None]
+        sums = distributed.all_gather_object(float(sum(gradient.abs().sum() for gradient in there)))
         found.append(sums[0] > 0 and sums[0] == sums[1])
     return found
 
@@ -180,18 +181,18 @@ def test_only_the_last_micro_batch_exchanges_gradients(processes, way):
 
 def clipped(rank: int, world: int, way: str, name: str) -> tuple[float, list[np.ndarray], dict, bool]:
     """Three steps with clipping; the last norm, the weights in one piece, and the optimizer's state there and back."""
-    process = distributed.Process(rank, world, torch.device("cpu"))
+    process = distributed.DistInfo(rank, world, torch.device("cpu"))
     module = Objectives(make_model())
-    parallel = parallelise(module, process, way != "ddp", Block, False, way == "offload")
+    parallel = wrap_model(module, process, way != "ddp", Block, False, way == "offload")
     parameters = list(module.parameters())
     optimizer = make_optimizer(module.model, 0.01, 0.02, 0.1, (0.9, 0.98), name)
-    separate(optimizer)
+    split_param_groups(optimizer)
     for seed in range(3):
         batch = share(make_batch("image", 6, 2, seed), rank, world)
         with patch.object(losses, "hard_negatives", neighbours):
             sum(parallel(batch).values()).backward()
-        average_replicated(parallel)
-        norm = clip_gradient(parameters, 0.5)
+        all_reduce_replicated_grads(parallel)
+        norm = clip_grad_norm(parameters, 0.5)
         optimizer.step()
         optimizer.zero_grad()
     state = optimizer_state(optimizer, module)
@@ -199,8 +200,8 @@ def clipped(rank: int, world: int, way: str, name: str) -> tuple[float, list[np.
     load_optimizer_state(optimizer, module, state)
     again = optimizer_state(optimizer, module)
     same = all(again[name][key].equal(value) for name in state for key, value in state[name].items())
-    weights = [distributed.whole(parameter).numpy() for parameter in parameters]
-    one = whole_model(module.model, process)
+    weights = [distributed.full_tensor(parameter).numpy() for parameter in parameters]
+    one = unsharded_copy(module.model, process)
     if rank == 0:
         assert all(p.detach().numpy().tobytes() == w.tobytes() for p, w in zip(one.parameters(), weights))
     return norm.item(), weights, {name: list(value.values())[-1].numpy() for name, value in state.items()}, same
@@ -221,15 +222,15 @@ def test_clipped_updates_of_sharded_models_are_those_of_one_process(processes, n
 
 
 def one_sided(rank: int) -> tuple:
-    process = distributed.Process(rank, 2, torch.device("cpu"))
+    process = distributed.DistInfo(rank, 2, torch.device("cpu"))
 
     def fail() -> None:
         raise OSError("no room")
 
     try:
-        distributed.together(fail, process)
-    except distributed.EverywhereError as error:
-        return distributed.anywhere(rank == 1, False), str(error)
+        distributed.run_on_main(fail, process)
+    except distributed.AllRanksError as error:
+        return distributed.any_rank(rank == 1, False), str(error)
 
 
 def spoilt(rank: int, arguments: list[str]) -> str:
@@ -257,7 +258,7 @@ def test_all_skip_a_step_that_one_finds_not_finite_and_its_samples_are_named(pro
 
 def test_what_one_process_finds_all_of_them_know(processes):
     assert processes.run(one_sided, (0,), (1,)) == [([True, False], "no room")] * 2
-    assert distributed.anywhere(True, False) == [True, False]
+    assert distributed.any_rank(True, False) == [True, False]
 
 
 # ---- resume ----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Public data sets of clips: published annotation files to our records.
 
-Each function takes the `Files` of a download and yields `ParsedRecord`s. Its docstring names the files that it expects; clips
+Each function takes the `Files` of a download and yields `ParsedRecord`s. Its docstring names the expected files; clips
 are found by their names, wherever in the download they lie.
 """
 
@@ -165,7 +165,7 @@ def lsmdc(files: Files) -> Iterator[ParsedRecord]:
         for row in table(files.annotation(name), "\t", columns, quoted=False):
             clip = row.text("clip")
             yield ParsedRecord("video_retrieval", split, row.source, {
-                "video": files.media("video", f"{clip}.avi"), "captions": [row.text("sentence")], "meaning": clip,
+                "video": files.media("video", f"{clip}.avi"), "captions": [row.text("sentence")], "positive_id": clip,
             })
 
 
@@ -247,7 +247,7 @@ def mplug2_retrieval(files: Files) -> Iterator[ParsedRecord]:
         for entry in _released(files, split):
             clip = entry.text("clip_name" if "clip_name" in entry or "video" not in entry else "video")
             yield ParsedRecord("video_retrieval", split, entry.source, {
-                "video": files.media("video", clip), "captions": entry.texts("caption"), "meaning": clip,
+                "video": files.media("video", clip), "captions": entry.texts("caption"), "positive_id": clip,
             })
 
 
