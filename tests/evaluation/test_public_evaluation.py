@@ -120,7 +120,8 @@ def test_predictions_for_servers_whose_truths_are_kept(checkpoint, tmp_path, cap
 
 
 def test_columns_hold_the_names_of_their_splits():
-    printed = evaluation.format_table({"test": {"t2v_r1": 0.5}, "test_shuffled": {"t2v_r1": 0.25, "t2v_median_rank": 3.0}})
+    printed = evaluation.format_table({
+        "test": {"t2v_r1": 0.5}, "test_shuffled": {"t2v_r1": 0.25, "t2v_median_rank": 3.0}})
     assert [line.split() for line in printed.splitlines()] == [
         ["test", "test_shuffled"], ["t2v_r1", "50.0", "25.0"], ["t2v_median_rank", "3.0"],
     ]

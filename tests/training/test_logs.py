@@ -59,7 +59,7 @@ def test_only_the_main_process_writes(tmp_path):
 
 def test_files_that_failed_are_counted_over_all_processes(tmp_path, monkeypatch):
     """Each of two processes may skip as many as are allowed, but not both of them; the line is written before."""
-    monkeypatch.setattr(logs.distributed, "collect", lambda one: [one, (["c: gone", "d: gone"], 0.5)])
+    monkeypatch.setattr(logs.distributed, "all_gather_object", lambda one: [one, (["c: gone", "d: gone"], 0.5)])
     log = Log(tmp_path, ALONE, 0, 9)
     log.skipped(["a: gone"], 100, 0.03)
     log.write(1, {})
