@@ -228,9 +228,8 @@ def test_batches_hold_the_recorded_tensors(world):
 
 def test_the_tiny_world_has_the_recorded_texts(world):
     """All of its records, and the names of all media."""
-    found = {
-        file.name: sha256(file.read_text().replace('"positive_id"', '"meaning"')) for file in sorted(world.glob("*.json*"))
-    }
+    files = sorted(world.glob("*.json*"))
+    found = {file.name: sha256(file.read_text().replace('"positive_id"', '"meaning"')) for file in files}
     names = sorted(file.relative_to(world).as_posix() for file in (world / "media").rglob("*.*"))
     check("world", {**found, "media": {"files": len(names), "sha256": sha256("\n".join(names))}})
 
