@@ -1,12 +1,12 @@
-"""Media: pictures and clips from files to arrays, and from arrays to what the vision encoder takes.
+"""Media: images and videos from files to arrays, and from arrays to the input of the vision encoder.
 
-Axes: `t` frames, `H W` rows and columns, 3 colours (red, green, blue). A picture is a clip of one frame.
+Axes: `t` frames, `H W` rows and columns, 3 colors (red, green, blue). An image is a video of one frame.
 
     file --read_image, read_video--> uint8 (t, H, W, 3) --to_pixels--> float32 (3, t, size, size)
 
-GIF, WebP and PNG, still or animated, and JPEG and BMP are decoded by Pillow; MP4, WebM, MKV, AVI and MOV by FFmpeg
-through imageio's PyAV plugin, in one thread: the workers of a loader are what runs in parallel. Whatever is wrong with
-a file, the error is a `MediaError` that names it.
+Pillow decodes GIF, WebP and PNG, still or animated, and JPEG and BMP. FFmpeg, through imageio's PyAV plugin, decodes
+MP4, WebM, MKV, AVI and MOV. It runs in one thread, because the workers of a loader already run in parallel. Whatever is
+wrong with a file, the error is a `MediaError` that names it.
 """
 
 import io
@@ -25,34 +25,34 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 STILL_SUFFIXES = (".jpg", ".jpeg", ".bmp")
 ANIMATION_SUFFIXES = (".gif", ".webp", ".png")
-"""One frame or many: only the file itself tells."""
+"""These may hold one frame or many. Only the file itself tells."""
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov")
 MEDIA_SUFFIXES = STILL_SUFFIXES + ANIMATION_SUFFIXES + VIDEO_SUFFIXES
 
-PILLOW_FORMATS = ("JPEG", "BMP", "GIF", "WEBP", "PNG")  # by content: many a ".jpg" of the web is a PNG
+PILLOW_FORMATS = ("JPEG", "BMP", "GIF", "WEBP", "PNG")  # detected by content: many ".jpg" files on the web are PNG
 
-ADVICE = "it may be damaged, cut off, or not what its suffix says: fetch it again, or take its record out"
+ADVICE = "it may be damaged, cut off, or not what its suffix says: download it again, or remove its record"
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-"""Mean and standard deviation of red, green and blue, from 0 to 1, of the pictures that CLIP was trained on."""
-NORMALISED = ((np.arange(256, dtype=np.float32) / 255 - np.float32(CLIP_MEAN)[:, None]) / np.float32(CLIP_STD)[:, None])
-"""What becomes of each of the 256 values of red, green and blue, (3, 256): looked up, not computed for every pixel."""
+"""Mean and standard deviation of red, green and blue (from 0 to 1) over CLIP's training images."""
+NORMALIZED = ((np.arange(256, dtype=np.float32) / 255 - np.float32(CLIP_MEAN)[:, None]) / np.float32(CLIP_STD)[:, None])
+"""Normalized value of each of the 256 levels of red, green and blue, (3, 256). A look-up is faster than arithmetic."""
 
 
 class MediaError(ValueError):
-    """A picture or clip cannot be read. The message names the file, what is wrong with it, and what to do."""
+    """An image or video cannot be read. The message says which file, what is wrong with it, and what to do."""
 
 
 def is_media(path: Path | str) -> bool:
-    """Whether the suffix of `path` is one that this file reads. The disk is not looked at."""
+    """Whether `path` has the suffix of an image or a video. The file itself is not opened."""
     return Path(path).suffix.lower() in MEDIA_SUFFIXES
 
 
 def kind_of(path: Path | str) -> str:
-    """Tell "image" from "video". The suffix decides, but for GIF, WebP and PNG the number of frames: one is an image.
+    """Return "image" or "video", by the suffix. A GIF, WebP or PNG is an image if it has one frame.
 
-    Raises MediaError for another suffix, or if it has to be opened and cannot be.
+    Raises MediaError for an unknown suffix, or if a GIF, WebP or PNG cannot be opened.
     """
     suffix = _suffix(path)
     if suffix in ANIMATION_SUFFIXES:
@@ -67,15 +67,14 @@ def read_media(path: Path | str, frames: int | None, rng: np.random.Generator | 
 
 
 def read_image(path: Path | str) -> np.ndarray:
-    """Read a picture, or the first frame of a GIF, WebP or PNG. Returns uint8 (1, H, W, 3).
+    """Read an image, or the first frame of an animated GIF, WebP or PNG. Returns uint8 (1, H, W, 3).
 
-    Turned upright as its EXIF orientation says; transparent parts are laid over white; 16 bits a colour become 8.
-    Raises MediaError.
+    The EXIF orientation is applied, transparent parts become white, and 16 bits per color become 8. Raises MediaError.
     """
     if _suffix(path) in VIDEO_SUFFIXES:
-        raise MediaError(f"{path} is a video, where an image was expected; name it as `video` in its record")
+        raise MediaError(f"{path} is a video, where an image was expected; call it `video` in its record")
     with _decoding(path), _open_image(path) as image:
-        return np.stack([_to_rgb(image)])  # a copy that may be written to
+        return np.stack([_to_rgb(image)])  # a writable copy
 
 
 def read_video(path: Path | str, frames: int | None, rng: np.random.Generator | None = None) -> np.ndarray:
@@ -89,10 +88,10 @@ def read_video(path: Path | str, frames: int | None, rng: np.random.Generator | 
     - that is to be shown turned (phones film on their side) is not turned: the frames come as they are stored.
     """
     if frames is not None and frames < 1:
-        raise ValueError(f"expected to read 1 frame or more, or None for all of them, found {frames}")
+        raise ValueError(f"frames={frames}: expected at least 1, or None for all frames")
     suffix = _suffix(path)
     if suffix in STILL_SUFFIXES:
-        raise MediaError(f"{path} is a still image, where a video was expected; name it as `image` in its record")
+        raise MediaError(f"{path} is a still image, where a video was expected; call it `image` in its record")
     if suffix in ANIMATION_SUFFIXES:
         with _decoding(path), _open_image(path) as image:
             return _read_animation(image, frames, rng)
@@ -100,13 +99,13 @@ def read_video(path: Path | str, frames: int | None, rng: np.random.Generator | 
 
 
 def segment_indices(total: int, frames: int, rng: np.random.Generator | None = None) -> np.ndarray:
-    """Which `frames` of `total` frames to take: one of each of `frames` equal segments. Returns int64 (frames,).
+    """Pick one frame from each of `frames` equal segments of a video of `total` frames. Returns int64 (frames,).
 
-    With `rng` it is a random frame of the segment (training), without it the middle one, the earlier of two (testing).
-    A clip of fewer frames than asked gives all of them, and repeats its last.
+    With `rng` it is a random frame of the segment (training). Without it, it is the middle frame, or the earlier one of
+    two (testing). A video with fewer frames gives all of them and repeats its last frame.
     """
     if total < 1 or frames < 1:
-        raise ValueError(f"expected at least 1 frame to take of at least 1 frame, found {frames} of {total}")
+        raise ValueError(f"{frames} of {total} frames: expected to pick at least 1 frame of at least 1")
     if total < frames:
         return np.minimum(np.arange(frames), total - 1)
     bounds = np.arange(frames + 1) * total // frames  # segment i is bounds[i] <= number < bounds[i + 1]
@@ -120,22 +119,22 @@ def _numbers(total: int, frames: int | None, rng: np.random.Generator | None) ->
 
 
 def to_pixels(frames: np.ndarray, size: int) -> torch.Tensor:
-    """What the vision encoder takes: uint8 (t, H, W, 3) to float32 (3, t, size, size), by CLIP's mean and deviation.
+    """Prepare frames for the vision encoder: uint8 (t, H, W, 3) to float32 (3, t, size, size).
 
-    The whole frame is resized, whatever its proportions, by Pillow (bicubic, antialiased, rounded to 8 bits); a frame
-    of that size already is left as it is.
+    Pillow resizes each frame without cropping, whatever its aspect (bicubic, antialiased, rounded to 8 bits). CLIP's
+    mean and standard deviation normalize the colors. A frame that already has the size is not resampled.
     """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
-        raise ValueError(f"expected uint8 frames of shape (t, H, W, 3), found {frames.dtype} {frames.shape}")
+        raise ValueError(f"{frames.dtype} {frames.shape}: expected uint8 frames of shape (t, H, W, 3)")
     if frames.shape[1:3] != (size, size):
         resized = (Image.fromarray(frame).resize((size, size), Image.Resampling.BICUBIC) for frame in frames)
         frames = np.stack([np.asarray(frame) for frame in resized])
-    colours = rearrange(frames, "t h w c -> c t h w", h=size, w=size, c=3)
-    return torch.from_numpy(np.stack([table[colour] for table, colour in zip(NORMALISED, colours)]))
+    planes = rearrange(frames, "t h w c -> c t h w", h=size, w=size, c=3)
+    return torch.from_numpy(np.stack([table[plane] for table, plane in zip(NORMALIZED, planes)]))
 
 
 def to_frames(pixels: torch.Tensor) -> np.ndarray:
-    """The inverse of `to_pixels` but for the resizing, for pictures: (3, t, H, W) to uint8 (t, H, W, 3)."""
+    """Undo the normalization of `to_pixels`, for display: (3, t, H, W) to uint8 (t, H, W, 3)."""
     frames = rearrange(pixels.detach().cpu().float(), "c t h w -> t h w c", c=3)
     frames = frames * torch.tensor(CLIP_STD) + torch.tensor(CLIP_MEAN)
     return (frames * 255).round().clamp(0, 255).to(torch.uint8).numpy()
@@ -145,12 +144,12 @@ def to_frames(pixels: torch.Tensor) -> np.ndarray:
 
 
 def _open_image(path: Path | str) -> Image.Image:
-    with open(path, "rb") as file:  # read at once: Pillow's many small reads and seeks are slow on network disks
+    with open(path, "rb") as file:  # one read: Pillow's many small reads and seeks are slow on network disks
         content = io.BytesIO(file.read())
     try:
         return Image.open(content, formats=PILLOW_FORMATS)
-    except UnidentifiedImageError as error:  # its own message names an address in memory, another one each time
-        raise UnidentifiedImageError(f"its content is none of {', '.join(PILLOW_FORMATS)}") from error
+    except UnidentifiedImageError as error:  # Pillow's message holds a memory address, which differs each time
+        raise UnidentifiedImageError(f"its content is none of the formats {', '.join(PILLOW_FORMATS)}") from error
 
 
 def _frame_count(image: Image.Image) -> int:
@@ -169,10 +168,10 @@ def _read_animation(image: Image.Image, frames: int | None, rng: np.random.Gener
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
-    """The current frame, upright, over white: uint8 (H, W, 3)."""
+    """The current frame, upright and on white: uint8 (H, W, 3)."""
     if image.getexif():
         image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would cut off at 255
+    if image.mode.startswith("I"):  # 16-bit gray: Pillow's own conversion would clip it at 255
         return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
     if image.has_transparency_data:
         layer = image.convert("RGBA")
@@ -248,16 +247,16 @@ def _suffix(path: Path | str) -> str:
 
 @contextmanager
 def _decoding(path: Path | str) -> Iterator[None]:
-    """Turn whatever a broken byte makes a decoder raise (OSError, SyntaxError, struct.error, ...) into a MediaError."""
+    """Turn whatever a decoder raises on broken bytes (OSError, SyntaxError, struct.error, ...) into a MediaError."""
     try:
         yield
     except (MediaError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
-        raise MediaError(f"{path} is too large a picture: {error} Shrink it first") from error
+        raise MediaError(f"{path} is too large: {error} Shrink it first") from error
     except Exception as error:
         if not os.path.exists(path):
-            problem = "does not exist; check the path in its record, and that the media were copied along"
+            problem = "does not exist; check the path in its record, and whether the media were copied"
         elif os.path.isdir(path):
             problem = "is a folder, where a media file was expected; check the path in its record"
         elif os.path.getsize(path) == 0:

@@ -1,10 +1,10 @@
-"""Augmentation of training pictures and clips: crops, flips and RandAugment, the same for all frames of a clip.
+"""Augmentation of training images and videos: crops, flips and RandAugment, the same for all frames of a video.
 
     uint8 (t, H, W, 3) --augment--> uint8 (t, size, size, 3)
 
-Test pictures are not augmented: `media.to_pixels` resizes them whole. The tiny world is never augmented: a flip turns
-left into right, and a crop cuts digits off. Source of the settings: section "Pre-processing" of the mPLUG-2 paper and
-the settings of its released code; RandAugment by Cubuk et al. 2020, with the levels of ALBEF, whose code it took.
+Test inputs are not augmented: `media.to_pixels` resizes them without cropping. The tiny world is never augmented: a
+flip would turn left into right, and a crop would cut digits off. The settings come from the configs of the released
+code; RandAugment (Cubuk et al. 2020) has the levels of ALBEF, the code base that mPLUG-2 builds on.
 """
 
 from dataclasses import dataclass
@@ -13,32 +13,34 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-GREY = (128, 128, 128)  # what shows where an operation moves the picture away
-COLOURS = {
+GRAY = (128, 128, 128)  # fills the area that a geometric operation leaves empty
+COLORS = {
     "brightness": ImageEnhance.Brightness, "contrast": ImageEnhance.Contrast, "sharpness": ImageEnhance.Sharpness,
 }
-MOVES = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
-IMAGE_OPERATIONS = ("identity", "autocontrast", "equalize", "brightness", "sharpness", *MOVES)
-VIDEO_OPERATIONS = ("identity", "contrast", "brightness", "sharpness", *MOVES)
-MAGNITUDE = {"image": 7, "video": 5}  # of 10
+GEOMETRIC = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
+IMAGE_OPERATIONS = ("identity", "autocontrast", "equalize", "brightness", "sharpness", *GEOMETRIC)
+VIDEO_OPERATIONS = ("identity", "contrast", "brightness", "sharpness", *GEOMETRIC)
+MAGNITUDE = {"image": 7, "video": 5}  # on a scale of 10
 
 
 @dataclass(frozen=True)
 class Augmentation:
     style: Literal["finetune", "pretrain"] = "finetune"
-    """finetune: crops of half of the area or more, for pictures and clips. pretrain: of a fifth or more for pictures;
-    clips are resized to 1.14 of the size and cropped at a random place."""
+    """finetune: random crops of 50 to 100 % of the area. pretrain: crops of 20 to 100 % for images; videos are resized
+    to 1.14 times the size and cropped at a random position."""
     flip: bool = True
-    """Turn half of the samples over, left to right (clips of pre-training: fewer, by one of RandAugment's operations).
-    Not for data that speaks of left and right."""
+    """Mirror half of the samples horizontally. Pre-training videos are mirrored less often, as one of RandAugment's
+    operations. Leave it off for data whose texts mention left and right."""
 
 
 def augment(
     frames: np.ndarray, size: int, kind: Literal["image", "video"], augmentation: Augmentation,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """uint8 (t, H, W, 3) -> uint8 (t, size, size, 3): crop, flip and two operations of RandAugment, drawn by `rng`
-    once for all frames."""
+    """Crop, flip and apply two operations of RandAugment: uint8 (t, H, W, 3) -> uint8 (t, size, size, 3).
+
+    `rng` draws the parameters once; all frames share them.
+    """
     height, width = frames.shape[1:3]
     slides = augmentation.style == "pretrain" and kind == "video"
     inner = int(1.14 * size) if slides else size
@@ -56,9 +58,9 @@ def augment(
 
 
 def crop_box(height: int, width: int, least: float, rng: np.random.Generator) -> tuple[float, float, float, float]:
-    """A random box (left, top, right, bottom), in pixels, of `least` to all of the area, with sides of 3:4 to 4:3.
+    """A random box (left, top, right, bottom) in pixels, with `least` to 1 of the area and an aspect of 3:4 to 4:3.
 
-    Where no such box is found in ten attempts, the largest one in the middle whose sides are.
+    If ten attempts find no such box, it is the largest centered box of an allowed aspect.
     """
     for _ in range(10):
         area, ratio = rng.uniform(least, 1) * height * width, np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
@@ -74,12 +76,13 @@ def crop_box(height: int, width: int, least: float, rng: np.random.Generator) ->
 def draw_operations(
     kind: str, size: int, rng: np.random.Generator, flips: bool = False
 ) -> list[tuple[str, float]]:
-    """Two operations and their values: factors, pixels or degrees. On pictures each is left out half of the time. With
-    `flips` a flip is one of the operations.
+    """Draw two operations and their values: factors, pixels or degrees.
 
-    The levels run to 10: a colour factor from 0.1 to 1.9, a shear to 0.3, a shift to 10 of 224 pixels, a rotation to
-    30 degrees, to either side. At level 5, that of clips, the colour factor is 1: only moves change anything, as
-    released.
+    Each operation on an image is skipped half of the time. With `flips`, a flip is one of the operations.
+
+    Level 10 is a color factor of 1.9 (level 0: 0.1), a shear of 0.3, a shift of 10 pixels in 224, or a rotation by 30
+    degrees, to either side. Videos have level 5, where the color factor is 1: only the geometric operations change
+    anything. The released code does the same.
     """
     level = MAGNITUDE[kind] / 10
     operations = (IMAGE_OPERATIONS if kind == "image" else VIDEO_OPERATIONS) + (("flip",) if flips else ())
@@ -94,9 +97,9 @@ def draw_operations(
 
 
 def apply(image: Image.Image, name: str, value: float) -> Image.Image:
-    """One operation on one picture, which keeps its size."""
-    if name in COLOURS:
-        return COLOURS[name](image).enhance(value)
+    """Apply one operation to one image. The size stays."""
+    if name in COLORS:
+        return COLORS[name](image).enhance(value)
     if name == "autocontrast":
         return ImageOps.autocontrast(image)
     if name == "equalize":
@@ -104,12 +107,12 @@ def apply(image: Image.Image, name: str, value: float) -> Image.Image:
     if name == "flip":
         return ImageOps.mirror(image)
     if name == "rotate":
-        return image.rotate(value, Image.Resampling.BILINEAR, fillcolor=GREY)
-    if name in MOVES:
-        # The affine map from places in the result to places in the picture, row by row.
+        return image.rotate(value, Image.Resampling.BILINEAR, fillcolor=GRAY)
+    if name in GEOMETRIC:
+        # The affine map from output positions to input positions, row by row.
         matrix = {
             "shear_x": (1, value, 0, 0, 1, 0), "shear_y": (1, 0, 0, value, 1, 0),
             "translate_x": (1, 0, value, 0, 1, 0), "translate_y": (1, 0, 0, 0, 1, value),
         }[name]
-        return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=GREY)
+        return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=GRAY)
     return image

@@ -1,6 +1,7 @@
-"""Media: which frames are picked, what they decode to, and that a bad file is a MediaError which names it.
+"""Media: which frames are picked, what they decode to, and the MediaError of each kind of bad file.
 
-The clips count: frame k shows k as two grey levels, left k // 20 and right k % 20, far enough apart for any codec here.
+The videos count: frame k shows k as two gray levels, k // 20 on the left and k % 20 on the right. The levels lie far
+enough apart for every codec here.
 """
 
 import gc
@@ -33,7 +34,7 @@ from mplug2.data.media import (
 )
 
 CODECS = {".mp4": "libx264", ".mov": "libx264", ".mkv": "libx264", ".webm": "libvpx", ".avi": "mpeg4"}
-STEP = 12  # grey levels between one digit and the next; 20 digits
+STEP = 12  # gray levels between two neighboring digits; 20 digits
 
 
 def counter(total: int, height: int = 32, width: int = 48) -> np.ndarray:
@@ -46,7 +47,7 @@ def counter(total: int, height: int = 32, width: int = 48) -> np.ndarray:
 
 
 def numbers_of(frames: np.ndarray) -> list[int]:
-    """Read back which frames of the counter these are."""
+    """The number that each frame of a counter video shows."""
     quarter = frames.shape[2] // 4
     left = frames[:, :, :quarter].mean(axis=(1, 2, 3)) / STEP
     right = frames[:, :, -quarter:].mean(axis=(1, 2, 3)) / STEP
@@ -82,7 +83,7 @@ def cut(path: Path, fraction: float) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_closing():
-    """imageio collects garbage whenever it closes a video: spare it all that lives already."""
+    """imageio collects garbage whenever it closes a video. Exclude all objects that exist already, to save time."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -112,7 +113,7 @@ def test_one_frame_of_each_equal_segment(total, frames, seed):
 @given(st.integers(1, 20), st.integers(1, 20))
 @settings(max_examples=50, deadline=None)
 def test_without_a_generator_it_is_the_middle_and_with_one_any_frame_of_the_segment(length, frames):
-    """Segments of `length` frames each: the middle has as many frames before as behind it, or one fewer before."""
+    """In segments of `length` frames, the middle one has as many frames before it as behind it, or one fewer."""
     starts = np.arange(frames) * length
     assert segment_indices(length * frames, frames).tolist() == (starts + (length - 1) // 2).tolist()
     rng = np.random.default_rng(0)
@@ -122,23 +123,23 @@ def test_without_a_generator_it_is_the_middle_and_with_one_any_frame_of_the_segm
 
 @pytest.mark.parametrize("total, frames", [(0, 4), (4, 0), (4, -1)])
 def test_no_frames_are_refused(total, frames):
-    with pytest.raises(ValueError, match=f"found {frames} of {total}"):
+    with pytest.raises(ValueError, match=f"{frames} of {total} frames: expected"):
         segment_indices(total, frames)
 
 
 def test_reading_no_frames_is_the_callers_mistake_not_the_files(tmp_path):
     path = write_animation(tmp_path / "a.gif", counter(2))
-    with pytest.raises(ValueError, match=r"1 frame or more, or None .* found 0") as caught:
+    with pytest.raises(ValueError, match=r"frames=0: expected at least 1, or None") as caught:
         read_video(path, 0)
     assert not isinstance(caught.value, MediaError)
 
 
-# ---- clips -----------------------------------------------------------------------------------------------------------
+# ---- videos ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """One clip of 50 frames in every format, and one of 300."""
+    """A video of 50 frames in every format, and one of 300."""
     folder = tmp_path_factory.mktemp("media")
     for suffix in media.ANIMATION_SUFFIXES:
         write_animation(folder / f"clip{suffix}", counter(50))
@@ -253,7 +254,7 @@ def test_a_file_name_is_not_taken_for_an_address(folder, tmp_path, monkeypatch):
     assert read_video("<video0>.mp4", 4).shape == (4, 32, 48, 3)
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------
+# ---- images ----------------------------------------------------------------------------------------------------------
 
 
 def save(path: Path, image: Image.Image, **options) -> Path:
@@ -262,7 +263,7 @@ def save(path: Path, image: Image.Image, **options) -> Path:
 
 
 @pytest.mark.parametrize("suffix", media.STILL_SUFFIXES + media.ANIMATION_SUFFIXES)
-def test_every_picture_format(tmp_path, suffix):
+def test_every_image_format(tmp_path, suffix):
     path = save(tmp_path / f"picture{suffix.upper()}", Image.new("RGB", (6, 4), (0, 255, 255)))
     picture = read_image(path)
     assert kind_of(path) == "image" and picture.dtype == np.uint8 and picture.shape == (1, 4, 6, 3)
@@ -271,7 +272,7 @@ def test_every_picture_format(tmp_path, suffix):
 
 
 @pytest.mark.parametrize(
-    "mode, colour, expected",
+    "mode, color, expected",
     [
         ("1", 1, (255, 255, 255)),
         ("L", 77, (77, 77, 77)),
@@ -284,23 +285,23 @@ def test_every_picture_format(tmp_path, suffix):
         ("I;16", 0xFFFF, (255, 255, 255)),
     ],
 )
-def test_every_kind_of_pixel_becomes_rgb_over_white(tmp_path, mode, colour, expected):
-    image = Image.new(mode, (5, 3), colour)
+def test_every_kind_of_pixel_becomes_rgb_over_white(tmp_path, mode, color, expected):
+    image = Image.new(mode, (5, 3), color)
     if mode == "P":
         image.putpalette([0] * 9 + [10, 20, 30])
     picture = read_image(save(tmp_path / "picture.png", image))
     assert picture.shape == (1, 3, 5, 3) and np.all(picture == np.array(expected))
 
 
-def test_transparent_palette_colours_and_cmyk(tmp_path):
+def test_transparent_palette_colors_and_cmyk(tmp_path):
     image = Image.new("P", (5, 3), 1)
     image.putpalette([0, 0, 0, 10, 20, 30])
     assert np.all(read_image(save(tmp_path / "a.gif", image, transparency=1)) == 255)
-    grey = read_image(save(tmp_path / "a.jpg", Image.new("CMYK", (8, 8), (0, 0, 0, 155))))
-    assert grey.shape == (1, 8, 8, 3) and np.abs(grey.astype(int) - 100).max() <= 3
+    gray = read_image(save(tmp_path / "a.jpg", Image.new("CMYK", (8, 8), (0, 0, 0, 155))))
+    assert gray.shape == (1, 8, 8, 3) and np.abs(gray.astype(int) - 100).max() <= 3
 
 
-def test_exif_orientation_is_honoured(tmp_path):
+def test_exif_orientation_is_applied(tmp_path):
     image = Image.new("RGB", (48, 32))
     image.paste((255, 255, 255), (0, 0, 48, 8))  # light at the top
     exif = Image.Exif()
@@ -329,7 +330,7 @@ def test_missing_empty_zeroed_and_folder(tmp_path, suffix):
     read = read_image if suffix in media.STILL_SUFFIXES else lambda path: read_video(path, 2)
     for name, problem in [
         ("missing", "does not exist; check the path"),
-        ("empty", r"is empty \(0 bytes\); .* fetch it again"),
+        ("empty", r"is empty \(0 bytes\); .* download it again"),
         ("zeros", r"cannot be decoded \(.*\); it may be damaged"),
         ("folder", "is a folder"),
     ]:
@@ -411,7 +412,7 @@ def test_a_video_that_changes_its_size_has_that_of_its_first_frame(tmp_path):
 def test_a_decompression_bomb(tmp_path, monkeypatch):
     path = save(tmp_path / "bomb.png", Image.new("L", (100, 100)))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
-    with pytest.raises(MediaError, match=r"bomb\.png is too large a picture: .*10000 pixels.* Shrink it first"):
+    with pytest.raises(MediaError, match=r"bomb\.png is too large: .*10000 pixels.* Shrink it first"):
         read_image(path)
 
 
@@ -479,7 +480,7 @@ def test_to_frames_is_the_inverse_of_to_pixels_to_the_level(t, size, seed):
 
 @given(st.integers(0, 255), st.integers(0, 255), st.integers(0, 255))
 @settings(max_examples=50, deadline=None)
-def test_to_pixels_normalises_each_colour(red, green, blue):
+def test_to_pixels_normalizes_each_color(red, green, blue):
     pixels = to_pixels(np.full((1, 2, 2, 3), (red, green, blue), np.uint8), 2)
     for channel, level in enumerate((red, green, blue)):
         expected = (level / 255 - CLIP_MEAN[channel]) / CLIP_STD[channel]
@@ -497,7 +498,7 @@ def test_resizing_each_frame_by_itself_and_as_pillow_does(t, height, width, size
         assert np.array_equal(found, np.asarray(expected))
 
 
-def test_to_frames_clips_what_is_no_colour():
+def test_to_frames_clips_what_is_no_color():
     pixels = torch.stack([torch.full((1, 2, 2), value) for value in (-100.0, 0.0, 100.0)])
     levels = to_frames(pixels)[0, 0, 0].tolist()
     assert levels == [0, round(CLIP_MEAN[1] * 255), 255]
@@ -513,5 +514,5 @@ def test_to_frames_clips_what_is_no_colour():
     ],
 )
 def test_to_pixels_takes_clips_of_bytes_only(frames):
-    with pytest.raises(ValueError, match=r"expected uint8 frames of shape \(t, H, W, 3\), found"):
+    with pytest.raises(ValueError, match=r"expected uint8 frames of shape \(t, H, W, 3\)"):
         to_pixels(frames, 4)

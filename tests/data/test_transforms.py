@@ -1,4 +1,4 @@
-"""Augmentation: sizes, laws, and the same parameters for all frames; test pictures are exactly resized."""
+"""Augmentation: sizes, properties, and the same parameters for all frames; test inputs are only resized."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from PIL import Image
 from mplug2.data.media import CLIP_MEAN, CLIP_STD, to_pixels
 from mplug2.data.samples import Sample, Samples
 from mplug2.data.transforms import (
-    GREY,
+    GRAY,
     IMAGE_OPERATIONS,
     VIDEO_OPERATIONS,
     Augmentation,
@@ -31,8 +31,8 @@ def noise(t: int, height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 @given(sides, sides, st.integers(4, 24), kinds, styles, st.booleans(), seeds)
-def test_all_frames_are_treated_alike(height, width, size, kind, style, flip, seed):
-    """Equal frames stay equal, each frame is as it would be alone, and the seed decides everything."""
+def test_all_frames_share_the_parameters(height, width, size, kind, style, flip, seed):
+    """Each frame equals the result of augmenting it alone with the same seed."""
     frames, augmentation = noise(3, height, width), Augmentation(style, flip)
     made = augment(frames, size, kind, augmentation, np.random.default_rng(seed))
     assert made.shape == (3, size, size, 3) and made.dtype == np.uint8
@@ -42,21 +42,21 @@ def test_all_frames_are_treated_alike(height, width, size, kind, style, flip, se
 
 
 @given(sides, sides, st.sampled_from([0.2, 0.5]), seeds)
-def test_crops_lie_inside_and_have_the_area(height, width, least, seed):
+def test_crops_lie_inside_and_have_an_allowed_area_and_aspect(height, width, least, seed):
     left, top, right, bottom = crop_box(height, width, least, np.random.default_rng(seed))
     assert 0 <= left < right <= width and 0 <= top < bottom <= height
     share, ratio = (right - left) * (bottom - top) / (height * width), (right - left) / (bottom - top)
-    if 3 / 4 <= width / height <= 4 / 3 and min(height, width) > 20:  # others may take the fallback
+    if 3 / 4 <= width / height <= 4 / 3 and min(height, width) > 20:  # other shapes may take the fallback
         assert share >= least - 0.1
         assert 0.65 < ratio < 1.5
 
 
-def test_a_long_strip_falls_back_to_its_middle():
+def test_a_long_strip_falls_back_to_a_centered_crop():
     assert crop_box(10, 1000, 0.5, np.random.default_rng(0)) == (493, 0, 506, 10)
     assert crop_box(1000, 10, 0.5, np.random.default_rng(0)) == (0, 493, 10, 506)
 
 
-def test_crops_cover_all_shares():
+def test_crops_cover_the_whole_range_of_areas():
     rng = np.random.default_rng(0)
     for least in (0.2, 0.5):
         boxes = [crop_box(100, 100, least, rng) for _ in range(400)]
@@ -74,9 +74,9 @@ def test_flips_are_a_setting(flip, expected, monkeypatch):
     assert {int(one[0, 0, 0, 0] == 0) for one in made} == expected
 
 
-def test_clips_of_pretraining_are_flipped_by_an_operation(monkeypatch):
-    """One of ten operations, of which two are drawn: 18 % of the clips (two flips undo each other), not half."""
-    monkeypatch.setattr("mplug2.data.transforms.MOVES", ())
+def test_pretraining_videos_are_flipped_by_an_operation(monkeypatch):
+    """Two of ten operations are drawn, so 18 % of the videos are flipped (two flips cancel), not half of them."""
+    monkeypatch.setattr("mplug2.data.transforms.GEOMETRIC", ())
     frames = np.zeros((1, 100, 100, 3), np.uint8)
     frames[:, :, :50] = 255
 
@@ -88,8 +88,8 @@ def test_clips_of_pretraining_are_flipped_by_an_operation(monkeypatch):
     assert share(False) == 0 and 0.1 < share(True) < 0.26
 
 
-def test_clips_of_pretraining_slide_within_a_larger_picture(monkeypatch):
-    """Resized to 1.14 of the size, then cropped: never the whole picture, and no crop by area."""
+def test_pretraining_videos_are_cropped_from_a_slightly_larger_one(monkeypatch):
+    """Resized to 1.14 times the size, then cropped at a random position: never the whole frame, no random area."""
     monkeypatch.setattr("mplug2.data.transforms.draw_operations", lambda *_: [])
     ramp = np.broadcast_to(np.arange(200, dtype=np.uint8)[None, :, None], (1, 200, 200, 3))
     style = Augmentation("pretrain", flip=False)
@@ -101,23 +101,23 @@ def test_clips_of_pretraining_slide_within_a_larger_picture(monkeypatch):
 
 @given(seeds)
 def test_operations_and_their_values(seed):
-    for kind, operations, colour in (("image", IMAGE_OPERATIONS, 1.36), ("video", VIDEO_OPERATIONS, 1.0)):
+    for kind, operations, color in (("image", IMAGE_OPERATIONS, 1.36), ("video", VIDEO_OPERATIONS, 1.0)):
         drawn = draw_operations(kind, 224, np.random.default_rng(seed))
         assert len(drawn) == 2 if kind == "video" else len(drawn) <= 2
         level = {"image": 0.7, "video": 0.5}[kind]
         for name, value in drawn:
             assert name in operations
             largest = {"shear_x": 0.3, "shear_y": 0.3, "translate_x": 10, "translate_y": 10, "rotate": 30}.get(name)
-            assert abs(value) == pytest.approx(largest * level if largest else colour)
+            assert abs(value) == pytest.approx(largest * level if largest else color)
 
 
-def test_every_operation_is_drawn_and_pictures_leave_half_out():
+def test_every_operation_is_drawn_and_images_skip_half_of_them():
     rng = np.random.default_rng(0)
     drawn = [draw_operations("image", 224, rng) for _ in range(500)]
     assert {name for of_one in drawn for name, _ in of_one} == set(IMAGE_OPERATIONS)
     assert 0.45 < np.mean([len(of_one) for of_one in drawn]) / 2 < 0.55
-    clips = {name for _ in range(300) for name, _ in draw_operations("video", 224, rng)}
-    assert clips == set(VIDEO_OPERATIONS)
+    of_videos = {name for _ in range(300) for name, _ in draw_operations("video", 224, rng)}
+    assert of_videos == set(VIDEO_OPERATIONS)
 
 
 def test_what_each_operation_does():
@@ -131,22 +131,23 @@ def test_what_each_operation_does():
 
     np.testing.assert_array_equal(after("identity", 1), pixels)
     for name in ("brightness", "contrast", "sharpness"):
-        np.testing.assert_array_equal(after(name, 1.0), pixels)  # the factor of clips changes nothing
+        np.testing.assert_array_equal(after(name, 1.0), pixels)  # the factor of videos changes nothing
     np.testing.assert_allclose(after("brightness", 0.5), pixels * 0.5, atol=1)
     assert after("contrast", 1.36).std() > pixels.std() * 1.2
     assert after("autocontrast", 1).min() == 0 and after("autocontrast", 1).max() == 255
     assert after("equalize", 1).max() == 255 and after("equalize", 1).min() < 10
     np.testing.assert_array_equal(after("translate_x", 3)[:, :17], pixels[:, 3:])
-    assert (after("translate_x", 3)[:, 17:] == GREY).all()
+    assert (after("translate_x", 3)[:, 17:] == GRAY).all()
     np.testing.assert_array_equal(after("translate_y", -3)[3:], pixels[:17])
-    np.testing.assert_allclose(after("shear_x", 0.3)[0, :19], pixels[0, :19], atol=20)  # by 0.15 of a pixel
-    assert (after("shear_x", 0.3)[19, 15:] == GREY).all()
+    np.testing.assert_allclose(after("shear_x", 0.3)[0, :19], pixels[0, :19], atol=20)  # shifted by 0.15 of a pixel
+    assert (after("shear_x", 0.3)[19, 15:] == GRAY).all()
     np.testing.assert_array_equal(after("rotate", 90), np.rot90(pixels))
     np.testing.assert_array_equal(after("flip", 1), pixels[:, ::-1])
 
 
-def test_training_samples_are_augmented_by_their_own_number(tmp_path):
-    """The same sample is the same again, another epoch's is not, and without augmentation it is the whole picture."""
+def test_training_samples_are_augmented_with_their_own_seed(tmp_path):
+    """The same sample and epoch give the same pixels, another epoch gives others; without augmentation the image is
+    only resized."""
     for number in range(2):
         Image.fromarray(noise(1, 30, 30, number)[0]).save(tmp_path / f"{number}.png")
     kinds = {
@@ -164,7 +165,7 @@ def test_training_samples_are_augmented_by_their_own_number(tmp_path):
 
 
 @given(sides, sides, st.integers(4, 24))
-def test_test_pictures_are_resized_whole_and_normalised(height, width, size):
+def test_test_inputs_are_resized_without_cropping_and_normalized(height, width, size):
     frames = noise(2, height, width)
     whole = [Image.fromarray(frame).resize((size, size), Image.Resampling.BICUBIC) for frame in frames]
     expected = (np.stack([np.asarray(one) for one in whole]) / 255 - CLIP_MEAN) / CLIP_STD
