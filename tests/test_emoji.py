@@ -1,4 +1,4 @@
-"""The emoji data: splits by concept, what is written, and what is said when npm or a package is wrong."""
+"""The emoji data: splits by concept, the files that are written, and the errors if npm or a package fails."""
 
 import io
 import json
@@ -67,18 +67,18 @@ def package(folder, name: str, version: str, files: dict[str, bytes]) -> None:
 
 @pytest.fixture
 def packages(tmp_path, monkeypatch):
-    """A dozen hands, with skin tones, in packages of the published layout; no least number of them."""
+    """32 hands, each with a skin tone, in packages with the published layout. No minimum number is checked."""
     monkeypatch.setattr(emoji, "check", lambda *_: None)
     folder = tmp_path / "packages"
     folder.mkdir()
     codes = [f"{code:X}" for code in range(0x1F440, 0x1F460)]
-    words = [{"label": "regional indicator A", "hexcode": "1F1E6"}] + [
+    names = [{"label": "regional indicator A", "hexcode": "1F1E6"}] + [
         {"label": f"hand {code}", "hexcode": code, "tags": ["wave"], "group": 1,
          "skins": [{"label": f"hand {code}: dark skin tone", "hexcode": f"{code}-1F3FF", "group": 1}]}
         for code in codes
     ]
-    package(folder, emoji.WORDS, "17.0.0", {
-        "en/data.json": json.dumps(words).encode(),
+    package(folder, emoji.NAME_PACKAGE, "17.0.0", {
+        "en/data.json": json.dumps(names).encode(),
         "en/messages.json": json.dumps({"groups": [{"order": 1, "message": "people & body"}]}).encode(),
     })
     entries = [
@@ -88,8 +88,8 @@ def packages(tmp_path, monkeypatch):
     ]
     images = {f"img/google/64/{form['image']}": png() for entry in entries
               for form in (entry, entry["skin_variations"]["1F3FF"])}
-    package(folder, emoji.PICTURES, "16.0.0", {"emoji.json": json.dumps(entries).encode(), **images})
-    for number, name in enumerate(emoji.CLIPS):
+    package(folder, emoji.IMAGE_PACKAGE, "16.0.0", {"emoji.json": json.dumps(entries).encode(), **images})
+    for number, name in enumerate(emoji.CLIP_PACKAGES):
         own = codes[number::4]
         package(folder, name, "1.0.0", {
             **{f"assets/{code.lower()}-fe0f.webp": webp(20, int(code, 16)) for code in own[1:]},
@@ -98,20 +98,20 @@ def packages(tmp_path, monkeypatch):
     return folder
 
 
-def test_what_is_written(packages, tmp_path, capsys):
+def test_images_videos_and_records_are_written(packages, tmp_path, capsys):
     out = tmp_path / "data"
     emoji.main(["--out", str(out), "--packages", str(packages)])
     assert "video_caption.test_still" in capsys.readouterr().out
     seen = {}
     for split in ("train", "val", "test"):
-        for medium in ("image", "video"):
-            records = read_records(out, f"{medium}_caption", split)
+        for modality in ("image", "video"):
+            records = read_records(out, f"{modality}_caption", split)
             codes = {record.positive_id for record in records}
             seen.setdefault(split, set()).update(code.split("-")[0] for code in codes)
-            assert any("1F3FF" in code for code in codes) == (split == "train" and medium == "image")
+            assert any("1F3FF" in code for code in codes) == (split == "train" and modality == "image")
             assert records[0].captions[0].startswith("hand 1F4")
-            assert {question.answers for record in read_records(out, f"{medium}_qa", split) for question in record.qa} \
-                == {("people and body",)}
+            asked = [question for record in read_records(out, f"{modality}_qa", split) for question in record.qa]
+            assert {question.answers for question in asked} == {("people and body",)}
     assert not seen["train"] & seen["test"] and not seen["train"] & seen["val"] and not seen["val"] & seen["test"]
     assert len(read_records(out, "video_caption", "train")) < len(read_records(out, "image_caption", "train"))
     assert set(read_samples(out, "pretrain", "train")) == {"image", "video"}
@@ -125,7 +125,7 @@ def test_what_is_written(packages, tmp_path, capsys):
         assert sorted(order) == [0, 1, 2, 3] and order not in ([0, 1, 2, 3], [3, 2, 1, 0])
 
 
-def test_packages_that_are_not_right_are_named(packages, tmp_path, capsys):
+def test_a_package_that_is_damaged_missing_or_wrong_is_named(packages, tmp_path, capsys):
     def error() -> str:
         with pytest.raises(SystemExit):
             emoji.main(["--out", str(tmp_path / "data"), "--packages", str(packages)])
@@ -134,9 +134,9 @@ def test_packages_that_are_not_right_are_named(packages, tmp_path, capsys):
     path = packages / "emojibase-data-17.0.0.tgz"
     content = path.read_bytes()
     path.write_bytes(content[:200])
-    assert "emojibase-data-17.0.0.tgz is not a whole package" in error()
+    assert "emojibase-data-17.0.0.tgz is not a complete package" in error()
     path.unlink()
-    assert "has no emojibase-data-17.*.tgz: fetch it by `npm pack emojibase-data@17`" in error()
+    assert "has no emojibase-data-17.*.tgz; fetch it with `npm pack emojibase-data@17`" in error()
     package(packages, "emojibase-data", "17.0.0", {"package.json": b'{"name": "other", "version": "17.0.0"}'})
     assert "is other 17.0.0, expected emojibase-data 17" in error()
     (tmp_path / "data").mkdir(exist_ok=True)
@@ -145,13 +145,13 @@ def test_packages_that_are_not_right_are_named(packages, tmp_path, capsys):
 
 
 def test_too_few_emoji_are_refused():
-    with pytest.raises(ValueError, match="only 1 emoji with a name and a image were found.*1 have no name, such as FF"):
+    with pytest.raises(ValueError, match="only 1 emoji have a name and image data.*1 have no name, such as FF"):
         emoji.check({("image_caption", "train"): [{}]}, ["FF"])
 
 
-def test_npm_fetches_and_its_absence_is_said(tmp_path, monkeypatch):
+def test_npm_fetches_the_packages_and_a_missing_npm_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ValueError, match="there is no `npm`.*install Node.js.*emojibase-data@17"):
+    with pytest.raises(ValueError, match="`npm` was not found.*install Node.js.*emojibase-data@17"):
         emoji.fetch(tmp_path)
     npm = tmp_path / "npm"
     npm.write_text("#!/bin/sh\necho $3 >> asked\n")

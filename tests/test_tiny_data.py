@@ -1,4 +1,4 @@
-"""The tiny world: what the splits keep apart, that time is symmetric, and that every answer is true of the pixels."""
+"""The tiny world: splits stay apart, time is symmetric, and every answer is true of the pixels."""
 
 import hashlib
 import json
@@ -16,14 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from mplug2.tasks import RECORD_FIELDS
 from tiny_data import Sizes, ensure, tasks, write, writer
 from tiny_data.render import LEVELS, PALETTE, load_digits, render
 from tiny_data.scenes import SPLITS, STROKES, SceneSource
 from tiny_data.world import (
     AXES,
     AXIS_OF,
-    COLOUR_NAMES,
-    COLOURS,
+    COLOR_NAMES,
+    COLORS,
     DIGITS,
     MOVING,
     REVERSED,
@@ -32,7 +33,7 @@ from tiny_data.world import (
     Thing,
     captions,
     held_out,
-    meaning,
+    positive_id,
     questions,
     reverse,
     sentence,
@@ -80,15 +81,15 @@ def frames_of(root: Path, path: str) -> np.ndarray:
 
 
 def levels_of(frames: np.ndarray) -> dict[str, np.ndarray]:
-    """Which colours are lit, by hue alone: colour -> brightness (t, h, w) in levels."""
+    """Which colors are lit, judged by hue alone: color -> brightness (t, h, w) in levels."""
     lit = frames.any(-1)
-    hues = np.array(list(COLOURS.values())) / 255
+    hues = np.array(list(COLORS.values())) / 255
     value = frames / 255
     brightness = value.max(-1, keepdims=True)
     nearest = np.abs(value[..., None, :] - brightness[..., None] * hues).sum(-1).argmin(-1)
     return {
-        colour: np.where(lit & (nearest == i), np.rint(LEVELS * brightness[..., 0]), 0).astype(np.uint8)
-        for i, colour in enumerate(COLOURS)
+        color: np.where(lit & (nearest == i), np.rint(LEVELS * brightness[..., 0]), 0).astype(np.uint8)
+        for i, color in enumerate(COLORS)
         if (lit & (nearest == i)).any()
     }
 
@@ -96,8 +97,8 @@ def levels_of(frames: np.ndarray) -> dict[str, np.ndarray]:
 ROW_OF = {np.rint(LEVELS * stroke).astype(np.uint8).tobytes(): row for row, stroke in enumerate(STROKE_IMAGES)}
 
 
-def recognised(levels: np.ndarray) -> int | None:
-    """The row of the stroke that is shown as written, at its own or at double size and alone in a frame (h, w)."""
+def recognized(levels: np.ndarray) -> int | None:
+    """The row of the stroke that is alone in a frame (h, w), unchanged or at double size."""
     for size in (1, 2):
         for y, x in product(range(0, 32 - 8 * size + 1, 8), repeat=2):
             cell = levels[y: y + 8 * size, x: x + 8 * size]
@@ -110,16 +111,16 @@ def recognised(levels: np.ndarray) -> int | None:
 
 
 def contents(frames: np.ndarray) -> set[tuple[str, int]]:
-    """The (colour, digit) that test media show, read from their pixels: each is a test stroke as written."""
+    """The (color, digit) pairs that test media show, read from their pixels. Each one must be a test stroke."""
     found = set()
-    for colour, levels in levels_of(frames).items():
-        (row,) = {recognised(frame) for frame in levels} - {None}
+    for color, levels in levels_of(frames).items():
+        (row,) = {recognized(frame) for frame in levels} - {None}
         assert STROKES["test"][0] <= row < STROKES["test"][1]
-        found.add((colour, int(LABELS[row])))
+        found.add((color, int(LABELS[row])))
     return found
 
 
-# --- what is kept apart ----------------------------------------------------------------------------------------------
+# --- what the splits keep apart --------------------------------------------------------------------------------------
 
 
 def test_test_strokes_are_never_trained_on():
@@ -135,40 +136,40 @@ def test_scenes_show_only_what_their_split_may(split, kind, seed):
     for thing in scene.things:
         assert STROKES[split][0] <= thing.stroke < STROKES[split][1]
         assert LABELS[thing.stroke] == thing.digit
-    held = [held_out(AXIS_OF[kind], thing.digit, thing.colour) for thing in scene.things]
+    held = [held_out(AXIS_OF[kind], thing.digit, thing.color) for thing in scene.things]
     assert any(held) == (split == "combos")
     if len(scene.things) == 2:
         one, two = scene.things
-        assert one.digit != two.digit and one.colour != two.colour
+        assert one.digit != two.digit and one.color != two.color
         assert max(abs(one.y - two.y), abs(one.x - two.x)) >= 8
 
 
-def test_each_combination_is_held_out_on_one_axis_and_each_digit_in_one_colour():
+def test_each_combination_is_held_out_on_one_axis_and_each_digit_in_one_color():
     for digit in range(10):
         for axis in AXES:
-            assert sum(held_out(axis, digit, colour) for colour in COLOURS) == 1
-        for colour in COLOURS:
-            assert sum(held_out(axis, digit, colour) for axis in AXES) == 1
-    for axis, colour in product(AXES, COLOURS):
-        assert 1 <= sum(held_out(axis, digit, colour) for digit in range(10)) <= 2
+            assert sum(held_out(axis, digit, color) for color in COLORS) == 1
+        for color in COLORS:
+            assert sum(held_out(axis, digit, color) for axis in AXES) == 1
+    for axis, color in product(AXES, COLORS):
+        assert 1 <= sum(held_out(axis, digit, color) for digit in range(10)) <= 2
 
 
 def test_training_shows_every_other_combination_often():
     seen = Counter()
     for scene in source("train").training_clips(12000) + source("train").images(6000):
-        seen.update((AXIS_OF[scene.kind], thing.digit, thing.colour) for thing in scene.things)
-    for axis, digit, colour in product(AXES, range(10), COLOURS):
-        number = seen[axis, digit, colour]
-        assert (number == 0) if held_out(axis, digit, colour) else (number >= 20), (axis, digit, colour, number)
+        seen.update((AXIS_OF[scene.kind], thing.digit, thing.color) for thing in scene.things)
+    for axis, digit, color in product(AXES, range(10), COLORS):
+        number = seen[axis, digit, color]
+        assert (number == 0) if held_out(axis, digit, color) else (number >= 20), (axis, digit, color, number)
 
 
 def names_held_out(positive_id: str) -> bool:
-    """Whether a meaning such as "red 7 left" or "blue 3 + red 7" names a combination that is held out on its axis."""
-    colour, digit, *rest = meaning.split()
-    things, kind = [(colour, digit)], rest[0] if rest else "picture"
+    """Whether "red 7 left" or "blue 3 + red 7" names a combination that is held out on its axis."""
+    color, digit, *rest = positive_id.split()
+    things, kind = [(color, digit)], rest[0] if rest else "image"
     if len(rest) == 3:
         things, kind = [*things, (rest[1], rest[2])], {"+": "pair", ">": "sequence"}[kind]
-    return any(held_out(AXIS_OF[kind], int(digit), colour) for colour, digit in things)
+    return any(held_out(AXIS_OF[kind], int(digit), color) for color, digit in things)
 
 
 def test_files_keep_combinations_apart(root):
@@ -189,14 +190,14 @@ def test_reversed_scenes_show_reversed_frames(kind, seed):
     assert reverse(mirror) == scene
     assert (drawn(mirror) == drawn(scene)[::-1]).all()
     ordered = kind in MOVING or kind == "sequence"
-    assert ordered == (meaning(mirror) != meaning(scene))
+    assert ordered == (positive_id(mirror) != positive_id(scene))
     assert source("train").allows(mirror)
     if ordered:
         for before, after in zip(drawn(scene), drawn(scene)[1:]):
             assert (before != after).any()
 
 
-def test_order_is_asked_of_both_twins_with_opposite_answers():
+def test_both_twins_are_asked_about_order_and_have_opposite_answers():
     for split in ("test", "combos", "val"):
         scenes = source(split).testing_clips(600)
         assert Counter(scenes) == Counter(map(reverse, scenes))
@@ -207,7 +208,7 @@ def test_order_is_asked_of_both_twins_with_opposite_answers():
                 for s in (scene, reverse(scene))
             )
             if scene.kind == "sequence":
-                assert {now[0][0], then[0][0]} == {thing.colour for thing in scene.things}
+                assert {now[0][0], then[0][0]} == {thing.color for thing in scene.things}
             elif scene.kind in MOVING:
                 assert frozenset((now[0][0], then[0][0])) in OPPOSITES
             else:
@@ -239,24 +240,23 @@ def test_training_is_balanced_in_time():
 
 
 def every_scene() -> list[Scene]:
-    things = [Thing(digit, colour, 0, 0, 0) for digit in range(10) for colour in COLOURS]
+    things = [Thing(digit, color, 0, 0, 0) for digit in range(10) for color in COLORS]
     scenes = [Scene(kind, (thing,)) for kind in SCRIPTS for thing in things if len(SCRIPTS[kind]) == 1]
-    couples = [(a, b) for a, b in product(things, things) if a.digit != b.digit and a.colour != b.colour]
+    couples = [(a, b) for a, b in product(things, things) if a.digit != b.digit and a.color != b.color]
     return scenes + [Scene(kind, couple) for kind in ("pair", "sequence") for couple in couples]
 
 
-def test_captions_tell_meanings_apart():
-    captions_of = defaultdict(set)
-    meaning_of = {}
+def test_captions_distinguish_meanings():
+    captions_of, id_of_caption = defaultdict(set), {}
     for scene in every_scene():
         assert 4 <= len(captions(scene)) == len(set(captions(scene)))
-        captions_of[meaning(scene)].add(frozenset(captions(scene)))
+        captions_of[positive_id(scene)].add(frozenset(captions(scene)))
         for caption in captions(scene):
-            assert meaning_of.setdefault(caption, meaning(scene)) == meaning(scene), caption
+            assert id_of_caption.setdefault(caption, positive_id(scene)) == positive_id(scene), caption
     assert all(len(sets) == 1 for sets in captions_of.values())
 
 
-def test_words_are_few_and_plain():
+def test_the_vocabulary_is_small_and_plain():
     rng = np.random.default_rng(0)
     words = set()
     for scene in every_scene():
@@ -268,22 +268,22 @@ def test_words_are_few_and_plain():
     assert "an" in words and len(words) <= 100
 
 
-# --- questions, and what the pixels say ------------------------------------------------------------------------------
+# --- questions and pixels --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("split", ["test", "combos"])
-def test_default_sizes_ask_enough_of_each_kind(split):
+def test_default_sizes_have_enough_questions_of_each_kind(split):
     sizes, scenes_from = Sizes(), source(split)
     answers = defaultdict(Counter)
-    for medium, scenes in (
+    for modality, scenes in (
         ("video", scenes_from.testing_clips(sizes.test_clips)),
         ("image", scenes_from.images(sizes.test_images)),
     ):
-        for record in tasks.questioned(scenes, scenes_from.rng):
+        for record in tasks.question_records(scenes, scenes_from.rng):
             for qa in record["qa"]:
-                answers[medium, qa["kind"]].update(qa["answers"])
-    for (medium, kind), given_answers in answers.items():
-        assert sum(given_answers.values()) >= (400 if kind == "order" else 200), (medium, kind)
+                answers[modality, qa["kind"]].update(qa["answers"])
+    for (modality, kind), given_answers in answers.items():
+        assert sum(given_answers.values()) >= (400 if kind == "order" else 200), (modality, kind)
         if kind in ("yesno", "count"):
             assert len(given_answers) == 2 and len(set(given_answers.values())) == 1
     assert set(answers) == {
@@ -293,10 +293,10 @@ def test_default_sizes_ask_enough_of_each_kind(split):
 
 def test_answers_are_true_of_the_pixels(root):
     checked = Counter()
-    for split, medium in product(("train", "test", "combos"), ("video", "image")):
-        for record in records(root, f"{medium}_qa", split):
-            frames = frames_of(root, record[medium])
-            assert len(frames) == (4 if medium == "video" else 1) and frames.shape[1:] == (32, 32, 3)
+    for split, modality in product(("train", "test", "combos"), ("video", "image")):
+        for record in records(root, f"{modality}_qa", split):
+            frames = frames_of(root, record[modality])
+            assert len(frames) == (4 if modality == "video" else 1) and frames.shape[1:] == (32, 32, 3)
             shown = None if split == "train" else contents(frames)
             for qa in record["qa"]:
                 check_answer(qa["question"], qa["kind"], qa["answers"][0], frames, shown)
@@ -305,10 +305,10 @@ def test_answers_are_true_of_the_pixels(root):
 
 
 def check_answer(question: str, kind: str, answer: str, frames: np.ndarray, shown: set | None) -> None:
-    """Checks one answer against the frames; digits only where `shown` tells what they are."""
+    """Check one answer against the frames. Digits are checked only if `shown` has them."""
     lit = levels_of(frames)
     named = set(question.split())
-    digits = None if shown is None else {DIGITS[digit]: colour for colour, digit in shown}
+    digits = None if shown is None else {DIGITS[digit]: color for color, digit in shown}
     if kind == "colour":
         assert set(lit) == {answer}
     elif kind == "count":
@@ -316,20 +316,20 @@ def check_answer(question: str, kind: str, answer: str, frames: np.ndarray, show
     elif kind == "digit":
         assert digits is None or set(digits) == {answer}
     elif kind == "binding" and digits is not None:
-        (key,) = named & {*DIGITS, *COLOURS}
+        (key,) = named & {*DIGITS, *COLORS}
         assert digits[key] == answer if key in DIGITS else digits[answer] == key
     elif kind == "yesno":
-        (key,) = named & {*DIGITS, *COLOURS}
-        if key in COLOURS or digits is not None:
-            assert (key in (lit if key in COLOURS else digits)) == (answer == "yes")
+        (key,) = named & {*DIGITS, *COLORS}
+        if key in COLORS or digits is not None:
+            assert (key in (lit if key in COLORS else digits)) == (answer == "yes")
     elif kind == "order":
         assert motion(lit) == answer
 
 
 def motion(lit: dict[str, np.ndarray]) -> str:
-    """What happens, from the pixels alone: the motion of one digit, or which of two colours came first."""
+    """What happens, judged by the pixels alone: the motion of one digit, or which of two colors came first."""
     if len(lit) == 2:
-        return max(lit, key=lambda colour: int(lit[colour][0].sum()))
+        return max(lit, key=lambda color: int(lit[color][0].sum()))
     (levels,) = lit.values()
     weight = levels.astype(float)
     area = (weight > 0).sum((1, 2))
@@ -338,33 +338,33 @@ def motion(lit: dict[str, np.ndarray]) -> str:
     total = weight.sum((1, 2))
     if not np.isclose(total[0], total[-1]):
         return "appear" if total[-1] > total[0] else "vanish"
-    place = np.arange(32)
-    down, right = ((weight.sum(axis) * place).sum(1) / total for axis in (2, 1))
+    position = np.arange(32)
+    down, right = ((weight.sum(axis) * position).sum(1) / total for axis in (2, 1))
     if down[0] != down[-1]:
         return "down" if down[-1] > down[0] else "up"
     return "right" if right[-1] > right[0] else "left"
 
 
-# --- retrieval and the labelled tasks --------------------------------------------------------------------------------
+# --- retrieval and the labeled tasks ---------------------------------------------------------------------------------
 
 
 @settings(max_examples=10, deadline=None)
 @given(st.sampled_from(["test", "combos"]), seeds)
-def test_galleries_hold_100_meanings_and_many_twins(split, seed):
+def test_galleries_have_100_meanings_and_many_twins(split, seed):
     scenes_from = source(split, seed)
     clips, images = scenes_from.clip_gallery(), scenes_from.image_gallery()
-    assert len({meaning(scene) for scene in clips}) == len(clips) == 100
-    assert len({meaning(scene) for scene in images}) == len(images) == 100
+    assert len({positive_id(scene) for scene in clips}) == len(clips) == 100
+    assert len({positive_id(scene) for scene in images}) == len(images) == 100
     assert all(scenes_from.allows(scene) for scene in clips + images)
-    mirrored = [scene for scene in clips if meaning(reverse(scene)) != meaning(scene) and reverse(scene) in clips]
-    assert len(mirrored) == 2 * 40
+    ordered = [scene for scene in clips if positive_id(reverse(scene)) != positive_id(scene)]
+    assert sum(reverse(scene) in clips for scene in ordered) == 2 * 40
     drawings = Counter(frozenset((thing.stroke, thing.y, thing.x) for thing in scene.things) for scene in images)
     assert sum(number == 2 for number in drawings.values()) >= 20
 
 
 def test_retrieval_files_have_galleries(root):
-    for split, medium in product(("test", "combos"), ("video", "image")):
-        assert Counter(record["gallery"] for record in records(root, f"{medium}_retrieval", split)) == {"0": 100}
+    for split, modality in product(("test", "combos"), ("video", "image")):
+        assert Counter(record["gallery"] for record in records(root, f"{modality}_retrieval", split)) == {"0": 100}
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -381,12 +381,12 @@ def test_labels_are_balanced(root, split):
         assert len(numbers) == labels and max(numbers.values()) - min(numbers.values()) <= 1, (task, numbers)
 
 
-MEANING_OF = {caption: meaning(scene) for scene in every_scene() for caption in captions(scene)}
+ID_OF_CAPTION = {caption: positive_id(scene) for scene in every_scene() for caption in captions(scene)}
 
 
 def claimed(text: str) -> str:
-    """The meaning of a sentence: without its two opening words it is a caption."""
-    return MEANING_OF[text.split(" ", 2)[2]]
+    """The `positive_id` of what a sentence says. Without its two opening words, it is a caption."""
+    return ID_OF_CAPTION[text.split(" ", 2)[2]]
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -396,21 +396,18 @@ def test_labels_of_text_are_true(root, split):
     for record in records(root, "text_pair_classification", split):
         one, two = record["texts"]
         assert one != two
-        assert (MEANING_OF[one] == MEANING_OF[two]) == (record["label"] == "same")
+        assert (ID_OF_CAPTION[one] == ID_OF_CAPTION[two]) == (record["label"] == "same")
     if split != "combos":
         assert all(claimed(record["text"]) for record in records(root, "text_only", split))
 
 
-def test_texts_do_not_speak_of_what_is_held_out():
-    scenes_from = source("train")
-    texts = [record["text"] for record in tasks.text_only(scenes_from, 300)]
-    texts += [record["text"] for record in tasks.text_classification(scenes_from, 300)]
-    texts += [record["text"] for record, _ in tasks.visual_entailment(scenes_from, 300)]
-    meanings = [claimed(text) for text in texts]
-    meanings += [
-        MEANING_OF[text] for pair in tasks.text_pair_classification(scenes_from, 300) for text in pair["texts"]
-    ]
-    assert not any(map(names_held_out, meanings))
+def test_texts_never_mention_held_out_combinations():
+    scenes_from, found = source("train"), []
+    for make in (tasks.text_only, tasks.text_classification, tasks.visual_entailment):
+        found += [claimed(record["text"]) for record, _ in make(scenes_from, 300)]
+    for record, _ in tasks.text_pair_classification(scenes_from, 300):
+        found += [ID_OF_CAPTION[text] for text in record["texts"]]
+    assert len(found) == 5 * 300 and not any(map(names_held_out, found))
 
 
 @pytest.mark.parametrize("split", ["test", "combos"])
@@ -421,8 +418,8 @@ def test_labels_of_images_are_true(root, split):
     for record in records(root, "video_classification", split):
         assert motion(levels_of(frames_of(root, record["video"]))) == record["label"]
     for record in records(root, "visual_entailment", split):
-        colour, digit, *moving = claimed(record["text"]).split()
-        right = (colour, int(digit)) in contents(frames_of(root, record["image"]))
+        color, digit, *moving = claimed(record["text"]).split()
+        right = (color, int(digit)) in contents(frames_of(root, record["image"]))
         assert record["label"] == ("contradiction" if not right else "neutral" if moving else "entailment")
     for record in records(root, "image_pair_reasoning", split):
         shown = [contents(frames_of(root, path)) for path in record["images"]]
@@ -430,14 +427,14 @@ def test_labels_of_images_are_true(root, split):
         last = record["text"].split()[-1]
         if last in DIGITS:
             right = one[1] == two[1] == DIGITS.index(last)
-        elif last in COLOURS:
+        elif last in COLORS:
             right = one[0] == two[0] == last
         else:
             right = one[["colour", "digit"].index(last)] == two[["colour", "digit"].index(last)]
         assert record["label"] == ("true" if right else "false"), record
 
 
-def test_false_sentences_speak_of_motion_as_well(root):
+def test_false_sentences_mention_motion_as_well(root):
     moving = Counter(
         len(claimed(record["text"]).split()) == 3
         for record in records(root, "visual_entailment", "train") + records(root, "visual_entailment", "test")
@@ -447,7 +444,7 @@ def test_false_sentences_speak_of_motion_as_well(root):
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_boxes_hold_exactly_the_digit_that_is_named(root, split):
+def test_boxes_contain_exactly_the_digit_that_is_named(root, split):
     for record in records(root, "grounding", split):
         frame = frames_of(root, record["image"])[0]
         cx, cy, w, h = record["box"]
@@ -456,15 +453,15 @@ def test_boxes_hold_exactly_the_digit_that_is_named(root, split):
         inside = np.zeros((32, 32), bool)
         inside[int(top): int(bottom), int(left): int(right)] = True
         lit = levels_of(frame[None])
-        (colour,) = [colour for colour, levels in lit.items() if (levels[0] > 0)[inside].any()]
-        (other,) = set(lit) - {colour}
-        assert not (lit[colour][0] > 0)[~inside].any()
+        (color,) = [color for color, levels in lit.items() if (levels[0] > 0)[inside].any()]
+        (other,) = set(lit) - {color}
+        assert not (lit[color][0] > 0)[~inside].any()
         words = record["text"].split()
         assert other not in words
-        if words[1] in COLOURS:
-            assert words[1] == colour
+        if words[1] in COLORS:
+            assert words[1] == color
         if split in ("test", "combos") and words[-1] in DIGITS:
-            assert DIGITS[LABELS[recognised(lit[colour][0])]] == words[-1]
+            assert DIGITS[LABELS[recognized(lit[color][0])]] == words[-1]
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -472,8 +469,8 @@ def test_boxes_hold_exactly_the_digit_that_is_named(root, split):
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 6), seeds, st.sampled_from([1, len(PALETTE)]))
-def test_clips_decode_to_the_exact_pixels(t, seed, colours):
-    frames = np.random.default_rng(seed).integers(0, colours, (t, 32, 32), dtype=np.uint8)
+def test_clips_decode_to_the_exact_pixels(t, seed, colors):
+    frames = np.random.default_rng(seed).integers(0, colors, (t, 32, 32), dtype=np.uint8)
     data = writer.gif(frames)
     decoded = iio.imread(data, plugin="pillow", extension=".gif", mode="RGB")
     assert decoded.shape == (t, 32, 32, 3) and (decoded == PALETTE[frames]).all()
@@ -482,24 +479,24 @@ def test_clips_decode_to_the_exact_pixels(t, seed, colours):
     assert (iio.imread(writer.png(frames[0]), extension=".png") == PALETTE[frames[0]]).all()
 
 
-def test_clips_have_four_frames_at_four_a_second_for_ever(root):
+def test_clips_have_four_frames_at_four_per_second_and_repeat_forever(root):
     for record in records(root, "video_caption", "test"):
         with Image.open(root / record["video"]) as file:
             assert (file.n_frames, file.info["duration"], file.info["loop"], file.size) == (4, 250, 0, (32, 32))
 
 
-def test_palette_has_distinct_colours():
-    assert len(np.unique(PALETTE, axis=0)) == len(PALETTE) == 1 + LEVELS * len(COLOUR_NAMES)
+def test_the_palette_has_distinct_colors():
+    assert len(np.unique(PALETTE, axis=0)) == len(PALETTE) == 1 + LEVELS * len(COLOR_NAMES)
 
 
-def test_every_task_has_its_files(root):
+def test_the_files_are_those_of_the_task_table_with_their_fields(root):
     names = {path.name.removesuffix(".jsonl") for path in root.glob("*.jsonl")}
-    both = [f"{medium}_{task}" for medium in ("video", "image") for task in ("caption", "qa", "retrieval")]
-    expected = {f"{task}.{split}" for task in [*both, *tasks.TEXT_TASKS, *tasks.MEDIA_TASKS] for split in SPLITS}
-    assert names == expected - {"text_only.combos"}
+    # Other tests read the files of every task. A new task may do without records in the tiny world.
+    assert names <= {f"{task}.{split}" for task in RECORD_FIELDS for split in SPLITS} - {"text_only.combos"}
     media = set()
     for name in names:
         for record in records(root, *name.split(".")):
+            assert set(RECORD_FIELDS[name.split(".")[0]]) <= set(record), name
             media.update(record.get("images", [record.get("image", record.get("video"))]))
     assert media - {None} == {path.relative_to(root).as_posix() for path in root.glob("media/*/*")}
 
@@ -520,18 +517,18 @@ def test_the_seed_decides_every_byte(root, tmp_path, monkeypatch):
     assert sum(one[name] == two[name] for name in one) < len(one) / 20
 
 
-def test_a_folder_with_something_in_it_is_refused(tmp_path):
+def test_a_folder_that_is_not_empty_is_refused(tmp_path):
     (tmp_path / "mine.txt").write_text("keep me")
-    with pytest.raises(FileExistsError, match=r"not an empty folder: remove it or choose another"):
+    with pytest.raises(FileExistsError, match=r"exists and is not an empty folder; remove it or choose another one"):
         write(tmp_path, sizes=SMALL)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_a_writer_that_stops_leaves_nothing(tmp_path, monkeypatch):
+def test_an_interrupted_writer_leaves_nothing(tmp_path, monkeypatch):
     def stop(source, n):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(tasks.MEDIA_TASKS, "grounding", stop)
+    monkeypatch.setattr(tasks, "grounding", stop)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "world", sizes=SMALL)
     assert not list(tmp_path.iterdir())
@@ -539,7 +536,7 @@ def test_a_writer_that_stops_leaves_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("field", "value"), [("clips", 15), ("galleries", 0), ("test_labelled", -1)])
 def test_sizes_that_are_too_small_are_named(field, value):
-    with pytest.raises(ValueError, match=rf"{field} is {value}: the world needs at least"):
+    with pytest.raises(ValueError, match=rf"{field} is {value}, but the world needs at least"):
         Sizes(**{field: value})
 
 
@@ -567,7 +564,7 @@ def test_ensure_writes_once_even_if_two_race(tmp_path, monkeypatch):
     assert (about["image_size"], about["frames"], about["seed"], about["sizes"]["clips"]) == (32, 4, 5, 42)
 
 
-def test_ensure_says_what_is_wrong_with_a_folder(root, tmp_path):
+def test_ensure_refuses_a_folder_of_another_world(root, tmp_path):
     assert ensure(root, seed=3) == root
     with pytest.raises(ValueError, match=r"about.json: seed is 3, expected 0; remove the folder"):
         ensure(root)

@@ -1,10 +1,10 @@
-"""The tiny world: handwritten digits in colour that move, with captions and questions, made in seconds.
+"""The tiny world: colored handwritten digits that move, with captions and questions, generated in seconds.
 
     from tiny_data import ensure
-    root = ensure()            # the default world, from the cache or freshly written
+    root = ensure()            # the folder of the default world, which is written first if it does not exist
 
-Read `world.py` (what there is and what is true of it), `scenes.py` (what each split may show), `render.py` (drawing),
-`tasks.py` (records) and `writer.py` (files), in this order.
+Read the files in this order: `world.py` (scenes, and what is true of them), `scenes.py` (what each split may show),
+`render.py` (drawing), `tasks.py` (records), `writer.py` (files).
 """
 
 from tiny_data.writer import Sizes, ensure, write

@@ -1,4 +1,4 @@
-"""Writes the tiny world:  python -m tiny_data --out DIR [--seed N] [--clips N] ..."""
+"""Write the tiny world:  python -m tiny_data --out DIR [--seed N] [--clips N] ..."""
 
 import argparse
 import time
@@ -9,9 +9,9 @@ from tiny_data.writer import Sizes, write
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tiny_data", description="Writes the tiny world into a new folder.")
-    parser.add_argument("--out", type=Path, required=True, help="the folder to write, which must be new or empty")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes (default 0)")
+    parser = argparse.ArgumentParser(prog="python -m tiny_data", description="Write the tiny world into a new folder.")
+    parser.add_argument("--out", type=Path, required=True, help="output folder, which must be new or empty")
+    parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal bytes (default 0)")
     for field in fields(Sizes):
         option = "--" + field.name.replace("_", "-")
         parser.add_argument(option, type=int, default=field.default, help=f"default {field.default}")

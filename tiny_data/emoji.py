@@ -1,19 +1,20 @@
-"""Emoji: a real data set of pictures and clips with names, small and free.
+"""Emoji: a small, free, real data set of images and videos with names.
 
     python -m tiny_data.emoji --out data/emoji
 
-Fetches six packages with the `npm` client (about 800 MB; the folder that is written has about 160 MB):
+This fetches six packages with the `npm` client (about 800 MB) and writes a folder of about 160 MB:
 
-    emoji-datasource-google@16              3,786 pictures of 64 pixels                    drawings: Apache-2.0 (Noto)
+    emoji-datasource-google@16              3,786 images of 64 x 64 pixels                 drawings: Apache-2.0 (Noto)
     emojibase-data@17                       names, keywords and groups                     MIT
-    @lobehub/fluent-emoji-anim-1 ... -4     2,109 animations, of 72 frames for the most    MIT
+    @lobehub/fluent-emoji-anim-1 ... -4     2,109 animations, most of them 72 frames       MIT
 
-A concept is an emoji whatever its skin tone, gender or direction ("woman running: dark skin tone" and "man running" are
-one). Splits are by concept: no tone or gender of a test concept is seen in training. Flags are all for training, as the
-name of an unseen country cannot be told from its flag. Validation and test have emoji without skin tone only.
+A concept is an emoji regardless of skin tone, gender and direction: "woman running: dark skin tone" and "man running"
+are one concept. Splits are by concept, so training sees no skin tone or gender of a test concept. All flags are in
+training, because nobody can read the name of an unknown country off its flag. Validation and test have no skin tones.
 
-Clips are stored at 64 pixels and 16 frames, which decode in milliseconds. `test_still` and `test_shuffled` are the
-test clips with one frame held, and with their four quarters in another order: at `--frames 4` the same four frames.
+Videos are stored with 64 x 64 pixels and 16 frames, which decode in milliseconds. `test_still` has the test videos with
+one frame held; `test_shuffled` has their four quarters in another order. With `--frames 4`, the shuffled videos have
+the same four frames as the originals.
 """
 
 import argparse
@@ -32,12 +33,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-PICTURES, WORDS = "emoji-datasource-google", "emojibase-data"
-CLIPS = tuple(f"@lobehub/fluent-emoji-anim-{part}" for part in (1, 2, 3, 4))
-VERSIONS = {PICTURES: "16", WORDS: "17", **{name: "1" for name in CLIPS}}
+IMAGE_PACKAGE, NAME_PACKAGE = "emoji-datasource-google", "emojibase-data"
+CLIP_PACKAGES = tuple(f"@lobehub/fluent-emoji-anim-{part}" for part in (1, 2, 3, 4))
+VERSIONS = {IMAGE_PACKAGE: "16", NAME_PACKAGE: "17", **{name: "1" for name in CLIP_PACKAGES}}
 
 TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
-IGNORED = {"FE0F", "200D", "2640", "2642", "27A1", *TONES}  # picture style, joiner, female, male, facing right, tones
+IGNORED = {"FE0F", "200D", "2640", "2642", "27A1", *TONES}  # emoji style, joiner, female, male, facing right, tones
 PERSON = {"1F468": "1F9D1", "1F469": "1F9D1"}  # man, woman -> person
 SIZE, FRAMES = 64, 16
 SHARES = {"test": 0.15, "val": 0.05}
@@ -46,10 +47,10 @@ QUESTION = "which group is it from"
 
 @dataclass(frozen=True)
 class Emoji:
-    """What is known of one emoji."""
+    """One emoji, and what the packages say about it."""
 
     code: str
-    """Code points in hexadecimal, joined by dashes, without the picture-style mark."""
+    """Code points in hexadecimal, joined by dashes, without the mark FE0F for emoji style."""
     name: str
     keywords: tuple[str, ...]
     group: str
@@ -64,27 +65,28 @@ class Emoji:
 
     @property
     def split(self) -> str | None:
-        """None: a skin tone of a concept that is held out."""
+        """The split of the concept, drawn by a hash. None for a skin tone of a held-out concept."""
         if self.group == "flags":
             return "train"
-        place = int.from_bytes(hashlib.blake2b(self.concept.encode(), digest_size=8).digest(), "big") / 2**64
+        draw = int.from_bytes(hashlib.blake2b(self.concept.encode(), digest_size=8).digest(), "big") / 2**64
         for split, share in SHARES.items():
-            if place < share:
+            if draw < share:
                 return None if self.toned else split
-            place -= share
+            draw -= share
         return "train"
 
     @property
     def captions(self) -> list[str]:
-        """Its name, and its name with two keywords."""
+        """The name alone, and the name followed by two keywords."""
         pairs = [self.keywords[first: first + 2] for first in range(0, min(len(self.keywords), 6), 2)]
         return [self.name, *(f"{self.name}, {', '.join(pair)}" for pair in pairs)]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m tiny_data.emoji", description="Fetch and write the emoji data.")
-    parser.add_argument("--out", type=Path, required=True, help="the folder to write, which must be new or empty")
-    parser.add_argument("--packages", type=Path, help="folder of packages fetched before (*.tgz)")
+    parser = argparse.ArgumentParser(
+        prog="python -m tiny_data.emoji", description="Fetch the emoji and write them as a data set.")
+    parser.add_argument("--out", type=Path, required=True, help="output folder, which must be new or empty")
+    parser.add_argument("--packages", type=Path, help="folder with the packages (*.tgz), if they were fetched before")
     given = parser.parse_args(arguments)
     try:
         if given.out.exists() and any(given.out.iterdir()):
@@ -100,12 +102,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def fetch(folder: Path) -> Path:
-    """Fetch the packages into `folder` by `npm pack`, which checks their digests. ValueError without npm, or for what
-    npm says when it fails."""
+    """Fetch the packages into `folder` with `npm pack`, which verifies their digests.
+
+    Raises ValueError if there is no `npm`, or with the message of `npm` if it fails.
+    """
     npm = shutil.which("npm")
     if npm is None:
-        raise ValueError("there is no `npm`, the package client of Node.js, by which the emoji are fetched; install "
-                         "Node.js, or fetch the packages elsewhere by `npm pack` and name their folder by --packages: "
+        raise ValueError("the command `npm` was not found; install Node.js, or fetch these packages elsewhere with "
+                         "`npm pack` and give their folder with --packages: "
                          + " ".join(f"{name}@{version}" for name, version in VERSIONS.items()))
     for name, version in VERSIONS.items():
         print(f"fetching {name}@{version}", flush=True)
@@ -117,30 +121,31 @@ def fetch(folder: Path) -> Path:
 
 
 def open_package(packages: Path, name: str) -> tarfile.TarFile:
-    """The archive of a package; ValueError, naming it, if it is absent, damaged, or of another package or version."""
+    """The archive of a package. Raises ValueError if it is missing or damaged, or has another name or version."""
     pattern = f"{name.strip('@').replace('/', '-')}-{VERSIONS[name]}.*.tgz"
     found = sorted(packages.glob(pattern))
     if not found:
-        raise ValueError(f"{packages} has no {pattern}: fetch it by `npm pack {name}@{VERSIONS[name]}`")
+        raise ValueError(f"{packages} has no {pattern}; fetch it with `npm pack {name}@{VERSIONS[name]}`")
     try:
         archive = tarfile.open(found[-1])
         about = json.load(archive.extractfile("package/package.json"))
     except (tarfile.TarError, KeyError, EOFError, OSError, ValueError) as error:
-        raise ValueError(f"{found[-1]} is not a whole package ({error}); fetch it again") from error
-    if about.get("name") != name or about.get("version", "").split(".")[0] != VERSIONS[name]:
-        raise ValueError(f"{found[-1]} is {about.get('name')} {about.get('version')}, expected {name} {VERSIONS[name]}")
+        raise ValueError(f"{found[-1]} is not a complete package ({error}); fetch it again") from error
+    package, version = about.get("name"), about.get("version", "")
+    if package != name or version.split(".")[0] != VERSIONS[name]:
+        raise ValueError(f"{found[-1]} is {package} {version}, expected {name} {VERSIONS[name]}; fetch it again")
     return archive
 
 
-def read_words(packages: Path) -> dict[str, Emoji]:
-    """Every emoji, by code."""
-    with open_package(packages, WORDS) as archive:
+def read_names(packages: Path) -> dict[str, Emoji]:
+    """All emoji by their code."""
+    with open_package(packages, NAME_PACKAGE) as archive:
         entries = json.load(archive.extractfile("package/en/data.json"))
         messages = json.load(archive.extractfile("package/en/messages.json"))
     groups = {group["order"]: group["message"].replace("&", "and") for group in messages["groups"]}
     found = {}
     for entry in entries:
-        if "group" not in entry:  # the 26 letters of which flags are made
+        if "group" not in entry:  # the 26 letters that flags are composed of
             continue
         for form in (entry, *entry.get("skins", ())):
             code = plain(form["hexcode"])
@@ -149,26 +154,27 @@ def read_words(packages: Path) -> dict[str, Emoji]:
 
 
 def plain(code: str) -> str:
+    """A code without the mark for emoji style, which the packages use differently."""
     return "-".join(point for point in code.upper().split("-") if point != "FE0F")
 
 
 def write(packages: Path, out: Path) -> Counter[tuple[str, str]]:
-    """Write pictures, clips and JSONL files; returns the number of records by task and split."""
-    words = read_words(packages)
+    """Write images, videos and JSONL files. Returns the number of records by task and split."""
+    names = read_names(packages)
     out.mkdir(parents=True, exist_ok=True)
     records: dict[tuple[str, str], list[dict]] = {}
     unknown = []
     for folder in ("images", "clips", "clips_still", "clips_shuffled"):
         (out / folder).mkdir(exist_ok=True)
-    for code, content in pictures(packages):
-        emoji = words.get(code)
+    for code, content in images(packages):
+        emoji = names.get(code)
         if emoji is None:
             unknown.append(code)
         elif emoji.split:
             (out / "images" / f"{code}.png").write_bytes(content)
             add(records, "image", emoji, emoji.split, f"images/{code}.png")
     for code, content in clips(packages):
-        emoji = words.get(code)
+        emoji = names.get(code)
         if emoji is None:
             unknown.append(code)
         elif emoji.split and (frames := read_frames(content, code)) is not None:
@@ -187,17 +193,19 @@ def write(packages: Path, out: Path) -> Counter[tuple[str, str]]:
 
 
 def check(records: dict[tuple[str, str], list[dict]], unknown: list[str]) -> None:
-    """Refuse packages in which much less was found than the versions that this file knows have."""
-    for medium, least in (("image", 3000), ("video", 1500)):
+    """Raise ValueError if the packages have far fewer emoji than the versions that this file was written for."""
+    for modality, least in (("image", 3000), ("video", 1500)):
         count = sum(len(lines) for (task, split), lines in records.items()
-                    if task == f"{medium}_caption" and split in ("train", "val", "test"))
+                    if task == f"{modality}_caption" and split in ("train", "val", "test"))
         if count < least:
-            raise ValueError(f"only {count} emoji with a name and a {medium} were found, expected {least} or more; "
-                             f"{len(unknown)} have no name, such as {', '.join(unknown[:5])}; fetch the packages again")
+            raise ValueError(f"only {count} emoji have a name and {modality} data, expected at least {least} "
+                             f"({len(unknown)} have no name, such as {', '.join(unknown[:5])}); "
+                             "fetch the packages again")
 
 
-def add(records: dict, medium: str, emoji: Emoji, split: str, path: str) -> None:
-    about = {medium: path, "id": f"{medium}-{emoji.code}", "positive_id": emoji.code}
+def add(records: dict, modality: str, emoji: Emoji, split: str, path: str) -> None:
+    """Append the records of one file, for every task."""
+    shared = {modality: path, "id": f"{modality}-{emoji.code}", "positive_id": emoji.code}
     lines = {
         "caption": {"captions": emoji.captions},
         "qa": {"qa": [{"question": QUESTION, "answers": [emoji.group], "kind": "group"}]},
@@ -205,12 +213,12 @@ def add(records: dict, medium: str, emoji: Emoji, split: str, path: str) -> None
         "classification": {"label": emoji.group},
     }
     for task, fields in lines.items():
-        records.setdefault((f"{medium}_{task}", split), []).append({**about, **fields})
+        records.setdefault((f"{modality}_{task}", split), []).append({**shared, **fields})
 
 
-def pictures(packages: Path):
-    """(code, PNG) of each picture, skin tones included."""
-    with open_package(packages, PICTURES) as archive:
+def images(packages: Path):
+    """(code, PNG) of each image, skin tones included."""
+    with open_package(packages, IMAGE_PACKAGE) as archive:
         codes = {}
         for entry in json.load(archive.extractfile("package/emoji.json")):
             for form in (entry, *entry.get("skin_variations", {}).values()):
@@ -222,8 +230,8 @@ def pictures(packages: Path):
 
 
 def clips(packages: Path):
-    """(code, WebP) of each animation, and of the still pictures among them."""
-    for name in CLIPS:
+    """(code, WebP) of each animation. Some of them are still images."""
+    for name in CLIP_PACKAGES:
         with open_package(packages, name) as archive:
             for member in archive:
                 path, _, file = member.name.rpartition("/")
@@ -232,7 +240,7 @@ def clips(packages: Path):
 
 
 def read_frames(content: bytes, code: str) -> np.ndarray | None:
-    """FRAMES frames at equal distances, over white: uint8 (t, SIZE, SIZE, 3). None for a still picture."""
+    """FRAMES evenly spaced frames on white: uint8 (t, SIZE, SIZE, 3). None for a still image."""
     try:
         with Image.open(BytesIO(content), formats=["WEBP"]) as image:
             total = getattr(image, "n_frames", 1)
@@ -249,11 +257,12 @@ def read_frames(content: bytes, code: str) -> np.ndarray | None:
 
 
 def still(frames: np.ndarray) -> np.ndarray:
+    """A clip that holds one of its frames."""
     return np.repeat(frames[5:6], FRAMES, axis=0)
 
 
 def shuffled(frames: np.ndarray, code: str) -> np.ndarray:
-    """The quarters of a clip in an order that is neither theirs nor its reverse, drawn by its code."""
+    """The quarters of a clip in another order, neither the original nor its reverse; the code is the seed."""
     rng = np.random.default_rng(list(code.encode()))
     while True:
         order = rng.permutation(4)
@@ -262,8 +271,9 @@ def shuffled(frames: np.ndarray, code: str) -> np.ndarray:
 
 
 def save_clip(frames: np.ndarray, path: Path) -> None:
+    """Write uint8 (t, h, w, 3) as a lossless WebP of exactly t frames."""
     frames = frames.copy()
-    # An encoder joins equal frames into one: the last corner tells them apart, by one level of 255.
+    # The encoder merges equal frames. One pixel in the corner makes neighbors differ, by one level of 255.
     frames[::2, -1, -1] = frames[::2, -1, -1] // 2 * 2
     frames[1::2, -1, -1] = frames[1::2, -1, -1] // 2 * 2 + 1
     first, *rest = (Image.fromarray(frame) for frame in frames)

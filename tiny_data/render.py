@@ -1,7 +1,7 @@
-"""Drawing: handwritten strokes, tinted and pasted frame by frame as a scene's scripts say.
+"""Drawing: handwritten strokes are tinted and pasted into each frame, as the scripts of the scene say.
 
-Axes: n strokes, t frames, h height, w width. Frames are drawn as palette indices, and `PALETTE[frames]` are their RGB
-pixels: the whole world has 121 colours (black, and six hues in twenty levels of brightness), so GIF is exact.
+Axes: n strokes, t frames, h height, w width. Frames are drawn as palette indices; `PALETTE[frames]` gives the RGB
+pixels. The whole world has 121 colors (black, and six hues in twenty levels of brightness), so GIF stores them exactly.
 """
 
 from functools import lru_cache
@@ -9,17 +9,17 @@ from pathlib import Path
 
 import numpy as np
 
-from tiny_data.world import CELL, COLOUR_NAMES, COLOURS, IMAGE_SIZE, SCRIPTS, Scene
+from tiny_data.world import CELL, COLOR_NAMES, COLORS, IMAGE_SIZE, SCRIPTS, Scene
 
-LEVELS = 20  # steps of brightness; more than the 16 of the strokes
-PALETTE = np.zeros((1 + LEVELS * len(COLOURS), 3), np.uint8)  # (1 + 20 * colour + level - 1, RGB); entry 0 is black
+LEVELS = 20  # levels of brightness, more than the 16 of the strokes
+PALETTE = np.zeros((1 + LEVELS * len(COLORS), 3), np.uint8)  # (1 + 20 * color + level - 1, RGB); entry 0 is black
 PALETTE[1:] = np.rint(
-    np.array(list(COLOURS.values()))[:, None, :] * (np.arange(1, LEVELS + 1)[None, :, None] / LEVELS)
+    np.array(list(COLORS.values()))[:, None, :] * (np.arange(1, LEVELS + 1)[None, :, None] / LEVELS)
 ).reshape(-1, 3)
 
 
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
-    """The handwritten digits: strokes (n, 8, 8) float64 with 0 for paper and 1 for full ink, and their labels (n,)."""
+    """The handwritten digits: strokes (n, 8, 8), float64 from 0 (paper) to 1 (full ink), and their labels (n,)."""
     with np.load(Path(__file__).with_name("digits.npz")) as file:
         return file["images"] / 16.0, file["labels"].astype(int)
 
@@ -34,11 +34,11 @@ def _spread(size: int) -> np.ndarray:
 
 
 def render(scene: Scene, strokes: np.ndarray) -> np.ndarray:
-    """Draws a scene as palette indices, uint8 (t, h, w); `strokes` (things, 8, 8) follow `scene.things`."""
+    """Draw a scene as palette indices, uint8 (t, h, w). `strokes` (things, 8, 8) are in the order of `scene.things`."""
     scripts = SCRIPTS[scene.kind]
     frames = np.zeros((len(scripts[0]), IMAGE_SIZE, IMAGE_SIZE), np.uint8)
     for thing, script, stroke in zip(scene.things, scripts, strokes, strict=True):
-        below = LEVELS * COLOUR_NAMES.index(thing.colour)  # the palette entry before the first level of this colour
+        below = LEVELS * COLOR_NAMES.index(thing.color)  # the palette entry before the first level of this color
         for frame, pose in zip(frames, script, strict=True):
             spread = _spread(pose.size)
             level = np.rint(LEVELS * pose.light * (spread @ stroke @ spread.T)).astype(np.uint8)

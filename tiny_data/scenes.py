@@ -1,8 +1,8 @@
-"""Choosing scenes: at random, for one split, never mixing what the splits keep apart.
+"""Drawing random scenes for one split, without mixing what the splits keep apart.
 
-Two things are kept apart. Strokes: the first 1,140 handwritten digits are for training, the next 60 for validation
-and the rest for testing. Combinations: the coloured digits that `held_out` names for an axis are shown on it only in
-the split "combos", and there at least one in every scene.
+Two things are kept apart. Strokes: the first 1,140 handwritten digits are for training, the next 60 for validation,
+and the rest for testing. Combinations: a colored digit that `held_out` names for an axis appears on that axis only in
+the split "combos", where every scene has at least one such digit.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from tiny_data.world import (
     AXES,
     AXIS_OF,
     CELL,
-    COLOUR_NAMES,
+    COLOR_NAMES,
     DIGITS,
     IMAGE_SIZE,
     MOVING,
@@ -24,22 +24,22 @@ from tiny_data.world import (
     Script,
     Thing,
     held_out,
-    meaning,
     pick,
+    positive_id,
     reverse,
-    swap_colours,
+    swap_colors,
 )
 
 STROKES = {"train": (0, 1140), "val": (1140, 1200), "test": (1200, 1797), "combos": (1200, 1797)}  # rows of digits.npz
 SPLITS = tuple(STROKES)
 
-_COMBINATIONS = tuple(product(range(len(DIGITS)), COLOUR_NAMES))
+_COMBINATIONS = tuple(product(range(len(DIGITS)), COLOR_NAMES))
 
 
 def _positions(scripts: tuple[Script, ...]) -> list[tuple[tuple[int, int], ...]]:
-    """All ways to place the digits of a scene: one corner (y, x) on the grid for each, so that none leaves the canvas.
+    """All ways to place the digits of a scene: for each digit a corner (y, x) on the grid.
 
-    Two digits do not overlap.
+    No digit leaves the canvas, and two digits do not overlap.
     """
     height, width = (max(getattr(pose, side) + pose.size for pose in scripts[0]) for side in ("y", "x"))
     corners = product(range(0, IMAGE_SIZE - height + 1, CELL), range(0, IMAGE_SIZE - width + 1, CELL))
@@ -54,8 +54,8 @@ _POSITIONS = {kind: _positions(scripts) for kind, scripts in SCRIPTS.items()}
 class SceneSource:
     """Draws random scenes for one split.
 
-    `labels` are the labels of digits.npz; `rng` is the only source of randomness. What is drawn is symmetric in time:
-    the mirror of a scene (see `world.reverse`) is exactly as likely as the scene itself.
+    `labels` are the labels of digits.npz. `rng` is the only source of randomness. Draws are symmetric in time: a scene
+    and its time reversal (`world.reverse`) are equally likely.
     """
 
     def __init__(self, split: str, labels: np.ndarray, rng: np.random.Generator):
@@ -64,15 +64,15 @@ class SceneSource:
         self._strokes = [start + np.flatnonzero(labels[start:stop] == digit) for digit in range(len(DIGITS))]
 
     def allows(self, scene: Scene) -> bool:
-        """Whether this split may show the scene: with a held-out combination in "combos", without one elsewhere."""
-        return self._allows(scene.kind, [(thing.digit, thing.colour) for thing in scene.things])
+        """Whether this split may show the scene: "combos" requires a held-out combination, other splits forbid it."""
+        return self._allows(scene.kind, [(thing.digit, thing.color) for thing in scene.things])
 
     def _allows(self, kind: str, combinations: Sequence[tuple[int, str]]) -> bool:
-        held = any(held_out(AXIS_OF[kind], digit, colour) for digit, colour in combinations)
+        held = any(held_out(AXIS_OF[kind], digit, color) for digit, color in combinations)
         return held == (self.split == "combos")
 
     def scene(self, kind: str) -> Scene:
-        """A random scene of this kind: two digits differ in digit and in colour, and do not overlap."""
+        """A random scene of this kind. Two digits never share digit, color or place."""
         while True:
             combinations = [pick(_COMBINATIONS, self.rng) for _ in SCRIPTS[kind]]
             if self._allows(kind, combinations) and all(len(set(same)) == len(same) for same in zip(*combinations)):
@@ -82,29 +82,30 @@ class SceneSource:
         return Scene(kind, tuple(Thing(*what, stroke, *at) for what, stroke, at in zip(combinations, strokes, corners)))
 
     def mentions(self, scene: Scene) -> bool:
-        """Whether a text of this split may speak of the scene without showing it; "combos" speaks of everything."""
+        """Whether a text of this split may describe the scene without showing it. "combos" may describe anything."""
         return self.split == "combos" or self.allows(scene)
 
-    def picture(self) -> Scene:
-        """A random image of one digit, every fourth in double size."""
-        return self.scene("large" if self.rng.integers(4) == 0 else "picture")
+    def image(self) -> Scene:
+        """A random image of one digit; one in four is drawn at double size."""
+        return self.scene("large" if self.rng.integers(4) == 0 else "image")
 
     def moving(self) -> Scene:
         """A random scene of one digit that moves, grows, shrinks, appears or vanishes."""
         return self.scene(pick(MOVING, self.rng))
 
     def twins(self, kind: str) -> tuple[Scene, Scene]:
-        """A scene and its twin, of the same strokes in the same places: reversed, or for a pair, colours swapped."""
+        """A scene and its twin: the same strokes in the same places, but reversed in time or, in a pair, with the
+        colors swapped."""
         while True:
             scene = self.scene(kind)
-            twin = swap_colours(scene) if kind == "pair" else reverse(scene)
+            twin = swap_colors(scene) if kind == "pair" else reverse(scene)
             if self.allows(twin):
                 return scene, twin
 
-    # --- what a split is made of ---
+    # --- the contents of a split ---
 
     def training_clips(self, n: int) -> list[Scene]:
-        """Clips to learn from: 68 % move, 7 % stay, 12 % are pairs (colour-swapped twins), 13 % sequences; shuffled."""
+        """Clips for training: 68% move, 7% stay, 12% are pairs (color-swapped twins), 13% are sequences; shuffled."""
         pairs, sequences, stay = 2 * (6 * n // 100), 13 * n // 100, 7 * n // 100
         scenes = self._all_twins(["pair"], pairs // 2)
         scenes += [self.scene("sequence") for _ in range(sequences)] + [self.scene("stay") for _ in range(stay)]
@@ -112,44 +113,45 @@ class SceneSource:
         return self._shuffled(scenes)
 
     def testing_clips(self, n: int) -> list[Scene]:
-        """Clips to examine: one quarter show two digits; all but "stay" are twins, as many of each axis; shuffled."""
+        """Clips for testing: a quarter show two digits. All except "stay" come as twins, equally many for each axis;
+        shuffled."""
         each, pairs = n // 14, n // 18
         scenes = [scene for axis in ORDER_AXES for scene in self._all_twins(AXES[axis], each)]
         scenes += self._all_twins(["pair"], pairs)
         return self._shuffled(scenes + [self.scene("stay") for _ in range(n - len(scenes))])
 
     def images(self, n: int) -> list[Scene]:
-        """Images: two thirds show one digit, a quarter of them large; the rest are colour-swapped twins; shuffled."""
+        """Images: two thirds show one digit, a quarter of these large. The rest are color-swapped twins; shuffled."""
         scenes = self._all_twins(["pair"], n // 6)
-        return self._shuffled(scenes + [self.picture() for _ in range(n - len(scenes))])
+        return self._shuffled(scenes + [self.image() for _ in range(n - len(scenes))])
 
     def clip_gallery(self) -> list[Scene]:
-        """100 clips of different meanings: 40 time-reversed twins, 5 colour-swapped twins, and 10 that stay."""
-        meanings: set[str] = set()
-        scenes = [scene for axis in ORDER_AXES for scene in self._new_twins(AXES[axis], 8, meanings)]
-        scenes += self._new_twins(["pair"], 5, meanings)
-        return scenes + self._new(lambda: (self.scene("stay"),), 10, meanings)
+        """100 clips with different meanings: 40 time-reversed twins, 5 color-swapped twins, and 10 that stay."""
+        taken: set[str] = set()
+        scenes = [scene for axis in ORDER_AXES for scene in self._new_twins(AXES[axis], 8, taken)]
+        scenes += self._new_twins(["pair"], 5, taken)
+        return scenes + self._new(lambda: (self.scene("stay"),), 10, taken)
 
     def image_gallery(self) -> list[Scene]:
-        """100 images of different meanings: 20 colour-swapped twins, 50 other pairs, and 10 of one digit."""
-        meanings: set[str] = set()
-        scenes = self._new_twins(["pair"], 20, meanings)
-        scenes += self._new(lambda: (self.scene("pair"),), 50, meanings)
-        return scenes + self._new(lambda: (self.picture(),), 10, meanings)
+        """100 images with different meanings: 20 color-swapped twins, 50 other pairs, and 10 of one digit."""
+        taken: set[str] = set()
+        scenes = self._new_twins(["pair"], 20, taken)
+        scenes += self._new(lambda: (self.scene("pair"),), 50, taken)
+        return scenes + self._new(lambda: (self.image(),), 10, taken)
 
     def _all_twins(self, kinds: list[str] | tuple[str, ...], n: int) -> list[Scene]:
         return [scene for _ in range(n) for scene in self.twins(pick(kinds, self.rng))]
 
-    def _new_twins(self, kinds: list[str] | tuple[str, ...], n: int, meanings: set[str]) -> list[Scene]:
-        return self._new(lambda: self.twins(pick(kinds, self.rng)), n, meanings)
+    def _new_twins(self, kinds: list[str] | tuple[str, ...], n: int, taken: set[str]) -> list[Scene]:
+        return self._new(lambda: self.twins(pick(kinds, self.rng)), n, taken)
 
-    def _new(self, draw: Callable[[], tuple[Scene, ...]], n: int, meanings: set[str]) -> list[Scene]:
-        """n draws of scenes whose meanings are not yet in `meanings`, which grows by theirs."""
+    def _new(self, draw: Callable[[], tuple[Scene, ...]], n: int, taken: set[str]) -> list[Scene]:
+        """n draws of scenes whose `positive_id` is not yet in `taken`, to which theirs are added."""
         scenes: list[Scene] = []
         while n:
             drawn = draw()
-            if meanings.isdisjoint(map(meaning, drawn)):
-                meanings.update(map(meaning, drawn))
+            if taken.isdisjoint(map(positive_id, drawn)):
+                taken.update(map(positive_id, drawn))
                 scenes += drawn
                 n -= 1
         return scenes

@@ -1,7 +1,9 @@
-"""The records of every task: what each line of `<task>.<split>.jsonl` says of random scenes.
+"""The records of every task: the contents of each line of `<task>.<split>.jsonl`.
 
-Records are plain dictionaries without their media paths, which the writer adds. Labels are balanced: each is right as
-often as any other, up to one record.
+Captions and questions describe scenes that are given. Every other task of `mplug2.tasks` has a function of its name
+here, which draws its own scenes. Labels are balanced: all of them are equally frequent, up to one record.
+
+Records are dictionaries without the paths of their media, which the writer adds.
 """
 
 from collections.abc import Sequence
@@ -14,7 +16,7 @@ from tiny_data.scenes import SceneSource
 from tiny_data.world import (
     AXES,
     CELL,
-    COLOUR_NAMES,
+    COLOR_NAMES,
     DIGITS,
     IMAGE_SIZE,
     MOVING,
@@ -22,29 +24,29 @@ from tiny_data.world import (
     Scene,
     Thing,
     captions,
-    meaning,
     pick,
+    positive_id,
     questions,
     reverse,
     sentence,
-    swap_colours,
+    swap_colors,
     with_article,
 )
 
-Shown = tuple[dict, tuple[Scene, ...]]  # a record, and the scenes that its media show
+Shown = tuple[dict, tuple[Scene, ...]]  # a record, and the scenes that its media show (none for a text)
 
 # --- captions, retrieval and questions about given scenes ------------------------------------------------------------
 
 
-def described(scenes: Sequence[Scene]) -> list[dict]:
-    """One record a scene, for captioning and for retrieval."""
-    return [{"captions": list(captions(scene)), "positive_id": meaning(scene)} for scene in scenes]
+def caption_records(scenes: Sequence[Scene]) -> list[dict]:
+    """One record per scene, for captioning and for retrieval."""
+    return [{"captions": list(captions(scene)), "positive_id": positive_id(scene)} for scene in scenes]
 
 
-def questioned(scenes: Sequence[Scene], rng: np.random.Generator) -> list[dict]:
-    """One record a scene, for question answering.
+def question_records(scenes: Sequence[Scene], rng: np.random.Generator) -> list[dict]:
+    """One record per scene, for question answering.
 
-    "How many" is asked of equally many scenes of one digit and of two, and yes is as frequent an answer as no.
+    "How many" is asked about equally many scenes of one digit and of two digits. Yes and no are equally frequent.
     """
     one = [i for i in rng.permutation(len(scenes)) if len(scenes[i].things) == 1]
     two = [i for i in rng.permutation(len(scenes)) if len(scenes[i].things) == 2]
@@ -52,7 +54,7 @@ def questioned(scenes: Sequence[Scene], rng: np.random.Generator) -> list[dict]:
     counted = {*one[:rarer], *two[:rarer]}
     yes = rng.permutation(len(scenes)) % 2 == 0
     return [
-        {"qa": questions(scene, rng, yes=bool(yes[i]), count=i in counted), "positive_id": meaning(scene)}
+        {"qa": questions(scene, rng, yes=bool(yes[i]), count=i in counted), "positive_id": positive_id(scene)}
         for i, scene in enumerate(scenes)
     ]
 
@@ -60,19 +62,19 @@ def questioned(scenes: Sequence[Scene], rng: np.random.Generator) -> list[dict]:
 # --- text ------------------------------------------------------------------------------------------------------------
 
 
-def text_only(source: SceneSource, n: int) -> list[dict]:
-    """Sentences about clips, for language modelling."""
-    return [{"text": sentence(scene, source.rng)} for scene in source.training_clips(n)]
+def text_only(source: SceneSource, n: int) -> list[Shown]:
+    """Sentences about clips, for language modeling."""
+    return [({"text": sentence(scene, source.rng)}, ()) for scene in source.training_clips(n)]
 
 
-def text_classification(source: SceneSource, n: int) -> list[dict]:
+def text_classification(source: SceneSource, n: int) -> list[Shown]:
     """A sentence about one digit; the label is its motion."""
     scenes = [source.scene(motion) for motion in islice(cycle(MOVING), n)]
-    return [{"text": sentence(scene, source.rng), "label": scene.kind} for scene in scenes]
+    return [({"text": sentence(scene, source.rng), "label": scene.kind}, ()) for scene in scenes]
 
 
-def text_pair_classification(source: SceneSource, n: int) -> list[dict]:
-    """Two captions: "same" if they are paraphrases, "different" if they are of scenes that differ in one respect."""
+def text_pair_classification(source: SceneSource, n: int) -> list[Shown]:
+    """Two captions: "same" if they are paraphrases, "different" if their scenes differ in one respect."""
     records = []
     for scene, label in zip(source.training_clips(n), cycle(("same", "different"))):
         if label == "same":
@@ -80,29 +82,29 @@ def text_pair_classification(source: SceneSource, n: int) -> list[dict]:
             texts = [captions(scene)[a], captions(scene)[b]]
         else:
             texts = [pick(captions(each), source.rng) for each in (scene, _near_miss(scene, source))]
-        records.append({"texts": texts, "label": label})
+        records.append(({"texts": texts, "label": label}, ()))
     return records
 
 
 def _near_miss(scene: Scene, source: SceneSource) -> Scene:
-    """A scene of another meaning: reversed in time, its colours swapped, or one digit or colour changed."""
+    """A scene with a different meaning: reversed in time, with colors swapped, or with one digit or color changed."""
     while True:
         index = int(source.rng.integers(len(scene.things)))
         others = list(scene.things)
         others[index] = _changed(scene.things[index], scene, source.rng)
         candidates = [reverse(scene), replace(scene, things=tuple(others))]
         if len(scene.things) == 2:
-            candidates.append(swap_colours(scene))
+            candidates.append(swap_colors(scene))
         miss = pick(candidates, source.rng)
-        if meaning(miss) != meaning(scene) and source.mentions(miss):
+        if positive_id(miss) != positive_id(scene) and source.mentions(miss):
             return miss
 
 
 def _changed(thing: Thing, scene: Scene, rng: np.random.Generator) -> Thing:
-    """The thing in a colour, or as a digit, that the scene does not show."""
+    """The thing in a color, or with a digit, that the scene does not show."""
     if rng.integers(2):
-        shown = {each.colour for each in scene.things}
-        return replace(thing, colour=pick([colour for colour in COLOUR_NAMES if colour not in shown], rng))
+        shown = {each.color for each in scene.things}
+        return replace(thing, color=pick([color for color in COLOR_NAMES if color not in shown], rng))
     shown = {each.digit for each in scene.things}
     return replace(thing, digit=pick([digit for digit in range(len(DIGITS)) if digit not in shown], rng))
 
@@ -111,50 +113,53 @@ def _changed(thing: Thing, scene: Scene, rng: np.random.Generator) -> Thing:
 
 
 def image_classification(source: SceneSource, n: int) -> list[Shown]:
-    """An image of one digit; the label is its word."""
+    """An image of one digit; the label is the word for it."""
     shown = []
     for digit in islice(cycle(range(len(DIGITS))), n):
-        scene = source.picture()
+        scene = source.image()
         while scene.things[0].digit != digit:
-            scene = source.picture()
+            scene = source.image()
         shown.append(({"label": DIGITS[digit]}, (scene,)))
     return shown
 
 
 def video_classification(source: SceneSource, n: int) -> list[Shown]:
-    """A clip of one digit; the label is its motion. Clips come in reversed twins: it takes the order of frames."""
+    """A clip of one digit; the label is its motion. Clips come with their time reversals, so the order of the frames
+    matters."""
     motions = cycle(AXES[axis][0] for axis in ORDER_AXES if axis != "sequence")
     scenes = [scene for motion in islice(motions, (n + 1) // 2) for scene in source.twins(motion)]
     return [({"label": scene.kind}, (scene,)) for scene in scenes[:n]]
 
 
 def class_captions() -> dict[str, dict[str, list[str]]]:
-    """For each task with classes that captions can tell: class -> captions of every colour, and of every digit that
-    the class is not about. Zero-shot classification compares with these."""
+    """The captions that zero-shot classification compares with: task -> class -> captions.
+
+    A class has the captions of all colors; the classes of motions also have those of all digits.
+    """
     def every(kind: str, digits: Sequence[int]) -> list[str]:
-        things = [Thing(digit, colour, 0, 0, 0) for digit in digits for colour in COLOUR_NAMES]
+        things = [Thing(digit, color, 0, 0, 0) for digit in digits for color in COLOR_NAMES]
         return [caption for thing in things for caption in captions(Scene(kind, (thing,)))]
 
     return {
-        "image_classification": {word: every("picture", [digit]) for digit, word in enumerate(DIGITS)},
+        "image_classification": {word: every("image", [digit]) for digit, word in enumerate(DIGITS)},
         "video_classification": {kind: every(kind, range(len(DIGITS))) for kind in MOVING},
     }
 
 
 def visual_entailment(source: SceneSource, n: int) -> list[Shown]:
-    """An image and a sentence: true of it, false of it, or true but for a motion that an image cannot tell.
+    """An image and a sentence: true, false, or true except for a motion, which an image cannot show.
 
-    Half of the false sentences speak of motion as well, so that the words alone do not give the answer away.
+    Half of the false sentences mention a motion as well, so that the words alone do not give the answer away.
     """
     shown = []
     for label in islice(cycle(("entailment", "contradiction", "neutral")), n):
         while True:
-            scene = source.scene("pair") if source.rng.integers(2) else source.picture()
+            scene = source.scene("pair") if source.rng.integers(2) else source.image()
             thing = pick(scene.things, source.rng)
             if label == "contradiction":
                 thing = _changed(thing, scene, source.rng)
             moves = label == "neutral" or (label == "contradiction" and source.rng.integers(2) == 1)
-            claim = Scene(pick(MOVING, source.rng) if moves else "picture", (thing,))
+            claim = Scene(pick(MOVING, source.rng) if moves else "image", (thing,))
             if source.mentions(claim):
                 break
         shown.append(({"text": sentence(claim, source.rng), "label": label}, (scene,)))
@@ -167,34 +172,28 @@ def image_pair_reasoning(source: SceneSource, n: int) -> list[Shown]:
     for true in islice(cycle((True, False)), n):
         by_digit = bool(source.rng.integers(2))
         while True:
-            scenes = (source.picture(), source.picture())
+            scenes = (source.image(), source.image())
             one, two = (scene.things[0] for scene in scenes)
-            same = one.digit == two.digit if by_digit else one.colour == two.colour
+            same = one.digit == two.digit if by_digit else one.color == two.color
             if same == true:
                 break
         named = pick((one, two), source.rng)
         if by_digit:
             statements = (f"both pictures show {with_article(named.word)}", "both pictures show the same digit")
         else:
-            statements = (f"both digits are {named.colour}", "both digits have the same colour")
+            statements = (f"both digits are {named.color}", "both digits have the same colour")
         shown.append(({"text": pick(statements, source.rng), "label": "true" if true else "false"}, scenes))
     return shown
 
 
 def grounding(source: SceneSource, n: int) -> list[Shown]:
-    """An image of two digits, words for one of them, and its box: centre x, y, width, height, as parts of it."""
+    """An image of two digits, a phrase for one of them, and its box (center x, center y, width, height, as fractions of
+    the image size)."""
     shown = []
     for _ in range(n):
         scene = source.scene("pair")
         thing = pick(scene.things, source.rng)
-        text = pick((f"the {thing.colour} {thing.word}", f"the {thing.word}", f"the {thing.colour} digit"), source.rng)
+        text = pick((f"the {thing.color} {thing.word}", f"the {thing.word}", f"the {thing.color} digit"), source.rng)
         box = [side / IMAGE_SIZE for side in (thing.x + CELL / 2, thing.y + CELL / 2, CELL, CELL)]
         shown.append(({"text": text, "box": box}, (scene,)))
     return shown
-
-
-TEXT_TASKS = {task.__name__: task for task in (text_only, text_classification, text_pair_classification)}
-MEDIA_TASKS = {
-    task.__name__: task
-    for task in (image_classification, video_classification, visual_entailment, image_pair_reasoning, grounding)
-}

@@ -1,11 +1,10 @@
-"""What can be shown, and what is true of it: the scenes of the tiny world, their sentences and their questions.
+"""The scenes of the tiny world, and the captions, questions and answers that are true of them.
 
-A `Scene` is one or two coloured digits and what happens to them (its `kind`). Everything that the world says about a
-scene, its meaning, captions, questions and answers, is computed here from the scene alone; no pixels are drawn and no
-files are written in this file.
+A `Scene` is one or two colored digits and what happens to them (its `kind`). Its captions, questions and answers are
+computed here from the scene alone. This file draws no pixels and writes no files.
 
-Time is symmetric: every kind has a mirror in time (`REVERSED`), and a mirrored scene shows exactly the frames of the
-first one in reverse order. A model that cannot see the order of frames therefore cannot tell "left" from "right".
+Time is symmetric: every kind has a time-reversed counterpart (`REVERSED`), which shows exactly the same frames in
+reverse order. A model that cannot see the order of the frames therefore cannot tell "left" from "right".
 """
 
 from collections.abc import Sequence
@@ -13,13 +12,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-IMAGE_SIZE = 32  # pixels, height and width of the canvas
-FRAMES = 4  # frames of a clip
-CELL = 8  # pixels: the digits' own height and width; all stand on a grid of such cells, where a digit is one patch
-STEP = 4  # pixels a frame: what moves is half a patch further in each
+IMAGE_SIZE = 32  # height and width of the canvas, in pixels
+FRAMES = 4  # frames per clip
+CELL = 8  # height and width of a digit, in pixels; digits stand on a grid of such cells, so that each fills one patch
+STEP = 4  # pixels per frame: a moving digit advances by half a patch
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-COLOURS = {
+COLORS = {
     "red": (255, 0, 0),
     "green": (0, 255, 0),
     "blue": (0, 64, 255),
@@ -27,12 +26,12 @@ COLOURS = {
     "white": (255, 255, 255),
     "purple": (210, 0, 255),
 }
-COLOUR_NAMES = tuple(COLOURS)
+COLOR_NAMES = tuple(COLORS)
 
 
 @dataclass(frozen=True)
 class Pose:
-    """How a digit is drawn in one frame: side length and offset from its corner in pixels, and brightness 0..1."""
+    """How a digit is drawn in one frame: side length and offset from its corner, in pixels, and brightness (0 to 1)."""
 
     size: int = CELL
     y: int = 0
@@ -40,16 +39,16 @@ class Pose:
     light: float = 1.0
 
 
-Script = tuple[Pose, ...]  # one pose a frame
+Script = tuple[Pose, ...]  # one pose per frame
 
 _STAY: Script = (Pose(),) * FRAMES
 _RIGHT: Script = tuple(Pose(x=STEP * t) for t in range(FRAMES))
 _DOWN: Script = tuple(Pose(y=STEP * t) for t in range(FRAMES))
-_GROW: Script = (Pose(4), Pose(8), Pose(12), Pose(16))  # from its upper left corner
+_GROW: Script = (Pose(4), Pose(8), Pose(12), Pose(16))  # the upper left corner stays in place
 _APPEAR: Script = tuple(Pose(light=(t + 1) / FRAMES) for t in range(FRAMES))
 _FIRST: Script = (Pose(light=1.0), Pose(light=0.5), Pose(light=0.0), Pose(light=0.0))
 
-# Kind of scene -> one script for each of its digits. "picture" and "large" are images, "pair" is a clip and an image.
+# Kind of scene -> one script for each of its digits. "image" and "large" are images; "pair" can be a clip or an image.
 SCRIPTS: dict[str, tuple[Script, ...]] = {
     "stay": (_STAY,),
     "right": (_RIGHT,),
@@ -62,32 +61,33 @@ SCRIPTS: dict[str, tuple[Script, ...]] = {
     "vanish": (_APPEAR[::-1],),
     "pair": (_STAY, _STAY),
     "sequence": (_FIRST, _FIRST[::-1]),
-    "picture": ((Pose(),),),
+    "image": ((Pose(),),),
     "large": ((Pose(16),),),
 }
 REVERSED = {"left": "right", "up": "down", "grow": "shrink", "appear": "vanish"}
 REVERSED |= {after: before for before, after in REVERSED.items()}
-MOVING = tuple(REVERSED)  # the eight motions that differ from their mirror in time
+MOVING = tuple(REVERSED)  # the eight motions that differ from their time reversal
 
-# Each kind belongs to one axis; combinations of digit and colour are held out axis by axis.
+# Each kind belongs to one axis. Combinations of digit and color are held out separately on each axis.
 AXES = {
-    "still": ("stay", "pair", "picture", "large"),
+    "still": ("stay", "pair", "image", "large"),
     "horizontal": ("left", "right"),
     "vertical": ("up", "down"),
     "size": ("grow", "shrink"),
     "fade": ("appear", "vanish"),
     "sequence": ("sequence",),
 }
-ORDER_AXES = tuple(AXES)[1:]  # those on which the order of frames matters
+ORDER_AXES = tuple(AXES)[1:]  # the axes on which the order of frames matters
 AXIS_OF = {kind: axis for axis, kinds in AXES.items() for kind in kinds}
 
 
 @dataclass(frozen=True)
 class Thing:
-    """A coloured digit: `stroke` is its row in digits.npz; `y`, `x` the corner in pixels of the ground it moves on."""
+    """A colored digit. `stroke` is its row in digits.npz; `y` and `x` are the upper left corner, in pixels, of the area
+    that it moves in."""
 
     digit: int
-    colour: str
+    color: str
     stroke: int
     y: int
     x: int
@@ -99,18 +99,19 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """One or two things and what happens to them; in a "sequence" the first thing is shown first."""
+    """One or two things and what happens to them. In a "sequence", the first thing is shown first."""
 
     kind: str
     things: tuple[Thing, ...]
 
 
-def held_out(axis: str, digit: int, colour: str) -> bool:
-    """Whether this coloured digit is never shown on this axis in training.
+def held_out(axis: str, digit: int, color: str) -> bool:
+    """Whether training never shows this digit in this color on this axis.
 
-    Every coloured digit is held out on exactly one of the six axes, and every digit in exactly one colour an axis.
+    Every colored digit is held out on exactly one of the six axes, and on each axis every digit is held out in exactly
+    one color.
     """
-    return (digit + COLOUR_NAMES.index(colour) + list(AXES).index(axis)) % len(AXES) == 0
+    return (digit + COLOR_NAMES.index(color) + list(AXES).index(axis)) % len(AXES) == 0
 
 
 def reverse(scene: Scene) -> Scene:
@@ -119,20 +120,24 @@ def reverse(scene: Scene) -> Scene:
     return Scene(REVERSED.get(scene.kind, scene.kind), things)
 
 
-def swap_colours(scene: Scene) -> Scene:
-    """A two-digit scene with the colours of its digits exchanged: the same digits and colours, bound otherwise."""
+def swap_colors(scene: Scene) -> Scene:
+    """The same scene of two digits with their colors exchanged: the same digits and colors, bound differently."""
     one, two = scene.things
-    return replace(scene, things=(replace(one, colour=two.colour), replace(two, colour=one.colour)))
+    return replace(scene, things=(replace(one, color=two.color), replace(two, color=one.color)))
 
 
-def meaning(scene: Scene) -> str:
-    """A name, such as "red 7 left" or "blue 3 + red 7", that scenes share exactly if they have the same captions."""
-    names = [f"{thing.colour} {thing.digit}" for thing in scene.things]
+def positive_id(scene: Scene) -> str:
+    """What a scene means, as a name such as "red 7 left" or "blue 3 + red 7".
+
+    Two scenes have the same name if and only if they have the same captions. Records carry it, so that the losses never
+    take a sample with the same meaning as a negative.
+    """
+    names = [f"{thing.color} {thing.digit}" for thing in scene.things]
     if scene.kind == "pair":
         return " + ".join(sorted(names))
     if scene.kind == "sequence":
         return " > ".join(names)
-    return names[0] if scene.kind in ("picture", "large") else f"{names[0]} {scene.kind}"
+    return names[0] if scene.kind in ("image", "large") else f"{names[0]} {scene.kind}"
 
 
 # --- sentences -------------------------------------------------------------------------------------------------------
@@ -156,17 +161,17 @@ def with_article(word: str) -> str:
 
 
 def _short(thing: Thing) -> str:
-    return f"a {thing.colour} {thing.word}"
+    return f"a {thing.color} {thing.word}"
 
 
 def _long(thing: Thing) -> str:
-    return f"{with_article(thing.word)} in {thing.colour}"
+    return f"{with_article(thing.word)} in {thing.color}"
 
 
 def captions(scene: Scene) -> tuple[str, ...]:
     """All captions of a scene: paraphrases that continue "a video of" or "a picture of".
 
-    Scenes of different meaning share no caption.
+    Scenes with different meanings share no caption.
     """
     one, two = scene.things[0], scene.things[-1]
     if scene.kind == "pair":
@@ -184,9 +189,9 @@ def captions(scene: Scene) -> tuple[str, ...]:
             f"{_short(one)} followed by {_short(two)}",
             f"{_long(one)} and then {_long(two)}",
         )
-    named = f"the digit {one.word} in {one.colour}"
-    if scene.kind in ("picture", "large"):
-        return (_short(one), _long(one), named, f"a {one.colour} digit {one.word}")
+    named = f"the digit {one.word} in {one.color}"
+    if scene.kind in ("image", "large"):
+        return (_short(one), _long(one), named, f"a {one.color} digit {one.word}")
     moving, moves = _MOTION_WORDS[scene.kind]
     return (
         f"{_short(one)} {moving}",
@@ -208,7 +213,7 @@ def sentence(scene: Scene, rng: np.random.Generator) -> str:
 # --- questions -------------------------------------------------------------------------------------------------------
 
 _DIGIT_QUESTIONS = ("which digit is it", "which digit is shown", "what digit is this")
-_COLOUR_QUESTIONS = ("what colour is the digit", "which colour is it", "what colour is it")
+_COLOR_QUESTIONS = ("what colour is the digit", "which colour is it", "what colour is it")
 _COUNT_QUESTIONS = ("how many digits are there", "how many digits are shown")
 _ORDER_QUESTIONS = {
     "horizontal": ("does it move left or right", "does it move right or left"),
@@ -220,10 +225,11 @@ _ORDER_QUESTIONS = {
 
 
 def questions(scene: Scene, rng: np.random.Generator, yes: bool, count: bool) -> list[dict]:
-    """Questions about a scene with their answers, as the `qa` field of a record.
+    """Questions about a scene with their answers: the `qa` field of a record.
 
-    `digit` and `colour` are asked of single digits; `binding` (which digit has which colour) of two; `order` of what
-    changes when time runs backwards; `yesno` of all, with the answer yes if `yes` is set; `count` if `count` is set.
+    Scenes of one digit get `digit` and `colour` questions; scenes of two digits get `binding` questions (which digit
+    has which color). `order` asks about what changes when time runs backward. Every scene gets a `yesno` question,
+    whose answer is set by `yes`. `count` adds the question how many digits there are.
     """
     asked = []
 
@@ -233,16 +239,16 @@ def questions(scene: Scene, rng: np.random.Generator, yes: bool, count: bool) ->
     one = scene.things[0]
     if len(scene.things) == 1:
         ask("digit", _DIGIT_QUESTIONS, one.word)
-        ask("colour", _COLOUR_QUESTIONS, one.colour)
+        ask("colour", _COLOR_QUESTIONS, one.color)
     else:
         first, second = rng.permutation(2)
         thing, other = scene.things[first], scene.things[second]
-        ask("binding", (f"what colour is the {thing.word}", f"which colour is the {thing.word}"), thing.colour)
-        ask("binding", (f"which digit is {other.colour}", f"what digit is {other.colour}"), other.word)
+        ask("binding", (f"what colour is the {thing.word}", f"which colour is the {thing.word}"), thing.color)
+        ask("binding", (f"which digit is {other.color}", f"what digit is {other.color}"), other.word)
     if scene.kind in REVERSED:
         ask("order", _ORDER_QUESTIONS[AXIS_OF[scene.kind]], scene.kind)
     elif scene.kind == "sequence":
-        ask("order", _ORDER_QUESTIONS["sequence"], one.colour)
+        ask("order", _ORDER_QUESTIONS["sequence"], one.color)
     ask("yesno", _yesno_questions(scene, rng, yes), "yes" if yes else "no")
     if count:
         ask("count", _COUNT_QUESTIONS, "one" if len(scene.things) == 1 else "two")
@@ -254,11 +260,11 @@ def _yesno_questions(scene: Scene, rng: np.random.Generator, yes: bool) -> tuple
         shown = {thing.word for thing in scene.things}
         word = pick([word for word in DIGITS if (word in shown) == yes], rng)
         return (f"is there {with_article(word)}", f"is {with_article(word)} shown")
-    shown = {thing.colour for thing in scene.things}
-    colour = pick([colour for colour in COLOUR_NAMES if (colour in shown) == yes], rng)
-    return (f"is there a {colour} digit", f"is a {colour} digit shown")
+    shown = {thing.color for thing in scene.things}
+    color = pick([color for color in COLOR_NAMES if (color in shown) == yes], rng)
+    return (f"is there a {color} digit", f"is a {color} digit shown")
 
 
 def pick(options: Sequence, rng: np.random.Generator):
-    """One of the options, each as likely."""
+    """One of the options, all equally likely."""
     return options[rng.integers(len(options))]

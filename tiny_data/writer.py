@@ -1,4 +1,4 @@
-"""Writing the world to a folder: PNG images, GIF clips, one JSON line a record, and `about.json`."""
+"""Writing the world to a folder: PNG images, GIF clips, JSONL files with one record per line, and `about.json`."""
 
 import json
 import os
@@ -13,27 +13,28 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from mplug2.tasks import TASKS
 from tiny_data import tasks
 from tiny_data.render import PALETTE, load_digits, render
 from tiny_data.scenes import SPLITS, STROKES, SceneSource
-from tiny_data.world import AXES, COLOURS, DIGITS, FRAMES, IMAGE_SIZE, Scene, held_out
+from tiny_data.world import AXES, COLORS, DIGITS, FRAMES, IMAGE_SIZE, Scene, held_out
 
 NAME = "tiny"
-VERSION = 3  # counts up whenever the same seed gives other files
+VERSION = 3  # increased whenever the same seed gives different files
 FRAME_MILLISECONDS = 250
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many of each to write. Test sizes hold for the splits "test" and "combos" alike."""
+    """How many of each to write. Test sizes apply to both "test" and "combos"."""
 
     clips: int = 12000
-    """Training clips with captions and questions; the next three are for training too."""
+    """Training clips with captions and questions. The next three sizes are for training, too."""
     images: int = 6000
     texts: int = 4000
-    """Sentences for language modelling."""
+    """Sentences for language modeling."""
     labelled: int = 2000
-    """Records of each of the other tasks: classification, entailment, pair reasoning and grounding."""
+    """Records for each of the other tasks: classification, entailment, reasoning about two images, and grounding."""
     val_clips: int = 240
     val_images: int = 120
     val_texts: int = 240
@@ -49,10 +50,10 @@ class Sizes:
         for field in fields(self):
             least = 1 if field.name == "galleries" else 16
             if getattr(self, field.name) < least:
-                raise ValueError(f"{field.name} is {getattr(self, field.name)}: the world needs at least {least}")
+                raise ValueError(f"{field.name} is {getattr(self, field.name)}, but the world needs at least {least}")
 
-    def of(self, split: str) -> tuple[int, int, int, int]:
-        """The numbers of clips, images, texts and labelled records of a split."""
+    def for_split(self, split: str) -> tuple[int, int, int, int]:
+        """The numbers of clips, images, texts and labeled records of a split."""
         if split == "train":
             return self.clips, self.images, self.texts, self.labelled
         if split == "val":
@@ -61,56 +62,55 @@ class Sizes:
 
 
 class SplitWriter:
-    """Writes the media and the records of one split under `root`."""
+    """Writes the media and the records of one split into `root`."""
 
     def __init__(self, root: Path, split: str, strokes: np.ndarray, labels: np.ndarray, rng: np.random.Generator):
         self.root, self.split, self.strokes, self.rng = root, split, strokes, rng
         self.source = SceneSource(split, labels, rng)
 
     def write(self, sizes: Sizes) -> None:
-        clips, images, texts, labelled = sizes.of(self.split)
-        learning = self.split == "train"
-        self._described("video", self.source.training_clips(clips) if learning else self.source.testing_clips(clips))
+        clips, images, texts, labelled = sizes.for_split(self.split)
+        training = self.split == "train"
+        self._described("video", self.source.training_clips(clips) if training else self.source.testing_clips(clips))
         self._described("image", self.source.images(images))
         if self.split in ("test", "combos"):
             self._galleries("video", [self.source.clip_gallery() for _ in range(sizes.galleries)])
             self._galleries("image", [self.source.image_gallery() for _ in range(sizes.galleries)])
-        for task, make in tasks.TEXT_TASKS.items():
-            if task != "text_only":
-                self._records(task, make(self.source, labelled))
-            elif self.split != "combos":
-                self._records(task, make(self.source, texts))
-        for task, make in tasks.MEDIA_TASKS.items():
-            self._shown(task, make(self.source, labelled))
+        if self.split != "combos":
+            self._shown("text_only", tasks.text_only(self.source, texts))
+        for task in TASKS:
+            make = getattr(tasks, task, None)  # captions, questions and retrieval are written above
+            if make is not None:
+                self._shown(task, make(self.source, labelled))
 
-    def _described(self, medium: str, scenes: list[Scene]) -> None:
-        """Captions of the scenes and questions about them; outside the test splits also retrieval among them."""
-        paths = [{medium: path} for path in self._media(medium, scenes)]
-        described = _joined(paths, tasks.described(scenes))
-        self._records(f"{medium}_caption", described)
-        self._records(f"{medium}_qa", _joined(paths, tasks.questioned(scenes, self.rng)))
+    def _described(self, modality: str, scenes: list[Scene]) -> None:
+        """Captions of the scenes and questions about them; outside the test splits, also retrieval among them."""
+        paths = [{modality: path} for path in self._media(modality, scenes)]
+        captions = _merged(paths, tasks.caption_records(scenes))
+        self._records(f"{modality}_caption", captions)
+        self._records(f"{modality}_qa", _merged(paths, tasks.question_records(scenes, self.rng)))
         if self.split in ("train", "val"):
-            self._records(f"{medium}_retrieval", described)
+            self._records(f"{modality}_retrieval", captions)
 
-    def _galleries(self, medium: str, galleries: list[list[Scene]]) -> None:
+    def _galleries(self, modality: str, galleries: list[list[Scene]]) -> None:
         records = []
         for i, scenes in enumerate(galleries):
-            paths = self._media(f"{medium}-gallery{i}", scenes)
-            records += _joined([{medium: path, "gallery": str(i)} for path in paths], tasks.described(scenes))
-        self._records(f"{medium}_retrieval", records)
+            paths = self._media(f"{modality}-gallery{i}", scenes)
+            records += _merged([{modality: path, "gallery": str(i)} for path in paths], tasks.caption_records(scenes))
+        self._records(f"{modality}_retrieval", records)
 
     def _shown(self, task: str, shown: list[tasks.Shown]) -> None:
-        """Records with media of their own."""
+        """Records with their own media: one image or clip, two images, or none."""
         paths = iter(self._media(task, [scene for _, scenes in shown for scene in scenes]))
         records = []
         for record, scenes in shown:
             own = [next(paths) for _ in scenes]
-            medium = "video" if task == "video_classification" else "image"
-            records.append(({"images": own} if len(own) == 2 else {medium: own[0]}) | record)
+            media = {} if not own else {"images": own} if len(own) == 2 else {TASKS[task].modality: own[0]}
+            records.append(media | record)
         self._records(task, records)
 
     def _media(self, name: str, scenes: Sequence[Scene]) -> list[str]:
-        """Draws the scenes into files named after `name`, and returns their paths relative to the root."""
+        """Draw the scenes into files named after `name`. Returns their paths, relative to the root."""
         ink = self.strokes[[thing.stroke for scene in scenes for thing in scene.things]]
         (self.root / "media" / self.split).mkdir(parents=True, exist_ok=True)
         paths, start = [], 0
@@ -131,34 +131,33 @@ class SplitWriter:
         (self.root / f"{task}.{self.split}.jsonl").write_text(lines, encoding="utf-8", newline="\n")
 
 
-def _joined(ones: Sequence[dict], others: Sequence[dict]) -> list[dict]:
+def _merged(ones: Sequence[dict], others: Sequence[dict]) -> list[dict]:
     return [one | other for one, other in zip(ones, others, strict=True)]
 
 
 def png(frame: np.ndarray) -> bytes:
-    """Encodes palette indices (h, w) as a PNG of `PALETTE[frame]`."""
+    """Encode palette indices (h, w) as a PNG of `PALETTE[frame]`."""
     file = BytesIO()
     Image.fromarray(PALETTE[frame]).save(file, "PNG")
     return file.getvalue()
 
 
 def gif(frames: np.ndarray) -> bytes:
-    """Encodes palette indices (t, h, w), with h * w a multiple of 64, as a GIF that decodes to exactly
-    `PALETTE[frames]`, all t frames of it, and repeats for ever.
+    """Encode palette indices (t, h, w), with h * w a multiple of 64, as a GIF that repeats forever.
 
-    The pixels are stored, not compressed, which is far faster and still a valid GIF: of its 8-bit codes 0..127 are the
-    palette, 128 clears the decoder's dictionary and 129 ends. A clear before every 64 pixels keeps the dictionary too
-    small for longer codes to begin, so each code is one byte.
+    It decodes to exactly `PALETTE[frames]`, in t frames. Storing the pixels without compression is much faster, and the
+    file is still a valid GIF: of the 8-bit codes, 0 to 127 are the palette, 128 clears the decoder's dictionary, and
+    129 ends the data. The dictionary is cleared before every 64 pixels, so that every code stays one byte long.
     """
     t, h, w = frames.shape
     codes = np.full((t, h * w // 64, 65), 128, np.uint8)
     codes[:, :, 1:] = frames.reshape(t, -1, 64)
     palette = PALETTE.tobytes().ljust(3 * 128, b"\0")
-    parts = [b"GIF89a", struct.pack("<HHBBB", w, h, 0xF6, 0, 0), palette]  # 0xF6: a palette of 128 colours follows
-    parts.append(b"!\xff\x0bNETSCAPE2.0\x03\x01\0\0\0")  # repeat for ever
+    parts = [b"GIF89a", struct.pack("<HHBBB", w, h, 0xF6, 0, 0), palette]  # 0xF6: a palette of 128 colors follows
+    parts.append(b"!\xff\x0bNETSCAPE2.0\x03\x01\0\0\0")  # repeat forever
     for frame in codes:
         parts.append(struct.pack("<3sBHBB", b"!\xf9\x04", 0, FRAME_MILLISECONDS // 10, 0, 0))
-        parts.append(struct.pack("<sHHHHBB", b",", 0, 0, w, h, 0, 7))  # 7: colours have 7 bits, codes 8
+        parts.append(struct.pack("<sHHHHBB", b",", 0, 0, w, h, 0, 7))  # 7: colors have 7 bits, codes 8
         stream = frame.tobytes() + b"\x81"
         for start in range(0, len(stream), 255):
             block = stream[start: start + 255]
@@ -168,14 +167,14 @@ def gif(frames: np.ndarray) -> bytes:
 
 
 def write(out: Path | str, seed: int = 0, sizes: Sizes = Sizes()) -> Path:
-    """Writes the world into the new folder `out` and returns it. Equal seeds and sizes give equal bytes.
+    """Write the world into the new folder `out`, and return that folder. Equal seeds and sizes give equal bytes.
 
-    The files are written aside and moved into place when complete, so `out` is never half a world.
-    Raises FileExistsError if `out` is there and not empty.
+    The files are written to a temporary folder, which is renamed to `out` when it is complete.
+    Raises FileExistsError if `out` exists and is not an empty folder.
     """
     out = Path(out).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} is there already and not an empty folder: remove it or choose another")
+        raise FileExistsError(f"{out} exists and is not an empty folder; remove it or choose another one")
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}")
     aside.mkdir()
@@ -195,7 +194,7 @@ def write(out: Path | str, seed: int = 0, sizes: Sizes = Sizes()) -> Path:
 
 
 def about(seed: int, sizes: Sizes) -> dict:
-    """What `about.json` says: what was written, and what was kept apart."""
+    """The contents of `about.json`: what was written, and what is kept apart."""
     return {
         "name": NAME,
         "version": VERSION,
@@ -203,27 +202,28 @@ def about(seed: int, sizes: Sizes) -> dict:
         "sizes": asdict(sizes),
         "image_size": IMAGE_SIZE,
         "frames": FRAMES,
-        "colours": COLOURS,
+        "colours": COLORS,
         "strokes": STROKES,
         "held_out": {
-            axis: [f"{c} {d}" for d in range(len(DIGITS)) for c in COLOURS if held_out(axis, d, c)] for axis in AXES
+            axis: [f"{c} {d}" for d in range(len(DIGITS)) for c in COLORS if held_out(axis, d, c)] for axis in AXES
         },
     }
 
 
 def ensure(root: Path | str | None = None, seed: int = 0) -> Path:
-    """The folder of the default world, written first if it is not there.
+    """The folder of the default world, which is written first if it does not exist.
 
-    `root` is that folder; by default it is `tiny-v3-seed0` (after the version and the seed) in the cache folder:
-    MPLUG2_CACHE, else mplug2 under XDG_CACHE_HOME, else ~/.cache/mplug2. Processes may race: the first to finish wins.
-    Raises ValueError if `root` holds the world of another version or seed, FileExistsError if it holds something else.
+    `root` is that folder. By default it is `tiny-v3-seed0` (named after the version and the seed) in the cache folder:
+    MPLUG2_CACHE, else mplug2 in XDG_CACHE_HOME, else ~/.cache/mplug2. Several processes may call this at once: the
+    first one to finish provides the folder.
+    Raises ValueError if `root` has the world of another version or seed, and FileExistsError if it has something else.
     """
     root = _cache() / f"tiny-v{VERSION}-seed{seed}" if root is None else Path(root)
     if not (root / "about.json").exists():
         try:
             return write(root, seed)
         except OSError:
-            if not (root / "about.json").exists():  # else another process was faster
+            if not (root / "about.json").exists():  # otherwise another process was faster
                 raise
     found = json.loads((root / "about.json").read_text(encoding="utf-8"))
     for key, expected in (("name", NAME), ("version", VERSION), ("seed", seed)):
