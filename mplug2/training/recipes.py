@@ -92,7 +92,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 def recipe_table() -> str:
-    """The recipes as the table of the README."""
+    """The recipes as the table of docs/recipes.md."""
     lines = ["| recipe | data | task | metric | settings from | lr / vision | epochs | batch | paper, not run here |",
              "|---|---|---|---|---|---|---|---|---|"]
     for name, recipe in RECIPES.items():
