@@ -1,6 +1,6 @@
-"""Mock downloads of the public data sets: the published files, field by field, with one or two entries and tiny media.
+"""Mock downloads of public data sets: all fields of the published files, with one or two entries and tiny media.
 
-`make(name, root)` writes a download and returns what the adapter should find: {(task, split): [fields, ...]}.
+`make(name, root)` writes a download and returns the expected records: {(task, split): [fields, ...]}.
 """
 
 import csv
@@ -16,24 +16,24 @@ from PIL import Image
 
 
 @cache
-def clip_bytes() -> bytes:
+def video_bytes() -> bytes:
     """A small video of eight frames."""
     frames = np.random.default_rng(0).integers(0, 255, (8, 16, 16, 3), dtype=np.uint8)
     return iio.imwrite("<bytes>", frames, plugin="pyav", extension=".mp4", codec="libx264", fps=8)
 
 
-def clip(path: Path) -> None:
+def write_video(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(clip_bytes())
+    path.write_bytes(video_bytes())
 
 
-def gif(path: Path) -> None:
+def write_gif(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green", "blue")]
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "green", "blue")]
     frames[0].save(path, save_all=True, append_images=frames[1:])
 
 
-def picture(path: Path, size: tuple[int, int] = (12, 8)) -> None:
+def write_image(path: Path, size: tuple[int, int] = (12, 8)) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(len(path.name)).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
     Image.fromarray(noise).save(path, "PNG" if path.suffix == ".png" else "JPEG")
@@ -59,7 +59,7 @@ def rows(path: Path, delimiter: str, *entries: list) -> None:
         path.write_text("".join(delimiter.join(map(str, entry)) + "\n" for entry in entries))
 
 
-# ---- clips -----------------------------------------------------------------------------------------------------------
+# ---- videos ----------------------------------------------------------------------------------------------------------
 
 
 def _msrvtt_info(entries: list[tuple[int, str, list[str]]]) -> dict:
@@ -86,7 +86,7 @@ def msrvtt_caption(root: Path) -> dict:
     found = {}
     for n, split, texts in MSRVTT + MSRVTT_TEST:
         folder = "TestVideo" if split == "test" else "TrainValVideo"
-        clip(root / folder / f"video{n}.mp4")
+        write_video(root / folder / f"video{n}.mp4")
         found["video_caption", "val" if split == "validate" else split] = [
             {"id": f"video{n}", "video": f"{folder}/video{n}.mp4", "captions": texts}
         ]
@@ -99,7 +99,7 @@ def msrvtt_retrieval(root: Path, train: str = "MSRVTT_train.9k.csv") -> dict:
     rows(root / "MSRVTT_JSFUSION_test.csv", ",", ["key", "vid_key", "video_id", "sentence"],
          ["ret0", "msr2", "video2", "a woman cooks, quickly"])
     for n in range(3):
-        clip(root / "videos" / "all" / f"video{n}.mp4")
+        write_video(root / "videos" / "all" / f"video{n}.mp4")
     return {
         ("video_retrieval", "train"): [
             {"id": f"video{n}", "video": f"videos/all/video{n}.mp4", "captions": texts} for n, _, texts in MSRVTT
@@ -120,7 +120,7 @@ def msrvtt_qa(root: Path) -> dict:
         dump(root / f"{split}_qa.json", [
             {"answer": "cat", "category_id": 7, "id": 40 + n, "question": "what plays?", "video_id": n}
         ])
-        clip(root / f"video{n}.mp4")
+        write_video(root / f"video{n}.mp4")
         found["video_qa", split] = [{
             "id": str(40 + n), "video": f"video{n}.mp4", "qa": [{"question": "what plays?", "answers": ["cat"]}],
         }]
@@ -132,12 +132,12 @@ MSVD = {"train": "-4wsuPCjDBc_5_15", "val": "04Gt01vatkk_248_265", "test": "04Gt
 
 def _msvd(root: Path, task: str) -> dict:
     (root / "AllVideoDescriptions.txt").write_text(
-        "# the descriptions of all clips\n\n"
+        "# the descriptions of all videos\n\n"
         + "".join(f"{name} a squirrel eats\n{name} an animal is eating\n" for name in MSVD.values())
     )
     for split, name in MSVD.items():
         (root / f"{split}_list.txt").write_text(f"{name}\n")
-        clip(root / "YouTubeClips" / f"{name}.avi")
+        write_video(root / "YouTubeClips" / f"{name}.avi")
     return {
         (task, split): [{"id": name, "video": f"YouTubeClips/{name}.avi",
                          "captions": ["a squirrel eats", "an animal is eating"]}]
@@ -158,7 +158,7 @@ def msvd_qa(root: Path) -> dict:
     found = {}
     for n, (split, name) in enumerate(MSVD.items(), start=1):
         dump(root / f"{split}_qa.json", [{"answer": "eat", "id": n, "question": "what does it do?", "video_id": n}])
-        clip(root / f"{name}.avi")
+        write_video(root / f"{name}.avi")
         found["video_qa", split] = [{
             "id": str(n), "video": f"{name}.avi", "qa": [{"question": "what does it do?", "answers": ["eat"]}],
         }]
@@ -169,7 +169,7 @@ def tgif_qa(root: Path) -> dict:
     header = ["gif_name", "question", "answer", "type", "vid_id", "key", "description"]
     found = {}
     for split, kind, name in (("train", 2, "color"), ("test", 1, "number")):
-        gif(root / "gifs" / f"tumblr_{split}_400.gif")
+        write_gif(root / "gifs" / f"tumblr_{split}_400.gif")
         rows(root / f"{split.title()}_frameqa_question.csv", "\t", header,
              [f"tumblr_{split}_400", "how many dogs ?", "two", kind, "FRAMEQA3", 25889, "two dogs ."])
         found["video_qa", split] = [{
@@ -188,7 +188,7 @@ def didemo(root: Path) -> dict:
              "num_segments": 6, "times": [[0, 0], [0, 0]], "video": name}
             for k, text in enumerate(("a dog runs", "the dog stops"))
         ])
-        clip(root / "videos" / name.replace(".mov", ".mp4"))
+        write_video(root / "videos" / name.replace(".mov", ".mp4"))
         found["video_retrieval", split] = [{
             "id": name, "video": f"videos/{name.replace('.mov', '.mp4')}", "captions": ["a dog runs the dog stops"],
         }]
@@ -203,7 +203,7 @@ def lsmdc(root: Path) -> dict:
         key = f"000{n}_American_Beauty_00.00.51.926-00.00.54.129"
         times = ["00.00.51.926", "00.00.54.129", "00.00.51.815", "00.00.54.400"]
         rows(root / name, "\t", [key, *times, 'SOMEONE says "no".'], [key, *times, "He sits."])
-        clip(root / f"000{n}_American_Beauty" / f"{key}.avi")
+        write_video(root / f"000{n}_American_Beauty" / f"{key}.avi")
         found["video_retrieval", split] = [{
             "video": f"000{n}_American_Beauty/{key}.avi", "captions": [text], "positive_id": key,
         } for text in ('SOMEONE says "no".', "He sits.")]
@@ -215,7 +215,7 @@ def webvid(root: Path) -> dict:
     for n, split in enumerate(("train", "val")):
         rows(root / f"results_2M_{split}.csv", ",", ["videoid", "contentUrl", "duration", "page_dir", "name"],
              [2127 + n, "https://example.org/v.mp4", "PT00H00M15S", "006001_006050", "A boat, seen from above"])
-        clip(root / "videos" / "006001_006050" / f"{2127 + n}.mp4")
+        write_video(root / "videos" / "006001_006050" / f"{2127 + n}.mp4")
         found["video_caption", split] = [{
             "id": str(2127 + n), "video": f"videos/006001_006050/{2127 + n}.mp4",
             "captions": ["A boat, seen from above"],
@@ -229,7 +229,7 @@ def kinetics(root: Path) -> dict:
         name = f"-3B32lodo2M{split}_000059_000069"
         rows(root / file, ",", ["label", "youtube_id", "time_start", "time_end", "split"],
              ["air drumming", f"-3B32lodo2M{split}", 59, 69, split])
-        clip(root / split / "air drumming" / f"{name}.mp4")
+        write_video(root / split / "air drumming" / f"{name}.mp4")
         found["video_classification", split] = [{
             "id": name, "video": f"{split}/air drumming/{name}.mp4", "label": "air drumming",
         }]
@@ -244,7 +244,7 @@ def ssv2(root: Path) -> dict:
             "id": str(78687 + n), "label": "holding potato", "template": "Holding [something]",
             "placeholders": ["potato"],
         }])
-        clip(root / "20bn-something-something-v2" / f"{78687 + n}.webm")
+        write_video(root / "20bn-something-something-v2" / f"{78687 + n}.webm")
         found["video_classification", split] = [{
             "id": str(78687 + n), "video": f"20bn-something-something-v2/{78687 + n}.webm",
             "label": "Holding something",
@@ -256,8 +256,8 @@ def mplug2_caption(root: Path) -> dict:
     lines(root / "train.jsonl", {"video_id": "video0", "caption": "a cat plays"},
           {"video_id": "video0", "caption": "a cat"})
     lines(root / "test.jsonl", {"video_id": "video1", "golden_captions": ["two men talk", "men talk"]})
-    clip(root / "video0.mp4")
-    clip(root / "video1.avi")
+    write_video(root / "video0.mp4")
+    write_video(root / "video1.avi")
     return {
         ("video_caption", "train"): [{"id": "video0", "video": "video0.mp4", "captions": ["a cat plays", "a cat"]}],
         ("video_caption", "test"): [{"id": "video1", "video": "video1.avi", "captions": ["two men talk", "men talk"]}],
@@ -268,7 +268,7 @@ def mplug2_qa(root: Path) -> dict:
     found = {}
     for split in ("train", "test"):
         lines(root / f"{split}.jsonl", {"video_id": split, "question": "what?", "answer": "cat"})
-        clip(root / f"{split}.mp4")
+        write_video(root / f"{split}.mp4")
         found["video_qa", split] = [{"video": f"{split}.mp4", "qa": [{"question": "what?", "answers": ["cat"]}]}]
     return found
 
@@ -276,8 +276,8 @@ def mplug2_qa(root: Path) -> dict:
 def mplug2_retrieval(root: Path) -> dict:
     lines(root / "train.jsonl", {"clip_name": "video0", "caption": "a cat plays"})
     lines(root / "test.jsonl", {"video": "video1.mp4", "caption": ["two men talk"]})
-    clip(root / "video0.mp4")
-    clip(root / "video1.mp4")
+    write_video(root / "video0.mp4")
+    write_video(root / "video1.mp4")
     return {
         ("video_retrieval", "train"): [{"video": "video0.mp4", "captions": ["a cat plays"], "positive_id": "video0"}],
         ("video_retrieval", "test"): [
@@ -285,7 +285,7 @@ def mplug2_retrieval(root: Path) -> dict:
     }
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------
+# ---- images ----------------------------------------------------------------------------------------------------------
 
 
 def _karpathy(root: Path, coco: bool) -> dict:
@@ -301,7 +301,7 @@ def _karpathy(root: Path, coco: bool) -> dict:
         }
         path = f"{year}/{name}" if coco else f"flickr30k-images/{name}"
         images.append(entry | ({"filepath": year, "cocoid": 100 + n} if coco else {}))
-        picture(root / path)
+        write_image(root / path)
         for task in ("image_caption", "image_retrieval"):
             found.setdefault((task, "train" if split == "restval" else split), []).append(
                 {"id": str(100 + n if coco else n), "image": path, "captions": texts}
@@ -320,17 +320,17 @@ def flickr30k(root: Path) -> dict:
 
 
 def nocaps(root: Path) -> dict:
-    def image(n: int) -> dict:
+    def entry(n: int) -> dict:
         return {"id": n, "open_images_id": f"00{n}", "coco_url": "", "license": 0, "width": 12, "height": 8,
                 "file_name": f"00{n}.jpg", "date_captured": "2018-11-06 11:04:33", "domain": "near-domain"}
 
     dump(root / "nocaps_val_4500_captions.json", {
-        "licenses": [], "info": {}, "images": [image(1)],
+        "licenses": [], "info": {}, "images": [entry(1)],
         "annotations": [{"image_id": 1, "id": k, "caption": f"a baby {k}"} for k in range(2)],
     })
-    dump(root / "nocaps_test_image_info.json", {"licenses": [], "info": {}, "images": [image(2)]})
-    picture(root / "validation" / "001.jpg")
-    picture(root / "test" / "002.jpg")
+    dump(root / "nocaps_test_image_info.json", {"licenses": [], "info": {}, "images": [entry(2)]})
+    write_image(root / "validation" / "001.jpg")
+    write_image(root / "test" / "002.jpg")
     return {
         ("image_caption", "val"): [{"id": "1", "image": "validation/001.jpg", "captions": ["a baby 0", "a baby 1"]}],
         ("image_caption", "test"): [{"id": "2", "image": "test/002.jpg", "unlabelled": True}],
@@ -347,7 +347,7 @@ def visual_genome(root: Path) -> dict:
         {"id": 2, "qas": [{"a_objects": [], "question": "What color?", "image_id": 2, "qa_id": 9, "answer": "Green.",
                            "q_objects": []}]},
     ])
-    picture(root / "VG_100K_2" / "2.jpg")
+    write_image(root / "VG_100K_2" / "2.jpg")
     return {
         ("image_caption", "train"): [{"id": "2", "image": "VG_100K_2/2.jpg", "captions": ["a clock"]}],
         ("image_qa", "train"): [{"id": "2", "image": "VG_100K_2/2.jpg",
@@ -359,7 +359,7 @@ def cc3m(root: Path) -> dict:
     rows(root / "Train_GCC-training.tsv", "\t", ['a "quoted" tree', "http://e.org/1"], ["a road", "http://e.org/2"])
     rows(root / "Validation_GCC-1.1.0-Validation.tsv", "\t", ["a hill", "http://e.org/3"])
     for path in ("train/00000/000000000.jpg", "train/00000/000000001.jpg", "val/00000/000000000.jpg"):
-        picture(root / path)
+        write_image(root / path)
     return {
         ("image_caption", "train"): [{"image": "train/00000/000000000.jpg", "captions": ['a "quoted" tree']},
                                      {"image": "train/00000/000000001.jpg", "captions": ["a road"]}],
@@ -369,15 +369,15 @@ def cc3m(root: Path) -> dict:
 
 def cc12m(root: Path) -> dict:
     rows(root / "cc12m.tsv", "\t", ["url", "caption"], ["http://e.org/1", "a tree"])
-    picture(root / "00000" / "000000000.jpg")
+    write_image(root / "00000" / "000000000.jpg")
     return {("image_caption", "train"): [{"image": "00000/000000000.jpg", "captions": ["a tree"]}]}
 
 
 def sbu(root: Path) -> dict:
     (root / "SBU_captioned_photo_dataset_urls.txt").write_text("http://e.org/1\nhttp://e.org/2\n")
     (root / "SBU_captioned_photo_dataset_captions.txt").write_text("a tree\na road\n")
-    picture(root / "000000000.jpg")
-    picture(root / "000000001.jpg")
+    write_image(root / "000000000.jpg")
+    write_image(root / "000000001.jpg")
     return {("image_caption", "train"): [{"image": "000000000.jpg", "captions": ["a tree"]},
                                          {"image": "000000001.jpg", "captions": ["a road"]}]}
 
@@ -391,7 +391,7 @@ def vqav2(root: Path) -> dict:
             "questions": [{"image_id": number, "question": "Is it red?", "question_id": number * 1000}],
         })
         image = f"COCO_{year.replace('-dev', '')}_{number:012d}.jpg"
-        picture(root / year.replace("-dev", "") / image)
+        write_image(root / year.replace("-dev", "") / image)
         question = {"question": "Is it red?"}
         if labelled:
             answers = ["yes"] * 9 + ["no"]
@@ -413,7 +413,7 @@ def vqav2(root: Path) -> dict:
 
 def snli_ve(root: Path) -> dict:
     found = {}
-    picture(root / "flickr30k-images" / "4705552913.jpg")
+    write_image(root / "flickr30k-images" / "4705552913.jpg")
     for split, name in (("train", "train"), ("val", "dev"), ("test", "test")):
         lines(root / f"snli_ve_{name}.jsonl", {
             "annotator_labels": ["neutral"], "captionID": "4705552913.jpg#2", "gold_label": "neutral",
@@ -436,7 +436,7 @@ def nlvr2(root: Path) -> dict:
             "right_url": "", "synset": "boat", "query": "boats1", "identifier": f"{pair}-1",
         })
         for side in (0, 1):
-            picture(root / "images" / f"{pair}-img{side}.png")
+            write_image(root / "images" / f"{pair}-img{side}.png")
         found["image_pair_reasoning", split] = [{
             "id": f"{pair}-1", "text": "Two boats.", "label": "true",
             "images": [f"images/{pair}-img{side}.png" for side in (0, 1)],
@@ -448,7 +448,7 @@ def _refs(root: Path, refs: str, splits: tuple[str, ...]) -> dict:
     images, boxes, entries, found = [], [], [], {}
     for n, split in enumerate(splits):
         file = f"COCO_train2014_{n:012d}.jpg"
-        picture(root / "images" / file)
+        write_image(root / "images" / file)
         images.append({"license": 1, "file_name": file, "coco_url": "", "height": 8, "width": 12, "date_captured": "",
                        "flickr_url": "", "id": n})
         boxes.append({"segmentation": [], "area": 8, "iscrowd": 0, "image_id": n, "bbox": [3, 2, 6, 4],
@@ -484,7 +484,7 @@ def imagenet(root: Path) -> dict:
         found["image_classification", split] = []
         for folder, label in (("n01440764", "tench"), ("n02012849", "crane (n02012849)")):
             path = f"{split}/{folder}/ILSVRC2012_{split}_{folder}.JPEG"
-            picture(root / path)
+            write_image(root / path)
             found["image_classification", split].append({"image": path, "label": label})
     return found
 

@@ -1,13 +1,13 @@
-"""Public data sets from the command line: check a download, and write it as our JSONL files.
+"""Public data sets from the command line: check a download, and convert it to our JSONL files.
 
     python -m mplug2.data msrvtt_caption downloads/msrvtt
     python -m mplug2.data msrvtt_caption downloads/msrvtt --out data/msrvtt      # then: train.py --data data/msrvtt
 
-Counts by split stand beside the published ones; media that are missing or cannot be read are named; one sample of each
-task is drawn. --out writes one file a task and split and a link `media` to the download. Records whose media are not
-there are left out, and counted.
+The check prints the number of records of each split next to the published one, lists media that are missing or cannot
+be decoded, and draws one sample of each task. --out writes one file per task and split, and a link `media` to the
+download. Records with missing media are left out and counted.
 
-    python -m mplug2.data pack DIR OUT           # records of pre-training as tar shards, for train.py --data OUT
+    python -m mplug2.data pack DIR OUT           # pre-training records as tar shards, for train.py --data OUT
 """
 
 import argparse
@@ -32,8 +32,8 @@ def pack_command(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m mplug2.data pack", allow_abbrev=False)
     parser.add_argument("root", metavar="DIR", type=Path, help="folder with <task>.<split>.jsonl files")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder for the shards")
-    parser.add_argument("--split", default="train", help="which records (default train)")
-    parser.add_argument("--samples-per-shard", type=int, default=1000, help="samples of a tar (default 1000)")
+    parser.add_argument("--split", default="train", help="split to pack (default train)")
+    parser.add_argument("--samples-per-shard", type=int, default=1000, help="samples in each tar (default 1000)")
     given = parser.parse_args(arguments[1:])
     counts = pack(given.root, given.out, given.split, given.samples_per_shard)
     print(f"{given.out}: " + ", ".join(f"{count:,} {kind}" for kind, count in counts.items()))
@@ -45,13 +45,14 @@ def check_command(arguments: list[str]) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("name", metavar="NAME", help=f"the data set: {', '.join(ADAPTERS)}")
-    parser.add_argument("root", metavar="ROOT", type=Path, help="folder of the download, annotations and media")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="folder to write the JSONL files into")
-    parser.add_argument("--decode", type=int, default=32, help="media of each split to decode; 0: all (default 32)")
-    parser.add_argument("--picture", metavar="FILE", type=Path,
-                        help="where to draw the sample (default: NAME.png, in --out if given)")
+    parser.add_argument("root", metavar="ROOT", type=Path, help="folder of the download: annotations and media")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="folder for the JSONL files")
+    parser.add_argument("--decode", type=int, default=32,
+                        help="number of media files per split to decode; 0: all (default 32)")
+    parser.add_argument("--preview", metavar="FILE", type=Path,
+                        help="image file for one drawn sample per task (default: NAME.png, in --out if given)")
     given = parser.parse_args(arguments)
-    check_dataset(given.name, given.root, given.out, given.decode, given.picture)
+    check_dataset(given.name, given.root, given.out, given.decode, given.preview)
 
 
 if __name__ == "__main__":

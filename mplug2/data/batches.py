@@ -1,4 +1,11 @@
-"""Batches."""
+"""Batches: which samples each step sees (`MixedBatches`), and how they become tensors (`Collate`).
+
+All samples of a batch have the same type: `video`, `image` or `text` in pre-training, otherwise a task. All ranks have
+the same type at the same step, in proportion to given weights. A batch is a function of the step alone, so a resumed
+run sees what the uninterrupted run would have seen.
+
+Axes: `b` samples on this rank, `r` questions per sample, `l` text tokens.
+"""
 
 from collections.abc import Iterator, Mapping
 
@@ -12,71 +19,76 @@ from mplug2.tasks import BATCH_TYPES, PROMPTS
 
 
 class Collate:
-    """Items of one kind -> a batch of tensors, as the parts of the kind ask for:
+    """Turn items of one type (see `Samples`) into a batch of tensors. The fields of the type decide what is in it:
 
-        caption     caption_ids and caption_mask, to compare with vision
-        masked      the same, with masked_ids and masked
-        prompted    prompted_ids, prompted_mask, prompt_length and references (texts), to write captions
-        question    question_* and answer_*
-        text        text_ids and text_mask, that a label or a box is about
-        label       label: the number of the class `b`, or the number to predict
-        box         box, `b 4`
+        caption     caption_ids and caption_mask `b l`, to compare with vision
+        masked      masked_ids `b l` and masked_positions, for masked language modeling on the same captions
+        prompted    prompted_ids and prompted_mask `b l`, prompted_positions, prompt_length, and references (all
+                    captions, as text), for captioning
+        question    question_* and answer_*, each `(b r) l`
+        text        text_ids and text_mask `b l`: the text that a label or a box refers to
+        label       label `b`: the index of the class, or the number to predict
+        box         box `b 4`
 
-    `classes`: the names of the classes by task (`read_classes`; those of the model).
+    `classes` holds the class names of the model by task (`read_classes`).
     """
 
     def __init__(self, tokenizer: Tokenizer, classes: Mapping[str, tuple[str, ...]] = {}):
         self.tokenizer = tokenizer
-        self.numbers = {task: {name: i for i, name in enumerate(names)} for task, names in classes.items()}
+        self.class_index = {task: {name: i for i, name in enumerate(names)} for task, names in classes.items()}
 
     def __call__(self, items: list[dict]) -> dict:
-        kind = BATCH_TYPES[items[0]["kind"]]
-        parts = kind.fields
+        batch_type = BATCH_TYPES[items[0]["kind"]]
+        fields, modality = batch_type.fields, batch_type.modality
         batch = {
             "kind": items[0]["kind"],
-            "task": kind.task,
+            "task": batch_type.task,
             "source": [item["source"] for item in items],
             "errors": [error for item in items for error in item["errors"]],
             "positive_id": torch.tensor([item["positive_id"] for item in items]),
         }
-        if kind.modality != "text":
+        if modality != "text":
             batch["pixels"] = torch.stack([item["pixels"] for item in items])
         captions = [item.get("caption") for item in items]
-        if "caption" in parts and all(captions):
+        if "caption" in fields and all(captions):
             ids, mask = self.tokenizer.encode(captions)
             batch |= {"caption_ids": ids, "caption_mask": mask}
-            if "masked" in parts:
+            if "masked" in fields:
                 batch |= self.masked(ids, mask, np.stack([item["noise"] for item in items]))
-        if "prompted" in parts and kind.modality != "text" and all(captions):
-            prompt = PROMPTS[kind.modality]
+        if "prompted" in fields and modality != "text" and all(captions):
+            prompt = PROMPTS[modality]
             batch["prompted_ids"], batch["prompted_mask"] = self.tokenizer.encode([f"{prompt} {c}" for c in captions])
             prompt_length = 1 + self.tokenizer.encode([prompt], special=False)[0].shape[1]
             batch["prompted_positions"] = label_positions(batch["prompted_mask"], prompt_length)
             batch["prompt_length"] = prompt_length
             batch["references"] = [item["references"] for item in items]
-        if "text" in parts:
+        if "text" in fields:
             batch["text_ids"], batch["text_mask"] = self.tokenizer.encode([item["text"] for item in items])
-        if "label" in parts:
-            batch["label"] = torch.tensor([self.number(kind.task, item) for item in items])
-        if "box" in parts:
+        if "label" in fields:
+            batch["label"] = torch.tensor([self.label(batch_type.task, item) for item in items])
+        if "box" in fields:
             batch["box"] = torch.tensor([item["box"] for item in items])
-        if "question" in parts and all("questions" in item for item in items):
+        if "question" in fields and all("questions" in item for item in items):
             questions, answers = zip(*(pair for item in items for pair in item["questions"]))
             batch["question_ids"], batch["question_mask"] = self.tokenizer.encode(list(questions))
             batch["answer_ids"], batch["answer_mask"] = self.tokenizer.encode(list(answers))
             batch["answer_positions"] = label_positions(batch["answer_mask"])
         return batch
 
-    def number(self, task: str, item: dict) -> int | float:
-        """Of the class, or the number that is to be predicted. RecordError for a class that is not of the model's."""
-        numbers, label = self.numbers[task], item["label"]
-        if isinstance(label, float) == bool(numbers) or (numbers and label not in numbers):
-            expected = f"one of {', '.join(numbers)}" if numbers else "a number"
-            raise RecordError(f"{item['source']}: label {label!r}: this model was made for {expected}")
-        return numbers[label] if numbers else label
+    def label(self, task: str, item: dict) -> int | float:
+        """The index of the class, or the number to predict. RecordError for a class that the model does not have."""
+        index, label = self.class_index[task], item["label"]
+        if isinstance(label, float) == bool(index) or (index and label not in index):
+            expected = f"one of {', '.join(index)}" if index else "a number"
+            raise RecordError(f"{item['source']}: label {label!r}: the model expects {expected}; "
+                              "fix the label, or train a model with these classes")
+        return index[label] if index else label
 
     def masked(self, ids: Tensor, mask: Tensor, noise: np.ndarray) -> dict[str, Tensor]:
-        """15 % of the words, `b l`: of these 80 % become [MASK], 10 % a random token, 10 % stay. Source: BERT."""
+        """Choose 15 % of the words of `b l`; replace 80 % of them by [MASK], 10 % by a random token, keep 10 %.
+
+        `noise` holds the random numbers, `b 3 l` or longer. Source: BERT.
+        """
         tokenizer = self.tokenizer
         choose, how, which = torch.from_numpy(noise[:, :, : ids.shape[1]]).unbind(dim=1)
         masked = mask & (choose < 0.15) & (ids != tokenizer.cls) & (ids != tokenizer.sep)
@@ -86,10 +98,10 @@ class Collate:
 
 
 def label_positions(mask: Tensor, prompt_length: int = 1) -> Tensor:
-    """Of the predictions `b (l-1)` of the next tokens of texts with `mask` (`b l`), those that carry a loss, as
-    indices into `(b (l-1))`: neither padding nor the first `prompt_length` tokens, [CLS] and a prompt, are labels.
+    """Which next-token predictions `b (l-1)` carry a loss, as indices into the flattened `(b (l-1))`.
 
-    Found here, on the CPU: to look for them on a GPU would make the program wait for it.
+    `mask`, `b l`, marks the tokens that are not padding. Padding and the first `prompt_length` tokens ([CLS] and the
+    prompt) are never labels. This runs on the CPU: on a GPU the search would force a synchronization.
     """
     labels = mask[:, 1:].clone()
     labels[:, : prompt_length - 1] = False
@@ -97,21 +109,22 @@ def label_positions(mask: Tensor, prompt_length: int = 1) -> Tensor:
 
 
 def batch_schedule(weights: dict[str, float], steps: int) -> list[str]:
-    """The kind of each step: always the one that is furthest behind its share."""
-    whole, counts, kinds = sum(weights.values()), dict.fromkeys(weights, 0), []
+    """The batch type of each step: always the one that is furthest behind its share."""
+    total, counts, schedule = sum(weights.values()), dict.fromkeys(weights, 0), []
     for step in range(steps):
-        kind = max(weights, key=lambda name: weights[name] / whole * (step + 1) - counts[name])
+        kind = max(weights, key=lambda name: weights[name] / total * (step + 1) - counts[name])
         counts[kind] += 1
-        kinds.append(kind)
-    return kinds
+        schedule.append(kind)
+    return schedule
 
 
 class MixedBatches(torch.utils.data.Sampler):
-    """Keys (kind, epoch, index) of this process' share of every batch, from step `start` to step `steps`; if a step is
-    made of several micro-batches (`accumulate`), those of each of them.
+    """The sample keys (stream, epoch, index) of this rank's part of every batch, from step `start` to step `steps`.
 
-    Each kind runs through its samples in an order that is drawn anew every epoch. Process `rank` of `world` takes every
-    world-th sample of the global batch: where a step stands in the stream does not depend on the number of processes.
+    A stream is the samples of one batch type from one source (`stream_kind`). With gradient accumulation (`accumulate`)
+    each step yields that many micro-batches. Each stream runs through its samples in an order that is shuffled again
+    every epoch. Rank r of `world_size` takes every world_size-th sample of the global batch, so the position of a step
+    in a stream does not depend on the number of ranks.
     """
 
     def __init__(
@@ -127,7 +140,7 @@ class MixedBatches(torch.utils.data.Sampler):
         return (len(self.kinds) - self.start) * self.accumulate
 
     def turns(self) -> Iterator[tuple[str, int]]:
-        """Of each micro-batch its kind, and how many of that kind came before it, since step 0."""
+        """For each micro-batch: its stream, and how many micro-batches of that stream precede it since step 0."""
         counts = dict.fromkeys(self.sizes, 0)
         for step, kind in enumerate(self.kinds):
             for _ in range(self.accumulate):
@@ -141,10 +154,10 @@ class MixedBatches(torch.utils.data.Sampler):
             yield [self.key(kind, count * size + i) for i in range(self.rank, size, self.world_size)]
 
     def key(self, kind: str, position: int) -> tuple[str, int, int]:
-        """The sample at a position of the endless stream of one kind."""
-        epoch, place = divmod(position, self.sizes[kind])
-        if (kind, epoch) not in self.orders:
+        """The key of the sample at a position of the endless, shuffled stream."""
+        epoch, offset = divmod(position, self.sizes[kind])
+        if (kind, epoch) not in self.orders:  # keep the previous epoch: a batch may span both
             self.orders = {key: order for key, order in self.orders.items() if key[0] != kind or key[1] == epoch - 1}
             rng = np.random.default_rng((self.seed, *kind.encode(), epoch))
             self.orders[kind, epoch] = rng.permutation(self.sizes[kind])
-        return kind, epoch, int(self.orders[kind, epoch][place])
+        return kind, epoch, int(self.orders[kind, epoch][offset])

@@ -1,12 +1,4 @@
-"""From records to batches: what a training step of each kind sees, and in which order.
-
-A step has one kind of batch, the same on every process, in proportion to given weights: `video`, `image` or `text` in
-pre-training; else a kind is a task.
-Everything random about a sample (frames, caption, questions, masked words) comes from (seed, kind, epoch, index): a
-batch is a function of the step number alone, however many workers and processes there are.
-
-Axes: b samples of this process, r questions a sample, t frames, l text tokens, y classes.
-"""
+"""Loader: runs `Samples` and `Collate` in worker processes, or, without workers, in one thread ahead of training."""
 
 import atexit
 import gc
@@ -23,8 +15,9 @@ from mplug2.data.samples import Samples
 
 
 def make_loader(dataset: Samples, batches: MixedBatches, collate: Collate, workers: int, pin: bool) -> DataLoader:
-    # A generator of its own: else every new loader would draw from torch's, and a resumed run would go on with other
-    # random numbers than the run that never stopped.
+    """A DataLoader over `batches`. `pin` puts the tensors into pinned memory, for faster copies to a GPU."""
+    # The loader gets a generator of its own. Otherwise it would draw from torch's global generator, and a resumed run,
+    # which creates its loader again, would continue with other random numbers than an uninterrupted run.
     return DataLoader(
         dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin,
         prefetch_factor=4 if workers else None, generator=torch.Generator(), worker_init_fn=start_worker,
@@ -32,29 +25,31 @@ def make_loader(dataset: Samples, batches: MixedBatches, collate: Collate, worke
 
 
 def start_worker(_: int) -> None:
-    """imageio collects garbage whenever it closes a video: what is there at the start need not be looked at again.
+    """Prepare a worker process.
 
-    Signals that ask the run to stop reach its workers too: they go on until the training process has what it needs, and
-    end with it."""
+    Freezing the garbage collector makes collections cheap: imageio collects at every close of a video. Workers ignore
+    SIGINT and SIGTERM, which reach the whole process group: the training process needs its batches until it has saved
+    a checkpoint, and the workers end with it.
+    """
     gc.freeze()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 def prefetch(batches: Iterable[dict]) -> Iterator[dict]:
-    """Each batch is made by a thread while the one before it is used: what workers do, where there are none."""
-    coming = iter(batches)
+    """Compute each batch in a thread while the previous one is in use. This replaces workers where there are none."""
+    batches = iter(batches)
     with ThreadPoolExecutor(1) as thread:
-        made = thread.submit(next, coming, None)
-        while (batch := made.result()) is not None:
-            made = thread.submit(next, coming, None)
+        pending = thread.submit(next, batches, None)
+        while (batch := pending.result()) is not None:
+            pending = thread.submit(next, batches, None)
             yield batch
 
 
 @atexit.register
 def end_workers() -> None:
-    """Python ends what workers are left when it exits by SIGTERM, which they do not hear: it would wait for ever."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call it a fault
+    """Kill the workers that are left when Python exits. Python would send them SIGTERM, which they ignore, and wait."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report the killed workers as an error
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()

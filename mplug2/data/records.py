@@ -1,13 +1,14 @@
-"""Records: what a data set says about its media, one JSON object a line.
+"""Records: the JSONL format of a data set, one JSON object per line.
 
-A data set is a folder with one file a task and split, `<task>.<split>.jsonl`, such as `video_caption.train.jsonl`, and
-the pictures and clips that the lines name, relative to that folder:
+A data set is a folder with one file per task and split, `<task>.<split>.jsonl`, such as `video_caption.train.jsonl`,
+and the images and videos that the lines name, relative to that folder:
 
     {"video": "clips/0001.gif", "captions": ["a red three moves left", "a three, red, goes to the left"]}
 
-`mplug2.tasks` lists the fields that each task must have; `OPTIONAL_FIELDS` may stand in any line.
-Reading is strict: a field that is missing, misspelt or of the wrong type stops it, at once, with the file and the line.
-The media are not looked at here: a picture that does not exist is reported when it is decoded (`media.py`).
+`mplug2.tasks` lists the fields that each task requires; any line may also have the fields in `OPTIONAL_FIELDS`.
+
+Reading is strict: a field that is missing, misspelled or of the wrong type is an error that names the file, the line
+and the field. The media are not opened here: an image that does not exist is reported when it is decoded.
 """
 
 import difflib
@@ -25,43 +26,50 @@ from typing import Any, NoReturn
 from mplug2.tasks import RECORD_FIELDS, TASKS
 
 OPTIONAL_FIELDS: tuple[str, ...] = ("id", "positive_id", "unlabelled")
-"""Fields that a line of any task may have."""
+"""Fields that a line of any task may have.
+
+`positive_id`: records with equal values are positives of each other: their texts and media have the same meaning. VTC
+and VTM never use them as negatives, and retrieval counts each as a correct answer for the other. The default is the
+record's `id`, so that a record is its own only positive. Older files spell this field `meaning`, which is still read.
+"""
 
 TRUTH_FIELDS: tuple[str, ...] = ("captions", "label", "box")
-"""Fields, beside the answers of questions, that a line with `"unlabelled": true` does without: its truth is kept by the
-server of a benchmark. It can be predicted, but neither trained on nor scored."""
+"""Fields, in addition to the answers of questions, that a line with `"unlabelled": true` may leave out.
+
+Benchmarks keep the labels of their test sets on a server. Such a record can be predicted, but not trained on or scored.
+"""
 
 FILE_NAME = re.compile(r"([a-z_]+)\.([A-Za-z0-9_-]+)\.jsonl")
-BOX_SLACK = 1e-3  # how far a box may stick out of its image, in image sizes: what rounding to three digits can cause
+BOX_SLACK = 1e-3  # how far a box may reach outside its image, in image sizes: rounding to three digits causes this much
 
 
 class RecordError(ValueError):
-    """A line of a data file is not a record. The message names file, line and field, what was found and expected."""
+    """A line of a data file is not a valid record. The message names file, line, field, and what was expected."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question about a picture or clip."""
+    """One question about an image or a video."""
 
     question: str
     answers: tuple[str, ...]
-    """Every answer that counts as right; at least one, unless unlabelled. Repeats are kept: they are votes."""
+    """All correct answers; at least one, unless the record is unlabelled. Repeated answers are kept: they are votes."""
     kind: str | None = None
-    """What is asked for ("colour", "order", ...), to score each kind by itself."""
+    """The kind of the question ("colour", "order", ...); accuracy is also reported for each kind."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """One line of a data file. What its task does not have is None, or () for the fields that are lists."""
+    """One line of a data file. Fields that its task does not have are None, or () for lists."""
 
     id: str
-    """Unique in its file. The default is "<file name>:<line>", so that it does not depend on where the folder lies."""
+    """Unique in its file. The default is "<file name>:<line>", which does not depend on the location of the folder."""
     positive_id: str
-    """Records of equal meaning are positives of each other. The default is `id`: equal to no other."""
+    """Records with equal values are positives of each other; see `OPTIONAL_FIELDS`."""
     source: str
     """"<file path>:<line>", for messages."""
     image: Path | None = None
-    """Absolute, like every path of a record."""
+    """Absolute, like all paths of a record."""
     video: Path | None = None
     images: tuple[Path, ...] = ()
     """Two images."""
@@ -72,20 +80,20 @@ class Record:
     texts: tuple[str, ...] = ()
     """Two texts."""
     label: str | float | None = None
-    """The name of a class; or, for text, a number to be predicted (regression)."""
+    """The name of a class, or, for text tasks, a number to predict (regression)."""
     box: tuple[float, float, float, float] | None = None
-    """Centre x, centre y, width and height, in widths and heights of the image: 0 to 1 from its top left corner."""
+    """Center x, center y, width and height, as fractions of the image size, from its top left corner."""
     gallery: str | None = None
-    """In retrieval tasks: records of the same value are ranked against each other; the default is "all"."""
+    """Retrieval ranks the records with the same value against each other. The default is "all"."""
     unlabelled: bool = False
-    """Whether the truth is left out."""
+    """Whether the label, captions, box or answers are left out."""
 
 
 def read_records(root: Path | str, task: str, split: str) -> list[Record]:
-    """Read `root/<task>.<split>.jsonl`: the records, in the order of the file. Blank lines are passed over.
+    """Read the records of `root/<task>.<split>.jsonl`, in the order of the file. Blank lines are skipped.
 
-    Raises RecordError for a line that is not a record of the task and for a file without any, ValueError for an unknown
-    task, and FileNotFoundError, with a list of what there is, if there is no such file.
+    Raises RecordError for a line that is not a record of the task and for a file without records, ValueError for an
+    unknown task, and FileNotFoundError, which lists the existing files, for a missing file.
     """
     if task not in RECORD_FIELDS:
         hint = _did_you_mean(task, RECORD_FIELDS)
@@ -94,7 +102,7 @@ def read_records(root: Path | str, task: str, split: str) -> list[Record]:
     path = root / f"{task}.{split}.jsonl"
     if not path.is_file():
         raise FileNotFoundError(
-            f"no file {path.name} in {root}: split {split!r} of task {task!r} is not there. The folder has:\n"
+            f"{path} does not exist: no split {split!r} of task {task!r}. The folder has:\n"
             + "\n".join(f"  {t}.{s}.jsonl" for t, splits in available(root).items() for s in splits)
         )
     parsers = {unlabelled: _field_parsers(root, task, unlabelled) for unlabelled in (False, True)}
@@ -107,41 +115,41 @@ def read_records(root: Path | str, task: str, split: str) -> list[Record]:
             record = _parse_line(f"{path}:{number}", f"{path.name}:{number}", line, task, parsers)
             if record.id in lines_by_id:
                 first = lines_by_id[record.id]
-                _fail(f"{record.source}: id", record.id, f"an id that line {first} does not have already")
+                _fail(f"{record.source}: id", record.id, f"a unique id, but line {first} has it too")
             lines_by_id[record.id] = number
             records.append(record)
     if not records:
-        raise RecordError(f"{path}: expected one JSON object a line, found no line at all; fill the file or remove it")
+        raise RecordError(f"{path} is empty: expected one JSON object per line; add lines, or remove the file")
     return records
 
 
 def available(root: Path | str) -> dict[str, list[str]]:
-    """The splits that the folder `root` has of each task, tasks in the order of `RECORD_FIELDS`, splits by name.
+    """The splits of each task in the folder `root`: tasks in the order of `RECORD_FIELDS`, splits sorted by name.
 
-    Files that are not named `<task>.<split>.jsonl` are passed over. Raises FileNotFoundError if no file is, or if the
-    folder does not exist.
+    Files that are not named `<task>.<split>.jsonl` are ignored. Raises FileNotFoundError if the folder does not exist
+    or has no such file.
     """
     root = Path(root)
     if not root.is_dir():
-        raise FileNotFoundError(f"{root} is not a folder; expected one with files named <task>.<split>.jsonl")
+        raise FileNotFoundError(f"{root} is not a folder: expected one with files named <task>.<split>.jsonl")
     matches = [match for match in map(FILE_NAME.fullmatch, sorted(os.listdir(root))) if match]
     splits = {task: [match[2] for match in matches if match[1] == task] for task in RECORD_FIELDS}
     found = {task: names for task, names in splits.items() if names}
     if not found:
         raise FileNotFoundError(
-            f"no file in {root} is named <task>.<split>.jsonl, such as video_caption.train.jsonl; "
+            f"{root} has no data: expected files named <task>.<split>.jsonl, such as video_caption.train.jsonl; "
             f"the tasks are {_listing(RECORD_FIELDS)}"
         )
     return found
 
 
 def has_gallery(task: str) -> bool:
-    """Whether the lines of a task may name their gallery: whether the task ranks."""
+    """Whether the lines of a task may have a `gallery`: retrieval tasks only."""
     return task in TASKS and TASKS[task].output == "ranking"
 
 
 def _labels(task: str) -> tuple[tuple[str, ...], bool]:
-    """The labels that a task fixes, if it does, and whether they may be numbers."""
+    """The labels that a task allows (() for any), and whether a label may be a number."""
     return (TASKS[task].labels, TASKS[task].number_labels) if task in TASKS else ((), False)
 
 
@@ -152,11 +160,11 @@ def _parse_line(
         fields = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or brackets nested thousands deep
         raise RecordError(
-            f"{source}: expected one JSON object in UTF-8, found {_short(line.decode(errors='replace'))}: {error}"
+            f"{source}: found {_short(line.decode(errors='replace'))}; expected one JSON object in UTF-8 ({error})"
         ) from error
     if not isinstance(fields, dict):
         _fail(source, fields, "a JSON object")
-    if "meaning" in fields:  # how `positive_id` was spelled before
+    if "meaning" in fields:  # the old spelling of `positive_id`
         fields.setdefault("positive_id", fields.pop("meaning"))
     unlabelled = fields.get("unlabelled") is True
     needed = tuple(name for name in RECORD_FIELDS[task] if not (unlabelled and name in TRUTH_FIELDS))
@@ -170,7 +178,7 @@ def _parse_line(
 
 
 def _field_parsers(root: Path, task: str, unlabelled: bool) -> dict[str, Callable[[str, Any], Any]]:
-    """How each field of the task's lines is checked: (where it stands, JSON value) -> value in the record."""
+    """The parser of each field of the task's lines: (place for messages, JSON value) -> value in the record."""
     path = partial(_path, root)
     parsers = {
         "id": _string,
@@ -199,7 +207,7 @@ def _check_names(source: str, owner: str, fields: dict, required: tuple[str, ...
             )
     for name in required:
         if name not in fields:
-            raise RecordError(f"{source}: field {name!r} is missing; {owner} needs {_listing(required)}")
+            raise RecordError(f"{source}: field {name!r} is missing; {owner} requires {_listing(required)}")
 
 
 def _string(at: str, value: Any) -> str:
@@ -231,7 +239,7 @@ def _path(root: Path, at: str, value: Any) -> Path:
 
 def _true(at: str, value: Any) -> bool:
     if value is not True:
-        _fail(at, value, "true; leave the field out otherwise")
+        _fail(at, value, "true, or no such field")
     return value
 
 
@@ -264,16 +272,16 @@ def _label(labels: tuple[str, ...], numbers: bool, at: str, value: Any) -> str |
 def _box(at: str, value: Any) -> tuple[float, float, float, float]:
     numbers = value if isinstance(value, list) and len(value) == 4 else ()
     if not numbers or any(isinstance(n, bool) or not isinstance(n, int | float) or not 0 <= n <= 1 for n in numbers):
-        _fail(at, value, "[centre x, centre y, width, height], four numbers from 0 to 1")
+        _fail(at, value, "[center x, center y, width, height], four numbers from 0 to 1")
     cx, cy, width, height = map(float, numbers)
-    for centre, size in ((cx, width), (cy, height)):
-        if size == 0 or centre - size / 2 < -BOX_SLACK or centre + size / 2 > 1 + BOX_SLACK:
-            _fail(at, value, "[centre x, centre y, width, height] of a box that has an area and lies inside its image")
+    for center, size in ((cx, width), (cy, height)):
+        if size == 0 or center - size / 2 < -BOX_SLACK or center + size / 2 > 1 + BOX_SLACK:
+            _fail(at, value, "[center x, center y, width, height] of a box that has an area and lies inside its image")
     return cx, cy, width, height
 
 
 def _fail(at: str, found: Any, expected: str) -> NoReturn:
-    raise RecordError(f"{at}: expected {expected}; found {_short(found)}")
+    raise RecordError(f"{at}: found {_short(found)}; expected {expected}")
 
 
 def _short(value: Any) -> str:

@@ -1,4 +1,12 @@
-"""Samples."""
+"""Samples: the records of all files about the same image, video or text, joined; and training items made from them.
+
+    <task>.<split>.jsonl --read_records--> Record --read_samples--> Sample --Samples--> item --Collate--> batch
+
+Everything random about an item (frames, caption, questions, masked words) is drawn from (seed, stream, epoch, index).
+An item is therefore the same whatever the number of workers and ranks.
+
+Axes: `t` frames, `H W` pixels.
+"""
 
 import hashlib
 from collections.abc import Sequence
@@ -18,58 +26,61 @@ from mplug2.tasks import BATCH_TYPES, INSTRUCTIONS, PROMPTS, batch_types, parse_
 
 @dataclass(frozen=True)
 class Sample:
-    """What is known about one picture, clip or sentence, of all files that speak of it."""
+    """Everything that the records of a task say about one image, video or text."""
 
     source: str
+    """File and line of its first record, for messages."""
     positive_id: int
+    """Samples with equal numbers are positives of each other (`Record.positive_id`)."""
     media: Path | None = None
     captions: tuple[str, ...] = ()
     qa: tuple[Question, ...] = ()
     images: tuple[Path, ...] = ()
-    """Two images, in place of `media`."""
+    """Two images, instead of `media`."""
     texts: tuple[str, ...] = ()
-    """What a label or a box is about: one text, or a pair."""
+    """The text, or the pair of texts, that a label or a box refers to."""
     label: str | float | None = None
     box: tuple[float, float, float, float] | None = None
 
 
 def read_samples(root: Path, tasks: str, split: str) -> dict[str, list[Sample]]:
-    """The samples of a task, or of several ("video_caption,video_qa"), by kind.
+    """Read the samples of one task, or of several ("video_caption,video_qa"), by batch type.
 
-    Questions about a clip join its captions; kinds of pre-training without a file are left out.
+    The questions about a video are joined with its captions. Batch types of pre-training without a file are left out.
 
-    Raises FileNotFoundError if there is no file at all, RecordError for a clip in pre-training that has no captions: a
-    process whose clips lack them would have other losses than the next process, which waits for it.
+    Raises FileNotFoundError if a task has no file at all, and RecordError for an unlabelled record or for a
+    pre-training sample without captions: a rank whose samples lack captions would have other losses than the other
+    ranks, which would wait for it.
     """
-    there, samples = available(root), {}
+    splits, samples = available(root), {}
     for task in parse_tasks(tasks):
         of_task = {}
-        for name, kind in batch_types(task).items():
-            records = [record for file in kind.files if split in there.get(file, ())
+        for name, batch_type in batch_types(task).items():
+            records = [record for file in batch_type.files if split in splits.get(file, ())
                        for record in read_records(root, file, split)]
-            if hidden := next((record for record in records if record.unlabelled), None):
-                raise RecordError(f"{hidden.source}: an unlabelled record can be predicted, but not learned from; "
-                                  "give it its truth, or move it to a split of its own")
+            if unlabelled := next((record for record in records if record.unlabelled), None):
+                raise RecordError(f"{unlabelled.source}: this record is unlabelled and cannot be trained on; "
+                                  "add its label, or move it to a split of its own")
             if records:
-                apart = kind.fields & {"label", "box"}
-                of_task[name] = [_labelled(record) for record in records] if apart else _merge(records)
+                has_label = batch_type.fields & {"label", "box"}
+                of_task[name] = [_labelled(record) for record in records] if has_label else _merge(records)
             for sample in of_task.get(name, ()):
                 if task == "pretrain" and not sample.captions:
                     raise RecordError(
-                        f"{sample.source}: questions about {sample.media}, but no captions, as pre-training needs; "
-                        f"add them to {name}_caption.{split}.jsonl, take this line out, or train --task {name}_qa"
+                        f"{sample.source}: {sample.media} has questions but no captions, and pre-training needs both; "
+                        f"add captions to {name}_caption.{split}.jsonl, remove this line, or train --task {name}_qa"
                     )
         if not of_task:
-            wanted = ", ".join(f"{file}.{split}.jsonl" for kind in batch_types(task).values() for file in kind.files)
-            raise FileNotFoundError(f"{root} has no data for {task}, split {split}: expected one or more of {wanted}")
+            expected = ", ".join(f"{file}.{split}.jsonl" for each in batch_types(task).values() for file in each.files)
+            raise FileNotFoundError(f"{root} has no data for {task}, split {split}: expected one or more of {expected}")
         samples |= of_task
     return samples
 
 
 def read_classes(samples: dict[str, list[Sample]]) -> dict[str, tuple[str, ...]]:
-    """The classes that labels name, by task, in the order of their names; none of a task whose labels are numbers.
+    """The class names that the labels use, sorted, by task. A task with numbers as labels (regression) has none.
 
-    Raises RecordError where names and numbers are mixed, or all labels are equal: there is nothing to learn then.
+    Raises RecordError for a mixture of names and numbers, and for labels that are all equal: nothing can be learned.
     """
     classes = {}
     for kind, of_kind in samples.items():
@@ -78,16 +89,16 @@ def read_classes(samples: dict[str, list[Sample]]) -> dict[str, tuple[str, ...]]
         numbers = [sample for sample in of_kind if isinstance(sample.label, float)]
         if numbers and len(numbers) < len(of_kind):
             raise RecordError(f"{numbers[0].source}: the label {numbers[0].label} is a number, others are names of "
-                              "classes; write the names in quotes, or make all of them numbers")
+                              "classes; quote the numbers, or use numbers only")
         if len({sample.label for sample in of_kind}) == 1:
-            raise RecordError(f"{of_kind[0].source}: every label is {of_kind[0].label!r}, as this one; "
-                              "expected two classes at least")
+            raise RecordError(f"{of_kind[0].source}: every label is {of_kind[0].label!r}, here and everywhere else; "
+                              "expected at least two classes")
         classes[BATCH_TYPES[kind].task] = () if numbers else tuple(sorted({sample.label for sample in of_kind}))
     return classes
 
 
 def _labelled(record: Record) -> Sample:
-    """Every record by itself: there may be other texts about the same image."""
+    """One sample per record: other records may pair the same image with other texts."""
     return Sample(
         record.source, _id_number(record.positive_id), record.video or record.image, images=record.images,
         texts=record.texts or ((record.text,) if record.text else ()), label=record.label, box=record.box,
@@ -95,11 +106,12 @@ def _labelled(record: Record) -> Sample:
 
 
 def stream_kind(stream: str) -> str:
-    """What a stream has batches of: "video" for both "video" and "video@1", that of the second source."""
+    """The batch type of a stream: "video" for "video", and for "video@1", the videos of the second source."""
     return stream.partition("@")[0]
 
 
 def _merge(records: list[Record]) -> list[Sample]:
+    """One sample per media file, or per record without media."""
     by_media: dict[Path | str, list[Record]] = {}
     for record in records:
         by_media.setdefault(record.video or record.image or record.source, []).append(record)
@@ -115,28 +127,31 @@ def _merge(records: list[Record]) -> list[Sample]:
 
 
 def _id_number(positive_id: str) -> int:
-    """The same 63-bit number for the same text, on every process."""
+    """A 63-bit number for a text, the same in every process (Python's own hash is not)."""
     return int.from_bytes(hashlib.blake2b(positive_id.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def check_texts(samples: dict[str, list[Sample]], tokenizer: Tokenizer, limit: int, max_words: int) -> None:
-    """Refuse, before any work starts, a text that `limit` tokens cannot hold; RecordError names its place."""
+    """Refuse, before training starts, a text without words or with more than `limit` tokens.
+
+    Raises RecordError with the place of the text.
+    """
     for kind, of_kind in samples.items():
-        prompt = 0
+        prompt_length = 0
         if "prompted" in BATCH_TYPES[kind].fields and (words := PROMPTS.get(BATCH_TYPES[kind].modality)):
-            prompt = len(tokenizer.encode([words], special=False)[0][0])
+            prompt_length = len(tokenizer.encode([words], special=False)[0][0])
         for sample in of_kind:
-            texts = [(caption, prompt) for caption in sample.captions]
+            texts = [(caption, prompt_length) for caption in sample.captions]
             texts += [(text, 0) for question in sample.qa for text in (question.question, *question.answers)]
-            whole = [(text, clean(text, max_words), extra) for text, extra in texts]
+            cleaned_texts = [(text, clean(text, max_words), extra) for text, extra in texts]
             if sample.texts:
-                part = next((text for text in sample.texts if not clean(text, max_words)), None)
-                whole.append((" / ".join(sample.texts), join_text_pair(sample.texts, max_words), 0) if part is None
-                             else (part, "", 0))
-            for text, cleaned, extra in whole:
+                empty = next((text for text in sample.texts if not clean(text, max_words)), None)
+                pair = (" / ".join(sample.texts), join_text_pair(sample.texts, max_words), 0)
+                cleaned_texts.append(pair if empty is None else (empty, "", 0))
+            for text, cleaned, extra in cleaned_texts:
                 if not cleaned:
-                    raise RecordError(f"{sample.source}: the text {text!r} has no words; take it out")
-                # Few words and short ones need no tokenizer: a word is at most as many tokens as letters.
+                    raise RecordError(f"{sample.source}: the text {text!r} has no words; remove it")
+                # A text has at most as many tokens as letters, so a short one does not need the tokenizer.
                 if len(cleaned) + extra + 2 <= limit:
                     continue
                 if (count := tokenizer.lengths([cleaned])[0] + extra) > limit:
@@ -147,13 +162,15 @@ def check_texts(samples: dict[str, list[Sample]], tokenizer: Tokenizer, limit: i
 
 
 def join_text_pair(texts: Sequence[str], max_words: int) -> str:
-    """One text, or the two of a pair as one: [SEP] between them, as BERT has it (but with one token type for both)."""
+    """The cleaned text, or two cleaned texts with [SEP] between them, as in BERT (but with one token type for both)."""
     return " [SEP] ".join(clean(text, max_words) for text in texts)
 
 
 class Samples(torch.utils.data.Dataset):
-    """`samples[stream, epoch, index]`: a training item. A file that cannot be decoded is replaced by the next sample,
-    and its error travels with the item."""
+    """The training items: `samples[stream, epoch, index]`.
+
+    A file that cannot be decoded is replaced by the next sample; the error message is kept in the item.
+    """
 
     def __init__(
         self, samples: dict[str, list[Sample]], image_size: int, frames: int, questions: int, max_positions: int,
@@ -165,10 +182,10 @@ class Samples(torch.utils.data.Dataset):
 
     def __getitem__(self, key: tuple[str, int, int]) -> dict:
         stream, epoch, index = key
-        kind, of_kind, errors = stream_kind(stream), self.samples[stream], []
-        for shift in range(min(16, len(of_kind))):
-            number = (index + shift) % len(of_kind)
-            sample = of_kind[number]
+        kind, of_stream, errors = stream_kind(stream), self.samples[stream], []
+        for shift in range(min(16, len(of_stream))):
+            number = (index + shift) % len(of_stream)
+            sample = of_stream[number]
             rng = np.random.default_rng((self.seed, *stream.encode(), epoch, number))
             try:
                 pixels = self.pixels(sample, kind, rng)
@@ -178,7 +195,7 @@ class Samples(torch.utils.data.Dataset):
         raise MediaError(f"{len(errors)} files in a row cannot be decoded; the first: {errors[0]}")
 
     def pixels(self, sample: Sample, kind: str, rng: np.random.Generator) -> Tensor | None:
-        """`3 t H W`, of a pair of images `2 3 1 H W`, of a text None."""
+        """`3 t H W`; `2 3 1 H W` for a pair of images; None for a text."""
         if sample.images:
             return torch.stack([self.prepare(read_image(image), "image", rng) for image in sample.images])
         if sample.media is None:
@@ -188,13 +205,16 @@ class Samples(torch.utils.data.Dataset):
         return self.prepare(frames, modality, rng)
 
     def prepare(self, frames: np.ndarray, modality: str, rng: np.random.Generator) -> Tensor:
+        """Augment and normalize: uint8 (t, H, W, 3) to float32 `3 t H W`."""
         if self.augmentation:
             frames = augment(frames, self.image_size, modality, self.augmentation, rng)
         return to_pixels(frames, self.image_size)
 
     def texts(self, sample: Sample, kind: str, rng: np.random.Generator) -> dict:
-        """One caption, r questions with an answer each, and the random numbers that choose the masked words; or the
-        text that a label or a box is about."""
+        """Draw one caption, `r` questions with one answer each, and the noise that chooses the masked words.
+
+        A sample with a label or a box has the text that these refer to instead.
+        """
         captions, modality = sample.captions, BATCH_TYPES[kind].modality
         item = {"kind": kind, "positive_id": sample.positive_id, "noise": rng.random((3, self.max_positions))}
         if captions:
@@ -206,13 +226,13 @@ class Samples(torch.utils.data.Dataset):
         asked = list(sample.qa)
         if captions and modality in INSTRUCTIONS:
             asked.append(Question(INSTRUCTIONS[modality], captions, "describe"))
-        # Each kind of question is as likely as any other, however many of it there are, and comes again only when all
-        # have come.
+        # Every kind of question is equally likely, however many questions it has, and none repeats before all were
+        # drawn.
         kinds = sorted({question.kind or "" for question in asked})
         order = [kind for _ in range(-(-self.questions // max(1, len(kinds)))) for kind in rng.permutation(kinds)]
         for drawn in order[: self.questions]:
-            of_drawn = [question for question in asked if (question.kind or "") == drawn]
-            question = of_drawn[rng.integers(len(of_drawn))]
+            candidates = [question for question in asked if (question.kind or "") == drawn]
+            question = candidates[rng.integers(len(candidates))]
             answer = question.answers[rng.integers(len(question.answers))]
             item.setdefault("questions", []).append((self.clean(question.question), self.clean(answer)))
         return item

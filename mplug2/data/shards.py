@@ -1,17 +1,17 @@
-"""Tar shards, for sets that no folder can hold: written by `pack`, read as a stream, resumable.
+"""Tar shards, for data sets that do not fit in a folder: `pack` writes them, training reads them as a resumable stream.
 
-A shard follows the WebDataset convention: the files of a sample stand one after the other in a tar, share their name up
-to the first dot, and end in what they are: `000012.json` and `000012.mp4`. A folder of shards says in `shards.json` how
-many samples each of them holds.
+A shard follows the WebDataset convention: the files of a sample are neighbors in a tar and share their name up to the
+first dot, such as `000012.json` and `000012.mp4`. `shards.json` lists the shards of a folder and their sizes.
 
     video-000000.tar  video-000001.tar ...  image-000000.tar ...  text-000000.tar ...  shards.json
 
-Every worker of every process is a reader, and has shards of its own: each epoch the shards are shuffled and dealt out
-anew. A reader runs through its shards from front to back and shuffles within a window of as many samples as its buffer
-holds. Where it is, is two numbers: how many rounds are done, and how many samples of this one. With as many readers as
-before, a resumed run goes on exactly there. With more or fewer of them, what is left of the epoch is dealt out anew,
-and each old reader's window is read once more from its start: no sample is lost, and none outside of these windows
-comes twice.
+Each worker of each rank is a reader with shards of its own. Every epoch the shards are shuffled and assigned to the
+readers again. A reader reads its shards from front to back and shuffles within windows of `--shuffle-buffer` samples.
+
+The position of a reader is two numbers: completed rounds, and completed samples of the current round. With the same
+number of readers, a resumed run continues exactly there. With another number of readers, the rest of the epoch is
+assigned again, and each old reader's current window is read from its start: no sample is lost, and only samples of
+these windows may be repeated.
 """
 
 import io
@@ -38,14 +38,14 @@ INDEX = "shards.json"
 
 
 def pack(root: Path | str, out: Path | str, split: str = "train", samples_per_shard: int = 1000) -> dict[str, int]:
-    """Write the records of pre-training in the folder `root` as shards into `out`; returns the samples of each kind.
+    """Write the pre-training records in the folder `root` as shards into `out`; returns the samples of each batch type.
 
-    Media are stored as they are. What was there before stays as it was until all of it is written. Raises ValueError
-    for a folder that has shards already, FileNotFoundError for records or media that are not there.
+    Media files are copied unchanged. A shard, and the index, appear only once they are complete. Raises ValueError for
+    a folder that already has shards, FileNotFoundError for missing records or media.
     """
     out = Path(out)
     if (out / INDEX).exists():
-        raise ValueError(f"{out} holds shards already ({INDEX}); choose another folder")
+        raise ValueError(f"{out} already contains shards ({INDEX}); choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     index: dict[str, list[dict]] = {}
     for kind, samples in read_samples(Path(root), "pretrain", split).items():
@@ -69,7 +69,7 @@ def _write_sample(tar: tarfile.TarFile, key: str, sample: Sample) -> None:
     files = {"json": json.dumps(texts).encode()}
     if sample.media:
         if not sample.media.is_file():
-            raise FileNotFoundError(f"{sample.source}: {sample.media} does not exist; fetch it, or take the line out")
+            raise FileNotFoundError(f"{sample.source}: {sample.media} does not exist; add the file, or remove the line")
         files[sample.media.suffix[1:].lower()] = sample.media.read_bytes()
     for suffix, content in files.items():
         member = tarfile.TarInfo(f"{key}.{suffix}")
@@ -78,11 +78,12 @@ def _write_sample(tar: tarfile.TarFile, key: str, sample: Sample) -> None:
 
 
 def is_shards(root: Path | str) -> bool:
+    """Whether the folder has an index of shards."""
     return (Path(root) / INDEX).is_file()
 
 
 class ShardRange(NamedTuple):
-    """Samples `first` to `stop` of a shard, in an epoch."""
+    """Samples `first` to `stop` (excluded) of a shard, in an epoch."""
 
     epoch: int
     shard: int
@@ -92,19 +93,22 @@ class ShardRange(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardSet:
-    """The shards of one kind in a folder."""
+    """The shards of one batch type in a folder."""
 
     paths: tuple[Path, ...]
     sizes: tuple[int, ...]
-    """Samples in each."""
+    """Number of samples in each shard."""
 
     def __len__(self) -> int:
-        """Samples in all."""
+        """Number of samples in all shards."""
         return sum(self.sizes)
 
 
 def read_shards(root: Path | str) -> dict[str, ShardSet]:
-    """What `pack` wrote, by kind. ValueError for an index that cannot be read, or shards that are not there."""
+    """The shards that `pack` wrote, by batch type.
+
+    Raises ValueError for an index that cannot be read, FileNotFoundError for a shard that is missing.
+    """
     root = Path(root)
     try:
         kinds = json.loads((root / INDEX).read_text())["kinds"]
@@ -114,16 +118,16 @@ def read_shards(root: Path | str) -> dict[str, ShardSet]:
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{root / INDEX} is not an index of shards ({type(error).__name__}: {error}); "
-                         "write it by python -m mplug2.data pack") from error
+                         "write it with python -m mplug2.data pack") from error
     for shards in found.values():
         for path in shards.paths:
             if not path.is_file():
-                raise FileNotFoundError(f"{path} is in {root / INDEX}, but not there; fetch it, or pack anew")
+                raise FileNotFoundError(f"{path} is listed in {root / INDEX} but missing; copy it there, or pack again")
     return found
 
 
 def _members(path: Path, first: int, stop: int) -> Iterator[tuple[int, dict[str, bytes] | str]]:
-    """Samples `first` to `stop` of a shard, by number: their files by suffix, or what is wrong."""
+    """Samples `first` to `stop` of a shard as (number, content): the files by suffix, or an error message."""
     number, key, files = -1, None, {}
     try:
         with tarfile.open(path) as tar:
@@ -146,16 +150,16 @@ def _members(path: Path, first: int, stop: int) -> Iterator[tuple[int, dict[str,
             yield number, files
         number, problem = number + 1, "the shard ends before it"
     except (tarfile.TarError, OSError, EOFError) as error:
-        problem = f"the shard cannot be read from here on ({error})"
+        problem = f"the shard cannot be read beyond this point ({error})"
     for lost in range(max(number, first), stop):
         yield lost, problem
 
 
 def _parse(path: Path, number: int, files: dict[str, bytes]) -> tuple[Sample, str | None]:
-    """A sample without its media, and the suffix of the file that is its media. RecordError if it is not whole."""
+    """A sample without its media, and the suffix of its media file. RecordError if it is incomplete."""
     try:
         texts = json.loads(files["json"])
-        for old, name in (("where", "source"), ("meaning", "positive_id")):  # the names in shards packed before
+        for old, name in (("where", "source"), ("meaning", "positive_id")):  # old spellings
             if old in texts:
                 texts.setdefault(name, texts.pop(old))
         sample = Sample(
@@ -164,19 +168,19 @@ def _parse(path: Path, number: int, files: dict[str, bytes]) -> tuple[Sample, st
             qa=tuple(Question(q["question"], tuple(q["answers"]), q["kind"]) for q in texts["qa"]),
         )
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise RecordError(f"its .json is missing or not a sample ({type(error).__name__}: {error})") from error
-    if not isinstance(texts["captions"], list) or not sample.captions:  # without, this process would have other losses
-        raise RecordError(f"captions: expected a list of one or more strings, found {texts['captions']!r}")
+        raise RecordError(f"the .json file is missing or not a sample ({type(error).__name__}: {error})") from error
+    if not isinstance(texts["captions"], list) or not sample.captions:  # other ranks have captions and their losses
+        raise RecordError(f"captions: found {texts['captions']!r}; expected a list of one or more strings")
     media = [suffix for suffix in files if suffix != "json"]
     if len(media) > 1:
-        raise RecordError(f"files {', '.join(media)}: expected one picture or clip")
+        raise RecordError(f"found {len(media)} media files ({', '.join(media)}); expected one")
     return sample, media[0] if media else None
 
 
 @dataclass(frozen=True)
 class ReadPlan:
-    """Who reads what: `readers` readers, which first share out `leftovers`, pieces of an epoch that others began, and
-    then read epoch after epoch, from `epoch` on."""
+    """Which reader reads which samples: first `leftovers`, ranges of an epoch that other readers began; then whole
+    epochs, starting with `epoch`."""
 
     readers: int
     leftovers: tuple[tuple[ShardRange, ...], ...] = ()
@@ -184,7 +188,7 @@ class ReadPlan:
     epoch: int = 0
 
     def round(self, shards: ShardSet, reader: int, number: int, seed: tuple[int, ...]) -> tuple[ShardRange, ...]:
-        """What a reader reads in its round `number`: its leftovers in round 0, then its shards of one epoch."""
+        """The ranges of a reader in round `number`: its leftovers in round 0, then its shards of one epoch each."""
         if number == 0:
             return self.leftovers[reader] if self.leftovers else ()
         epoch = self.epoch + number - 1
@@ -193,9 +197,10 @@ class ReadPlan:
 
 
 class Reader:
-    """The endless stream of one of the readers of a kind: `next` gives an item, as `Samples` does.
+    """The endless stream of one reader: `next` returns an item, as `Samples` does.
 
-    `at` is its position: rounds done, samples of this round done (those that were skipped, too).
+    `at` is its position: completed rounds, and completed samples of the current round, skipped ones included.
+    `check` raises RecordError for samples whose texts cannot be used.
     """
 
     def __init__(
@@ -204,7 +209,7 @@ class Reader:
     ):
         if plan.readers > len(shards.paths):
             raise ValueError(f"{shards.paths[0].parent}: {len(shards.paths)} shards of {stream_kind(stream)} for "
-                             f"{plan.readers} readers (workers of all processes); pack with fewer samples a shard, or "
+                             f"{plan.readers} readers (ranks times workers); pack with fewer samples per shard, or "
                              "lower --workers")
         self.shards, self.stream, self.samples, self.check = shards, stream, samples, check
         self.plan, self.reader, self.window, self.at = plan, reader, window, tuple(at)
@@ -218,43 +223,43 @@ class Reader:
         errors: list[str] = []
         while True:
             number, position = self.at
-            pieces = self.plan.round(self.shards, self.reader, number, self.seed)
-            total = sum(piece.stop - piece.first for piece in pieces)
+            ranges = self.plan.round(self.shards, self.reader, number, self.seed)
+            total = sum(one.stop - one.first for one in ranges)
             while position < total:
                 start = position - position % self.window
                 order = np.random.default_rng((*self.seed, self.plan.epoch, number, self.reader, start)).permutation(
                     min(self.window, total - start)
                 )
-                buffer = self._read(pieces, start, len(order))
-                for place in order[position - start:]:
+                buffer = self._read(ranges, start, len(order))
+                for index in order[position - start:]:
                     position += 1
                     self.at = (number, position)
-                    found = self._item(*buffer[place])
-                    buffer[place] = None
-                    if isinstance(found, str):
-                        errors.append(found)
-                        if len(errors) >= 2 * max(self.shards.sizes):  # not one good one in two whole shards
+                    item = self._item(*buffer[index])
+                    buffer[index] = None  # free the memory
+                    if isinstance(item, str):
+                        errors.append(item)
+                        if len(errors) >= 2 * max(self.shards.sizes):  # two shards without a single usable sample
                             raise MediaError(f"{len(errors)} samples in a row cannot be read; the first: {errors[0]}")
                         continue
-                    yield {**found, "errors": errors}
+                    yield {**item, "errors": errors}
                     errors = []
             self.at = (number + 1, 0)
 
-    def _read(self, pieces: tuple[ShardRange, ...], start: int, count: int) -> list[tuple]:
-        """The next `count` samples of a round from `start` on, as (epoch, shard, number, files or what is wrong)."""
+    def _read(self, ranges: tuple[ShardRange, ...], start: int, count: int) -> list[tuple]:
+        """`count` samples of a round, beginning with number `start`: (epoch, shard, number, files or error)."""
         buffer: list[tuple] = []
-        for piece in pieces:
-            size = piece.stop - piece.first
+        for one in ranges:
+            size = one.stop - one.first
             if start < size and len(buffer) < count:
-                first = piece.first + start
-                stop = min(piece.stop, first + count - len(buffer))
-                buffer += [(piece.epoch, piece.shard, *found)
-                           for found in _members(self.shards.paths[piece.shard], first, stop)]
+                first = one.first + start
+                stop = min(one.stop, first + count - len(buffer))
+                buffer += [(one.epoch, one.shard, *member)
+                           for member in _members(self.shards.paths[one.shard], first, stop)]
             start = max(0, start - size)
         return buffer
 
     def _item(self, epoch: int, shard: int, number: int, files: dict[str, bytes] | str) -> dict | str:
-        """The item, or what is wrong with it."""
+        """The item, or an error message."""
         path = self.shards.paths[shard]
         if isinstance(files, str):
             return f"{path}:{number}: {files}"
@@ -265,21 +270,21 @@ class Reader:
             self.check({kind: [sample]})
             pixels = None
             if suffix:
-                with tempfile.NamedTemporaryFile(suffix=f".{suffix}") as media:  # decoders want a file with a name
+                with tempfile.NamedTemporaryFile(suffix=f".{suffix}") as media:  # decoders need a named file
                     media.write(files[suffix])
                     media.flush()
                     pixels = self.samples.pixels(Sample(sample.source, sample.positive_id, Path(media.name)), kind, rng)
             elif kind != "text":
-                raise RecordError("there is no picture or clip")
+                raise RecordError(f"there is no {kind} file")
             return {**self.samples.texts(sample, kind, rng), "pixels": pixels, "source": sample.source}
         except (MediaError, RecordError) as error:
             return f"{path}:{number}: {error}"
 
 
 class ReaderState:
-    """Where all readers are, of every stream: what a checkpoint has to know, and what a new set of readers starts from.
+    """The positions of all readers of all streams: saved in checkpoints, and the starting point of a resumed run.
 
-    `state` is what `collected` returned, or empty for a new run.
+    `state` is the result of `collected` in the previous run, or empty for a new run.
     """
 
     def __init__(self, shards: dict[str, ShardSet], readers: int, window: int, seed: int, state: dict):
@@ -288,34 +293,35 @@ class ReaderState:
         for stream, shard_set in shards.items():
             self.plans[stream], self.at[stream] = ReadPlan(readers), {}
             if stream in state:
-                leftovers = tuple(tuple(ShardRange(*piece) for piece in pieces)
-                                  for pieces in state[stream]["leftovers"])
+                leftovers = tuple(tuple(ShardRange(*one) for one in ranges)
+                                  for ranges in state[stream]["leftovers"])
                 plan = ReadPlan(state[stream]["readers"], leftovers, state[stream]["epoch"])
-                at = {reader: tuple(place) for reader, place in state[stream]["at"].items()}
-                same = plan.readers == readers and state[stream]["window"] == window
-                self.plans[stream] = plan if same else assign(
+                at = {reader: tuple(position) for reader, position in state[stream]["at"].items()}
+                unchanged = plan.readers == readers and state[stream]["window"] == window
+                self.plans[stream] = plan if unchanged else assign(
                     shard_set, plan, at, readers, state[stream]["window"], (seed, *stream.encode())
                 )
-                self.at[stream] = at if same else {}
+                self.at[stream] = at if unchanged else {}
         self.window = window
 
     def advance(self, batch: dict) -> None:
-        """A batch was trained on."""
+        """Record that a batch was trained on."""
         if "position" in batch:
             stream, reader, at = batch["position"]
-            self.at[stream][reader] = tuple(at)  # a loader makes lists of tuples
+            self.at[stream][reader] = tuple(at)  # the DataLoader turns tuples into lists
 
     def collected(self, others: Iterable["ReaderState"]) -> dict:
-        """This and those of the other processes, of which each knows its own readers best."""
+        """The state for a checkpoint. `others` are the states of all ranks: each has the newest positions of its own
+        readers."""
         state = {}
         for stream, plan in self.plans.items():
             at: dict[int, tuple[int, int]] = {}
             for other in others:
-                for reader, place in other.at[stream].items():
-                    at[reader] = max(at.get(reader, (0, 0)), place)
+                for reader, position in other.at[stream].items():
+                    at[reader] = max(at.get(reader, (0, 0)), position)
             state[stream] = {
                 "readers": plan.readers, "epoch": plan.epoch, "window": self.window, "at": at,
-                "leftovers": [[list(piece) for piece in pieces] for pieces in plan.leftovers],
+                "leftovers": [[list(one) for one in ranges] for ranges in plan.leftovers],
             }
         return state
 
@@ -323,48 +329,48 @@ class ReaderState:
 def assign(
     shards: ShardSet, plan: ReadPlan, at: dict[int, tuple[int, int]], readers: int, window: int, seed: tuple[int, ...]
 ) -> ReadPlan:
-    """A plan for another number of readers: what is left of the epochs that anybody began is dealt out, the largest
-    pieces first, to whom has least; windows that were begun are read from their start."""
+    """A plan for another number of readers. The unread ranges of all epochs that any reader has begun are assigned,
+    largest first, to the reader with the fewest samples. Windows that were begun are read from their start."""
     last = max([number for number, _ in at.values()], default=0)
     left: list[ShardRange] = []
     for reader in range(plan.readers):
         number, position = at.get(reader, (0, 0))
         skip = position - position % window
         for later in range(number, last + 1):
-            for piece in plan.round(shards, reader, later, seed):
-                size = piece.stop - piece.first
+            for one in plan.round(shards, reader, later, seed):
+                size = one.stop - one.first
                 if skip < size:
-                    left.append(piece._replace(first=piece.first + skip))
+                    left.append(one._replace(first=one.first + skip))
                 skip = max(0, skip - size)
     shares: list[list[ShardRange]] = [[] for _ in range(readers)]
-    for piece in sorted(left, key=lambda piece: (piece.first - piece.stop, piece)):
-        min(shares, key=lambda share: sum(p.stop - p.first for p in share)).append(piece)
+    for one in sorted(left, key=lambda one: (one.first - one.stop, one)):
+        min(shares, key=lambda share: sum(each.stop - each.first for each in share)).append(one)
     return ReadPlan(readers, tuple(map(tuple, shares)), plan.epoch + last)
 
 
 class MixedStream(IterableDataset):
-    """What one worker makes of the batches of a run of which some streams are read from shards, in their order: of each
-    stream every `workers`-th batch of this process, from number `worker` on.
+    """The batches that one worker makes, when some streams are read from shards: of each stream, every `workers`-th
+    batch of this rank, starting with batch number `worker`.
 
-    A batch from shards says, as `position`, where its reader stands after it.
+    A batch from shards has the position of its reader after it, as `position`.
     """
 
     def __init__(
         self, samples: Samples, shards: dict[str, ShardSet], batches: MixedBatches, collate: Collate,
-        positions: ReaderState, max_words: int, worker: int, workers: int,
+        reader_state: ReaderState, max_words: int, worker: int, workers: int,
     ):
         self.samples, self.shards, self.batches, self.collate = samples, shards, batches, collate
-        self.positions, self.max_words, self.worker, self.workers = positions, max_words, worker, workers
+        self.reader_state, self.max_words, self.worker, self.workers = reader_state, max_words, worker, workers
 
     def check(self, samples: dict[str, list[Sample]]) -> None:
         check_texts(samples, self.collate.tokenizer, self.samples.max_positions, self.max_words)
 
     def __iter__(self) -> Iterator[dict]:
-        number = self.batches.rank * self.workers + self.worker
+        number, state = self.batches.rank * self.workers + self.worker, self.reader_state
         readers = {
             stream: Reader(
-                shards, stream, self.samples, self.check, self.positions.plans[stream], number, self.positions.window,
-                self.positions.at[stream].get(number, (0, 0)),
+                shards, stream, self.samples, self.check, state.plans[stream], number, state.window,
+                state.at[stream].get(number, (0, 0)),
             )
             for stream, shards in self.shards.items()
         }
@@ -379,21 +385,21 @@ class MixedStream(IterableDataset):
 
 
 def stream_batches(
-    samples: Samples, shards: dict[str, ShardSet], batches: MixedBatches, collate: Collate, positions: ReaderState,
-    max_words: int, workers: int, pin: bool,
+    samples: Samples, shards: dict[str, ShardSet], batches: MixedBatches, collate: Collate,
+    reader_state: ReaderState, max_words: int, workers: int, pin: bool,
 ) -> Iterator[dict]:
-    """This process' share of the batches of a run of which some streams are read from shards.
+    """The batches of this rank, when some streams are read from shards.
 
-    Each worker has a loader of its own, and the batches of a stream come from all workers in turn. (One loader for all
-    would ask its workers in turn for whatever comes: if every 20th batch is of text, one of 4 workers would read all
-    the text there is, and the shards of the other three would never be read.)
+    Each worker has a DataLoader of its own, and the batches of a stream come from all workers in turn. A single
+    DataLoader would ask its workers in turn for the next batch of any stream: if every 20th batch were text, one of 4
+    workers would make all text batches, and the text shards of the other three would never be read.
     """
-    coming = [
+    loaders = [
         iter(DataLoader(
-            MixedStream(samples, shards, batches, collate, positions, max_words, worker, max(1, workers)),
+            MixedStream(samples, shards, batches, collate, reader_state, max_words, worker, max(1, workers)),
             batch_size=None, num_workers=min(1, workers), pin_memory=pin, prefetch_factor=4 if workers else None,
             generator=torch.Generator(), worker_init_fn=start_worker,
         )) for worker in range(max(1, workers))
     ]
     for _, count in batches.turns():
-        yield next(coming[count % len(coming)])
+        yield next(loaders[count % len(loaders)])

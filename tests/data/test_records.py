@@ -1,4 +1,4 @@
-"""Records: what is written is what is read, and each kind of bad line is reported by file, line and field."""
+"""Records: what is written is what is read, and every kind of bad line is reported with file, line and field."""
 
 import json
 import string
@@ -20,7 +20,7 @@ from mplug2.data.records import (
 
 GALLERIES = ("image_retrieval", "video_retrieval")
 LABELS = {"visual_entailment": ("entailment", "neutral", "contradiction"), "image_pair_reasoning": ("true", "false")}
-texts = st.builds(str.__add__, st.sampled_from("aÉ三🙂"), st.text(max_size=10))  # nothing filtered, never blank
+texts = st.builds(str.__add__, st.sampled_from("aÉ三🙂"), st.text(max_size=10))  # never blank, and nothing to filter
 names = st.builds(str.__add__, st.sampled_from("abé_"), st.text(string.ascii_letters + "_- é", max_size=4))
 paths = st.lists(names, min_size=1, max_size=3).map("/".join)
 sizes = st.floats(0.01, 1)
@@ -61,7 +61,7 @@ def task_and_lines(draw: st.DrawFn) -> tuple[str, list[dict]]:
 
 
 def write(root: Path, task: str, *lines: object, split: str = "train") -> Path:
-    """Write lines: bytes as they are, anything else as JSON."""
+    """Write lines: bytes unchanged, anything else as JSON."""
     path = root / f"{task}.{split}.jsonl"
     path.write_bytes(
         b"".join((line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n" for line in lines)
@@ -107,13 +107,13 @@ def test_what_is_written_is_what_is_read(tmp_path_factory, drawn):
         assert record == Record(**expected)
 
 
-def test_paths_are_absolute_however_the_folder_is_named(tmp_path, monkeypatch):
+def test_paths_are_absolute_even_if_the_folder_is_relative(tmp_path, monkeypatch):
     write(tmp_path, "video_caption", {"video": "clips/../a.gif", "captions": ["a"]})
     monkeypatch.chdir(tmp_path)
     assert read_records(".", "video_caption", "train")[0].video == tmp_path / "a.gif"
 
 
-def test_blank_lines_and_a_byte_order_mark_are_passed_over_but_counted(tmp_path):
+def test_blank_lines_and_a_byte_order_mark_are_skipped_but_counted(tmp_path):
     write(tmp_path, "text_only", b"\xef\xbb\xbf" + b'{"text": "one"}\r', b"", b"  \r", {"text": "two"}, b"")
     records = read_records(tmp_path, "text_only", "train")
     assert [(record.text, record.id) for record in records] == [
@@ -122,47 +122,52 @@ def test_blank_lines_and_a_byte_order_mark_are_passed_over_but_counted(tmp_path)
     ]
 
 
-BAD = [  # task, changes to the good line (None takes a field out), what the message must say
-    ("video_caption", {"captions": []}, ["captions: expected a list of one or more strings", "found []"]),
-    ("video_caption", {"captions": ["a", " "]}, ["captions[1]: expected a string that is not empty", "found ' '"]),
-    ("video_caption", {"captions": "a"}, ["captions: expected a list", "found 'a'"]),
+def test_the_old_name_of_positive_id_is_still_read(tmp_path):
+    write(tmp_path, "text_only", {"text": "a", "meaning": "old"}, {"text": "b", "meaning": "x", "positive_id": "new"})
+    assert [record.positive_id for record in read_records(tmp_path, "text_only", "train")] == ["old", "new"]
+
+
+BAD = [  # task, changes to the good line (None removes a field), parts of the message
+    ("video_caption", {"captions": []}, ["captions: found []; expected a list of one or more strings"]),
+    ("video_caption", {"captions": ["a", " "]}, ["captions[1]: found ' '; expected a string that is not empty"]),
+    ("video_caption", {"captions": "a"}, ["captions: found 'a'; expected a list"]),
     ("video_caption", {"captions": ["a", 3]}, ["captions[1]", "found 3"]),
-    ("video_caption", {"captions": None}, ["field 'captions' is missing", "needs video, captions"]),
+    ("video_caption", {"captions": None}, ["field 'captions' is missing", "requires video, captions"]),
     ("video_caption", {"captoins": ["a"]}, ["no field 'captoins' (did you mean 'captions'?)"]),
     ("video_caption", {"gallery": "all"}, ["'video_caption' has no field 'gallery'", "video, captions"]),
-    ("video_caption", {"video": 7}, ["video: expected a string", "found 7"]),
-    ("video_caption", {"video": "/etc/clip.gif"}, ["video: expected the path of a file inside", "'/etc/clip.gif'"]),
-    ("video_caption", {"video": "../clip.gif"}, ["video: expected the path of a file inside", "'../clip.gif'"]),
-    ("video_caption", {"video": "a/../../clip.gif"}, ["video: expected the path of a file inside"]),
-    ("video_caption", {"video": "a/.."}, ["video: expected the path of a file inside"]),
-    ("video_caption", {"id": 5}, ["id: expected a string", "found 5"]),
-    ("video_caption", {"id": "first"}, ["id: expected an id that line 1 does not have already", "found 'first'"]),
-    ("video_caption", {"positive_id": ""}, ["positive_id: expected a string that is not empty"]),
-    ("video_retrieval", {"gallery": 1}, ["gallery: expected a string", "found 1"]),
-    ("image_qa", {"qa": []}, ["qa: expected a list of one or more", "found []"]),
-    ("image_qa", {"qa": ["what?"]}, ["qa[0]: expected an object", "found 'what?'"]),
-    ("image_qa", {"qa": [{"question": "q", "answers": []}]}, ["qa[0].answers: expected a list of one or more"]),
-    ("image_qa", {"qa": [{"question": "", "answers": ["a"]}]}, ["qa[0].question: expected a string that is not empty"]),
-    ("image_qa", {"qa": [{"question": "q", "answers": ["a", 1]}]}, ["qa[0].answers[1]: expected a string", "found 1"]),
+    ("video_caption", {"video": 7}, ["video: found 7; expected a string"]),
+    ("video_caption", {"video": "/etc/clip.gif"}, ["video: found '/etc/clip.gif'; expected the path of a file inside"]),
+    ("video_caption", {"video": "../clip.gif"}, ["video: found '../clip.gif'; expected the path of a file inside"]),
+    ("video_caption", {"video": "a/../../clip.gif"}, ["video: found ", "expected the path of a file inside"]),
+    ("video_caption", {"video": "a/.."}, ["video: found ", "expected the path of a file inside"]),
+    ("video_caption", {"id": 5}, ["id: found 5; expected a string"]),
+    ("video_caption", {"id": "first"}, ["id: found 'first'; expected a unique id, but line 1 has it too"]),
+    ("video_caption", {"positive_id": ""}, ["positive_id: found ", "expected a string that is not empty"]),
+    ("video_retrieval", {"gallery": 1}, ["gallery: found 1; expected a string"]),
+    ("image_qa", {"qa": []}, ["qa: found []; expected a list of one or more"]),
+    ("image_qa", {"qa": ["what?"]}, ["qa[0]: found 'what?'; expected an object"]),
+    ("image_qa", {"qa": [{"question": "q", "answers": []}]}, ["qa[0].answers: found []; expected a list of one or"]),
+    ("image_qa", {"qa": [{"question": "", "answers": ["a"]}]}, ["qa[0].question: found ''; expected a string"]),
+    ("image_qa", {"qa": [{"question": "q", "answers": ["a", 1]}]}, ["qa[0].answers[1]: found 1; expected a string"]),
     ("image_qa", {"qa": [{"question": "q", "answers": ["a"], "kind": 2}]}, ["qa[0].kind", "found 2"]),
     ("image_qa", {"qa": [{"question": "q", "answer": "a"}]}, ["qa[0]", "'answer' (did you mean 'answers'?)"]),
     ("image_qa", {"qa": [{"answers": ["a"]}]}, ["qa[0]: field 'question' is missing"]),
-    ("text_only", {"text": "half \ud83d"}, ["text: expected text without lone surrogates"]),
-    ("text_pair_classification", {"texts": ["a"]}, ["texts: expected a list of two strings", "found ['a']"]),
-    ("text_pair_classification", {"texts": ["a", ""]}, ["texts[1]: expected a string that is not empty"]),
-    ("visual_entailment", {"label": 1.5}, ["label: expected one of", "found 1.5"]),
-    ("text_pair_classification", {"label": True}, ["label: expected a string", "found True"]),
-    ("text_pair_classification", {"label": float("nan")}, ["label: expected a string", "found nan"]),
-    ("visual_entailment", {"label": "maybe"}, ["label: expected one of entailment, neutral, contradiction", "'maybe'"]),
-    ("image_pair_reasoning", {"label": True}, ["label: expected one of true, false", "found True"]),
-    ("image_pair_reasoning", {"images": ["a.png", "/b.png"]}, ["images[1]: expected the path of a file inside"]),
-    ("grounding", {"box": [0.5, 0.5, 0.2]}, ["box: expected [centre x, centre y, width, height]", "[0.5, 0.5, 0.2]"]),
-    ("grounding", {"box": [0.5, 0.5, 0.2, 1.5]}, ["box: expected", "from 0 to 1", "1.5"]),
-    ("grounding", {"box": [0.5, -0.1, 0.2, 0.2]}, ["box: expected", "from 0 to 1", "-0.1"]),
-    ("grounding", {"box": [0.5, 0.5, float("nan"), 0.2]}, ["box: expected", "from 0 to 1", "nan"]),
-    ("grounding", {"box": [0.5, 0.5, True, 0.2]}, ["box: expected", "True"]),
-    ("grounding", {"box": [0.5, 0.5, 10**400, 0.2]}, ["box: expected", "from 0 to 1"]),
-    ("grounding", {"box": ["0.5", 0.5, 0.2, 0.2]}, ["box: expected", "'0.5'"]),
+    ("text_only", {"text": "half \ud83d"}, ["text: found ", "expected text without lone surrogates"]),
+    ("text_pair_classification", {"texts": ["a"]}, ["texts: found ['a']; expected a list of two strings"]),
+    ("text_pair_classification", {"texts": ["a", ""]}, ["texts[1]: found ", "expected a string that is not empty"]),
+    ("visual_entailment", {"label": 1.5}, ["label: found 1.5; expected one of"]),
+    ("text_pair_classification", {"label": True}, ["label: found True; expected a string"]),
+    ("text_pair_classification", {"label": float("nan")}, ["label: found nan; expected a string"]),
+    ("visual_entailment", {"label": "maybe"}, ["label: found 'maybe'; expected one of entailment, neutral"]),
+    ("image_pair_reasoning", {"label": True}, ["label: found True; expected one of true, false"]),
+    ("image_pair_reasoning", {"images": ["a.png", "/b.png"]}, ["images[1]: found '/b.png'; expected the path of"]),
+    ("grounding", {"box": [0.5, 0.5, 0.2]}, ["box: found [0.5, 0.5, 0.2]; expected [center x, center y, "]),
+    ("grounding", {"box": [0.5, 0.5, 0.2, 1.5]}, ["box: found ", "from 0 to 1", "1.5"]),
+    ("grounding", {"box": [0.5, -0.1, 0.2, 0.2]}, ["box: found ", "from 0 to 1", "-0.1"]),
+    ("grounding", {"box": [0.5, 0.5, float("nan"), 0.2]}, ["box: found ", "from 0 to 1", "nan"]),
+    ("grounding", {"box": [0.5, 0.5, True, 0.2]}, ["box: found ", "True"]),
+    ("grounding", {"box": [0.5, 0.5, 10**400, 0.2]}, ["box: found ", "from 0 to 1"]),
+    ("grounding", {"box": ["0.5", 0.5, 0.2, 0.2]}, ["box: found ", "'0.5'"]),
     ("grounding", {"box": [0.5, 0.5, 0, 0.2]}, ["box that has an area"]),
     ("grounding", {"box": [0.5, 0.7, 0.2, 0.9]}, ["box that has an area and lies inside its image"]),
     ("grounding", {"box": [0.1, 0.5, 0.4, 0.2]}, ["box that has an area and lies inside its image"]),
@@ -183,7 +188,7 @@ def test_a_bad_field_is_reported_by_file_line_and_field(tmp_path, task, changes,
 @pytest.mark.parametrize(
     "line", [b'{"text": "a"', b"text", b'{"text": "\xff"}', b"[" * 100_000, b'["a"]', b'"text"', b"null"]
 )
-def test_a_line_that_is_no_object_is_reported(tmp_path, line):
+def test_a_line_that_is_not_an_object_is_reported(tmp_path, line):
     path = write(tmp_path, "text_only", GOOD["text_only"], line)
     with pytest.raises(RecordError, match=r"expected (one|a) JSON object") as caught:
         read_records(tmp_path, "text_only", "train")
@@ -201,7 +206,7 @@ json_values = st.recursive(
 @settings(max_examples=150, deadline=None)
 @given(st.data(), st.sampled_from(sorted(GOOD)), json_values)
 def test_any_value_of_any_field_is_a_record_or_a_record_error(tmp_path_factory, data, task, value):
-    """Never another exception."""
+    """No other exception is raised."""
     field = data.draw(st.sampled_from(RECORD_FIELDS[task] + OPTIONAL_FIELDS))
     root = tmp_path_factory.mktemp("data")
     write(root, task, GOOD[task] | {field: value})
@@ -213,7 +218,7 @@ def test_any_value_of_any_field_is_a_record_or_a_record_error(tmp_path_factory, 
 
 def test_a_file_without_records_is_an_error(tmp_path):
     write(tmp_path, "text_only", b"", b" ")
-    with pytest.raises(RecordError, match=r"text_only\.train\.jsonl: expected one JSON object a line, found no line"):
+    with pytest.raises(RecordError, match=r"text_only\.train\.jsonl is empty: expected one JSON object per line"):
         read_records(tmp_path, "text_only", "train")
 
 
@@ -224,10 +229,10 @@ def test_an_unknown_task_is_named_with_the_closest(tmp_path):
         read_records(tmp_path, "video_captions", "train")
 
 
-def test_a_missing_split_lists_what_there_is(tmp_path):
+def test_a_missing_split_lists_the_existing_files(tmp_path):
     write(tmp_path, "video_qa", split="train")
     write(tmp_path, "video_qa", split="val")
-    with pytest.raises(FileNotFoundError, match=r"no file video_qa\.tset\.jsonl .*split 'tset'") as caught:
+    with pytest.raises(FileNotFoundError, match=r"video_qa\.tset\.jsonl does not exist: no split 'tset'") as caught:
         read_records(tmp_path, "video_qa", "tset")
     assert str(caught.value).splitlines()[1:] == ["  video_qa.train.jsonl", "  video_qa.val.jsonl"]
 
@@ -239,7 +244,7 @@ def test_a_missing_split_lists_what_there_is(tmp_path):
         min_size=1,
     )
 )
-def test_available_lists_the_files_that_are_there(tmp_path_factory, files):
+def test_available_lists_the_existing_files(tmp_path_factory, files):
     root = tmp_path_factory.mktemp("data")
     for name in ("notes.txt", "captions.train.jsonl", "video_qa.train.jsonl.bak", "video_qa.jsonl"):
         (root / name).touch()

@@ -1,4 +1,4 @@
-"""Tar shards: what is packed is what is read; streams that are split, shuffled, mixed and resumed; damaged shards."""
+"""Tar shards: what is packed is what is read; streams are divided, shuffled, mixed and resumed; damage is skipped."""
 
 import io
 import json
@@ -7,9 +7,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from data_helpers import VIDEOS, dataset, write_gif, write_records
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_loader import CLIPS, dataset, tokenizer, write_data, write_gif, write_records  # noqa: F401
 
 from mplug2.data.__main__ import main
 from mplug2.data.batches import Collate, MixedBatches
@@ -30,11 +30,6 @@ from mplug2.data.shards import (
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
 def packed(root, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("packed") / "shards"
     assert pack(root, out, samples_per_shard=2) == {"video": 6, "image": 5, "text": 7}
@@ -44,7 +39,7 @@ def packed(root, tmp_path_factory) -> Path:
 # ---- packing ---------------------------------------------------------------------------------------------------------
 
 
-def test_shards_follow_the_convention_and_hold_the_files_as_they_are(root, packed):
+def test_shards_follow_the_webdataset_convention_and_contain_the_files_unchanged(root, packed):
     assert is_shards(packed) and not is_shards(root)
     assert sorted(path.name for path in packed.iterdir()) == [
         *(f"image-00000{i}.tar" for i in range(3)), "shards.json", *(f"text-00000{i}.tar" for i in range(4)),
@@ -61,11 +56,11 @@ def test_shards_follow_the_convention_and_hold_the_files_as_they_are(root, packe
     }
 
 
-def test_pack_runs_from_the_command_line_and_refuses_with_the_reason(root, tmp_path, capsys):
+def test_pack_runs_from_the_command_line_and_explains_its_errors(root, tmp_path, capsys):
     main(["pack", str(root), str(tmp_path / "out")])
     assert "6 video, 5 image, 7 text" in capsys.readouterr().out
     for arguments, message in (
-        ((root, tmp_path / "out"), "holds shards already (shards.json); choose another folder"),
+        ((root, tmp_path / "out"), "already contains shards (shards.json); choose another folder"),
         ((tmp_path / "nowhere", tmp_path / "b"), "nowhere is not a folder"),
         ((root, tmp_path / "b", "--split", "val"), "no data for pretrain, split val"),
     ):
@@ -73,27 +68,27 @@ def test_pack_runs_from_the_command_line_and_refuses_with_the_reason(root, tmp_p
             main(["pack", *map(str, arguments)])
         assert stopped.value.code == 1 and message in capsys.readouterr().err
     write_records(tmp_path, "video_caption.train", [{"video": "gone.gif", "captions": ["a"]}])
-    with pytest.raises(FileNotFoundError, match="video_caption.train.jsonl:1: .*gone.gif does not exist; fetch it"):
+    with pytest.raises(FileNotFoundError, match="video_caption.train.jsonl:1: .*gone.gif does not exist; add the file"):
         pack(tmp_path, tmp_path / "c")
     assert not is_shards(tmp_path / "c")
 
 
-def test_an_index_that_is_wrong_is_named(tmp_path):
+def test_an_invalid_index_is_named(tmp_path):
     for text, message in (("{", "is not an index of shards"), ('{"kinds": {"video": [{}]}}', "is not an index"),
-                          ('{"kinds": {"video": [{"file": "a.tar", "samples": 3}]}}', "a.tar is in .*, but not there")):
+                          ('{"kinds": {"video": [{"file": "a.tar", "samples": 3}]}}', "a.tar is listed .*missing")):
         (tmp_path / "shards.json").write_text(text)
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             read_shards(tmp_path)
 
 
-# ---- who reads what --------------------------------------------------------------------------------------------------
+# ---- which reader reads which samples --------------------------------------------------------------------------------
 
 
 class Numbers(Reader):
-    """A reader of shards that are nothing but numbers."""
+    """A reader whose samples are only their keys."""
 
-    def _read(self, pieces: tuple[ShardRange, ...], start: int, count: int) -> list[tuple]:
-        every = [(piece.epoch, piece.shard, i, {}) for piece in pieces for i in range(piece.first, piece.stop)]
+    def _read(self, ranges: tuple[ShardRange, ...], start: int, count: int) -> list[tuple]:
+        every = [(one.epoch, one.shard, i, {}) for one in ranges for i in range(one.first, one.stop)]
         return every[start: start + count]
 
     def _item(self, epoch: int, shard: int, number: int, files: dict) -> dict:
@@ -116,25 +111,24 @@ def streams(draw: st.DrawFn) -> dict:
 
 
 def every(shards: ShardSet, epochs: int) -> list[tuple[int, int, int]]:
-    """All samples of so many epochs."""
+    """The keys of all samples of some epochs."""
     return [(e, s, i) for e in range(epochs) for s, size in enumerate(shards.sizes) for i in range(size)]
 
 
 @settings(max_examples=25, deadline=None)
 @given(streams(), st.integers(1, 3))
-def test_the_readers_together_read_every_sample_once_an_epoch(drawn, readers):
-    """In another order each epoch, and not in that of the shards."""
+def test_all_readers_together_read_every_sample_once_per_epoch(drawn, readers):
     shards, plan, seen = drawn["shards"], ReadPlan(readers), []
     for number in range(readers):
         reader = numbers(plan=plan, reader=number, **drawn)
         for epoch in range(3):
-            pieces = plan.round(shards, number, 1 + epoch, (7, *b"video"))
-            seen += [next(reader)["key"] for piece in pieces for _ in range(piece.stop)]
+            ranges = plan.round(shards, number, 1 + epoch, (7, *b"video"))
+            seen += [next(reader)["key"] for one in ranges for _ in range(one.stop)]
             assert {key[0] for key in seen[-1:]} == {epoch}
     assert Counter(seen) == Counter(every(shards, 3))
 
 
-def test_a_window_is_shuffled_and_nothing_leaves_it():
+def test_samples_are_shuffled_within_their_window():
     shards = ShardSet((Path("0.tar"), Path("1.tar")), (100, 100))
     reader = numbers(shards, ReadPlan(1), 0, 50)
     order = [key[1] * 100 + key[2] for key in (next(reader)["key"] for _ in range(200))]
@@ -145,7 +139,7 @@ def test_a_window_is_shuffled_and_nothing_leaves_it():
 
 @settings(max_examples=40, deadline=None)
 @given(streams(), st.integers(0, 60))
-def test_a_reader_goes_on_where_it_was_to_the_sample(drawn, done):
+def test_a_reader_resumes_at_the_exact_sample(drawn, done):
     whole = numbers(plan=ReadPlan(2), reader=1, **drawn)
     for _ in range(done):
         next(whole)
@@ -155,8 +149,8 @@ def test_a_reader_goes_on_where_it_was_to_the_sample(drawn, done):
 
 @settings(max_examples=40, deadline=None)
 @given(streams(), st.lists(st.integers(0, 40), min_size=1, max_size=3), st.integers(1, 3), st.integers(1, 3))
-def test_other_readers_lose_no_sample_and_see_at_most_the_windows_that_were_begun_again(drawn, done, later, last):
-    """Twice: what is left is dealt out to `later` readers, and what they leave to `last` ones."""
+def test_another_number_of_readers_loses_no_sample_and_repeats_only_begun_windows(drawn, done, later, last):
+    """Two changes: the rest is assigned to `later` readers, and their rest to `last` readers."""
     shards, window, seen = drawn["shards"], drawn["window"], Counter()
     plan, counts = ReadPlan(len(done)), done
     for readers in (later, last, None):
@@ -170,9 +164,9 @@ def test_other_readers_lose_no_sample_and_see_at_most_the_windows_that_were_begu
             plan = assign(shards, plan, at, readers, window, (7, *b"video"))
             counts = [done[0]] * readers
     left = assign(shards, plan, at, 1, window, (7, *b"video"))
-    seen.update((piece.epoch, piece.shard, i) for piece in left.leftovers[0] for i in range(piece.first, piece.stop))
+    seen.update((one.epoch, one.shard, i) for one in left.leftovers[0] for i in range(one.first, one.stop))
     expected = set(every(shards, left.epoch))
-    assert set(seen) == expected  # nothing lost, of any epoch that was begun
+    assert set(seen) == expected  # nothing is lost in any epoch that was begun
     assert sum(seen.values()) - len(expected) <= window * (len(done) + later + last)
     assert max(seen.values(), default=1) <= 4
 
@@ -181,85 +175,85 @@ def test_other_readers_lose_no_sample_and_see_at_most_the_windows_that_were_begu
 
 
 def batches_of(
-    root: Path, tokenizer, steps: int, start: int = 0, state: dict | None = None, workers: int = 0,  # noqa: F811
+    root: Path, tokenizer, steps: int, start: int = 0, state: dict | None = None, workers: int = 0,
     rank: int = 0, world: int = 1, window: int = 2, mixed: Path | None = None,
 ) -> tuple[list[dict], ReaderState]:
-    """The batches of a run from `start` on, and where its readers stand afterwards."""
+    """The batches of a run from step `start` on, and the state of its readers afterwards."""
     shards = read_shards(root)
     samples = {f"{kind}@1": found for kind, found in read_samples(mixed, "pretrain", "train").items()} if mixed else {}
     streams = {**shards, **samples}
     batches = MixedBatches({name: len(found) for name, found in streams.items()}, {name: 1.0 for name in streams},
                            2 * world, steps, 0, start, rank, world)
-    positions = ReaderState(shards, world * max(1, workers), window, 0, state or {})
+    reader_state = ReaderState(shards, world * max(1, workers), window, 0, state or {})
     found = list(stream_batches(
-        dataset(samples), shards, batches, Collate(tokenizer), positions, 30, workers, pin=False
+        dataset(samples), shards, batches, Collate(tokenizer), reader_state, 30, workers, pin=False
     ))
     for batch in found:
-        positions.advance(batch)
-    return found, positions
+        reader_state.advance(batch)
+    return found, reader_state
 
 
-def where(batches: list[dict]) -> list[list[str]]:
+def sources(batches: list[dict]) -> list[list[str]]:
     return [batch["source"] for batch in batches]
 
 
-def test_samples_from_shards_are_those_of_the_folder(root, packed, tokenizer):  # noqa: F811
+def test_samples_from_shards_are_those_of_the_folder(root, packed, tokenizer):
     batches, _ = batches_of(packed, tokenizer, 9)
     assert Counter(batch["kind"] for batch in batches) == {"video": 3, "image": 3, "text": 3}
-    clips = [place for batch in batches if batch["kind"] == "video" for place in batch["source"]]
+    videos = [source for batch in batches if batch["kind"] == "video" for source in batch["source"]]
     file = root / "video_caption.train.jsonl"
-    assert {place.split("(")[1] for place in clips} == {f"{file}:{i + 1})" for i in range(6)}
+    assert {source.split("(")[1] for source in videos} == {f"{file}:{i + 1})" for i in range(6)}
     samples = {sample.source: sample for sample in read_samples(root, "pretrain", "train")["video"]}
     for batch in batches:
         if batch["kind"] == "video":
             assert batch["pixels"].shape == (2, 3, 4, 8, 8) and batch["errors"] == []
-            expected = [samples[place.split("(")[1][:-1]].positive_id for place in batch["source"]]
+            expected = [samples[source.split("(")[1][:-1]].positive_id for source in batch["source"]]
             assert batch["positive_id"].tolist() == expected
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_resumed_stream_is_the_stream_that_never_stopped(root, packed, tokenizer, workers):  # noqa: F811
-    """Batches and all that is drawn in them; the shards mixed with a folder."""
+def test_a_resumed_stream_equals_the_uninterrupted_stream(root, packed, tokenizer, workers):
+    """All random choices included; shards mixed with a folder."""
     if workers:
         root = None
     whole, _ = batches_of(packed, tokenizer, 14, workers=workers, mixed=root)
     for stop in (3, 8):
-        before, positions = batches_of(packed, tokenizer, stop, workers=workers, mixed=root)
-        assert where(before) == where(whole[:stop])
-        state = json.loads(json.dumps(positions.collected([positions])))  # through a checkpoint
-        state = {name: {**of_stream, "at": {int(r): place for r, place in of_stream["at"].items()}}
+        before, reader_state = batches_of(packed, tokenizer, stop, workers=workers, mixed=root)
+        assert sources(before) == sources(whole[:stop])
+        state = json.loads(json.dumps(reader_state.collected([reader_state])))  # through a checkpoint
+        state = {name: {**of_stream, "at": {int(r): at for r, at in of_stream["at"].items()}}
                  for name, of_stream in state.items()}
         after, _ = batches_of(packed, tokenizer, 14, stop, state, workers=workers, mixed=root)
-        assert where(after) == where(whole[stop:])
+        assert sources(after) == sources(whole[stop:])
         for one, other in zip(after, whole[stop:]):
             assert one["caption_ids"].equal(other["caption_ids"]) and one["masked_ids"].equal(other["masked_ids"])
             assert "pixels" not in one or one["pixels"].equal(other["pixels"])
 
 
-def test_processes_and_workers_have_shards_of_their_own(packed, tokenizer):  # noqa: F811
+def test_ranks_and_workers_have_shards_of_their_own(packed, tokenizer):
     found = [batches_of(packed, tokenizer, 6, rank=rank, world=2)[0] for rank in range(2)]
     assert [batch["kind"] for batch in found[0]] == [batch["kind"] for batch in found[1]]
-    files = [{place.split(":")[0] for batch in batches[:3] for place in batch["source"]} for batches in found]
+    files = [{source.split(":")[0] for batch in batches[:3] for source in batch["source"]} for batches in found]
     assert not files[0] & files[1]
-    with pytest.raises(ValueError, match="3 shards of video for 4 readers .*; pack with fewer samples a shard"):
+    with pytest.raises(ValueError, match="3 shards of video for 4 readers .*; pack with fewer samples per shard"):
         batches_of(packed, tokenizer, 3, world=4)
 
 
-def test_every_worker_has_its_turn_in_every_stream(packed, tokenizer):  # noqa: F811
-    """Three kinds in turn and three workers: none reads all of a kind, and every sample comes once an epoch."""
-    found, positions = batches_of(packed, tokenizer, 9, workers=3)
+def test_every_worker_takes_turns_in_every_stream(packed, tokenizer):
+    """Three batch types and three workers: no worker reads all of one type, and every sample appears once per epoch."""
+    found, reader_state = batches_of(packed, tokenizer, 9, workers=3)
     assert [batch["kind"] for batch in found] == [batch["kind"] for batch in batches_of(packed, tokenizer, 9)[0]]
-    assert {stream: sorted(at) for stream, at in positions.at.items()} == dict.fromkeys(positions.at, [0, 1, 2])
-    clips = [place for batch in found if batch["kind"] == "video" for place in batch["source"]]
-    assert len(clips) == len(set(clips)) == 6
+    assert {stream: sorted(at) for stream, at in reader_state.at.items()} == dict.fromkeys(reader_state.at, [0, 1, 2])
+    videos = [source for batch in found if batch["kind"] == "video" for source in batch["source"]]
+    assert len(videos) == len(set(videos)) == 6
 
 
 # ---- damage ----------------------------------------------------------------------------------------------------------
 
 
 def broken(root: Path, out: Path, change) -> Path:
-    """Shards of which the first with clips is written anew: its (name, content) pairs as `change` leaves them."""
-    pack(root, out, samples_per_shard=CLIPS)
+    """Shards whose only video shard has the (name, content) pairs that `change` returns."""
+    pack(root, out, samples_per_shard=VIDEOS)
     path = out / "video-000000.tar"
     with tarfile.open(path) as tar:
         members = [(member.name, tar.extractfile(member).read()) for member in tar]
@@ -271,13 +265,13 @@ def broken(root: Path, out: Path, change) -> Path:
     return out
 
 
-def clips(root: Path, tokenizer, steps: int = 3) -> tuple[list[str], list[str]]:  # noqa: F811
+def read_videos(root: Path, tokenizer, steps: int = 3) -> tuple[list[str], list[str]]:
     batches, _ = batches_of(root, tokenizer, 3 * steps)
-    batches = [batch for batch in batches if batch["kind"] == "video"]
-    return [place for batch in batches for place in batch["source"]], [e for batch in batches for e in batch["errors"]]
+    videos = [batch for batch in batches if batch["kind"] == "video"]
+    return [source for batch in videos for source in batch["source"]], [e for batch in videos for e in batch["errors"]]
 
 
-def test_corrupt_members_are_skipped_and_counted_by_name(root, tmp_path, tokenizer):  # noqa: F811
+def test_corrupt_members_are_skipped_and_named(root, tmp_path, tokenizer):
     def change(members: list) -> list:
         changed = dict(members)
         changed["000000000.gif"] = b"GIF89a, but not for long"
@@ -287,35 +281,35 @@ def test_corrupt_members_are_skipped_and_counted_by_name(root, tmp_path, tokeniz
         changed["000000005.json"] = json.dumps({**json.loads(changed["000000005.json"]), "captions": []}).encode()
         return list(changed.items())
 
-    found, errors = clips(broken(root, tmp_path / "out", change), tokenizer)
-    assert {place.split(":")[1].split(" ")[0] for place in found} == {"1"}
+    found, errors = read_videos(broken(root, tmp_path / "out", change), tokenizer)
+    assert {source.split(":")[1].split(" ")[0] for source in found} == {"1"}
     reasons = dict(error.split("video-000000.tar:", 1)[1].split(": ", 1) for error in errors)
     assert sorted(reasons) == ["0", "2", "3", "4", "5"]
     assert "cannot be" in reasons["0"] and "not a sample" in reasons["2"]
-    assert "has no words" in reasons["3"] and "no picture or clip" in reasons["4"]
-    assert "captions: expected a list of one or more strings, found []" in reasons["5"]
+    assert "has no words" in reasons["3"] and "there is no video file" in reasons["4"]
+    assert "captions: found []; expected a list of one or more strings" in reasons["5"]
 
 
-def test_a_shard_that_was_cut_off_gives_what_is_there(root, tmp_path, tokenizer):  # noqa: F811
+def test_a_truncated_shard_gives_its_complete_samples(root, tmp_path, tokenizer):
     out = broken(root, tmp_path / "out", lambda members: members)
     path = out / "video-000000.tar"
     with tarfile.open(path) as tar:
         cut = tar.getmember("000000004.gif").offset_data + 10
     path.write_bytes(path.read_bytes()[:cut])
-    found, errors = clips(out, tokenizer)
-    assert {place.split(":")[1].split(" ")[0] for place in found} == {"0", "1", "2", "3"}
+    found, errors = read_videos(out, tokenizer)
+    assert {source.split(":")[1].split(" ")[0] for source in found} == {"0", "1", "2", "3"}
     assert {error.split(".tar:")[1].split(":")[0] for error in errors} == {"4", "5"}
-    assert all("cannot be read from here on" in error or "ends before it" in error for error in errors)
+    assert all("cannot be read beyond this point" in error or "ends before it" in error for error in errors)
 
 
-def test_nothing_but_corrupt_samples_stops_the_run(root, tmp_path, tokenizer):  # noqa: F811
+def test_a_run_stops_if_all_samples_are_corrupt(root, tmp_path, tokenizer):
     out = broken(root, tmp_path / "out", lambda members: [(name, b"") for name, _ in members])
     with pytest.raises(MediaError, match=r"12 samples in a row cannot be read; the first: .*video-000000.tar:"):
-        clips(out, tokenizer)
+        read_videos(out, tokenizer)
 
 
-def test_a_tar_of_another_maker_can_be_read(tmp_path, tokenizer):  # noqa: F811
-    """Folders in the names, a sample of two files in the other order, and members that are no files."""
+def test_a_tar_made_by_another_program_can_be_read(tmp_path, tokenizer):
+    """Folders in the names, files of a sample in another order, and members that are not files."""
     write_gif(tmp_path / "a.gif", 1)
     texts = json.dumps({"source": "the web", "positive_id": 3, "captions": ["a red three"], "qa": []}).encode()
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
@@ -329,3 +323,23 @@ def test_a_tar_of_another_maker_can_be_read(tmp_path, tokenizer):  # noqa: F811
     (tmp_path / "shards.json").write_text('{"kinds": {"video": [{"file": "x.tar", "samples": 1}]}}')
     (batch,), _ = batches_of(tmp_path, tokenizer, 1)
     assert batch["source"] == [f"{tmp_path / 'x.tar'}:0 (the web)"] * 2 and batch["positive_id"].tolist() == [3, 3]
+
+
+def test_the_old_names_of_fields_are_still_read(root, tmp_path, tokenizer):
+    """Shards that were packed with `where` and `meaning` give the same batches as new ones."""
+    def change(members: list) -> list:
+        renamed = []
+        for name, content in members:
+            if name.endswith(".json"):
+                fields = json.loads(content)
+                fields["where"], fields["meaning"] = fields.pop("source"), fields.pop("positive_id")
+                content = json.dumps(fields).encode()
+            renamed.append((name, content))
+        return renamed
+
+    new, _ = batches_of(broken(root, tmp_path / "new", lambda members: members), tokenizer, 3)
+    old, _ = batches_of(broken(root, tmp_path / "old", change), tokenizer, 3)
+    for one, other in zip(new, old, strict=True):
+        assert one["positive_id"].equal(other["positive_id"]) and len(set(one["positive_id"].tolist())) > 1
+        names = [[source.split("(")[1] for source in batch["source"]] for batch in (one, other)]
+        assert names[0] == names[1]

@@ -1,4 +1,4 @@
-"""The tokenizer against Hugging Face's, encoding and decoding as inverses, training that repeats, files and errors."""
+"""Text: ids equal to Hugging Face's, decoding inverts encoding, training is reproducible, files and errors."""
 
 import json
 import pickle
@@ -15,7 +15,7 @@ from transformers import BertTokenizerFast
 
 from mplug2.data.text import SPECIAL_TOKENS, Tokenizer, clean, normalize
 
-# BERT's own files do not start with [PAD] [UNK] [CLS] either: ids must be looked up, never assumed.
+# The order of the special tokens differs from BERT's files on purpose: ids must be looked up, never assumed.
 VOCAB = ["[UNK]", "[PAD]", "a", "the", "red", "seven", "play", "##ing", "##s", "[SEP]", "[CLS]", "[MASK]", "do", "not",
          "it", "'", "s", "?", ",", "cafe", "日", "e", "##e", "left", "-", "right", "u", "##n", "##play", "##ed"]
 CORPUS = ["a red seven moves left", "a blue seven moves right", "the seven, then the two?", "Déjà vu: it's growing"]
@@ -54,7 +54,7 @@ mixed = st.lists(words | odd_words | st.text(max_size=5), max_size=8).map(" ".jo
 @given(text=mixed)
 def test_ids_equal_those_of_hugging_face(bert, hugging_face, text):
     expected = hugging_face(text)["input_ids"]
-    if len(expected) == 2:  # [CLS] [SEP]: nothing in it
+    if len(expected) == 2:  # [CLS] [SEP] only
         with pytest.raises(ValueError, match="is empty"):
             bert.encode([text])
     else:
@@ -75,7 +75,7 @@ def test_decode_inverts_encode(bert, texts, special):
 def test_padding_changes_no_ids(bert, texts, special):
     ids, mask = bert.encode(texts, special=special)
     assert ids.dtype == torch.int64 and mask.dtype == torch.bool and ids.shape == mask.shape
-    assert mask.any(dim=0).all()  # no longer than the longest
+    assert mask.any(dim=0).all()  # not padded beyond the longest
     assert (ids[~mask] == bert.pad).all()
     for row, kept, text in zip(ids, mask, texts):
         assert torch.equal(row[kept], bert.encode([text], special=special)[0][0])
@@ -97,7 +97,7 @@ def test_decode_stops_at_the_first_sep_and_drops_special_tokens(bert):
 
 
 def test_decode_keeps_the_blanks_between_words(bert):
-    """The library's own decoder would print "it ' s a?": captions are scored on words between blanks."""
+    """The library's own decoder would give "it ' s a?", but captions are scored on words between blanks."""
     assert bert.decode(bert.encode(["It's a?"])[0]) == ["it ' s a ?"]
 
 
@@ -114,7 +114,7 @@ def test_a_text_that_is_too_long_is_an_error(bert, text):
         bert.encode([text], max_length=length - 3, special=False)
 
 
-def test_a_long_text_is_abridged_in_its_error(bert):
+def test_a_long_text_is_abbreviated_in_its_error(bert):
     with pytest.raises(ValueError, match=r"the text '(a ){100}\.\.\.' has 502 tokens"):
         bert.encode(["a " * 500], max_length=30)
 
@@ -124,13 +124,13 @@ def test_texts_without_words_are_errors(bert, blank):
     for call in (bert.encode, bert.lengths):
         with pytest.raises(ValueError, match="text 1 of 2 is empty"):
             call(["a", blank])
-    with pytest.raises(ValueError, match="no texts to encode"):
+    with pytest.raises(ValueError, match=r"texts is \[\]: expected at least one"):
         bert.encode([])
 
 
-def test_a_single_text_is_not_a_list_of_letters(bert):
+def test_a_single_text_is_not_a_list_of_characters(bert):
     for call in (bert.encode, bert.lengths, lambda text: Tokenizer.train(text, 100)):
-        with pytest.raises(TypeError, match="expected a list of texts, found the single text 'seven'"):
+        with pytest.raises(TypeError, match="found the single text 'seven'; expected a list of texts"):
             call("seven")
 
 
@@ -149,7 +149,7 @@ def test_special_tokens_come_first_and_whole_words_last(tmp_path):
     assert vocabulary[:5] == SPECIAL_TOKENS and tokenizer.pad == 0
     assert len(vocabulary) == len(tokenizer) < 500
     assert {"seven", "moves", "growing", "deja", ",", "'"} <= set(vocabulary)
-    # The characters, listed as special tokens while training, are ordinary ones afterwards.
+    # Characters are special tokens during training, but ordinary tokens afterwards.
     assert tokenizer.decode(tokenizer.encode(["a seven ##a"])[0]) == ["a seven a"]
 
 
@@ -159,7 +159,7 @@ alphabet_texts = st.lists(st.lists(alphabet_words, min_size=1, max_size=6).map("
 
 @settings(max_examples=40, deadline=None)
 @given(texts=alphabet_texts, spare=st.integers(0, 20), random=st.randoms(use_true_random=False))
-def test_training_repeats_in_any_order_and_reads_its_corpus(tmp_path_factory, texts, spare, random):
+def test_training_is_reproducible_in_any_order_and_spells_its_corpus(tmp_path_factory, texts, spare, random):
     smallest = 5 + len({c for text in texts for c in text} - {" "}) \
         + len({c for text in texts for word in text.split() for c in word[1:]})
     tokenizer = Tokenizer.train(texts, smallest + spare)
@@ -172,8 +172,8 @@ def test_training_repeats_in_any_order_and_reads_its_corpus(tmp_path_factory, te
         Tokenizer.train(texts, smallest - 1)
 
 
-def test_training_repeats_in_another_process(tmp_path):
-    # Many pieces of equal count, so that every merge is a tie: hash order would show.
+def test_training_is_reproducible_in_another_process(tmp_path):
+    # All pieces have equal counts, so every merge is a tie, and the order of a hash table would show.
     texts = [f"{a}{b}{c}{d}" for a in "abcd" for b in "efgh" for c in "ijkl" for d in "mnop"]
     train = f"Tokenizer.train({texts!r}, 60).save({str(tmp_path / 'there')!r})"
     program = f"from mplug2.data.text import Tokenizer; {train}"
@@ -185,7 +185,7 @@ def test_training_repeats_in_another_process(tmp_path):
 
 def test_an_empty_corpus_is_an_error():
     for texts in ([], ["", "  "]):
-        with pytest.raises(ValueError, match="the corpus is empty"):
+        with pytest.raises(ValueError, match="corpus is empty"):
             Tokenizer.train(texts, 100)
 
 
@@ -209,14 +209,14 @@ def test_save_and_load_change_nothing(tmp_path_factory, bert, vocab_file, texts)
     assert (folder / "again" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
 
 
-def test_a_saved_file_is_complete_for_hugging_face(tmp_path, bert):
+def test_hugging_face_reads_a_saved_file(tmp_path, bert):
     bert.save(tmp_path / "tokenizer.json")
     other = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert other.encode("Playing a seven").ids == bert.encode(["Playing a seven"])[0][0].tolist()
     assert other.decode(other.encode("Playing a seven").ids) == "playing a seven"
 
 
-def test_truncation_and_padding_of_a_file_are_not_followed(tmp_path, bert, vocab_file):
+def test_truncation_and_padding_settings_of_a_file_are_ignored(tmp_path, bert, vocab_file):
     bert.save(tmp_path)
     backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     backend.enable_truncation(4)
@@ -225,7 +225,7 @@ def test_truncation_and_padding_of_a_file_are_not_followed(tmp_path, bert, vocab
     assert Tokenizer.load(tmp_path).lengths(["a red seven play ##ing"]) == bert.lengths(["a red seven play ##ing"])
 
 
-def test_a_file_keeps_its_own_normalisation(tmp_path, bert):
+def test_a_file_keeps_its_own_normalizer(tmp_path, bert):
     bert.save(tmp_path)
     backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     backend.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=False)
@@ -234,28 +234,28 @@ def test_a_file_keeps_its_own_normalisation(tmp_path, bert):
 
 
 def test_file_errors(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds neither tokenizer.json nor vocab.txt"):
+    with pytest.raises(FileNotFoundError, match="has neither tokenizer.json nor vocab.txt"):
         Tokenizer.load(tmp_path)
-    with pytest.raises(FileNotFoundError, match="vocab.txt: no such file"):
+    with pytest.raises(FileNotFoundError, match="vocab.txt does not exist"):
         Tokenizer.load(tmp_path / "vocab.txt")
     (tmp_path / "model.bin").write_text("x")
-    with pytest.raises(ValueError, match="model.bin: expected a vocab.txt"):
+    with pytest.raises(ValueError, match="model.bin is no vocabulary: expected a vocab.txt"):
         Tokenizer.load(tmp_path / "model.bin")
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\nred\n")
-    with pytest.raises(ValueError, match=r"vocab.txt: the vocabulary lacks \[SEP\] \[MASK\]; expected"):
+    with pytest.raises(ValueError, match=r"vocab.txt lacks the tokens \[SEP\] \[MASK\]; expected"):
         Tokenizer.load(tmp_path)
     (tmp_path / "vocab.txt").write_text("\n".join([*SPECIAL_TOKENS, "red", "red"]))
     with pytest.raises(ValueError, match="6 different tokens, but ids up to 6; .*listed twice"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match="tokenizer.json: not a tokenizer.json that"):
+    with pytest.raises(ValueError, match="tokenizer.json is no tokenizer.json that"):
         Tokenizer.load(tmp_path)
     tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match="expected a WordPiece model, found BPE"):
+    with pytest.raises(ValueError, match="has a BPE model; expected WordPiece"):
         Tokenizer.load(tmp_path)
     bare = tokenizers.models.WordPiece({"[UNK]": 0}, unk_token="[UNK]")
     tokenizers.Tokenizer(bare).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match=r"lacks \[PAD\] \[CLS\] \[SEP\] \[MASK\];"):
+    with pytest.raises(ValueError, match=r"lacks the tokens \[PAD\] \[CLS\] \[SEP\] \[MASK\];"):
         Tokenizer.load(tmp_path)
 
 
@@ -271,7 +271,7 @@ def test_clean():
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(), max_words=st.integers(1, 5))
-def test_clean_is_a_short_prefix_and_changes_nothing_the_second_time(text, max_words):
+def test_clean_is_a_short_prefix_and_idempotent(text, max_words):
     cleaned = clean(text, max_words)
     assert clean(cleaned, max_words) == cleaned and len(cleaned.split()) <= max_words
     assert normalize(text).startswith(cleaned)

@@ -77,7 +77,7 @@ def test_a_recipe_fine_tunes_on_what_was_written(checkpoint, tmp_path):
 
 
 def test_unlabelled_records_are_not_trained_on(tmp_path):
-    downloads.picture(tmp_path / "a.png")
+    downloads.write_image(tmp_path / "a.png")
     downloads.lines(tmp_path / "image_caption.train.jsonl", {"image": "a.png", "unlabelled": True})
     with pytest.raises(RecordError, match="image_caption.train.jsonl:1: an unlabelled record can be"):
         read_samples(tmp_path, "image_caption", "train")
@@ -86,7 +86,7 @@ def test_unlabelled_records_are_not_trained_on(tmp_path):
 def test_every_caption_may_be_a_query(checkpoint, tmp_path):
     """With two pictures of two captions each there are four queries of texts, as in COCO's protocol, not two."""
     for number in range(2):
-        downloads.picture(tmp_path / f"{number}{'x' * number}.png")
+        downloads.write_image(tmp_path / f"{number}{'x' * number}.png")
     downloads.lines(tmp_path / "image_retrieval.test.jsonl", *(
         {"image": f"{n}{'x' * n}.png", "captions": [f"a dog {n}", f"two men {n}"]} for n in range(2)
     ))

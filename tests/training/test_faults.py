@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from data_helpers import write_data
 from processes import free_port
 from safetensors.torch import load_file
-from test_loader import write_data
 from test_parallel import SMALL, lines
 
 import train

@@ -13,11 +13,11 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from data_helpers import write_data
 from helpers import randomised, small
 from processes import Processes
 from safetensors.torch import load_file
 from test_distributed import share
-from test_loader import write_data
 from test_objectives import make_batch, make_model, task_batch
 
 import mplug2

@@ -1,9 +1,9 @@
-"""Public data sets: from the annotation files as they are published to our records.
+"""Adapters for public data sets: they convert published annotation files to our records.
 
-    for found in read("msrvtt_caption", Files("downloads/msrvtt")): ...
+    for record in read("msrvtt_caption", Files("downloads/msrvtt")): ...
 
-`python -m mplug2.data NAME ROOT` checks a download, and with `--out DIR` writes the JSONL files that training takes.
-`source.py` has what all adapters share; `video.py`, `image.py` and `text.py` one small function a data set.
+`python -m mplug2.data NAME ROOT` checks a download, and with `--out DIR` writes JSONL files for training. `source.py`
+has what all adapters share; `video.py`, `image.py` and `text.py` have one small function per data set.
 """
 
 import difflib
@@ -46,12 +46,12 @@ ADAPTERS: dict[str, Callable[[Files], Iterator[ParsedRecord]]] = {
     "mplug2_qa": video.mplug2_qa,
     "mplug2_retrieval": video.mplug2_retrieval,
 }
-"""By the name on the command line: a function from the files of a download to records."""
+"""The adapter of each data set, by its name on the command line: a function from the files of a download to records."""
 
 PUBLISHED: dict[str, tuple[str, dict[str, int]]] = {
     # videos by split: the archive's own readme (video0 to video6512, to video7009, to video9999)
     "msrvtt_caption": ("media", {"train": 6513, "val": 497, "test": 2990}),
-    # JSFusion's 1k-A protocol as in github.com/choisw0823/vr, reranking/new_d/MSR-VTT/README.md
+    # JSFusion's 1k-A split, as in github.com/choisw0823/vr, reranking/new_d/MSR-VTT/README.md
     "msrvtt_retrieval": ("media", {"train": 9000, "test": 1000}),
     "msrvtt_retrieval_7k": ("media", {"train": 7010, "test": 1000}),
     # github.com/albanie/collaborative-experts, misc/datasets/{msvd,lsmdc,didemo}/README.md
@@ -63,7 +63,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, int]]] = {
     "tgif_qa": ("records", {"train": 39392, "test": 13691}),
     # github.com/OpenGVLab/VideoMAEv2, docs/DATASET.md, row ssv2
     "ssv2": ("records", {"train": 168913, "val": 24777}),
-    # Karpathy's splits with restval in training, as in huggingface.co/datasets/undefined443/coco-karpathy-wds
+    # Karpathy's splits, with restval in training, as in huggingface.co/datasets/undefined443/coco-karpathy-wds
     "coco": ("media", {"train": 113287, "val": 5000, "test": 5000}),
     # nocaps.org/download
     "nocaps": ("media", {"val": 4500, "test": 10600}),
@@ -77,22 +77,25 @@ PUBLISHED: dict[str, tuple[str, dict[str, int]]] = {
     "glue_cola": ("records", {"train": 8551, "val": 1043, "test": 1063}),
     "glue_sst2": ("records", {"train": 67349, "val": 872, "test": 1821}),
     "glue_mrpc": ("records", {"train": 3668, "val": 408, "test": 1725}),
-    # less the two without a second question (github.com/huggingface/datasets/issues/277)
+    # without the two rows that have no second question (github.com/huggingface/datasets/issues/277)
     "glue_qqp": ("records", {"train": 363844, "val": 40430, "test": 390965}),
     "glue_stsb": ("records", {"train": 5749, "val": 1500, "test": 1379}),
     "glue_mnli": ("records", {"train": 392702, "val": 9815, "val_mismatched": 9832, "test": 9796,
                               "test_mismatched": 9847}),
     "glue_qnli": ("records", {"train": 104743, "val": 5463, "test": 5463}),
 }
-"""Published counts, of records or of the media that they name, by split; only where a source was found, which stands
-above each. Kinetics and the web sets shrink with time, so that no count can be expected of a download."""
+"""The published number of records, or of media files, by split; the source is in the line above each. Kinetics and the
+web data sets lose files over time, so no count can be expected from a download."""
 
 
 def read(name: str, files: Files) -> Iterator[ParsedRecord]:
-    """The records of a data set. Raises ValueError for an unknown name, RecordError for an annotation that is not as
-    published, with its place, FileNotFoundError for an annotation file that is not there."""
+    """The records of a data set.
+
+    Raises ValueError for an unknown name, RecordError for an annotation that differs from the published format, and
+    FileNotFoundError for a missing annotation file.
+    """
     if name not in ADAPTERS:
-        near = difflib.get_close_matches(name, ADAPTERS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"unknown data set {name!r}{hint} There are {', '.join(ADAPTERS)}")
+        close = difflib.get_close_matches(name, ADAPTERS, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise ValueError(f"unknown data set {name!r}{hint}; expected one of {', '.join(ADAPTERS)}")
     return ADAPTERS[name](files)

@@ -1,4 +1,4 @@
-"""Public data sets of pictures: published annotation files to our records, as in `video.py`."""
+"""Adapters for public image data sets. Each docstring names the expected annotation files, as in `video.py`."""
 
 import os
 from collections.abc import Iterator
@@ -22,12 +22,14 @@ from mplug2.data.records import BOX_SLACK, RecordError
 
 def coco(files: Files) -> Iterator[ParsedRecord]:
     """dataset_coco.json, Karpathy's splits: `images` with filename, filepath, split, sentences (raw, ...), cocoid.
-    "restval" is trained on. Each picture serves captioning and retrieval."""
+
+    "restval" belongs to the training split. Each image serves captioning and retrieval.
+    """
     return _karpathy(files, "dataset_coco.json", "cocoid")
 
 
 def flickr30k(files: Files) -> Iterator[ParsedRecord]:
-    """dataset_flickr30k.json, as of COCO, but without filepath and cocoid."""
+    """dataset_flickr30k.json, in the format of COCO, without filepath and cocoid."""
     return _karpathy(files, "dataset_flickr30k.json", "imgid")
 
 
@@ -46,7 +48,7 @@ def _karpathy(files: Files, name: str, id_field: str) -> Iterator[ParsedRecord]:
 
 def nocaps(files: Files) -> Iterator[ParsedRecord]:
     """nocaps_val_4500_captions.json (`images` with id and file_name, `annotations` with image_id and caption) and
-    nocaps_test_image_info.json (`images` only: the captions are kept by the server)."""
+    nocaps_test_image_info.json (`images` only: the server keeps the captions)."""
     for split, name in (("val", "nocaps_val_4500_captions.json"), ("test", "nocaps_test_image_info.json")):
         path = files.annotation(name) if split == "val" else files.optional(name)
         if path is None:
@@ -68,10 +70,10 @@ def nocaps(files: Files) -> Iterator[ParsedRecord]:
 
 def visual_genome(files: Files) -> Iterator[ParsedRecord]:
     """region_descriptions.json (id, regions with phrase) as captions, question_answers.json (id, qas with qa_id,
-    question, answer). All for training; pictures are named by their id."""
+    question, answer). Everything is for training; images are named after their id."""
     for image in json_list(files.annotation("region_descriptions.json")):
         phrases = [region.text("phrase") for region in image.items("regions")]
-        if phrases:  # a few pictures have none
+        if phrases:  # a few images have none
             yield ParsedRecord("image_caption", "train", image.source, {
                 "id": image.key("id"), "image": files.media("image", f"{image.key('id')}.jpg"), "captions": phrases,
             })
@@ -84,29 +86,30 @@ def visual_genome(files: Files) -> Iterator[ParsedRecord]:
 
 
 def cc3m(files: Files) -> Iterator[ParsedRecord]:
-    """Train_GCC-training.tsv and, if it is there, Validation_GCC-1.1.0-Validation.tsv: caption and address. The
-    pictures of a split are named by the number of their row, from 0, in nine digits, as img2dataset does, and lie below
-    a folder `train` and a folder `val`."""
+    """Train_GCC-training.tsv and, optionally, Validation_GCC-1.1.0-Validation.tsv: caption and URL.
+
+    Images are named after their row number, from 0, in nine digits, in a folder `train` or `val`.
+    """
     yield from _web(files, "train", files.annotation("Train_GCC-training.tsv"), ["caption", "url"], "train")
     if path := files.optional("Validation_GCC-1.1.0-Validation.tsv"):
         yield from _web(files, "val", path, ["caption", "url"], "val")
 
 
 def cc12m(files: Files) -> Iterator[ParsedRecord]:
-    """cc12m.tsv: address and caption, pictures as of CC3M."""
+    """cc12m.tsv: URL and caption, images named as in CC3M."""
     return _web(files, "train", files.annotation("cc12m.tsv"), ["url", "caption"])
 
 
 def sbu(files: Files) -> Iterator[ParsedRecord]:
-    """sbu.tsv (caption and address), or the published pair SBU_captioned_photo_dataset_urls.txt and
-    ..._captions.txt, line by line; pictures as of CC3M."""
+    """sbu.tsv (caption and URL), or the published pair SBU_captioned_photo_dataset_urls.txt and ..._captions.txt,
+    line by line; images named as in CC3M."""
     if path := files.optional("sbu.tsv"):
         yield from _web(files, "train", path, ["caption", "url"])
         return
     urls = files.annotation("SBU_captioned_photo_dataset_urls.txt")
     captions = list(text_lines(files.annotation("SBU_captioned_photo_dataset_captions.txt")))
     if (count := sum(1 for _ in text_lines(urls))) != len(captions):
-        raise RecordError(f"{urls} has {count} lines, but there are {len(captions)} captions; fetch both again")
+        raise RecordError(f"{urls} has {count} lines, but there are {len(captions)} captions; download both again")
     for number, (source, caption) in enumerate(captions):
         yield ParsedRecord("image_caption", "train", source, {
             "image": files.media("image", f"{number:09d}.jpg"), "captions": [caption],
@@ -116,7 +119,7 @@ def sbu(files: Files) -> Iterator[ParsedRecord]:
 def _web(files: Files, split: str, path, columns: list[str], folder: str = "") -> Iterator[ParsedRecord]:
     number = 0
     for row in table(path, "\t", columns, quoted=False):
-        if number == 0 and list(row.values.values()) == columns:  # a line of names, which img2dataset wants there
+        if number == 0 and list(row.values.values()) == columns:  # a header, which img2dataset requires
             continue
         name = os.path.join(folder, f"{number:09d}.jpg")
         yield ParsedRecord("image_caption", split, row.source, {
@@ -131,7 +134,7 @@ def _web(files: Files, split: str, path, columns: list[str], folder: str = "") -
 def vqav2(files: Files) -> Iterator[ParsedRecord]:
     """v2_OpenEnded_mscoco_SPLIT_questions.json (`questions` with image_id, question, question_id) and
     v2_mscoco_SPLIT_annotations.json (`annotations` with question_id, answers (answer, ...), answer_type, ...) of
-    train2014 and val2014; the questions of test2015 and test-dev2015 are for the server."""
+    train2014 and val2014, and the unlabelled questions of test2015 and test-dev2015."""
     for split, year in (("train", "train2014"), ("val", "val2014"), ("test", "test2015"), ("test-dev", "test-dev2015")):
         name, labelled = f"v2_OpenEnded_mscoco_{year}_questions.json", split in ("train", "val")
         path = files.annotation(name) if labelled else files.optional(name)
@@ -167,8 +170,10 @@ def snli_ve(files: Files) -> Iterator[ParsedRecord]:
 
 
 def nlvr2(files: Files) -> Iterator[ParsedRecord]:
-    """train.json, dev.json, test1.json, an object a line: identifier (split-set-pair-sentence), sentence, label.
-    The pictures are split-set-pair-img0.png and -img1.png."""
+    """train.json, dev.json, test1.json, one object per line: identifier (split-set-pair-sentence), sentence, label.
+
+    The images are split-set-pair-img0.png and -img1.png.
+    """
     for split, name in (("train", "train.json"), ("val", "dev.json"), ("test", "test1.json")):
         for entry in json_lines(files.annotation(name)):
             pair, dash, _ = entry.text("identifier").rpartition("-")
@@ -183,7 +188,7 @@ def nlvr2(files: Files) -> Iterator[ParsedRecord]:
 
 def refcoco(files: Files, refs: str = "refs(unc).p") -> Iterator[ParsedRecord]:
     """refs(unc).p (a list of ref_id, ann_id, image_id, split, sentences with sent) and instances.json (`images` with
-    id, file_name, width, height; `annotations` with id, bbox): RefCOCO and RefCOCO+, each in a folder of its own."""
+    id, file_name, width, height; `annotations` with id, bbox): RefCOCO and RefCOCO+, each in its own folder."""
     instances = json_object(files.annotation("instances.json"))
     images = {image.key("id"): image for image in instances.items("images")}
     boxes = {entry.key("id"): entry for entry in instances.items("annotations")}
@@ -199,19 +204,19 @@ def refcoco(files: Files, refs: str = "refs(unc).p") -> Iterator[ParsedRecord]:
 
 
 def refcocog(files: Files) -> Iterator[ParsedRecord]:
-    """The same of RefCOCOg, in UMD's splits: refs(umd).p and instances.json."""
+    """RefCOCOg with the UMD splits: refs(umd).p and instances.json."""
     return refcoco(files, "refs(umd).p")
 
 
 def _box(entry: Annotation, image: Annotation) -> list[float]:
-    """bbox (left, top, width, height in pixels) -> centre x, centre y, width, height in shares of the picture."""
+    """bbox (left, top, width, height in pixels) -> center x, center y, width, height as fractions of the image size."""
     width, height, bbox = image.number("width"), image.number("height"), entry.get("bbox")
     if not isinstance(bbox, list) or len(bbox) != 4:
         fail(f"{entry.source}: bbox", "four numbers, left, top, width, height", bbox)
     left, top, w, h = (Annotation(f"{entry.source}: bbox[{k}]", {"": value}).number("") for k, value in enumerate(bbox))
     inside = left >= 0 and top >= 0 and w > 0 and h > 0
     if not inside or left + w > width * (1 + BOX_SLACK) or top + h > height * (1 + BOX_SLACK):
-        fail(f"{entry.source}: bbox", f"a box with an area inside the picture, {width:g} x {height:g} pixels", bbox)
+        fail(f"{entry.source}: bbox", f"a box with an area inside the image, {width:g} x {height:g} pixels", bbox)
     return [(left + w / 2) / width, (top + h / 2) / height, min(1.0, w / width), min(1.0, h / height)]
 
 
@@ -219,8 +224,11 @@ def _box(entry: Annotation, image: Annotation) -> list[float]:
 
 
 def imagenet(files: Files) -> Iterator[ParsedRecord]:
-    """Folders train/CLASS/ and val/CLASS/ of pictures. With LOC_synset_mapping.txt (n01440764, blank, its names,
-    separated by commas) classes get the first of their names, and their number too where two share it."""
+    """Images in folders train/CLASS/ and val/CLASS/.
+
+    With LOC_synset_mapping.txt (n01440764, blank, names separated by commas) a class is called by its first name; two
+    classes with the same first name also have their number.
+    """
     names: dict[str, str] = {}
     if path := files.optional("LOC_synset_mapping.txt"):
         first = {line.split(" ", 1)[0]: line.partition(" ")[2].split(",")[0].strip() for _, line in text_lines(path)}
@@ -228,10 +236,10 @@ def imagenet(files: Files) -> Iterator[ParsedRecord]:
         names = {number: f"{name} ({number})" if name in shared else name for number, name in first.items()}
     classes: dict[str, str] = {}
     for split in ("train", "val"):
-        pictures = list(files.pictures(split))
-        if not pictures:
-            raise FileNotFoundError(f"{files.root / split}: no pictures; expected {split}/CLASS/PICTURE")
-        for path in pictures:
+        images = list(files.images(split))
+        if not images:
+            raise FileNotFoundError(f"{files.root / split} has no images: expected {split}/CLASS/IMAGE")
+        for path in images:
             entry = Annotation(str(files.root / path), {"folder": path.split("/")[1]})
             if split == "train":
                 classes.setdefault(entry.text("folder"), names.get(entry.text("folder"), entry.text("folder")))

@@ -1,5 +1,5 @@
-"""What the adapters share: annotations that know where they stand, readers of the published formats, and the files of a
-download, found wherever in it they lie."""
+"""What all adapters share: annotations that know their place in a file, readers of the published formats, and the files
+of a download, found by name in any folder."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ SUFFIXES = {"image": STILL_SUFFIXES + ANIMATION_SUFFIXES, "video": VIDEO_SUFFIXE
 
 
 def fail(source: str, expected: str, found: Any) -> NoReturn:
-    raise RecordError(f"{source}: expected {expected}; found {reprlib.repr(found)}")
+    raise RecordError(f"{source}: found {reprlib.repr(found)}; expected {expected}")
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,16 @@ class ParsedRecord:
     task: str
     split: str
     source: str
-    """The file and line, or file and entry, that it comes from."""
+    """Its file and line, or file and entry, for messages."""
     fields: dict[str, Any]
-    """Fields of `records.RECORD_FIELDS`; media as paths relative to the download."""
+    """The fields of a `Record`; media are paths relative to the download."""
 
 
 class Annotation:
-    """One annotation, an object of a JSON file or a row of a table. Its methods raise RecordError, with its place, for
-    a field that is missing or not what they expect."""
+    """One annotation: an object of a JSON file or a row of a table.
+
+    Its methods raise RecordError, with the place, for a field that is missing or has an unexpected value.
+    """
 
     def __init__(self, source: str, values: Any):
         if not isinstance(values, dict):
@@ -48,7 +50,7 @@ class Annotation:
 
     def get(self, name: str) -> Any:
         if name not in self.values:
-            raise RecordError(f"{self.source}: field {name!r} is missing; there are {', '.join(map(str, self.values))}")
+            raise RecordError(f"{self.source}: field {name!r} is missing; it has {', '.join(map(str, self.values))}")
         return self.values[name]
 
     def text(self, name: str) -> str:
@@ -59,7 +61,7 @@ class Annotation:
         return value.strip()
 
     def texts(self, name: str) -> list[str]:
-        """One or more of them; a single string is a list of one."""
+        """A list of one or more such strings; a single string counts as a list of one."""
         value = self.get(name)
         values = [value] if isinstance(value, str) else value
         if not isinstance(values, list) or not values:
@@ -67,11 +69,12 @@ class Annotation:
         return [Annotation(f"{self.source}: {name}[{k}]", {"text": text}).text("text") for k, text in enumerate(values)]
 
     def key(self, name: str) -> str:
-        """A string or an integer that names something."""
+        """A string or an integer that identifies something, as a string."""
         value = self.get(name)
         return str(value) if isinstance(value, int) and not isinstance(value, bool) else self.text(name)
 
     def number(self, name: str) -> float:
+        """A finite number, or a string that spells one."""
         value = self.get(name)
         try:
             number = float(value)
@@ -82,7 +85,7 @@ class Annotation:
         return number
 
     def choice(self, name: str, choices: dict[str, str]) -> str:
-        """What `choices` has for the value of a field: a split, or a class."""
+        """The entry of `choices`, splits or classes, for the value of a field."""
         value = self.key(name)
         if value not in choices:
             few = len(choices) <= 12
@@ -97,7 +100,7 @@ class Annotation:
         return [Annotation(f"{self.source}: {name}[{k}]", each) for k, each in enumerate(value)]
 
     def look_up(self, name: str, table: dict[str, Any], what: str) -> Any:
-        """The entry of another list that a field refers to."""
+        """The entry of `table` that a field refers to; `what` describes the expected values."""
         key = self.key(name)
         if key not in table:
             fail(f"{self.source}: {name}", what, key)
@@ -108,13 +111,13 @@ class Annotation:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file. RecordError names the line at which it is damaged."""
+    """The content of a JSON file. RecordError names the line where parsing fails."""
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise RecordError(f"{path}:{error.lineno}: expected JSON, {error.msg}; fetch the file again") from error
+        raise RecordError(f"{path}:{error.lineno}: this is not JSON ({error.msg}); download the file again") from error
     except UnicodeDecodeError as error:
-        raise RecordError(f"{path}: expected JSON in UTF-8: {error}; fetch the file again") from error
+        raise RecordError(f"{path}: this is not UTF-8 ({error}); download the file again") from error
 
 
 def json_object(path: Path) -> Annotation:
@@ -126,17 +129,17 @@ def json_list(path: Path) -> list[Annotation]:
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """(place, line) of each line of a text file, with its end."""
+    """(place, line) of each line of a text file; the line includes its line break."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
                 yield f"{path}:{number}", line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise RecordError(f"{path}:{number}: expected text in UTF-8: {error}; fetch the file again") from error
+                raise RecordError(f"{path}:{number}: this is not UTF-8 ({error}); download the file again") from error
 
 
 def text_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """(place, line) of each line that is not blank, without the blanks around it."""
+    """(place, line) of each line that is not blank, stripped."""
     return ((source, line.strip()) for source, line in numbered_lines(path) if line.strip())
 
 
@@ -145,15 +148,18 @@ def json_lines(path: Path) -> Iterator[Annotation]:
         try:
             yield Annotation(source, json.loads(line))
         except json.JSONDecodeError as error:
-            raise RecordError(f"{source}: expected a JSON object, {error.msg}") from error
+            raise RecordError(f"{source}: this is not a JSON object ({error.msg}); download the file again") from error
 
 
 def table(
     path: Path, delimiter: str, columns: list[str] | None = None, quoted: bool = True, faulty: list[str] | None = None
 ) -> Iterator[Annotation]:
-    """Rows of a CSV or TSV file, whose first line names the columns unless `columns` does. Every row must have as many
-    cells. `quoted`: cells may stand in quotes, as in CSV; in most TSV files a quote is a quote. `faulty`: where
-    to note rows of another number of cells, for a file that is known to have some, in place of an error."""
+    """The rows of a CSV or TSV file. Its first line names the columns, unless `columns` is given.
+
+    quoted: whether cells may be quoted, as in CSV; in most TSV files a quotation mark is text. A row with another
+    number of cells is an error. For files that are published with such rows, give a list `faulty`: the rows are skipped
+    and listed there.
+    """
     for source, row in _quoted_rows(path, delimiter) if quoted else _rows(path, delimiter):
         if columns is None:
             columns = [cell.strip() for cell in row]
@@ -176,21 +182,21 @@ def _quoted_rows(path: Path, delimiter: str) -> Iterator[tuple[str, list[str]]]:
     try:
         yield from ((f"{path}:{rows.line_num}", row) for row in rows if row)
     except csv.Error as error:
-        raise RecordError(f"{path}:{rows.line_num}: expected a table: {error}; fetch the file again") from error
+        raise RecordError(f"{path}:{rows.line_num}: this is no CSV row ({error}); download the file again") from error
 
 
 class _Plain(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> NoReturn:
-        raise RecordError(f"it holds {module}.{name}, where lists, dictionaries, strings and numbers are expected")
+        raise RecordError(f"it contains {module}.{name}; expected only lists, dictionaries, strings and numbers")
 
 
 def pickle_list(path: Path) -> list[Annotation]:
-    """A list of objects in a pickle, of which nothing is run: anything but plain data is refused."""
+    """A list of objects in a pickle. Anything except plain data is refused, so no code of the file can run."""
     try:
         with path.open("rb") as file:
-            content = _Plain(file, encoding="latin1").load()  # RefCOCO's were written by Python 2
+            content = _Plain(file, encoding="latin1").load()  # RefCOCO's files were written by Python 2
     except (RecordError, pickle.UnpicklingError, EOFError, AttributeError, ValueError) as error:
-        raise RecordError(f"{path} cannot be read: {error}; fetch it again from its publisher") from error
+        raise RecordError(f"{path} cannot be read: {error}; download it again from its publisher") from error
     return Annotation(str(path), {"entry": content}).items("entry")
 
 
@@ -199,24 +205,24 @@ def pickle_list(path: Path) -> list[Annotation]:
 
 @dataclass
 class Files:
-    """All files below `root`, listed once; media are found by name, whatever folders they were put in."""
+    """The files below `root`, listed once. Media are found by name, in any folder."""
 
     root: Path
     missing: set[str] = field(default_factory=set)
-    """Media that annotations name and the download lacks."""
+    """Media that the annotations name but the download does not have."""
     faulty: list[str] = field(default_factory=list)
-    """Rows that are at fault in the publisher's own file, and left out: their places."""
+    """Places of rows that are invalid in the published file itself, and are left out."""
 
     def __post_init__(self):
         self.root = Path(os.path.abspath(self.root))
         if not self.root.is_dir():
-            raise FileNotFoundError(f"{self.root} is not a folder; expected that of the download")
+            raise FileNotFoundError(f"{self.root} is not a folder: expected the folder of the download")
         self._names: dict[str, list[str]] = {}
         self._media: dict[str, list[str]] = {}
         seen = set()
         for folder, folders, names in os.walk(self.root, followlinks=True):
             real = os.path.realpath(folder)
-            if real in seen:  # a link back to where we come from
+            if real in seen:  # a link to a folder that was listed already
                 folders.clear()
                 continue
             seen.add(real)
@@ -230,27 +236,30 @@ class Files:
                     self._names.setdefault(name, []).append(path)
 
     def annotation(self, *names: str) -> Path:
-        """The first of these annotation files that is there. Raises FileNotFoundError with the names if none is."""
+        """The first of these annotation files that exists. Raises FileNotFoundError if none does."""
         if (path := self.optional(*names)) is None:
-            raise FileNotFoundError(f"{self.root}: no annotation file {' or '.join(names)} there or in a folder below; "
-                                    "unpack the published annotations into it")
+            raise FileNotFoundError(f"{self.root} has no annotation file {' or '.join(names)}, in no subfolder either; "
+                                    "unpack the published annotations there")
         return path
 
     def optional(self, *names: str) -> Path | None:
+        """The first of these annotation files that exists, or None. RecordError if there are several of one name."""
         for name in names:
             if (self.root / name).is_file():
                 return self.root / name
             found = [path for path in self._names.get(os.path.basename(name), []) if f"/{path}".endswith(f"/{name}")]
             if len(found) > 1:
-                raise RecordError(f"{self.root}: {name} is there more than once, as {' and '.join(found[:3])}; "
-                                  "name the folder of one of them as the download")
+                raise RecordError(f"{self.root} has {name} more than once: {' and '.join(found[:3])}; "
+                                  "give the folder of one of them as the download")
             if found:
                 return self.root / found[0]
         return None
 
     def media(self, kind: str, name: str) -> str:
-        """The path, relative to the download, of the picture or clip that is called `name`, with a suffix, with another
-        one, or with none. One that is not there goes to `missing`, and gets the path that would do."""
+        """The path, relative to the download, of the image or video called `name`; its suffix may differ.
+
+        A file that does not exist is added to `missing`, and the path that it should have is returned.
+        """
         stem, suffix = os.path.splitext(os.path.basename(name))
         if suffix.lower() not in SUFFIXES["image"] + SUFFIXES["video"]:
             stem, suffix = os.path.basename(name), ""
@@ -260,14 +269,14 @@ class Files:
                      lambda path: os.path.basename(path) == os.path.basename(name)):
             found = [path for path in found if rule(path)] or found
         if len(found) > 1:
-            raise RecordError(f"{self.root}: {name} is there more than once, as {' and '.join(found[:3])}; keep one")
+            raise RecordError(f"{self.root} has {name} more than once: {' and '.join(found[:3])}; keep one")
         if not found:
             path = name if suffix else name + (".jpg" if kind == "image" else ".mp4")
             self.missing.add(path)
             return path
         return found[0]
 
-    def pictures(self, folder: str) -> Iterator[str]:
-        """The pictures below a folder of the download, by path."""
+    def images(self, folder: str) -> Iterator[str]:
+        """The paths of all images below a folder of the download, sorted."""
         below = (path for paths in self._media.values() for path in paths if path.startswith(f"{folder}/"))
         return iter(sorted(path for path in below if path.lower().endswith(SUFFIXES["image"])))

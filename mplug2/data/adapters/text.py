@@ -1,4 +1,4 @@
-"""GLUE: the TSV files of its nine tasks to our records. Test labels are kept by the server."""
+"""GLUE: adapters for the TSV files of its nine tasks. The test sets have no labels: the server keeps them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ THREE = {name: name for name in ("entailment", "neutral", "contradiction")}
 @dataclass(frozen=True)
 class GlueTask:
     folder: str
-    """Of the published archive; also the name of the file that the server takes."""
+    """The folder in the published archive, and the name of the file that the server accepts."""
     texts: tuple[str, ...]
-    """The columns of the sentence, or of the two."""
+    """The columns of the sentence or of the two sentences."""
     label: str
     """The column of the label."""
     labels: dict[str, str]
-    """What the files write -> our class; {} for a score."""
+    """Label in the file -> our class name; {} if the label is a score."""
 
 
 GLUE = {
@@ -34,15 +34,17 @@ GLUE = {
     "rte": GlueTask("RTE", ("sentence1", "sentence2"), "label", ENTAILMENT),
     "wnli": GlueTask("WNLI", ("sentence1", "sentence2"), "label", NO_YES),
 }
-"""The tasks by their short name. QQP's server file too writes 0 and 1, as its training file does."""
+"""The tasks by their short names. The server expects 0 and 1 for QQP, as in its training file."""
 
-COLA_COLUMNS = ["source", "label", "mark", "sentence"]  # its files for training and validation have no names
+COLA_COLUMNS = ["source", "label", "mark", "sentence"]  # its training and validation files have no header
 
 
 def glue(files: Files, name: str) -> Iterator[ParsedRecord]:
-    """train.tsv, dev.tsv and test.tsv, alone in the download or in the folder of their task (CoLA/, SST-2/, ...). In
-    QQP's published files line breaks cut a few rows in two, and two have no second question: they are left out, and
-    named."""
+    """train.tsv, dev.tsv and test.tsv, in the download itself or in the folder of the task (CoLA/, SST-2/, ...).
+
+    In QQP's published files, line breaks split a few rows, and two rows have no second question. Such rows are left out
+    and listed.
+    """
     task, faulty = GLUE[name], files.faulty if name == "qqp" else None
     parts = {"train": "train.tsv", "val": "dev.tsv", "test": "test.tsv"}
     if name == "mnli":

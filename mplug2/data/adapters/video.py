@@ -1,11 +1,11 @@
-"""Public data sets of clips: published annotation files to our records.
+"""Adapters for public video data sets.
 
-Each function takes the `Files` of a download and yields `ParsedRecord`s. Its docstring names the expected files; clips
-are found by their names, wherever in the download they lie.
+Each function takes the `Files` of a download and yields its records. Its docstring names the expected annotation files
+and their fields. Videos are found by name, in any folder of the download.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from mplug2.data.adapters.source import (
     Annotation,
@@ -49,13 +49,13 @@ def _msrvtt_sentences(info: Annotation, videos: dict) -> Captions:
 
 def msrvtt_retrieval(files: Files, train: str = "MSRVTT_train.9k.csv") -> Iterator[ParsedRecord]:
     """MSRVTT_data.json (as above, all splits), MSRVTT_train.9k.csv (video_id), and the 1k-A test set
-    MSRVTT_JSFUSION_test.csv (key, vid_key, video_id, sentence): one sentence a clip."""
+    MSRVTT_JSFUSION_test.csv (key, vid_key, video_id, sentence): one sentence per video."""
     info = json_object(files.annotation("MSRVTT_data.json"))
     captions = _msrvtt_sentences(info, {video.text("video_id"): video for video in info.items("videos")})
     for row in table(files.annotation(train), ","):
         yield ParsedRecord("video_retrieval", "train", row.source, {
             "id": row.text("video_id"), "video": files.media("video", row.text("video_id")),
-            "captions": row.look_up("video_id", captions, "a clip that MSRVTT_data.json has sentences of"),
+            "captions": row.look_up("video_id", captions, "a video with sentences in MSRVTT_data.json"),
         })
     for row in table(files.annotation("MSRVTT_JSFUSION_test.csv"), ","):
         yield ParsedRecord("video_retrieval", "test", row.source, {
@@ -65,7 +65,7 @@ def msrvtt_retrieval(files: Files, train: str = "MSRVTT_train.9k.csv") -> Iterat
 
 
 def msrvtt_retrieval_7k(files: Files) -> Iterator[ParsedRecord]:
-    """The same with the smaller training set, MSRVTT_train.7k.csv."""
+    """The same files with the smaller training set, MSRVTT_train.7k.csv."""
     return msrvtt_retrieval(files, "MSRVTT_train.7k.csv")
 
 
@@ -74,11 +74,11 @@ def msrvtt_qa(files: Files) -> Iterator[ParsedRecord]:
     return _qa(files, lambda entry: f"video{entry.key('video_id')}")
 
 
-def _qa(files: Files, clip_of) -> Iterator[ParsedRecord]:
+def _qa(files: Files, video_of: Callable[[Annotation], str]) -> Iterator[ParsedRecord]:
     for split in ("train", "val", "test"):
         for entry in json_list(files.annotation(f"{split}_qa.json")):
             yield ParsedRecord("video_qa", split, entry.source, {
-                "id": entry.key("id"), "video": files.media("video", clip_of(entry)),
+                "id": entry.key("id"), "video": files.media("video", video_of(entry)),
                 "qa": [{"question": entry.text("question"), "answers": [entry.text("answer")]}],
             })
 
@@ -87,13 +87,13 @@ def _qa(files: Files, clip_of) -> Iterator[ParsedRecord]:
 
 
 def msvd_caption(files: Files) -> Iterator[ParsedRecord]:
-    """AllVideoDescriptions.txt (clip, blank, description; comments start with #), train_list.txt, val_list.txt and
-    test_list.txt (a clip a line)."""
+    """AllVideoDescriptions.txt (video, blank, description; comments start with #), and train_list.txt, val_list.txt and
+    test_list.txt (one video per line)."""
     return _msvd(files, "video_caption")
 
 
 def msvd_retrieval(files: Files) -> Iterator[ParsedRecord]:
-    """The same files."""
+    """The same files as `msvd_caption`."""
     return _msvd(files, "video_retrieval")
 
 
@@ -101,26 +101,26 @@ def _msvd(files: Files, task: str) -> Iterator[ParsedRecord]:
     captions: Captions = {}
     for source, line in text_lines(files.annotation("AllVideoDescriptions.txt")):
         if not line.startswith("#"):
-            clip, _, text = line.partition(" ")
-            captions.setdefault(clip, []).append(Annotation(source, {"description": text}).text("description"))
+            video, _, text = line.partition(" ")
+            captions.setdefault(video, []).append(Annotation(source, {"description": text}).text("description"))
     for split in ("train", "val", "test"):
-        for source, clip in text_lines(files.annotation(f"{split}_list.txt")):
-            entry = Annotation(source, {"clip": clip})
+        for source, video in text_lines(files.annotation(f"{split}_list.txt")):
+            entry = Annotation(source, {"video": video})
             yield ParsedRecord(task, split, source, {
-                "id": clip, "video": files.media("video", clip),
-                "captions": entry.look_up("clip", captions, "a clip of AllVideoDescriptions.txt"),
+                "id": video, "video": files.media("video", video),
+                "captions": entry.look_up("video", captions, "a video of AllVideoDescriptions.txt"),
             })
 
 
 def msvd_qa(files: Files) -> Iterator[ParsedRecord]:
-    """train_qa.json, val_qa.json, test_qa.json as of MSR-VTT, and youtube_mapping.txt (clip, blank, vid<number>)."""
-    clips = {}
+    """train_qa.json, val_qa.json, test_qa.json, as in MSR-VTT, and youtube_mapping.txt (video, blank, vid<number>)."""
+    videos = {}
     for source, line in text_lines(files.annotation("youtube_mapping.txt")):
-        clip, _, number = line.rpartition(" ")
-        if not clip or not number.startswith("vid"):
-            fail(source, "a clip and its number, such as mv89psg6zh4_33_46 vid1", line)
-        clips[number.removeprefix("vid")] = clip
-    return _qa(files, lambda entry: entry.look_up("video_id", clips, "a number of youtube_mapping.txt"))
+        video, _, number = line.rpartition(" ")
+        if not video or not number.startswith("vid"):
+            fail(source, "a video and its number, such as mv89psg6zh4_33_46 vid1", line)
+        videos[number.removeprefix("vid")] = video
+    return _qa(files, lambda entry: entry.look_up("video_id", videos, "a number of youtube_mapping.txt"))
 
 
 # ---- others ----------------------------------------------------------------------------------------------------------
@@ -141,31 +141,33 @@ def tgif_qa(files: Files) -> Iterator[ParsedRecord]:
 
 
 def didemo(files: Files) -> Iterator[ParsedRecord]:
-    """train_data.json, val_data.json, test_data.json: lists of video, description, annotation_id, times, ... As in
-    paragraph retrieval, the text of a clip is all of its descriptions, one after the other."""
+    """train_data.json, val_data.json, test_data.json: lists of video, description, annotation_id, times, ...
+
+    As in paragraph retrieval, the text of a video is the concatenation of all its descriptions.
+    """
     for split in ("train", "val", "test"):
         texts: Captions = {}
-        places = {}
+        sources = {}
         for entry in json_list(files.annotation(f"{split}_data.json")):
             texts.setdefault(entry.text("video"), []).append(entry.text("description"))
-            places.setdefault(entry.text("video"), entry.source)
+            sources.setdefault(entry.text("video"), entry.source)
         for video, descriptions in texts.items():
-            yield ParsedRecord("video_retrieval", split, places[video], {
+            yield ParsedRecord("video_retrieval", split, sources[video], {
                 "id": video, "video": files.media("video", video), "captions": [" ".join(descriptions)],
             })
 
 
 def lsmdc(files: Files) -> Iterator[ParsedRecord]:
-    """LSMDC16_annos_training.csv, LSMDC16_annos_val.csv and LSMDC16_challenge_1000_publictect.csv: tabs, no names;
-    first the clip, last the sentence, times between them. A clip may have several lines: they mean the same."""
+    """LSMDC16_annos_training.csv, LSMDC16_annos_val.csv and LSMDC16_challenge_1000_publictect.csv: tab-separated, no
+    header; the video, four times, the sentence. All lines of a video are positives of each other."""
     names = {"train": "LSMDC16_annos_training.csv", "val": "LSMDC16_annos_val.csv",
              "test": "LSMDC16_challenge_1000_publictect.csv"}
-    columns = ["clip", "start_aligned", "end_aligned", "start_extracted", "end_extracted", "sentence"]
+    columns = ["video", "start_aligned", "end_aligned", "start_extracted", "end_extracted", "sentence"]
     for split, name in names.items():
         for row in table(files.annotation(name), "\t", columns, quoted=False):
-            clip = row.text("clip")
+            video = row.text("video")
             yield ParsedRecord("video_retrieval", split, row.source, {
-                "video": files.media("video", f"{clip}.avi"), "captions": [row.text("sentence")], "positive_id": clip,
+                "video": files.media("video", f"{video}.avi"), "captions": [row.text("sentence")], "positive_id": video,
             })
 
 
@@ -180,8 +182,8 @@ def webvid(files: Files) -> Iterator[ParsedRecord]:
 
 
 def kinetics(files: Files) -> Iterator[ParsedRecord]:
-    """train.csv, val.csv (or validate.csv) and, if there is one with labels, test.csv: label, youtube_id, time_start,
-    time_end, split. Clips are named youtube_id_start_end, the times as six digits."""
+    """train.csv, val.csv (or validate.csv) and, if it has labels, test.csv: label, youtube_id, time_start, time_end,
+    split. Videos are named youtube_id_start_end, with times of six digits."""
     classes: dict[str, str] = {}
     for split, names in {"train": ("train.csv",), "val": ("val.csv", "validate.csv"), "test": ("test.csv",)}.items():
         path = files.optional(*names) if split == "test" else files.annotation(*names)
@@ -198,8 +200,8 @@ def kinetics(files: Files) -> Iterator[ParsedRecord]:
 
 def ssv2(files: Files) -> Iterator[ParsedRecord]:
     """Something-Something v2: train.json and validation.json (lists of id, label, template, placeholders) and
-    labels.json (template: number), as they are or with something-something-v2- before their names. The class is the
-    template without brackets."""
+    labels.json (template: number); all names may begin with something-something-v2-. The class is the template
+    without brackets."""
     labels = json_object(files.annotation("something-something-v2-labels.json", "labels.json"))
     classes = {template: template for template in labels.values}
     for split, name in (("train", "train.json"), ("val", "validation.json")):
@@ -215,18 +217,18 @@ def ssv2(files: Files) -> Iterator[ParsedRecord]:
 
 
 def mplug2_caption(files: Files) -> Iterator[ParsedRecord]:
-    """train.jsonl (video_id, caption: one line a caption) and test.jsonl (video_id, golden_captions: all of them)."""
+    """train.jsonl (video_id, caption; one line per caption) and test.jsonl (video_id, golden_captions; a list)."""
     for split in ("train", "val", "test"):
         captions: Captions = {}
-        places = {}
+        sources = {}
         for entry in _released(files, split):
             gold = next((name for name in ("golden_captions", "golden_caption", "gold_caption") if name in entry), "")
-            clip = entry.text("video_id")
-            captions.setdefault(clip, []).extend(entry.texts(gold or "caption"))
-            places.setdefault(clip, entry.source)
-        for clip, texts in captions.items():
-            yield ParsedRecord("video_caption", split, places[clip], {
-                "id": clip, "video": files.media("video", clip), "captions": texts,
+            video = entry.text("video_id")
+            captions.setdefault(video, []).extend(entry.texts(gold or "caption"))
+            sources.setdefault(video, entry.source)
+        for video, texts in captions.items():
+            yield ParsedRecord("video_caption", split, sources[video], {
+                "id": video, "video": files.media("video", video), "captions": texts,
             })
 
 
@@ -241,13 +243,15 @@ def mplug2_qa(files: Files) -> Iterator[ParsedRecord]:
 
 
 def mplug2_retrieval(files: Files) -> Iterator[ParsedRecord]:
-    """train.jsonl and test.jsonl: clip_name (or video, a file name) and caption, one or a list. Lines of the same clip
-    mean the same."""
+    """train.jsonl and test.jsonl: clip_name (or video, a file name) and caption, a text or a list.
+
+    All lines of a video are positives of each other.
+    """
     for split in ("train", "val", "test"):
         for entry in _released(files, split):
-            clip = entry.text("clip_name" if "clip_name" in entry or "video" not in entry else "video")
+            video = entry.text("clip_name" if "clip_name" in entry or "video" not in entry else "video")
             yield ParsedRecord("video_retrieval", split, entry.source, {
-                "video": files.media("video", clip), "captions": entry.texts("caption"), "positive_id": clip,
+                "video": files.media("video", video), "captions": entry.texts("caption"), "positive_id": video,
             })
 
 
