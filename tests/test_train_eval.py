@@ -306,7 +306,7 @@ def test_a_batch_that_the_processes_cannot_share_evenly_is_refused():
 def test_data_that_does_not_fit_is_refused_with_its_place(capsys, light, tmp_path):
     arguments = ["--out", tmp_path / "runs", *MODEL, *FAST]
     message = refused(capsys, train.main, [*arguments, "--data", tmp_path / "nowhere"], 1)
-    assert "nowhere is not a folder; expected one with files named <task>.<split>.jsonl" in message
+    assert "nowhere is not a folder: expected one with files named <task>.<split>.jsonl" in message
     message = refused(capsys, train.main, [*arguments, "--data", light, "--task", "video_retrieval"], 1)
     assert "video_retrieval, split train: expected one or more of video_retrieval.train.jsonl" in message
     message = refused(capsys, train.main, [*arguments, "--data", light, "--max-positions", "8"], 1)
@@ -315,10 +315,10 @@ def test_data_that_does_not_fit_is_refused_with_its_place(capsys, light, tmp_pat
     data.mkdir()
     (data / "video_caption.train.jsonl").write_text('{"video": "a.gif", "captions": ["..."]}\n')
     message = refused(capsys, train.main, [*arguments, "--data", data], 1)
-    assert "video_caption.train.jsonl:1: the text '...' has no words; take it out" in message
+    assert "video_caption.train.jsonl:1: the text '...' has no words; remove it" in message
     (data / "video_caption.train.jsonl").write_text('{"video": "a.gif", "captions": []}\n')
     message = refused(capsys, train.main, [*arguments, "--data", data], 1)
-    assert "video_caption.train.jsonl:1: captions: expected a list of one or more strings" in message
+    assert "video_caption.train.jsonl:1: captions: found []; expected a list of one or more strings" in message
     assert not (tmp_path / "runs").exists()
 
 

@@ -137,7 +137,7 @@ def test_invalid_annotations_are_named(name, file, values, message, tmp_path):
     ("glue_stsb", "STS-B/train.tsv", "1\tm\tf\t2012\t1\tn\tn\ta\tb\t5.5", "train.tsv:3: score: .* from 0 to 5"),
     ("glue_stsb", "STS-B/train.tsv", "1\tm\tf\t2012\t1\tn\tn\ta\tb\tx", "train.tsv:3: score: found 'x'; expected a"),
     ("kinetics", "validate.csv", "surfing,abc,1,11,val", "validate.csv:3: label: found 'surfing'; expected one of air"),
-    ("tgif_qa", "Test_frameqa_question.csv", "g\tq\ta\t7\tv\tk\td", "question.csv:3: type: found '7'; expected one of 0, 1"),
+    ("tgif_qa", "Test_frameqa_question.csv", "g\tq\ta\t7\tv\tk\td", "question.csv:3: type: found '7'; expected one of"),
     ("lsmdc", "LSMDC16_annos_val.csv", "clip\t1\t2", "annos_val.csv:3: found .*; expected 6 columns"),
     ("cc3m", "Train_GCC-training.tsv", " \thttp://e.org", "training.tsv:3: caption: found .*; expected a text"),
 ])

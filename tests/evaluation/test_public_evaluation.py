@@ -79,7 +79,7 @@ def test_a_recipe_fine_tunes_on_what_was_written(checkpoint, tmp_path):
 def test_unlabelled_records_are_not_trained_on(tmp_path):
     downloads.write_image(tmp_path / "a.png")
     downloads.lines(tmp_path / "image_caption.train.jsonl", {"image": "a.png", "unlabelled": True})
-    with pytest.raises(RecordError, match="image_caption.train.jsonl:1: an unlabelled record can be"):
+    with pytest.raises(RecordError, match="image_caption.train.jsonl:1: this record is unlabelled"):
         read_samples(tmp_path, "image_caption", "train")
 
 
