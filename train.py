@@ -46,7 +46,7 @@ from mplug2.data.text import Tokenizer, clean
 from mplug2.data.transforms import Augmentation
 from mplug2.evaluation.evaluate import evaluate, format_table
 from mplug2.model.layers import Block
-from mplug2.model.mplug2 import MPLUG2, checkpoint_activations, compile_model
+from mplug2.model.mplug2 import MPLUG2
 from mplug2.objectives.ema_teacher import EMATeacher
 from mplug2.objectives.objectives import Objectives
 from mplug2.objectives.self_critical import SelfCritical
@@ -61,7 +61,9 @@ from mplug2.training.flags import Parser
 from mplug2.training.logs import Log, peak_tflops
 from mplug2.training.parallel import (
     all_reduce_replicated_grads,
+    checkpoint_activations,
     clip_grad_norm,
+    compile_model,
     load_optimizer_state,
     no_sync,
     optimizer_state,

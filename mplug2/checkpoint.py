@@ -21,8 +21,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from mplug2.config import ModelConfig, from_dict
+from mplug2.config import ModelConfig
 from mplug2.data.text import Tokenizer
+from mplug2.dataclass_tools import from_dict
 from mplug2.model.mplug2 import MPLUG2
 from mplug2.tasks import COMPONENTS, NEW_HEADS
 

@@ -1,6 +1,6 @@
-"""What the tests of the modules share: small models without a zero in their weights, inputs, and oracles.
+"""Shared by the tests of the modules: small models with random weights, random inputs, and oracles.
 
-Everything is computed in double precision, so that equal means equal to ten digits and a change is never rounding.
+Everything is in double precision: equal means equal to about ten digits, and a difference is never rounding.
 """
 
 from typing import TypeVar
@@ -19,7 +19,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def small(**changes) -> ModelConfig:
-    """A model of a few thousand parameters; no two sizes that could be mixed up are equal."""
+    """A model of a few thousand parameters. Sizes that code could mix up are different."""
     sizes = dict(
         image_size=8, patch_size=4, vision_width=24, vision_layers=2, vision_head_width=8, width=16, heads=2,
         ff_width=20, text_layers=3, universal_layers=2, latents=3, fusion_layers=2, decoder_layers=2, vocab_size=29,
@@ -30,7 +30,7 @@ def small(**changes) -> ModelConfig:
 
 @st.composite
 def configs(draw: st.DrawFn, **fixed) -> ModelConfig:
-    """Small models of every form; heads and head widths are drawn and multiplied, never filtered."""
+    """Small models of every form. Heads and head widths are drawn and multiplied, so no example is rejected."""
     few = st.integers(1, 3)
     vision_head_width, heads, universal_layers, patch = 2 * draw(st.integers(2, 4)), draw(few), draw(few), draw(few)
     drawn = dict(
@@ -49,14 +49,17 @@ def configs(draw: st.DrawFn, **fixed) -> ModelConfig:
     return small(**{**drawn, **fixed})
 
 
-def randomised(module: Module, seed: int = 0) -> Module:
-    """`module` in double precision and evaluation mode, with noise on every weight: no zero start hides anything."""
+def randomized(module: Module, seed: int = 0) -> Module:
+    """`module` in double precision and evaluation mode, with noise on every weight, so no zero start hides an error."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.double().parameters():
             noise = 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.double)
             parameter.copy_(noise + (parameter == 1))  # the weights of LayerNorms stay around one
     return module.eval()
+
+
+randomised = randomized  # the old spelling, until all tests use the new one
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -70,14 +73,14 @@ def random_ids(b: int, l: int, seed: int = 0, vocab_size: int = 29) -> Tensor:
 
 
 def random_mask(b: int, l: int, seed: int = 0) -> Tensor:
-    """A mask `b l` with holes anywhere, but for the first token."""
+    """A mask `b l` with holes anywhere except at the first token."""
     mask = torch.rand(b, l, generator=torch.Generator().manual_seed(seed)) < 0.6
     mask[:, 0] = True
     return mask
 
 
 def shuffled(size: int, seed: int = 0) -> Tensor:
-    """A permutation of `size` things; never the identity if there are two or more."""
+    """A permutation of `size` indices, never the identity for two or more."""
     order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
     return order.roll(1) if torch.equal(order, torch.arange(size)) else order
 
@@ -92,23 +95,23 @@ def assert_differs(found: Tensor, other: Tensor) -> None:
 
 
 def norm_by_hand(norm: nn.LayerNorm, x: Tensor, eps: float = 1e-12) -> Tensor:
-    """LayerNorm, written out with the epsilon that it is expected to have."""
-    centred = x - x.mean(dim=-1, keepdim=True)
-    return centred / (centred.square().mean(dim=-1, keepdim=True) + eps).sqrt() * norm.weight + norm.bias
+    """LayerNorm, written out, with the epsilon that the module should have."""
+    centered = x - x.mean(dim=-1, keepdim=True)
+    return centered / (centered.square().mean(dim=-1, keepdim=True) + eps).sqrt() * norm.weight + norm.bias
 
 
 def attention_by_hand(module: nn.Module, x: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Multi-head attention of x `b l d` to memory `b m d`, a head at a time; mask `b l m`."""
+    """Multi-head attention of x `b l d` to memory `b m d`, one head at a time; mask `b l m`."""
     if isinstance(module, SelfAttention):
         query, key, value = module.qkv(x).chunk(3, dim=-1)
     else:
         query, (key, value) = module.query(x), module.key_value(memory).chunk(2, dim=-1)
     mixed, e = [], module.width // module.heads
     for q, k, v in zip(query.split(e, dim=-1), key.split(e, dim=-1), value.split(e, dim=-1)):
-        chances = (q @ k.transpose(1, 2) / e**0.5).exp()
+        weights = (q @ k.transpose(1, 2) / e**0.5).exp()
         if mask is not None:
-            chances = chances * mask
-        mixed.append(chances / chances.sum(dim=-1, keepdim=True) @ v)
+            weights = weights * mask
+        mixed.append(weights / weights.sum(dim=-1, keepdim=True) @ v)
     return module.out(torch.cat(mixed, dim=-1))
 
 
@@ -116,7 +119,7 @@ def layer_by_hand(
     layer: BertLayer, x: Tensor, mask: Tensor | None = None, memory: Tensor | None = None,
     memory_mask: Tensor | None = None,
 ) -> Tensor:
-    """BERT's layer: x `b l d`, mask `b l l`, memory `b m d`, memory_mask `b l m`."""
+    """BERT's layer, written out: x `b l d`, mask `b l l`, memory `b m d`, memory_mask `b l m`."""
     x = norm_by_hand(layer.self_norm, x + attention_by_hand(layer.self_attention, x, x, mask))
     if memory is not None:
         x = norm_by_hand(layer.cross_norm, x + attention_by_hand(layer.cross_attention, x, memory, memory_mask))
@@ -126,7 +129,7 @@ def layer_by_hand(
 
 
 def to_keys(mask: Tensor) -> Tensor:
-    """A mask of tokens `b l` as what each of the l queries may attend to, `b l l`."""
+    """A mask of tokens `b l` -> which keys each query may attend to, `b l l`."""
     return mask[:, None, :].expand(-1, mask.shape[1], -1)
 
 
@@ -139,7 +142,7 @@ def quick_gelu_by_hand(x: Tensor) -> Tensor:
 
 
 def conv_by_hand(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
-    """A convolution over time of x `b t n r` as torch's Conv3d with kernel (3, 1, 1), at every place separately."""
-    series = x.permute(0, 3, 1, 2).unsqueeze(-1)  # b r t n 1
+    """A convolution over time of x `b t n z`, as torch's Conv3d with kernel (3, 1, 1)."""
+    series = x.permute(0, 3, 1, 2).unsqueeze(-1)  # b z t n 1
     series = F.conv3d(series, weight[..., None, None], bias, padding=(1, 0, 0), groups=groups)
     return series.squeeze(-1).permute(0, 2, 3, 1)

@@ -72,7 +72,7 @@ def test_the_vision_encoder_shows_each_frame_and_generation_each_step(config, t,
     with attention_maps(model) as whole:
         model.decode(ids, torch.ones_like(ids, dtype=torch.bool), vision)
     with attention_maps(model) as steps, attention_maps(model, SelfAttention) as self_steps:
-        state = model.decoder.start(vision)
+        state = model.decoder.init_state(vision)
         for place in range(3):
             model.decoder.step(ids[:, place: place + 1], state)
             for name, weights in steps.items():

@@ -1,4 +1,4 @@
-"""Settings: what is refused, the presets, and the flags that are made of dataclasses."""
+"""Settings of the model: what is refused, the presets, dictionaries, and flags from dataclasses."""
 
 import dataclasses
 import re
@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eval import EvalConfig
-from mplug2.config import MAY_BE_ZERO, PRESETS, ModelConfig, field_docs, from_dict
+from mplug2.config import MAY_BE_ZERO, PRESETS, ModelConfig
+from mplug2.dataclass_tools import field_docs, from_dict
 from mplug2.training.flags import Parser
 from train import TrainConfig
 
@@ -24,7 +25,7 @@ def names_of(kind):
 
 
 def strip(text):
-    """Without blanks and line breaks: argparse wraps its help."""
+    """Without blanks and line breaks, because argparse wraps its help."""
     return "".join(text.split())
 
 
@@ -47,9 +48,9 @@ def test_a_switch_is_true_or_false(name):
 
 
 @pytest.mark.parametrize("name", names_of(float))
-def test_a_share_is_at_least_zero_and_below_one(name):
+def test_a_fraction_is_at_least_zero_and_below_one(name):
     for value in (-0.1, 1.0, float("nan")):
-        message = f"{name}={value!r}: expected a share of at least 0 and below 1"
+        message = f"{name}={value!r}: expected a fraction of at least 0 and below 1"
         with pytest.raises(ValueError, match=re.escape(message)):
             small(**{name: value})
     assert getattr(small(**{name: 0.0}), name) == 0.0
@@ -76,13 +77,13 @@ def test_the_tests_above_cover_every_setting():
     (dict(local_temporal_groups=5), "local_temporal_groups=5 does not divide vision_width / 2 = 12"),
     (dict(universal_layers=4), "universal_layers=4 is more than text_layers=3"),
 ])
-def test_settings_that_do_not_fit_each_other_are_refused(changes, message):
+def test_settings_that_do_not_fit_together_are_refused(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         small(**changes)
 
 
 @given(configs())
-def test_what_follows_from_the_settings(config):
+def test_derived_sizes(config):
     assert config.vision_heads * config.vision_head_width == config.vision_width
     assert config.patches * config.patch_size**2 == config.image_size**2
 
@@ -92,7 +93,7 @@ def test_settings_do_not_change():
         small().width = 32
 
 
-# ---- presets: the sizes of the table in the paper
+# ---- presets: the published sizes
 
 
 @pytest.mark.parametrize("preset, sizes", [
@@ -130,8 +131,8 @@ def test_settings_survive_a_dictionary(config):
 
 def test_an_unknown_or_missing_setting_is_named():
     whole = dataclasses.asdict(small())
-    with pytest.raises(ValueError, match="DIR/config.json: unknown settings colour, widht; known are .*, width"):
-        from_dict(ModelConfig, whole | {"widht": 3, "colour": 1}, "DIR/config.json")
+    with pytest.raises(ValueError, match="DIR/config.json: unknown settings height, widht; known are .*, width"):
+        from_dict(ModelConfig, whole | {"widht": 3, "height": 1}, "DIR/config.json")
     del whole["heads"], whole["universal_readout"]
     with pytest.raises(ValueError, match="DIR/config.json: no settings heads, universal_readout"):
         from_dict(ModelConfig, whole, "DIR/config.json")
@@ -150,7 +151,7 @@ class Example:
     rate: float = 0.5
     """How fast."""
     resume: bool = False
-    """Go on."""
+    """Continue."""
     mode: Literal["slow", "fast"] = "slow"
     """Which way."""
 
@@ -180,7 +181,7 @@ def test_every_setting_has_a_flag_and_a_help_text(cls):
         assert len(doc) > 5 and strip(doc) in help_text, name
 
 
-def test_help_says_the_defaults_and_keeps_the_examples():
+def test_help_shows_the_defaults_and_keeps_the_examples():
     text = parser_of(Example).format_help()
     for words in ("How long it takes, 100% of it. (default: 3)", "Name of the run. (default: none)", "(default: slow)"):
         assert strip(words) in strip(text)

@@ -6,11 +6,11 @@ Two real processes, joined by gloo, serve the whole file: each test hands them a
 import numpy as np
 import pytest
 import torch
+from batches import make_batch, make_model, rank_share, similarity_for
 from helpers import seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import Processes
-from test_objectives import likeness, make_batch, make_model, with_positions
 
 from mplug2 import distributed
 from mplug2.distributed import (
@@ -106,26 +106,10 @@ def test_the_average_of_the_shares_is_the_mean_over_what_is_valid_anywhere(pair,
 LOSSES = ("vtc", "mlm", "caption", "answer")
 
 
-def share(batch: dict, rank: int, world: int) -> dict:
-    """The part of a batch that a process would have made: its samples, padded to the longest of them only."""
-    b = len(batch["positive_id"]) // world
-    part = {}
-    for name, value in batch.items():
-        rows = len(value) // world if torch.is_tensor(value) else 0
-        part[name] = value[rank * rows: (rank + 1) * rows] if rows else value
-    assert len(part["positive_id"]) == b
-    for text in ("caption", "prompted", "question", "answer"):
-        if f"{text}_mask" in part:
-            longest = int(part[f"{text}_mask"].sum(1).max())
-            names = (f"{text}_ids", f"{text}_mask") + (("masked", "masked_ids") if text == "caption" else ())
-            part |= {name: part[name][:, :longest] for name in names}
-    return with_positions(part)
-
-
 def losses_and_gradients(batch: dict, rank: int, world: int) -> dict:
     """Each loss of this process's share, and its gradient for each parameter."""
     model = make_model()
-    losses, found = Objectives(model)(share(batch, rank, world)), {}
+    losses, found = Objectives(model)(rank_share(batch, rank, world)), {}
     for name in LOSSES:
         if name in losses:
             gradients = torch.autograd.grad(losses[name], model.parameters(), retain_graph=True, allow_unused=True)
@@ -165,7 +149,7 @@ def distilled(batches: list[dict], rank: int, world: int) -> tuple[list, list, l
     momentum.steps += 1
     objectives = Objectives(model, momentum).train()
     for batch in batches:
-        losses = objectives(share(batch, rank, world))
+        losses = objectives(rank_share(batch, rank, world))
     (losses["vtc"] + losses["answer"]).backward()
     gradients = [p.grad.numpy() if p.grad is not None else None for p in model.parameters()]
     return [losses["vtc"].item(), losses["answer"].item()], gradients, [part.tolist() for part in momentum.queue()]
@@ -190,10 +174,10 @@ def test_distillation_and_the_queue_are_those_of_one_process(pair):
 def matching(batch: dict, rank: int, world: int, partner: list[int]) -> tuple[float, list]:
     """The matching loss where each sample of the share draws the given one as its negative."""
     torch.manual_seed(0)
-    model, part = make_model(), share(batch, rank, world)
+    model, part = make_model(), rank_share(batch, rank, world)
     vision = model.encode_vision(part["pixels"])
     text = model.encode_text(part["caption_ids"], part["caption_mask"])
-    loss = matching_loss(model, vision, text, part["caption_mask"], likeness(partner), part["positive_id"])
+    loss = matching_loss(model, vision, text, part["caption_mask"], similarity_for(partner), part["positive_id"])
     loss.backward()
     gradients = [p.grad.numpy() if p.grad is not None else None for p in model.parameters()]
     return loss.item(), gradients

@@ -1,11 +1,10 @@
-"""Generation: with caches as without; greedy, sampling and beam search against what they stand for, written out; and
-ranking against brute force."""
+"""Generation: caches change nothing; greedy, sampling, beam search and ranking equal their definitions."""
 
 import itertools
 
 import pytest
 import torch
-from helpers import noise, randomised, seeds, small
+from helpers import noise, randomized, seeds, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,29 +16,29 @@ SPECIAL = SpecialTokens(cls=1, sep=2, pad=0)
 
 
 def make_model(seed: int, end: float = 0.0) -> MPLUG2:
-    """A decoder of random weights over seven tokens; `end` makes [SEP] likelier."""
+    """A decoder with random weights over seven tokens; `end` makes [SEP] more likely."""
     config = small(vocab_size=S, max_positions=POSITIONS, width=WIDTH, decoder_layers=1)
-    model = randomised(MPLUG2(config, "video_caption"), seed)
-    model.decoder.embeddings.word.weight.data.mul_(3)  # tokens that differ in what follows them
+    model = randomized(MPLUG2(config, "video_caption"), seed)
+    model.decoder.embeddings.word.weight.data.mul_(3)  # so that what follows depends on the token
     model.decoder.head.bias.data[SPECIAL.sep] += end
     return model
 
 
 def make_memory(seed: int, b: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Memory `b m d` and its mask, whose rows have 1 to m real tokens."""
+    """Memory `b m d` and its mask, with 1 to m real tokens per row."""
     real = torch.randint(1, 5, (b, 1), generator=torch.Generator().manual_seed(seed))
     return 2 * noise(b, 4, WIDTH, seed=seed), torch.arange(4) < real
 
 
 def log_probs(model: MPLUG2, memory: torch.Tensor, ids: list[int]) -> torch.Tensor:
-    """Of the tokens after each of `ids`, for one sample: `l s`."""
+    """Log-probabilities of the tokens after each of `ids`, for one sample: `l s`."""
     row = torch.tensor([ids])
     with torch.no_grad():
         return model.decode(row, row > -1, memory[None])[0].log_softmax(1)
 
 
 def log_prob(model: MPLUG2, memory: torch.Tensor, ids: list[int]) -> float:
-    """Of all of `ids` but the first, for one sample."""
+    """Log-probability of `ids` after the first, for one sample."""
     return sum(float(row[token]) for row, token in zip(log_probs(model, memory, ids), ids[1:]))
 
 
@@ -52,15 +51,15 @@ def prompts(b: int, *ids: int) -> torch.Tensor:
 
 @settings(max_examples=30, deadline=None)
 @given(seeds, st.integers(1, 3), st.integers(1, 3), st.lists(st.integers(1, 3), min_size=1, max_size=4), st.booleans())
-def test_steps_with_caches_give_the_logits_of_the_whole_text(seed, b, r, pieces, masked):
-    """However the text is cut into pieces; r texts share each memory, which is never copied."""
+def test_steps_with_caches_have_the_logits_of_the_whole_text(seed, b, r, pieces, masked):
+    """For any cut of the text into pieces. r texts share each memory, which is never copied."""
     config = small(vocab_size=S, max_positions=12, width=WIDTH, decoder_layers=2)
-    decoder = randomised(MPLUG2(config, "video_caption"), seed).decoder
+    decoder = randomized(MPLUG2(config, "video_caption"), seed).decoder
     memory, memory_mask = make_memory(seed, b)
     memory_mask = memory_mask if masked else None
     ids = torch.randint(0, S, (b * r, sum(pieces)), generator=torch.Generator().manual_seed(seed))
     whole = decoder(ids, ids > -1, memory, memory_mask)
-    state, done = decoder.start(memory, memory_mask), 0
+    state, done = decoder.init_state(memory, memory_mask), 0
     for piece in pieces:
         found = decoder.step(ids[:, done: done + piece], state)
         done += piece
@@ -70,13 +69,13 @@ def test_steps_with_caches_give_the_logits_of_the_whole_text(seed, b, r, pieces,
 
 @settings(max_examples=20, deadline=None)
 @given(seeds, st.integers(2, 4), st.integers(1, 3), st.data())
-def test_a_state_goes_on_with_the_memories_and_texts_that_are_selected(seed, b, r, data):
+def test_a_state_keeps_the_selected_memories_and_texts(seed, b, r, data):
     decoder, (memory, mask) = make_model(seed).decoder, make_memory(seed, b)
     ids = torch.randint(0, S, (b * r, 3), generator=torch.Generator().manual_seed(seed))
-    state = decoder.start(memory, mask)
+    state = decoder.init_state(memory, mask)
     decoder.step(ids[:, :2], state)
     kept = torch.tensor(data.draw(st.lists(st.integers(0, b - 1), min_size=1, max_size=b, unique=True)))
-    # Of each memory that is kept, r texts: any, also the same one twice.
+    # r texts of each kept memory; the same text may be kept twice.
     rows = torch.tensor([r * i + data.draw(st.integers(0, r - 1)) for i in kept.tolist() for _ in range(r)])
     state.reorder_memories(kept)
     state.reorder_texts(rows)
@@ -89,7 +88,7 @@ def test_a_state_goes_on_with_the_memories_and_texts_that_are_selected(seed, b, 
 
 @settings(max_examples=25, deadline=None)
 @given(seeds, st.integers(1, 4), st.lists(st.integers(3, S - 1), max_size=3), st.integers(1, 12))
-def test_greedy_takes_the_likeliest_token_until_sep_or_the_end(seed, b, prompt, max_length):
+def test_greedy_takes_the_most_likely_token_until_sep_or_the_end(seed, b, prompt, max_length):
     model, (memory, mask) = make_model(seed, end=1.0), make_memory(seed, b)
     found = greedy(model, memory, prompts(b, *prompt), SPECIAL, max_length, mask)
     for i in range(b):  # alone, without padding
@@ -102,7 +101,7 @@ def test_greedy_takes_the_likeliest_token_until_sep_or_the_end(seed, b, prompt, 
         assert found[i] == expected
 
 
-def test_greedy_ends_at_once_or_never_as_the_model_says():
+def test_greedy_ends_at_once_or_never_if_the_model_does():
     memory, _ = make_memory(0, 3)
     assert greedy(make_model(0, end=100.0), memory, prompts(3), SPECIAL) == [[], [], []]
     endless = greedy(make_model(0, end=-100.0), memory, prompts(3), SPECIAL, max_length=5)
@@ -132,20 +131,20 @@ def generator(seed: int) -> torch.Generator:
 
 @settings(max_examples=20, deadline=None)
 @given(seeds, st.integers(1, 4), st.sampled_from([dict(temperature=1e-4), dict(top_k=1), dict(top_p=1e-6)]))
-def test_sampling_from_nothing_but_the_likeliest_token_is_greedy(seed, b, only):
+def test_sampling_from_only_the_most_likely_token_is_greedy(seed, b, only):
     model, (memory, mask) = make_model(seed, end=1.0), make_memory(seed, b)
     found = sample(model, memory, prompts(b), SPECIAL, 6, generator=generator(seed), memory_mask=mask, **only)
     assert found == greedy(model, memory, prompts(b), SPECIAL, 6, mask)
 
 
-def test_tokens_are_drawn_by_their_probability_among_those_that_are_allowed():
+def test_tokens_are_drawn_with_their_probability_among_the_allowed_ones():
     n, (memory, _) = 3000, make_memory(1, 1)
     model = make_model(1)
     plain = log_probs(model, memory[0], [SPECIAL.cls])[-1]
     order = plain.argsort(descending=True)
     for arguments, temperature, allowed in (
         (dict(), 1.0, S), (dict(temperature=0.5), 0.5, S), (dict(temperature=2.0, top_k=3), 2.0, 3),
-        (dict(top_p=float(plain.exp()[order[:2]].sum()) - 1e-6), 1.0, 2),  # the first alone does not hold as much
+        (dict(top_p=float(plain.exp()[order[:2]].sum()) - 1e-6), 1.0, 2),  # the first token alone is below top_p
     ):
         weight = (plain / temperature).softmax(0)
         weight[order[allowed:]] = 0
@@ -158,17 +157,17 @@ def test_tokens_are_drawn_by_their_probability_among_those_that_are_allowed():
 
 @settings(max_examples=15, deadline=None)
 @given(seeds, st.integers(1, 3), st.integers(1, 3))
-def test_a_seed_fixes_the_sample_whatever_the_other_texts_are(seed, b, r):
+def test_a_seed_fixes_the_sample_for_any_other_texts(seed, b, r):
     model, (memory, mask) = make_model(seed, end=1.0), make_memory(seed, b)
     found = sample(model, memory, prompts(b * r), SPECIAL, 6, generator=generator(seed), memory_mask=mask)
     assert found == sample(model, memory, prompts(b * r), SPECIAL, 6, generator=generator(seed), memory_mask=mask)
-    other, other_mask = make_memory(seed + 1, b)  # the first memory stays, the others end elsewhere
+    other, other_mask = make_memory(seed + 1, b)  # the first memory stays, the others change
     other[0], other_mask[0] = memory[0], mask[0]
     again = sample(model, other, prompts(b * r), SPECIAL, 6, generator=generator(seed), memory_mask=other_mask)
     assert again[:r] == found[:r]
 
 
-def test_sampling_refuses_settings_without_a_meaning():
+def test_sampling_refuses_invalid_settings():
     memory, _ = make_memory(0, 2)
     for wrong in (dict(temperature=0.0), dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.5)):
         with pytest.raises(ValueError, match="|".join(f"{name}={value}" for name, value in wrong.items())):
@@ -184,9 +183,9 @@ def test_sampling_refuses_settings_without_a_meaning():
 @given(seeds, st.integers(1, 4), st.integers(1, 12), st.booleans())
 def test_a_beam_of_one_is_greedy(seed, b, max_length, prompted):
     model, (memory, mask) = make_model(seed, end=1.0), make_memory(seed, b)
-    start = prompts(b, *[4] * prompted)
-    found = beam_search(model, memory, start, SPECIAL, 1, 0, max_length, memory_mask=mask)
-    assert best_texts(found, SPECIAL) == greedy(model, memory, start, SPECIAL, max_length, mask)
+    prompt = prompts(b, *[4] * prompted)
+    found = beam_search(model, memory, prompt, SPECIAL, 1, 0, max_length, memory_mask=mask)
+    assert best_texts(found, SPECIAL) == greedy(model, memory, prompt, SPECIAL, max_length, mask)
 
 
 @settings(max_examples=8, deadline=None)
@@ -194,18 +193,18 @@ def test_a_beam_of_one_is_greedy(seed, b, max_length, prompted):
 def test_a_beam_as_wide_as_all_texts_of_a_length_is_exhaustive_search(seed, length, prompted, penalty):
     b, words = 2, [token for token in range(S) if token != SPECIAL.sep]
     model, (memory, mask) = make_model(seed, end=1.0), make_memory(seed, b)
-    start = prompts(b, *[5] * prompted)
-    found = beam_search(model, memory, start, SPECIAL, len(words) ** length, length, length, penalty, mask)
-    first = start.shape[1]
+    prompt = prompts(b, *[5] * prompted)
+    found = beam_search(model, memory, prompt, SPECIAL, len(words) ** length, length, length, penalty, mask)
+    first = prompt.shape[1]
     texts = torch.tensor(list(itertools.product(words, repeat=length)))
     for i in range(b):
-        ids = torch.cat([start[i].expand(len(texts), -1), texts], dim=1)
+        ids = torch.cat([prompt[i].expand(len(texts), -1), texts], dim=1)
         with torch.no_grad():
             steps = model.decode(ids, ids > -1, memory[i, mask[i]].expand(len(ids), -1, -1))
         steps = steps[:, first - 1: -1].log_softmax(-1)
         scores = steps.gather(2, texts[:, :, None]).sum((1, 2)) / ((6 + length - 1) / 6) ** penalty
         every = sorted(zip(scores.tolist(), texts.tolist()), reverse=True)
-        possible = [(score, ids) for score, ids in found[i] if score > -1e6]  # without those that ended too early
+        possible = [(score, ids) for score, ids in found[i] if score > -1e6]  # without hypotheses that ended too early
         assert [ids for _, ids in possible] == [ids for _, ids in every]
         assert [score for score, _ in possible] == pytest.approx([score for score, _ in every], abs=1e-9)
 
@@ -214,19 +213,19 @@ def test_a_beam_as_wide_as_all_texts_of_a_length_is_exhaustive_search(seed, leng
 @given(seeds, st.integers(2, 4), st.integers(1, 4), st.integers(0, 3))
 def test_a_batch_is_its_samples_one_by_one(seed, b, beams, min_length):
     model, (memory, mask) = make_model(seed, end=1.5), make_memory(seed, b)
-    start = prompts(b, 3)
-    together = beam_search(model, memory, start, SPECIAL, beams, min_length, 6, memory_mask=mask)
+    prompt = prompts(b, 3)
+    together = beam_search(model, memory, prompt, SPECIAL, beams, min_length, 6, memory_mask=mask)
     for i in range(b):
         one = slice(i, i + 1)
-        # The memory is cut to its real tokens: padding must not count either.
-        (alone,) = beam_search(model, memory[one, mask[i]], start[one], SPECIAL, beams, min_length, 6)
+        # Only the real tokens of the memory: padding must not count.
+        (alone,) = beam_search(model, memory[one, mask[i]], prompt[one], SPECIAL, beams, min_length, 6)
         assert [ids for _, ids in together[i]] == [ids for _, ids in alone]
         assert [score for score, _ in together[i]] == pytest.approx([score for score, _ in alone])
 
 
 @settings(max_examples=20, deadline=None)
 @given(seeds, st.integers(1, 4), st.integers(0, 4))
-def test_hypotheses_are_sorted_scored_by_the_model_and_not_shorter_than_asked(seed, beams, min_length):
+def test_hypotheses_are_sorted_scored_by_the_model_and_long_enough(seed, beams, min_length):
     model, (memory, _) = make_model(seed, end=2.0), make_memory(seed, 2)
     found = beam_search(model, memory, prompts(2), SPECIAL, beams, min_length, 5)
     for i, hypotheses in enumerate(found):
@@ -234,7 +233,7 @@ def test_hypotheses_are_sorted_scored_by_the_model_and_not_shorter_than_asked(se
         scores = [score for score, _ in hypotheses]
         assert scores == sorted(scores, reverse=True)
         for score, ids in hypotheses:
-            if score > -1e6:  # with little to choose from, forbidden continuations are kept at -1e20
+            if score > -1e6:  # with few continuations, forbidden ones are kept at -1e20
                 assert SPECIAL.sep not in ids[:min_length] and len(ids) <= 5
                 whole = log_prob(model, memory[i], [SPECIAL.cls, *ids])
                 assert score == pytest.approx(whole / ((5 + len(ids)) / 6) ** 0.6, abs=1e-9)
@@ -245,8 +244,8 @@ def test_hypotheses_are_sorted_scored_by_the_model_and_not_shorter_than_asked(se
 
 @settings(max_examples=12, deadline=None)
 @given(seeds, st.integers(1, 3), st.integers(1, 8))
-def test_ranking_scores_the_answers_of_the_likeliest_first_tokens_whole(seed, b, k):
-    """Every answer has a first token of its own here, so that it is clear which k answers are to be scored."""
+def test_ranking_scores_the_answers_with_the_most_likely_first_tokens(seed, b, k):
+    """Every answer has another first token, so it is clear which k answers are scored."""
     model, (memory, mask), rng = make_model(seed), make_memory(seed, b), torch.Generator().manual_seed(seed)
     lengths, firsts = torch.randint(0, 4, (5,), generator=rng).tolist(), torch.randperm(S, generator=rng).tolist()
     texts = [[first, *torch.randint(3, S, (n,), generator=rng).tolist()] for first, n in zip(firsts, lengths)]
@@ -263,5 +262,5 @@ def test_ranking_scores_the_answers_of_the_likeliest_first_tokens_whole(seed, b,
         scores = {a: first[a] + log_prob(model, real, rows[a]) for a in best}  # as released, the first counts twice
         expected = sorted(best, key=lambda a: -scores[a])
         assert order[i].tolist() == expected
-        chances = torch.tensor([scores[a] for a in expected], dtype=torch.float64).softmax(0)
-        torch.testing.assert_close(probability[i], chances)
+        expected_probability = torch.tensor([scores[a] for a in expected], dtype=torch.float64).softmax(0)
+        torch.testing.assert_close(probability[i], expected_probability)

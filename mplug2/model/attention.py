@@ -1,41 +1,33 @@
-"""Attention: of a sequence to itself, of one sequence to another, and the masks that both take.
+"""Multi-head attention, softmax(Q Kᵀ / sqrt(e)) V, within one sequence or from one sequence to another.
 
-Axes: b batch, l text tokens (or any sequence), m tokens of the other sequence, d width, c heads, e width of a head.
+There are two kinds of masks, both boolean:
 
-Both modules end in `scaled_dot_product_attention`, which picks the fastest kernel at hand, but for the one case in
-which it has none (`DropoutAttention`); `reference_attention` is the formula, kept as its oracle in the tests. Masks are
-boolean, true = may be attended to.
+    mask             `b l`: true = real token, false = padding
+    attention_mask   `b c l m`, or anything that broadcasts to it: true = query l may attend to key m
+
+Axes: b batch, l tokens, m memory tokens, r sequences that share a memory, d width, c heads, e width of a head.
 """
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mplug2.model.kernels import Linear, attention
 from mplug2.model.shapes import check
 
-
-def reference_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0
-) -> Tensor:
-    """softmax(Q K^T / sqrt(e)) V, written out. query `b c l e`, key and value `b c m e`, mask `b|1 1 l|1 m`."""
-    scores = torch.einsum("b c l e, b c m e -> b c l m", query, key) * query.shape[-1] ** -0.5
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    weights = F.dropout(scores.softmax(dim=-1), dropout)
-    return torch.einsum("b c l m, b c m e -> b c l e", weights, value)
+Memory = Tensor | tuple[Tensor, Tensor]
+"""What cross-attention reads: a sequence `b m d`, or its keys and values, each `b c m e`."""
 
 
 def padding_mask(mask: Tensor) -> Tensor:
-    """`b l`, true = real token, to `b 1 1 l`: no query attends to padding."""
-    return rearrange(mask, "b l -> b 1 1 l")
+    """mask `b m` -> attention mask `b 1 1 m`: no query attends to padding."""
+    return rearrange(mask, "b m -> b 1 1 m")
 
 
 def causal_mask(mask: Tensor) -> Tensor:
-    """`b l`, true = real token, to `b 1 l l`: a token attends to itself and to those before it, never to padding.
+    """mask `b l` -> attention mask `b 1 l l`: a token attends to itself and to earlier tokens, never to padding.
 
-    The first token has to be a real one: a query that may attend to nothing has no defined result.
+    The first token must be real: a query that may attend to nothing has no defined result.
     """
     l = mask.shape[1]
     past = torch.ones(l, l, dtype=torch.bool, device=mask.device).tril()
@@ -43,26 +35,26 @@ def causal_mask(mask: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values `b c p e` of the p tokens that a self-attention has seen so far; empty at first."""
+    """Keys and values `b c past e` of the tokens that a self-attention has seen so far; empty at first."""
 
     def __init__(self):
         self.key: Tensor | None = None
         self.value: Tensor | None = None
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values `b c l e` of new tokens -> those of all tokens, `b c (p+l) e`."""
+        """Keys and values `b c l e` of new tokens -> those of all tokens, `b c (past + l) e`."""
         if self.key is not None:
             key, value = torch.cat([self.key, key], dim=2), torch.cat([self.value, value], dim=2)
         self.key, self.value = key, value
         return key, value
 
     def reorder(self, rows: Tensor) -> None:
-        """Go on with these rows only; a row may be taken more than once."""
+        """Keep these rows of the batch, in this order. A row may appear more than once."""
         self.key, self.value = self.key[rows], self.value[rows]
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention of a sequence to itself, with queries, keys and values from one linear layer."""
+    """Attention within one sequence. One linear layer computes queries, keys and values."""
 
     def __init__(self, width: int, heads: int, dropout: float = 0.0):
         super().__init__()
@@ -70,26 +62,26 @@ class SelfAttention(nn.Module):
         self.qkv = Linear(width, 3 * width)
         self.out = Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """x `b l d`, mask broadcastable to `b c l l` -> `b l d`.
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """x `b l d`, attention_mask broadcastable to `b c l l` -> `b l d`.
 
-        With a cache, x is what follows the p tokens in it: they are attended to as well, and the mask is for
-        `b c l (p+l)`. The cache then holds x too.
+        With a cache, x continues the tokens in it: they are attended to as well (attention_mask then covers
+        `b c l (past + l)`), and the keys and values of x are appended.
         """
         sizes = check(x, "b l d", d=self.width)
         b, l = sizes["b"], sizes["l"]
         query, key, value = rearrange(self.qkv(x), "b l (three c e) -> three b c l e", b=b, l=l, three=3, c=self.heads)
         if cache is not None:
             key, value = cache.append(key, value)
-        mixed = attention(query, key, value, mask, self.dropout if self.training else 0.0)
+        mixed = attention(query, key, value, attention_mask, self.dropout if self.training else 0.0)
         return self.out(rearrange(mixed, "b c l e -> b l (c e)", b=b, l=l, c=self.heads))
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of a sequence to another one, the memory.
+    """Attention from one sequence to another, the memory.
 
-    r sequences in a row may share a memory (the questions about a clip, the beams of a search): its keys and values
-    are then computed once, and never copied.
+    r consecutive sequences may share a memory (the questions about one video, the beams of a search). Its keys and
+    values are computed once and never copied.
     """
 
     def __init__(self, width: int, heads: int, dropout: float = 0.0):
@@ -100,20 +92,19 @@ class CrossAttention(nn.Module):
         self.out = Linear(width, width)
 
     def keys_and_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """memory `b m d` -> its keys and values, `b c m e`: `forward` takes them in place of the memory."""
+        """memory `b m d` -> keys and values, each `b c m e`."""
         sizes = check(memory, "b m d", d=self.width)
-        key, value = rearrange(
-            self.key_value(memory), "b m (two c e) -> two b c m e", b=sizes["b"], m=sizes["m"], two=2, c=self.heads
-        )
+        pattern = "b m (two c e) -> two b c m e"
+        key, value = rearrange(self.key_value(memory), pattern, b=sizes["b"], m=sizes["m"], two=2, c=self.heads)
         return key, value
 
-    def forward(self, x: Tensor, memory: Tensor | tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
-        """x `(b r) l d`, memory `b m d` or its keys and values, mask broadcastable to `b c 1 m` -> `(b r) l d`."""
+    def forward(self, x: Tensor, memory: Memory, attention_mask: Tensor | None = None) -> Tensor:
+        """x `(b r) l d`, attention_mask broadcastable to `b c 1 m` -> `(b r) l d`."""
         key, value = memory if isinstance(memory, tuple) else self.keys_and_values(memory)
         sizes = check(x, "br l d", d=self.width)
         b, l = key.shape[0], sizes["l"]
         if sizes["br"] % b:
             raise ValueError(f"{sizes['br']} sequences cannot share {b} memories evenly")
         query = rearrange(self.query(x), "(b r) l (c e) -> b c (r l) e", b=b, l=l, c=self.heads)
-        mixed = attention(query, key, value, mask, self.dropout if self.training else 0.0)
+        mixed = attention(query, key, value, attention_mask, self.dropout if self.training else 0.0)
         return self.out(rearrange(mixed, "b c (r l) e -> (b r) l (c e)", b=b, l=l, c=self.heads))

@@ -1,9 +1,9 @@
-"""The shared decoder: writes captions and answers, a token at a time (section 3.1 of the paper).
+"""The shared decoder: causal BERT layers that write captions and answers, one token at a time.
 
-BERT layers, causal, each with cross-attention to a memory: V' for captions, [vision, fused text] for answers.
+Every layer cross-attends to a memory: V' for captions, [V', fused text] for answers. `Decoder.forward` scores whole
+texts, for training. `init_state` and `step` compute the same logits token by token, for generation.
 
-Axes: b batch, r texts that share a memory, l text tokens, p tokens before them, m memory tokens, d width, c heads,
-e width of a head, s vocabulary.
+Axes: b batch, r texts per memory, l text tokens, m memory tokens, d width, c heads, e width of a head, s vocabulary.
 """
 
 import torch
@@ -16,26 +16,29 @@ from mplug2.model.shapes import check
 
 
 class DecoderState:
-    """What is kept while r texts about each of b memories are written: for every layer the keys and values of the
-    memory, `b c m e`, computed once, and those of the p tokens so far, `(b r) c p e`."""
+    """Everything that `step` needs while r texts are written about each of b memories.
 
-    def __init__(self, memories: list[tuple[Tensor, Tensor]], memory_mask: Tensor | None):
-        self.memories, self.memory_mask, self.length = memories, memory_mask, 0
+    Per layer: keys and values of the memory, `b c m e`, computed once, and a cache of those of the tokens so far.
+    """
+
+    def __init__(self, memories: list[tuple[Tensor, Tensor]], memory_attention_mask: Tensor | None):
+        self.memories, self.memory_attention_mask, self.length = memories, memory_attention_mask, 0
         self.caches = [KVCache() for _ in memories]
 
     def reorder_texts(self, rows: Tensor) -> None:
-        """Go on with these of the `(b r)` texts: the beams that live on, each perhaps more than once."""
+        """Keep these of the `(b r)` texts, in this order; a beam may appear more than once."""
         for cache in self.caches:
             cache.reorder(rows)
 
     def reorder_memories(self, rows: Tensor) -> None:
-        """Go on with these of the b memories; their texts are chosen by `reorder_texts`."""
+        """Keep these of the b memories. Call `reorder_texts` as well, with r texts for each."""
         self.memories = [(key[rows], value[rows]) for key, value in self.memories]
-        self.memory_mask = None if self.memory_mask is None else self.memory_mask[rows]
+        if self.memory_attention_mask is not None:
+            self.memory_attention_mask = self.memory_attention_mask[rows]
 
 
 class Decoder(nn.Module):
-    """Token ids `(b r) l` and a memory `b m d` -> logits `(b r) l s`: at each place, for the token that comes next."""
+    """Token ids `(b r) l` and a memory `b m d` -> logits `(b r) l s`: at each position, for the next token."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -45,51 +48,51 @@ class Decoder(nn.Module):
         self.head = LanguageModelHead(config)
 
     def forward(self, ids: Tensor, mask: Tensor, memory: Tensor, memory_mask: Tensor | None = None) -> Tensor:
-        """mask `(b r) l`, memory_mask `b m`: true = real token; without a memory_mask all of the memory is real."""
+        """mask `(b r) l` and memory_mask `b m`: true = real token. Without memory_mask all memory tokens are real."""
         logits = self.logits(self.hidden(ids, mask, memory, memory_mask))
         check(logits, "b l s", b=ids.shape[0], l=ids.shape[1], s=self.vocab_size)
         return logits
 
     def hidden(self, ids: Tensor, mask: Tensor, memory: Tensor, memory_mask: Tensor | None = None) -> Tensor:
-        """The same, before the language-model head: `(b r) l d`."""
+        """`forward` without the language-model head: hidden states `(b r) l d`."""
         sizes = check(mask, "br l", **check(ids, "br l"))
-        shape = check(memory, "b m d", d=self.width)
-        if memory_mask is not None:
-            check(memory_mask, "b m", **shape)
-            memory_mask = padding_mask(memory_mask)
+        memory_attention_mask = self._check_memory(memory, memory_mask)
         x, attention_mask = self.embeddings(ids), causal_mask(mask)
         for layer in self.layers:
-            x = layer(x, attention_mask, memory, memory_mask)
+            x = layer(x, attention_mask, memory, memory_attention_mask)
         check(x, "br l d", **sizes, d=self.width)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden `... d` -> `... s`."""
+        """Hidden states `... d` -> logits `... s`."""
         return self.head(hidden, self.embeddings.word.weight)
 
-    def start(self, memory: Tensor, memory_mask: Tensor | None = None) -> DecoderState:
-        """Before the first `step`: what is kept of memory `b m d` with memory_mask `b m`."""
-        sizes = check(memory, "b m d", d=self.width)
-        if memory_mask is not None:
-            check(memory_mask, "b m", **sizes)
-            memory_mask = padding_mask(memory_mask)
-        # Laid out for being read at every step: each head by itself.
-        memories = [
-            (key.contiguous(), value.contiguous())
-            for key, value in (layer.cross_attention.keys_and_values(memory) for layer in self.layers)
-        ]
-        return DecoderState(memories, memory_mask)
+    def init_state(self, memory: Tensor, memory_mask: Tensor | None = None) -> DecoderState:
+        """The state before the first `step`, for memory `b m d` with memory_mask `b m`."""
+        memory_attention_mask = self._check_memory(memory, memory_mask)
+        memories = [layer.cross_attention.keys_and_values(memory) for layer in self.layers]
+        # Contiguous per head, because every step reads them again.
+        memories = [(key.contiguous(), value.contiguous()) for key, value in memories]
+        return DecoderState(memories, memory_attention_mask)
 
     def step(self, ids: Tensor, state: DecoderState) -> Tensor:
-        """The next l tokens `(b r) l` of every text, none of them padding -> logits `(b r) s` after the last one."""
+        """Append l tokens `(b r) l`, none of them padding, to every text -> logits `(b r) s` of the next token."""
         sizes = check(ids, "br l")
-        l, p = sizes["l"], state.length
-        x = self.embeddings(ids, first=p)
-        # A single token may look at everything; several (a prompt) at what came before each of them.
-        attention_mask = None if l == 1 else torch.ones(l, p + l, dtype=torch.bool, device=ids.device).tril(p)
+        l, past = sizes["l"], state.length
+        x = self.embeddings(ids, first=past)
+        # A single token may attend to everything so far. Several tokens (a prompt) need the causal mask.
+        attention_mask = None if l == 1 else torch.ones(l, past + l, dtype=torch.bool, device=ids.device).tril(past)
         for layer, memory, cache in zip(self.layers, state.memories, state.caches):
-            x = layer(x, attention_mask, memory, state.memory_mask, cache)
-        state.length = p + l
+            x = layer(x, attention_mask, memory, state.memory_attention_mask, cache)
+        state.length = past + l
         logits = self.logits(x[:, -1])
         check(logits, "br s", br=sizes["br"], s=self.vocab_size)
         return logits
+
+    def _check_memory(self, memory: Tensor, memory_mask: Tensor | None) -> Tensor | None:
+        """Check memory `b m d` and memory_mask `b m`, and return the attention mask `b 1 1 m`."""
+        sizes = check(memory, "b m d", d=self.width)
+        if memory_mask is None:
+            return None
+        check(memory_mask, "b m", **sizes)
+        return padding_mask(memory_mask)

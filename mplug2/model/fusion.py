@@ -1,6 +1,6 @@
-"""Fusion: text looks at vision (section 3.1 of the paper; connected-attention layers come from mPLUG, EMNLP 2022).
+"""The fusion module: text attends to vision (Figure 2(d)). Connected-attention layers come from mPLUG (Li et al. 2022).
 
-Axes: b batch, r texts for each image or video, v visual tokens, l text tokens, d width.
+Axes: b batch, r texts per image or video, v visual tokens, l text tokens, d width.
 """
 
 import torch
@@ -15,10 +15,10 @@ from mplug2.model.shapes import check
 
 
 class Fusion(nn.Module):
-    """F layers of text self-attention, cross-attention to the visual tokens, and feed-forward.
+    """BERT layers on the text: self-attention, cross-attention to V', feed-forward.
 
-    With `fusion_stride` k > 0 every k-th layer after the first is a connected-attention layer instead: self-attention
-    and feed-forward over the joint sequence [vision, text]; what comes out for vision is added to the visual tokens.
+    With `fusion_stride` k > 0, every k-th layer after the first is a connected-attention layer instead: self-attention
+    and feed-forward over the joint sequence [V', text]. Its output for vision is added to V'.
     """
 
     def __init__(self, config: ModelConfig):
@@ -28,10 +28,10 @@ class Fusion(nn.Module):
         self.layers = nn.ModuleList(BertLayer(config, cross=not connected) for connected in self.connected)
 
     def forward(self, vision: Tensor, text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """vision V' `b v d`, text `(b r) l d`, text_mask `(b r) l` (true = real token) -> vision, fused text.
+        """V' `b v d`, text `(b r) l d`, text_mask `(b r) l` (true = real token) -> V', fused text `(b r) l d`.
 
-        r texts in a row share the visual tokens. These come back as they are, `b v d`, unless connected-attention
-        layers change them, for each text in its own way: `(b r) v d`.
+        r consecutive texts share one V'. It comes back unchanged, except from connected-attention layers: they change
+        it differently for each text, to `(b r) v d`.
         """
         sizes = check(vision, "b v d", d=self.width)
         shape = check(text_mask, "br l", **check(text, "br l d", d=self.width))

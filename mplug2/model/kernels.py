@@ -1,15 +1,15 @@
-"""Fast forms of four operations. Skip this file at first: each computes what its plain form does, only faster on a CPU.
+"""Fast forms of four operations. Skip this file at first: each function computes what its plain form does, but faster.
 
     here                                   plain form
-    linear, Linear                         torch's nn.functional.linear, nn.Linear
-    attention                              model.attention.reference_attention
+    linear, Linear                         torch.nn.functional.linear, torch.nn.Linear
+    attention, DropoutAttention            reference_attention
     quick_gelu_linear, quick_gelu_mlp      linear layers and `quick_gelu`
-    depthwise_conv                         torch's nn.functional.conv1d at every position
+    depthwise_conv                         torch.nn.functional.conv1d for every patch
 
-The tests compare each with its plain form, values and gradients.
+The tests compare each fast form with its plain form, values and gradients.
 
-Axes: b batch, l text tokens (or any sequence), m tokens of the other sequence, d width, c heads, e width of a head,
-t frames, n patches a frame, r channels of the temporal convolution, k kernel taps.
+Axes: b batch, t frames, n patches per frame, k taps and z channels of the temporal convolution, l tokens of a sequence,
+m tokens of the memory, d width, c heads, e width of a head.
 """
 
 from itertools import product
@@ -21,9 +21,9 @@ from torch.nn import functional as F
 from torch.nn.functional import scaled_dot_product_attention
 
 FEW_ROWS = 16
-"""Up to this many rows `linear` multiplies from the other side."""
+"""`linear` computes (W xᵀ)ᵀ for at most this many rows."""
 MANY_WEIGHTS = 2**18
-"""From this many attention weights per head on, dropout is worth `DropoutAttention`."""
+"""`attention` uses `DropoutAttention` from this many attention weights per head."""
 QUICK_GELU_SCALE = 1.702
 """CLIP's approximation of GELU is quick_gelu(x) = x * sigmoid(1.702 x) = silu(1.702 x) / 1.702."""
 
@@ -41,18 +41,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """nn.Linear, computed by `linear`."""
+    """nn.Linear that calls `linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
 
 class DropoutAttention(torch.autograd.Function):
-    """softmax(Q Kᵀ / sqrt(e)) V with dropout of the weights, for long sequences on a CPU.
+    """softmax(Q Kᵀ / sqrt(e)) V with dropout on the attention weights, for long sequences on a CPU.
 
-    Torch has no CPU kernel for this case and reads and writes all weights `b c l m` a dozen times. This form handles
-    one head at a time, in the processor's cache. The backward pass recomputes the attention weights; only the dropout
-    mask is stored.
+    Torch has no fused CPU kernel for this case: it reads and writes the weights `b c l m` a dozen times. This form
+    computes one head at a time, which fits in the processor's cache. The backward pass recomputes the attention
+    weights; only the dropout mask is stored.
     """
 
     @staticmethod
@@ -88,25 +88,37 @@ class DropoutAttention(torch.autograd.Function):
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float) -> Tensor:
-    """query `b c l e`, key and value `b c m e`, attention_mask broadcastable to `b c l m` -> `b c l e`."""
+    """Scaled dot-product attention: query `b c l e`, key and value `b c m e`, attention_mask broadcastable to
+    `b c l m` -> `b c l e`."""
     many = query.shape[2] * key.shape[2] >= MANY_WEIGHTS and query.dtype.itemsize >= 4
     if dropout and many and attention_mask is None and query.device.type == "cpu":
         return DropoutAttention.apply(query, key, value, dropout)
     return scaled_dot_product_attention(query, key, value, attention_mask, dropout)
 
 
+def reference_attention(
+    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, dropout: float = 0.0
+) -> Tensor:
+    """softmax(Q Kᵀ / sqrt(e)) V, written out: query `b c l e`, key and value `b c m e` -> `b c l e`."""
+    scores = torch.einsum("b c l e, b c m e -> b c l m", query, key) * query.shape[-1] ** -0.5
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, float("-inf"))
+    weights = F.dropout(scores.softmax(dim=-1), dropout)
+    return torch.einsum("b c l m, b c m e -> b c l e", weights, value)
+
+
 def quick_gelu(x: Tensor) -> Tensor:
-    """The plain form."""
+    """CLIP's activation, written out: the plain form of the two functions below."""
     return x * (QUICK_GELU_SCALE * x).sigmoid()
 
 
 def quick_gelu_linear(x: Tensor, layer: nn.Linear) -> Tensor:
-    """layer(quick_gelu(x)), for x `... d`. Dividing by the scale is folded into the matrix product, so it is free."""
+    """layer(quick_gelu(x)), for x `... d`. Dividing by the scale is folded into the matrix product: it is free."""
     return scaled_linear(layer, F.silu(QUICK_GELU_SCALE * x), 1 / QUICK_GELU_SCALE)
 
 
 def quick_gelu_mlp(x: Tensor, up: nn.Linear, down: nn.Linear) -> Tensor:
-    """down(quick_gelu(up(x))), for x `... d`. Both scale factors are folded into the two matrix products."""
+    """down(quick_gelu(up(x))), for x `... d`. Both scale factors are folded into the matrix products: free."""
     hidden = F.silu(scaled_linear(up, x, QUICK_GELU_SCALE, QUICK_GELU_SCALE))
     return scaled_linear(down, hidden, 1 / QUICK_GELU_SCALE)
 
@@ -118,12 +130,12 @@ def scaled_linear(layer: nn.Linear, x: Tensor, factor: float, bias_factor: float
 
 
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A depth-wise convolution over time, zero-padded: x `b t n r`, weight `r 1 k`, bias `r` -> `b t n r`.
+    """Depth-wise convolution over time, zero-padded: x `b t n z`, weight `z 1 k`, bias `z` -> `b t n z`.
 
-    It is k shifted products in the token layout. `conv1d` would have to transpose the tokens before and after.
+    It sums one shifted product per tap, in the layout of the tokens. `conv1d` would transpose them before and after.
     """
-    t, taps = x.shape[1], weight.shape[2]
-    out, padded = bias, F.pad(x, (0, 0, 0, 0, taps // 2, taps // 2))
+    t, kernel_size = x.shape[1], weight.shape[2]
+    out, padded = bias, F.pad(x, (0, 0, 0, 0, kernel_size // 2, kernel_size // 2))
     for tap, tap_weight in enumerate(weight[:, 0].unbind(dim=1)):
         out = torch.addcmul(out, padded[:, tap: tap + t], tap_weight)
     return out

@@ -1,6 +1,6 @@
-"""The layers that several modules share: BERT's transformer layer, its embeddings, its language-model head, drop path.
+"""Layers that several modules share: BERT's transformer layer, its embeddings and its language-model head; drop path.
 
-Axes: b batch, l text tokens (or any sequence), m memory tokens, d width, s vocabulary.
+Axes: b batch, l tokens, m memory tokens, r sequences that share a memory, d width, s vocabulary.
 """
 
 import torch
@@ -9,45 +9,18 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mplug2.config import ModelConfig
-from mplug2.model.attention import CrossAttention, KVCache, SelfAttention
+from mplug2.model.attention import CrossAttention, KVCache, Memory, SelfAttention
 from mplug2.model.kernels import Linear, linear
 from mplug2.model.shapes import check
 
 EPS = 1e-12
-"""LayerNorm epsilon of everything that descends from BERT."""
-
-
-class DropPath(nn.Module):
-    """Stochastic depth (Huang et al. 2016): in training, a residual branch is left out with chance `rate`."""
-
-    def __init__(self, rate: float):
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, branch: Tensor) -> Tensor:
-        """branch `b ...`; survivors are scaled up, so that the mean is kept."""
-        if not self.training or self.rate == 0.0:
-            return branch
-        survives = branch.new_empty(branch.shape[0], *[1] * (branch.dim() - 1)).bernoulli_(1 - self.rate)
-        return branch * survives / (1 - self.rate)
-
-
-class FeedForward(nn.Module):
-    """d -> ff_width -> d with exact GELU."""
-
-    def __init__(self, width: int, ff_width: int):
-        super().__init__()
-        self.up = Linear(width, ff_width)
-        self.down = Linear(ff_width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x)))
+"""BERT's LayerNorm epsilon: text encoder, universal layers, fusion and decoder."""
 
 
 class Block(nn.Module):
-    """A layer of a stack: what compilation, activation checkpointing and sharding go by.
+    """A transformer block: the unit of compilation, activation checkpointing and FSDP sharding.
 
-    With `recompute`, training keeps only its inputs, and computes the rest again for the backward pass.
+    With `recompute`, training stores only the block's inputs and recomputes its activations in the backward pass.
     """
 
     recompute = False
@@ -58,8 +31,41 @@ class Block(nn.Module):
         return super().__call__(*inputs, **named)
 
 
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016): in training, each sample skips a residual branch with probability `rate`.
+
+    The branch of the other samples is scaled up, so the mean stays the same.
+    """
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: Tensor) -> Tensor:
+        """branch `b ...` -> the same shape."""
+        if not self.training or self.rate == 0.0:
+            return branch
+        survives = branch.new_empty(branch.shape[0], *[1] * (branch.dim() - 1)).bernoulli_(1 - self.rate)
+        return branch * survives / (1 - self.rate)
+
+
+class FeedForward(nn.Module):
+    """Linear to ff_width, exact GELU, linear back to d."""
+
+    def __init__(self, width: int, ff_width: int):
+        super().__init__()
+        self.up = Linear(width, ff_width)
+        self.down = Linear(ff_width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+
 class BertLayer(Block):
-    """Post-norm transformer layer: self-attention, cross-attention if it has one and gets a memory, feed-forward."""
+    """BERT's layer, post-norm (`x = LN(x + branch(x))`): self-attention, cross-attention, feed-forward.
+
+    The cross-attention exists only with `cross`, and runs only if `forward` gets a memory.
+    """
 
     def __init__(self, config: ModelConfig, cross: bool = False):
         super().__init__()
@@ -74,21 +80,19 @@ class BertLayer(Block):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, memory: Tensor | tuple[Tensor, Tensor] | None = None,
-        memory_mask: Tensor | None = None, cache: KVCache | None = None,
+        self, x: Tensor, attention_mask: Tensor | None = None, memory: Memory | None = None,
+        memory_attention_mask: Tensor | None = None, cache: KVCache | None = None,
     ) -> Tensor:
-        """x `(b r) l d`, mask broadcastable to `(b r) c l l`, memory `b m d`, memory_mask to `b c 1 m` -> `(b r) l d`.
-
-        memory may be the keys and values of the cross-attention, and cache those of the self-attention so far.
-        """
-        x = self.self_norm(x + self.dropout(self.self_attention(x, mask, cache)))
+        """x `(b r) l d` -> `(b r) l d`. attention_mask broadcasts to `(b r) c l l`, memory_attention_mask to `b c 1 m`;
+        `cache` holds the self-attention's keys and values of earlier tokens."""
+        x = self.self_norm(x + self.dropout(self.self_attention(x, attention_mask, cache)))
         if memory is not None:
-            x = self.cross_norm(x + self.dropout(self.cross_attention(x, memory, memory_mask)))
+            x = self.cross_norm(x + self.dropout(self.cross_attention(x, memory, memory_attention_mask)))
         return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
 
 
 class TextEmbeddings(nn.Module):
-    """Word, position and token-type embedding of token ids, then LayerNorm and dropout."""
+    """Word, position and token-type embeddings of token ids, then LayerNorm and dropout."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -99,21 +103,18 @@ class TextEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, ids: Tensor, first: int = 0) -> Tensor:
-        """ids `b l` -> `b l d`; `first`: how many tokens came before them.
-
-        ValueError for more tokens than there are positions.
-        """
-        last = first + check(ids, "b l")["l"]
-        if last > self.position.num_embeddings:
-            raise ValueError(f"a text of {last} tokens: the model has {self.position.num_embeddings} positions; "
+        """ids `b l` -> `b l d`; `first` is the position of the first token. Raises ValueError beyond the last one."""
+        end = first + check(ids, "b l")["l"]
+        if end > self.position.num_embeddings:
+            raise ValueError(f"a text of {end} tokens: the model has {self.position.num_embeddings} positions; "
                              "shorten the text or build the model with more max_positions")
-        # The second token type is BERT's for sentence pairs; mPLUG-2 uses the first for every token.
-        positions = self.position.weight[first:last] + self.token_type.weight[0]
+        # BERT's second token type marks the second sentence of a pair; mPLUG-2 uses the first type for every token.
+        positions = self.position.weight[first:end] + self.token_type.weight[0]
         return self.dropout(self.norm(self.word(ids) + positions))
 
 
 class LanguageModelHead(nn.Module):
-    """Hidden states to vocabulary logits: linear, GELU, LayerNorm, then the tied word embedding, plus a bias."""
+    """Hidden states to vocabulary logits: linear, GELU, LayerNorm, then the tied word embedding plus a bias."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()

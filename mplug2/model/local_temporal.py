@@ -1,12 +1,15 @@
-"""The local temporal module: the only place where frames meet in the vision encoder (section 3.1 of the paper).
+"""The local temporal module: the only place in the vision encoder where frames exchange information.
 
-    LT(x) = U( quick_gelu( G( D( LN(x) ) ) ) )        x: the patches of all frames, at every place separately
+    LT(x) = U( quick_gelu( G( D( LN(x) ) ) ) )
 
-D: d -> d/2 and U: d/2 -> d are linear; G is a convolution over 3 frames. One module sees one frame to each side, so a
-stack of j modules sees j. U starts at zero: a new module changes nothing, and the encoder starts as the image encoder
-that it was initialised from.
+D and U are linear, from width d to d/2 and back. G is a convolution over 3 frames, for every patch position
+separately. One module therefore reaches one frame to each side, and a stack of j modules reaches j frames. U starts at
+zero, so a new module changes nothing: the encoder starts as the image encoder that it is initialized from.
 
-Axes: b batch, t frames, n patches a frame, d width, r = d/2, k = 3 kernel taps, g groups.
+Figure 2(b) draws G in groups. The released code makes it depth-wise: it is UniFormerV2's local module (Li et al. 2022;
+`lmhra1` and `lmhra2` in the released files) with LayerNorm in place of BatchNorm, a reduction of 2 and a QuickGELU.
+
+Axes: b batch, t frames, n patches per frame, d vision width, z = d/2 channels of the convolution.
 """
 
 import torch
@@ -20,10 +23,9 @@ from mplug2.model.shapes import check
 
 
 class TemporalConv(nn.Module):
-    """A convolution over 3 frames, zero beyond the ends: `b t n r` -> `b t n r`.
+    """Convolution over 3 frames, zero-padded at both ends: `b t n z` -> `b t n z`.
 
-    Depth-wise (as many groups as channels, as released) it is three shifted products in the token layout; with fewer
-    groups (the paper's figure) it is torch's conv1d at every place.
+    With as many groups as channels (depth-wise) it uses `kernels.depthwise_conv`, otherwise torch's conv1d.
     """
 
     kernel_size = 3
@@ -39,13 +41,13 @@ class TemporalConv(nn.Module):
         if self.groups == self.channels:
             return depthwise_conv(x, self.weight, self.bias)
         b, t, n = x.shape[:3]
-        series = rearrange(x, "b t n r -> (b n) r t", b=b, t=t, n=n, r=self.channels)
+        series = rearrange(x, "b t n z -> (b n) z t", b=b, t=t, n=n, z=self.channels)
         series = F.conv1d(series, self.weight, self.bias, padding=self.kernel_size // 2, groups=self.groups)
-        return rearrange(series, "(b n) r t -> b t n r", b=b, t=t, n=n, r=self.channels)
+        return rearrange(series, "(b n) z t -> b t n z", b=b, t=t, n=n, z=self.channels)
 
 
 class LocalTemporal(nn.Module):
-    """`b t n d` -> `b t n d`, to be added to the patches by the caller. Class tokens do not come here."""
+    """Patches `b t n d` -> their change `b t n d`, which the caller adds to them. Class tokens bypass the module."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -58,7 +60,7 @@ class LocalTemporal(nn.Module):
         self.reset_up()
 
     def reset_up(self) -> None:
-        """Back to the zero start."""
+        """Set U to zero, weight and bias."""
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 

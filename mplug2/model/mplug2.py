@@ -1,12 +1,13 @@
-"""MPLUG2: the modules that a task selects, and how they are joined.
+"""MPLUG2 (Figure 2(a)): the modules that a task needs, and how they are connected.
 
-    pixels -> vision encoder -> universal layers -> V'  ----------------------> decoder -> caption
-                                                     \\-> fusion -> [vision, text] -> decoder -> answer
-    text   -> text encoder   -> universal layers -> text -/
+    pixels -> vision encoder -> universal layers -> V' --------------------------> decoder -> caption
+                                                    \\-> fusion -> [V', fused text] -> decoder -> answer
+    ids    -> text encoder   -> universal layers -> text -/
 
-A classifier reads the class token of text, of V' or of fused text: whatever is the last of these that its task has.
+V' are the visual tokens that leave the universal layers. The first token of V', text and fused text is a class token.
+The heads read it: contrastive (VTC), matching (VTM) and the classifier, which reads fused text, V' or text.
 
-Axes: b batch, t frames, v = 1 + t*n visual tokens, l text tokens, d width, s vocabulary, y classes.
+Axes: b batch, t frames, v visual tokens, l text tokens, m memory tokens, r texts per image or video, d width.
 """
 
 import dataclasses
@@ -20,23 +21,21 @@ from mplug2.config import ModelConfig
 from mplug2.model.decoder import Decoder
 from mplug2.model.fusion import Fusion
 from mplug2.model.heads import BoxHead
-from mplug2.model.layers import EPS, BertLayer, Block, LanguageModelHead
+from mplug2.model.layers import EPS, LanguageModelHead
 from mplug2.model.local_temporal import LocalTemporal
 from mplug2.model.patch_embed import PatchEmbed
 from mplug2.model.shapes import check
 from mplug2.model.text_encoder import TextEncoder
 from mplug2.model.universal import UniversalLayers
 from mplug2.model.vision_encoder import VisionEncoder
-from mplug2.tasks import components, parse_tasks
+from mplug2.tasks import COMPONENTS, TASKS, components, parse_tasks
 
 
 class MPLUG2(nn.Module):
-    """mPLUG-2 for one task (a name in `TASKS`) or several, separated by commas. Public methods: `encode_vision`,
-    `encode_text`, `concat_pair`, `fuse`, `decode`, and, with the heads, `project_vision`, `project_text`, `itm_logits`,
-    `mlm_logits`, `classify`, `predict_box`.
+    """mPLUG-2 for one task (a name in `TASKS`) or for several, separated by commas.
 
-    `classes` names the classes of each task with a classifier; without, its output is one number (regression).
-    A method whose module this task does not have raises ValueError.
+    Only the modules that the task needs are built. A method whose module is missing raises ValueError. `classes` names
+    the classes of each task with a classifier; a classifier without classes predicts one number (regression).
     """
 
     def __init__(self, config: ModelConfig, task: str = "pretrain", classes: Mapping[str, tuple[str, ...]] = {}):
@@ -47,9 +46,9 @@ class MPLUG2(nn.Module):
             name: tuple(classes.get(name, ())) for name in parse_tasks(task) if "classifier" in components(name)
         }
         if "vision" in built:
-            # Local temporal modules that images pass by are not built for tasks of images.
-            passed = "temporal" not in built and not config.temporal_on_images
-            self.vision_encoder = VisionEncoder(dataclasses.replace(config, local_temporal=False) if passed else config)
+            # Local temporal modules that images bypass are not built for image tasks.
+            unused = "temporal" not in built and not config.temporal_on_images
+            self.vision_encoder = VisionEncoder(dataclasses.replace(config, local_temporal=False) if unused else config)
             if config.vision_width != width:
                 self.vision_projection = nn.Linear(config.vision_width, width)
                 self.vision_norm = nn.LayerNorm(width, eps=EPS)
@@ -70,19 +69,26 @@ class MPLUG2(nn.Module):
         if "masked" in built:
             self.masked_head = LanguageModelHead(config)
         if "classifier" in built:
-            self.classifier = nn.ModuleDict({
-                name: nn.Linear(width, len(names) or 1) for name, names in self.classes.items()
-            })
+            sizes = {name: len(names) or 1 for name, names in self.classes.items()}
+            self.classifier = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
         if "box" in built:
             self.box_head = BoxHead(width, config.image_size // config.patch_size)
         if "pair" in built:
             self.pair_place = nn.Parameter(torch.zeros(2, width))
-        # parameters that a checkpoint had no weights for, see checkpoint.load_model
+        # Parameters that the checkpoint did not have, filled in by checkpoint.load_model.
         self.newly_initialized: list[str] = []
         init_weights(self)
 
+    def require(self, name: str) -> nn.Module | nn.Parameter:
+        """The module `name`, such as "decoder". Raises ValueError if this model was built without it."""
+        if not hasattr(self, name):
+            other = next(task for task in TASKS if any(name in COMPONENTS[part] for part in components(task)))
+            raise ValueError(f"a model for the task {self.task!r} has no {name}; build it for another task, such as "
+                             f"{other!r}")
+        return getattr(self, name)
+
     def encode_vision(self, pixels: Tensor) -> Tensor:
-        """Normalised pixels `b 3 t H W` (an image is t = 1) -> V' `b v d`, class token first."""
+        """Normalized pixels `b 3 t H W` (an image is t = 1) -> V' `b v d`."""
         check(pixels, "b 3 t H W", H=self.config.image_size, W=self.config.image_size)
         tokens = self.require("vision_encoder")(pixels)
         if self.config.vision_width != self.config.width:
@@ -90,30 +96,29 @@ class MPLUG2(nn.Module):
         return self.universal.vision(tokens)
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Token ids and mask (true = real token), both `b l`, -> `b l d`, class token first."""
+        """Token ids and their mask (true = real token), both `b l` -> text `b l d`."""
         return self.universal.text(self.require("text_encoder")(ids, mask), mask)
 
-    def fuse(self, vision: Tensor, text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """V' `b v d`, text `b l d`, text_mask `b l` -> vision `b v d`, fused text `b l d`.
+    def concat_pair(self, vision: Tensor) -> Tensor:
+        """V' of two images, `b 2 v d` -> one memory for fusion, `b (2 v) d`. A learned embedding marks each image."""
+        check(vision, "b 2 v d", d=self.config.width)
+        return rearrange(vision + self.require("pair_place")[:, None], "b two v d -> b (two v) d", two=2)
 
-        r texts in a row may share an image or a video: text `(b r) l d`, see `Fusion`.
-        """
+    def fuse(self, vision: Tensor, text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """V' `b v d`, text `(b r) l d`, text_mask `(b r) l` -> V', fused text `(b r) l d`; see `Fusion`."""
         return self.require("fusion")(vision, text, text_mask)
 
     def decode(self, ids: Tensor, mask: Tensor, memory: Tensor, memory_mask: Tensor | None = None) -> Tensor:
-        """ids and mask `b l`, memory `b m d`, memory_mask `b m` -> logits of the next tokens, `b l s`.
-
-        r texts in a row may share a memory: ids and mask `(b r) l`.
-        """
+        """ids and mask `(b r) l`, memory `b m d`, memory_mask `b m` -> logits of the next tokens, `(b r) l s`."""
         return self.require("decoder")(ids, mask, memory, memory_mask)
 
     def project_vision(self, vision: Tensor) -> Tensor:
-        """V' `b v d` -> unit vectors `b e` to compare with those of texts."""
+        """V' `b v d` -> unit vectors `b e`, to be compared with those of texts."""
         check(vision, "b v d", d=self.config.width)
         return nn.functional.normalize(self.require("contrastive_vision")(vision[:, 0]), dim=-1)
 
     def project_text(self, text: Tensor) -> Tensor:
-        """Text `b l d` -> unit vectors `b e` to compare with those of images and videos."""
+        """Text `b l d` -> unit vectors `b e`, to be compared with those of images and videos."""
         check(text, "b l d", d=self.config.width)
         return nn.functional.normalize(self.require("contrastive_text")(text[:, 0]), dim=-1)
 
@@ -126,50 +131,38 @@ class MPLUG2(nn.Module):
         """Text or fused text `... d` -> vocabulary logits `... s`."""
         return self.require("masked_head")(hidden, self.text_encoder.embeddings.word.weight)
 
-    def concat_pair(self, vision: Tensor) -> Tensor:
-        """V' of two images, `b 2 v d` -> one memory for fusion, `b (2 v) d`: the tokens of the first, then those of
-        the second, each with the learned embedding of its image."""
-        check(vision, "b 2 v d", d=self.config.width)
-        if "pair" not in self.components:
-            raise ValueError(f"a model for the task {self.task!r} takes no pairs of images; build it for another task")
-        return rearrange(vision + self.pair_place[:, None], "b two v d -> b (two v) d", two=2)
-
     def classify(self, hidden: Tensor, task: str) -> Tensor:
-        """Text, V' or fused text, `b l d` -> logits `b y` of the classes of `task`, or `b 1` (regression)."""
+        """Text, V' or fused text, `b l d` -> logits `b y` of the classes of `task`, or a number `b 1` (regression)."""
         check(hidden, "b l d", d=self.config.width)
         if task not in self.classes:
             raise ValueError(f"a model for the task {self.task!r} has no classifier for {task!r}; fine-tune one for it")
         return self.classifier[task](hidden[:, 0])
 
     def predict_box(self, fused: Tensor, vision: Tensor) -> Tensor:
-        """Fused text `b l d` and V' of an image `b v d` -> boxes `b 4`: centre x, centre y, width and height, as shares
-        of the image. ValueError for V' of a clip: a box has no frame."""
+        """Fused text `b l d` and V' of images `b v d` -> boxes `b 4`: center x, center y, width and height, as
+        fractions of the image. Raises ValueError for V' of a video: a box has no frame."""
         head, sizes = self.require("box_head"), check(vision, "b v d", **check(fused, "b l d", d=self.config.width))
         if sizes["v"] != 1 + head.side**2:
-            raise ValueError(f"boxes are found in single images, whose V' has 1 + {head.side**2} tokens; this one has "
-                             f"{sizes['v']}: give images, one frame each")
+            raise ValueError(f"{sizes['v']} visual tokens: boxes are predicted in single images, which have "
+                             f"1 + {head.side**2}; pass one frame")
         return head(fused[:, 0], vision[:, 1:])
-
-    def require(self, name: str) -> nn.Module:
-        """A module by name, such as "decoder". ValueError if the task does not have it."""
-        if not hasattr(self, name):
-            raise ValueError(f"a model for the task {self.task!r} has no {name}; build it for another task")
-        return getattr(self, name)
 
 
 def answer_memory(vision: Tensor, text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """What the decoder attends to when it answers: [vision, fused text] and the joined mask.
+    """What the decoder attends to for an answer: [V', fused text] and the joint mask.
 
-    vision `b v d` or `(b r) v d`, text `(b r) l d`, text_mask `(b r) l` -> `(b r) (v+l) d`, `(b r) (v+l)`.
+    V' `b v d` or `(b r) v d`, fused text `(b r) l d`, text_mask `(b r) l` -> `(b r) (v+l) d`, `(b r) (v+l)`.
     """
     vision = repeat(vision, "b v d -> (b r) v d", r=text.shape[0] // vision.shape[0])
     return torch.cat([vision, text], dim=1), nn.functional.pad(text_mask, (vision.shape[1], 0), value=True)
 
 
 def init_weights(model: MPLUG2) -> None:
-    """From scratch: zero biases, and normal weights, as BERT and CLIP have them: of deviation 0.02 at a width of 768,
-    and more in narrower models, in proportion to 1 / sqrt(width). Patches start at deviation 1 / sqrt(their pixels),
-    and local temporal modules keep their zero start."""
+    """Initialize from scratch: zero biases and normal weights.
+
+    The standard deviation is BERT's and CLIP's 0.02 at width 768, and grows as 1 / sqrt(width) for narrower models.
+    Patch embeddings use 1 / sqrt(pixels of a patch); local temporal modules keep their zero start.
+    """
     std = 0.02 * (768 / model.config.width) ** 0.5
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -179,27 +172,8 @@ def init_weights(model: MPLUG2) -> None:
         for name, parameter in module.named_parameters(recurse=False):
             if name in ("class_token", "position", "latents", "pair_place"):
                 nn.init.normal_(parameter, std=std)
-    for module in model.modules():  # what differs from the rule above
+    for module in model.modules():  # exceptions from this rule
         if isinstance(module, LocalTemporal):
             module.reset_up()
         if isinstance(module, PatchEmbed):
             nn.init.normal_(module.linear.weight, std=module.linear.in_features**-0.5)
-
-
-def checkpoint_activations(model: MPLUG2) -> None:
-    """Training memory for time: every block computes its activations again in the backward pass."""
-    for module in model.modules():
-        if isinstance(module, Block):
-            module.recompute = True
-
-
-def compile_model(model: MPLUG2) -> None:
-    """Compile the vision encoder as one graph, and every layer of the rest, for texts of any length.
-
-    In place: parameters keep their names.
-    """
-    if hasattr(model, "vision_encoder"):
-        model.vision_encoder.compile(fullgraph=True)
-    for module in model.modules():
-        if isinstance(module, BertLayer):
-            module.compile(dynamic=True)

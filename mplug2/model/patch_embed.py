@@ -1,7 +1,10 @@
-"""Pixels to tokens, and back (architecture: section 3.1 of the paper; CLIP's ViT for the numbers).
+"""Pixels to tokens, and back: CLIP's patch embedding, applied to every frame. An image is a video of one frame.
 
-Axes: b batch, T frames of pixels, t frames of tokens, H W pixels, h w patch rows and columns, n = h*w patches a frame,
-p side of a patch, k frames that a patch spans (1, or 3 with temporal down-sampling), d width.
+    tokens = LN([class token, linear(patches)] + positions)
+
+Nothing here tells the frames apart: all of them have the same class token and the same positions.
+
+Axes: as in shapes.py, and p: height and width of a patch in pixels. Here k counts the frames that a patch spans.
 """
 
 import torch
@@ -13,7 +16,7 @@ from mplug2.model.shapes import check
 
 
 def patchify(pixels: Tensor, patch: int) -> Tensor:
-    """Cut every frame into patches: `b 3 t H W` -> `b t n (3 p p)`, rows first. ValueError if `patch` does not fit."""
+    """Cut frames into patches, row by row: `b 3 t H W` -> `b t n (3 p p)`. Raises ValueError if they do not fit."""
     sizes = check(pixels, "b 3 t H W")
     b, t, height, width = (sizes[name] for name in ("b", "t", "H", "W"))
     if height % patch or width % patch:
@@ -25,10 +28,10 @@ def patchify(pixels: Tensor, patch: int) -> Tensor:
 
 
 def unpatchify(patches: Tensor, patch: int, rows: int) -> Tensor:
-    """The inverse of `patchify`, for pictures: `b t n (3 p p)` -> `b 3 t H W`, with `rows` patch rows."""
+    """The inverse of `patchify`, for plots: `b t n (3 p p)` -> `b 3 t H W`, with `rows` rows of patches."""
     sizes = check(patches, "b t n values", values=3 * patch**2)
     if sizes["n"] % rows:
-        raise ValueError(f"{sizes['n']} patches cannot stand in {rows} rows")
+        raise ValueError(f"{sizes['n']} patches cannot be arranged in {rows} rows")
     return rearrange(
         patches, "b t (h w) (three p p2) -> b three t (h p) (w p2)",
         b=sizes["b"], t=sizes["t"], h=rows, w=sizes["n"] // rows, three=3, p=patch, p2=patch,
@@ -36,11 +39,10 @@ def unpatchify(patches: Tensor, patch: int, rows: int) -> Tensor:
 
 
 class PatchEmbed(nn.Module):
-    """A video `b 3 T H W` (an image is T = 1) becomes `b t (1+n) d`: a class token and n patch tokens for every frame.
+    """Pixels `b 3 T H W` -> `b t f d`: for every frame a class token, then n patch tokens.
 
-    Each place has a learned position, the same in all frames: nothing here tells the frames apart.
-    With temporal down-sampling a patch spans 3 frames, one before and one after its own (black, that is zero, beyond
-    the ends), and only every `temporal_stride`-th frame has patches.
+    With temporal down-sampling a patch spans three frames: its own, the one before and the one after (black beyond the
+    ends of the video). Only every `temporal_stride`-th frame then has tokens.
     """
 
     def __init__(self, config: ModelConfig):
@@ -57,15 +59,15 @@ class PatchEmbed(nn.Module):
         sizes = check(pixels, "b 3 T H W", H=self.image_size, W=self.image_size)
         patches = patchify(pixels, self.patch)
         if self.span == 3:
-            patches = self.neighbours(patches)
+            patches = self.with_neighbors(patches)
         tokens = self.linear(patches)
         b, t = tokens.shape[:2]
         tokens = torch.cat([self.class_token.expand(b, t, 1, -1), tokens], dim=2) + self.position
-        check(tokens, "b t m d", b=sizes["b"], m=self.positions, d=self.position.shape[1])
+        check(tokens, "b t f d", b=sizes["b"], f=self.positions, d=self.position.shape[1])
         return self.norm(tokens)
 
-    def neighbours(self, patches: Tensor) -> Tensor:
-        """Each patch with the one before and the one after it in time: `b T n (3 p p)` -> `b t n (k 3 p p)`."""
+    def with_neighbors(self, patches: Tensor) -> Tensor:
+        """Join each patch with those before and after it in time: `b T n (3 p p)` -> `b t n (k 3 p p)`."""
         black = torch.zeros_like(patches[:, :1])
         windows = torch.cat([black, patches, black], dim=1).unfold(1, self.span, self.stride)
         b, t, n, values, _ = windows.shape

@@ -1,11 +1,17 @@
-"""The shape contract at the door of every forward.
+"""`check`: every forward checks the shapes that it receives and returns.
 
-einops catches a wrong size inside one call; `check` catches it between calls, with a message that
-says what was expected. The letters are the same in every file:
+einops catches a wrong size inside one call; `check` catches it between calls, and its message says what was expected.
+Every file uses the same letters for the axes:
 
-    b batch      t frames         h w patch rows and columns   n = h*w patches a frame
-    v = 1 + t*n visual tokens     l text tokens                q latent queries
-    d width      c heads, d = c*e e width of a head            k kernel taps   s vocabulary
+    b  batch                                  t    frames of tokens (T: frames of pixels)
+    l  text tokens                            h w  rows and columns of patches (H W: of pixels)
+    q  learned latent queries                 n    patches per frame, h*w
+    m  tokens of a memory, which              f    tokens per frame, 1 + n: class token, then patches
+       cross-attention reads                  v    visual tokens of all frames, 1 + t*n
+    r  texts per image or video               d    width of the tokens
+    s  vocabulary                             c    attention heads, d = c*e
+    y  classes                                e    width of a head, or of the contrastive space
+    k  taps of a convolution over time        z    channels of that convolution
 """
 
 from torch import Tensor
@@ -14,9 +20,9 @@ from torch import Tensor
 def check(x: Tensor, pattern: str, **sizes: int) -> dict[str, int]:
     """Check the shape of `x` against `pattern`, and return the sizes of all named axes.
 
-    A pattern is a blank-separated list of axis names, integers and `_` (any size): `"b 3 t H W"`. A name bound
-    before, by a keyword or earlier in the pattern, must have that size again; a new name is bound. The result can be
-    handed to the next check: `sizes = check(x, "b l d", d=96); ...; check(y, "b l d", **sizes)`.
+    A pattern lists the axes, separated by blanks: names, integers, or `_` for any size, as in `"b 3 t H W"`. A name
+    that is already bound, by a keyword or earlier in the pattern, must have that size again; a new name is bound. Pass
+    the result to the next check: `sizes = check(x, "b l d", d=96); ...; check(y, "b l d", **sizes)`.
 
     Raises ValueError with the expected and the found shape.
     """

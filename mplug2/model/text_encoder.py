@@ -1,4 +1,4 @@
-"""The text encoder: BERT's embeddings and all of its layers but the last S, which are the universal layers.
+"""The text encoder: BERT's embeddings and layers, except the last S layers. Those are the universal layers.
 
 Axes: b batch, l text tokens, d width.
 """
@@ -12,7 +12,7 @@ from mplug2.model.shapes import check
 
 
 class TextEncoder(nn.Module):
-    """Token ids and mask (true = real token), both `b l`, -> `b l d`, to be continued by the universal layers."""
+    """Token ids and their mask (true = real token), both `b l` -> `b l d`, the input of the universal layers."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()

@@ -1,15 +1,16 @@
-"""The universal layers: one set of weights for text and for vision (section 3.1 of the paper).
+"""The universal layers (Figure 2(c)): one set of weights for text and vision. They output V', the vision tokens that
+fusion, decoder and heads use.
 
-They are the last S layers of the text encoder. Text passes them like any other layer; vision passes the same
-self-attention and the same feed-forward, and a cross-attention that only vision uses, between its v tokens and q
-learned latents. Two readings of how the latents are used, `universal_readout`:
+They are the last S layers of the text encoder. Text passes through them as through any BERT layer. Vision passes
+through the same self-attention and feed-forward weights, and through cross-attentions that only vision has: between V,
+the v tokens of the vision encoder, and q learned latents. `universal_readout` chooses between two forms:
 
-    released   the stream starts as the latents; in each layer but the last they attend to V. In the last layer the
-               stream is V itself, and attends to what the latents have become. V' = LN(V + stream).
-    figure     the latents read V by a cross-attention, pass the S layers, and are read by V with a second one;
-               a residual goes round the whole stack, for text as well.
+    released   All layers but the last update the latents: self-attention, cross-attention to V, feed-forward. In the
+               last layer V takes their place, with cross-attention to the latents. V' = LN(V + output).
+    figure     The latents read V by a cross-attention, pass through the S layers, and are read by V with a second
+               cross-attention. A residual surrounds all of this, for text as well.
 
-With S = 0 nothing is built, and vision and text leave as they came: no weights are shared (an ablation).
+With S = 0 nothing is built or changed: vision and text share no weights (an ablation).
 
 Axes: b batch, v visual tokens, l text tokens, q latents, d width.
 """
@@ -24,7 +25,7 @@ from mplug2.model.shapes import check
 
 
 class UniversalLayers(nn.Module):
-    """S shared layers with two doors, `vision` and `text`; each is only as much built as the task needs."""
+    """S shared layers with two entry points, `vision` and `text`; only the parts that the task needs are built."""
 
     def __init__(self, config: ModelConfig, for_vision: bool, for_text: bool):
         super().__init__()
@@ -44,7 +45,7 @@ class UniversalLayers(nn.Module):
             self.text_norm = nn.LayerNorm(config.width, eps=EPS)
 
     def vision(self, tokens: Tensor) -> Tensor:
-        """V `b v d` -> V' `b v d`. Nothing is masked."""
+        """V `b v d` -> V' `b v d`. There is no padding and no mask."""
         sizes = check(tokens, "b v d", d=self.width)
         if not self.layers:
             return tokens

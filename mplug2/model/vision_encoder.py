@@ -1,8 +1,8 @@
-"""The dual-vision encoder: one ViT for images and videos, with local temporal modules (section 3.1 of the paper).
+"""The dual-vision encoder (Figure 2(b)): one ViT for images and videos, with local temporal modules (LT) for videos.
 
-Attention and MLP work within each frame and serve both; what only video needs are the local temporal modules.
+Attention and MLP work within each frame, so images and videos share them. Only LT connects the frames.
 
-Axes: b batch, t frames, n patches a frame, m = 1 + n, v = 1 + t*n visual tokens, d vision width.
+Axes: b batch, t frames, n patches per frame, f = 1 + n tokens per frame, v = 1 + t*n visual tokens, d vision width.
 """
 
 import torch
@@ -20,11 +20,11 @@ from mplug2.model.shapes import check
 
 
 class VisionBlock(Block):
-    """Pre-norm block on `b t m d`, m = 1 + n:
+    """Pre-norm transformer block on `b t f d`. Every change passes drop path before it is added.
 
         x[patches] += LT1(x[patches])
-        x          += MHSA(LN(x))            within each frame
-        x[patches] += LT2(x[patches])        released; the paper's figure has LT1 only
+        x          += MHSA(LN(x))            multi-head self-attention within each frame
+        x[patches] += LT2(x[patches])        released code only; Figure 2(b) has LT1 alone
         x          += MLP(LN(x))
     """
 
@@ -42,25 +42,25 @@ class VisionBlock(Block):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, is_image: bool) -> Tensor:
-        """x `b t m d` -> the same shape; `is_image`: the pixels were a single frame."""
-        b, t, m, d = x.shape
+        """x `b t f d` -> `b t f d`; `is_image`: the pixels were a single frame."""
+        b, t, f, d = x.shape
         temporal = self.temporal_on_images or not is_image
         if self.lt1 is not None and temporal:
             x = self.add_to_patches(x, self.lt1)
-        frames = rearrange(self.attention_norm(x), "b t m d -> (b t) m d", b=b, t=t, m=m, d=d)
-        x = x + self.drop_path(rearrange(self.attention(frames), "(b t) m d -> b t m d", b=b, t=t, m=m, d=d))
+        frames = rearrange(self.attention_norm(x), "b t f d -> (b t) f d", b=b, t=t, f=f, d=d)
+        x = x + self.drop_path(rearrange(self.attention(frames), "(b t) f d -> b t f d", b=b, t=t, f=f, d=d))
         if self.lt2 is not None and temporal:
             x = self.add_to_patches(x, self.lt2)
         return x + self.drop_path(quick_gelu_mlp(self.mlp_norm(x), self.mlp_up, self.mlp_down))
 
     def add_to_patches(self, x: Tensor, module: LocalTemporal) -> Tensor:
-        """The class token of each frame, first in m, bypasses the module."""
+        """x plus the module's change of the patches; the class token, first in f, stays as it is."""
         return x + F.pad(self.drop_path(module(x[:, :, 1:])), (0, 0, 1, 0))
 
 
 class VisionEncoder(nn.Module):
-    """Pixels `b 3 T H W` (an image is T = 1) -> visual tokens `b v d`: the class token, averaged over the frames,
-    then the patches of all frames, time-major. With temporal down-sampling t < T, else t = T."""
+    """Pixels `b 3 T H W` -> visual tokens `b v d`: the mean of the class tokens of all frames, then all patches, frame
+    by frame. With temporal down-sampling t < T, otherwise t = T."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -75,9 +75,9 @@ class VisionEncoder(nn.Module):
         x = self.patch_embed(pixels)
         for block in self.blocks:
             x = block(x, is_image=sizes["T"] == 1)
-        b, t, m, d = x.shape
+        b, t, f, d = x.shape
         class_token = reduce(x[:, :, :1], "b t 1 d -> b 1 d", "mean", b=b, t=t, d=d)
-        patches = rearrange(x[:, :, 1:], "b t n d -> b (t n) d", b=b, t=t, n=m - 1, d=d)
+        patches = rearrange(x[:, :, 1:], "b t n d -> b (t n) d", b=b, t=t, n=f - 1, d=d)
         tokens = self.norm(torch.cat([class_token, patches], dim=1))
-        check(tokens, "b v d", b=sizes["b"], v=1 + t * (m - 1), d=self.width)
+        check(tokens, "b v d", b=sizes["b"], v=1 + t * (f - 1), d=self.width)
         return tokens

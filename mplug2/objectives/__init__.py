@@ -1,1 +1,3 @@
-"""What is trained: the losses, the module that computes them for a batch, the EMA teacher, self-critical training."""
+"""What is trained: losses as pure functions, `Objectives` (all losses of a batch), and two optional additions, an EMA
+teacher and self-critical sequence training.
+"""

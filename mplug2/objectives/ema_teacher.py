@@ -1,9 +1,13 @@
-"""A teacher that follows the model: an average of its weights over time, whose outputs are soft targets.
+"""The EMA teacher (momentum distillation, from ALBEF, Li et al. 2021, and mPLUG): an exponential moving average of the
+model's weights, whose outputs are soft targets.
 
-EMATeacher distillation, from ALBEF (Li et al. 2021) and mPLUG: question answering learns from the copy's answers, and
-contrastive learning from the copy's similarities, with a queue of its earlier vectors as further negatives.
+    teacher = decay * teacher + (1 - decay) * model            after every step of the optimizer
+    target  = alpha * softmax(teacher's logits) + (1 - alpha) * label
 
-Axes: b samples of this process, B of all processes, e contrastive width.
+Answers learn from the teacher's next-token distribution. With a queue, VTC (vision-text contrastive learning) learns
+from the teacher's similarities, and compares each sample with the queued vectors of earlier batches too.
+
+Axes: b batch of this rank, e contrastive width, i vectors in the queue, p positions of answers, s vocabulary.
 """
 
 import copy
@@ -12,14 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from mplug2.distributed import all_gather_with_grad
-from mplug2.model.mplug2 import MPLUG2
+from mplug2.model.mplug2 import MPLUG2, answer_memory
+from mplug2.model.shapes import check
+from mplug2.objectives.losses import TEMPERATURE_RANGE, decoder_logits
 
 
 class EMATeacher(nn.Module):
-    """`teacher`: the copy of all modules of `model`. After each step it becomes decay * itself + (1 - decay) * model.
+    """`teacher` is a copy of all modules of `model`. `alpha` is the weight of its soft targets; it grows linearly over
+    the first `ramp` steps. `queue` is the number of vectors per side that VTC keeps, or 0.
 
-    `alpha` is the weight of its soft targets, reached evenly over the first `ramp` steps. `queue`: how many vectors of
-    each side are kept for contrastive learning; 0: none. All of this is state, and is saved and resumed with a run.
+    Weights, step counter and queue are part of the state dict, so a run resumes with them.
     """
 
     def __init__(self, model: MPLUG2, decay: float = 0.995, alpha: float = 0.4, ramp: int = 1, queue: int = 0):
@@ -35,35 +41,66 @@ class EMATeacher(nn.Module):
             self.register_buffer("queued", torch.zeros((), dtype=torch.long))
 
     def train(self, mode: bool = True) -> "EMATeacher":
-        """The teacher never drops anything out."""
+        """Stay in evaluation mode: the teacher has no dropout."""
         return super().train(False)
 
     @property
     def alpha(self) -> float:
-        """Of the soft targets, now."""
+        """The current weight of the soft targets."""
         return self.max_alpha * min(1.0, self.steps.item() / self.ramp)
 
     @torch.no_grad()
     def update(self, model: MPLUG2) -> None:
-        """After a step of the optimizer: every parameter of every module, frozen ones too."""
+        """Follow the model after a step of the optimizer: every parameter, frozen ones too."""
         for own, new in zip(self.teacher.parameters(), model.parameters(), strict=True):
             own.lerp_(new.detach().to(own.dtype), 1 - self.decay)
         self.steps += 1
 
+    @torch.no_grad()
+    def answer_logits(self, batch: dict) -> tuple[Tensor, float]:
+        """The teacher's logits `p s` at the positions of the batch's answers, and the weight of these soft targets."""
+        teacher, mask = self.teacher, batch["question_mask"]
+        vision = teacher.encode_vision(batch["pixels"])
+        vision, fused = teacher.fuse(vision, teacher.encode_text(batch["question_ids"], mask), mask)
+        memory, memory_mask = answer_memory(vision, fused, mask)
+        logits = decoder_logits(
+            teacher, batch["answer_ids"], batch["answer_mask"], memory, batch["answer_positions"], memory_mask
+        )
+        return logits, self.alpha
+
+    def contrastive_loss(
+        self, batch: dict, vision: Tensor, text: Tensor, temperature: Tensor, enqueue: bool
+    ) -> Tensor:
+        """VTC with soft targets of the model's unit vectors `b e`; `enqueue` adds the teacher's to the queue."""
+        teacher, positive_id = self.teacher, batch["positive_id"]
+        with torch.no_grad():
+            vectors = (
+                teacher.project_vision(teacher.encode_vision(batch["pixels"])),
+                teacher.project_text(teacher.encode_text(batch["caption_ids"], batch["caption_mask"])),
+            )
+        loss = distilled_contrastive_loss(vision, text, temperature, positive_id, *vectors, self)
+        if enqueue:
+            self.enqueue(*vectors, positive_id)
+        return loss
+
+    @property
+    def has_queue(self) -> bool:
+        return hasattr(self, "queued")
+
     def queue(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Vision and text vectors, `m e` each, and their meanings `m`: as many as there are so far."""
+        """Vision vectors `i e`, text vectors `i e` and positive ids `i` of the queue, as far as it is filled."""
         count = min(self.queued.item(), len(self.queue_meaning))
         return self.queue_vision[:count], self.queue_text[:count], self.queue_meaning[:count]
 
     @torch.no_grad()
     def enqueue(self, vision: Tensor, text: Tensor, positive_id: Tensor) -> None:
-        """Put unit vectors `b e` of every process, and their meanings `b`, in the place of the oldest ones.
+        """Replace the oldest vectors by the unit vectors `b e` and positive ids `b` of all ranks.
 
-        Every process keeps the same queue."""
-        vision, text, positive_id = all_gather_with_grad(
-            vision), all_gather_with_grad(text), all_gather_with_grad(positive_id)
+        Every rank keeps the same queue. Raises ValueError if it is smaller than the batch of all ranks.
+        """
+        vision, text, positive_id = map(all_gather_with_grad, (vision, text, positive_id))
         if not (vision.isfinite().all() and text.isfinite().all()):
-            return  # the step is going to be skipped
+            return  # the training loop will skip this step
         size, count = len(self.queue_meaning), len(positive_id)
         if count > size:
             raise ValueError(f"queue={size}: expected room for the {count} samples of a batch at least")
@@ -72,3 +109,27 @@ class EMATeacher(nn.Module):
         self.queue_text[positions] = text.to(self.queue_text.dtype)
         self.queue_meaning[positions] = positive_id
         self.queued += count
+
+
+def distilled_contrastive_loss(
+    vision: Tensor, text: Tensor, temperature: Tensor, positive_id: Tensor, teacher_vision: Tensor,
+    teacher_text: Tensor, ema_teacher: EMATeacher,
+) -> Tensor:
+    """VTC with soft targets (ALBEF, equation 6): the model's unit vectors `b e` are compared with the teacher's, from
+    all ranks and from the queue. Positives share the hard part of the target evenly, as in `contrastive_loss`."""
+    sizes = check(teacher_text, "b e", **check(teacher_vision, "b e", **check(text, "b e", **check(vision, "b e"))))
+    check(positive_id, "b", **sizes)
+    temperature, alpha = temperature.clamp(*TEMPERATURE_RANGE), ema_teacher.alpha
+    queued_vision, queued_text, queued_id = ema_teacher.queue()
+    all_ids = torch.cat([all_gather_with_grad(positive_id), queued_id])
+    positive = (positive_id[:, None] == all_ids[None, :]).to(vision.dtype)
+    target = positive / positive.sum(dim=1, keepdim=True)
+    losses = []
+    for rows, teacher_rows, columns, queued in (
+        (vision, teacher_vision, teacher_text, queued_text), (text, teacher_text, teacher_vision, queued_vision),
+    ):
+        columns = torch.cat([all_gather_with_grad(columns), queued.to(columns.dtype)]).T
+        soft = (teacher_rows @ columns / temperature.detach()).softmax(dim=1)
+        log_probs = (rows @ columns / temperature).log_softmax(dim=1)
+        losses.append(-((alpha * soft + (1 - alpha) * target) * log_probs).sum(dim=1))
+    return torch.stack(losses).mean()

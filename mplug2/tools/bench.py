@@ -41,10 +41,11 @@ from mplug2.data.loader import make_loader, prefetch
 from mplug2.data.samples import Samples, check_texts, read_samples
 from mplug2.data.text import Tokenizer, clean
 from mplug2.generation import SpecialTokens, beam_search
-from mplug2.model import attention
-from mplug2.model.mplug2 import MPLUG2, checkpoint_activations, compile_model
+from mplug2.model import attention, kernels
+from mplug2.model.mplug2 import MPLUG2
 from mplug2.objectives.objectives import Objectives
 from mplug2.training.optim import make_optimizer
+from mplug2.training.parallel import checkpoint_activations, compile_model
 
 BEAMS, CAPTION = 5, 20  # tokens of a caption, in generation and in training
 MATMUL = 2048  # rows and columns of the product that the machine's rate is measured by
@@ -111,7 +112,7 @@ MEASUREMENTS = {"encoder": encoder, "generation": generation, "train": train, "t
 
 def plain() -> AbstractContextManager:
     """Attention by its formula, in place of the fused kernel."""
-    return patch.object(attention, "attention", attention.reference_attention)
+    return patch.object(attention, "attention", kernels.reference_attention)
 
 
 def prepare(name: str, options: argparse.Namespace) -> Callable[[], object]:

@@ -24,9 +24,10 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from mplug2.config import ModelConfig
 from mplug2.model.attention import CrossAttention, SelfAttention
 from mplug2.model.layers import Block
-from mplug2.model.mplug2 import MPLUG2, checkpoint_activations
+from mplug2.model.mplug2 import MPLUG2
 from mplug2.objectives.objectives import Objectives
 from mplug2.tasks import BATCH_TYPES, TASKS, batch_types, parse_tasks
+from mplug2.training.parallel import checkpoint_activations
 
 aten = torch.ops.aten
 

@@ -8,7 +8,7 @@ import argparse
 import dataclasses
 import difflib
 
-from mplug2.config import field_docs
+from mplug2.dataclass_tools import field_docs
 
 
 class Parser(argparse.ArgumentParser):

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mplug2.distributed import DistInfo, full_tensor, shard_like, world_size
+from mplug2.model.layers import BertLayer, Block
 
 
 def wrap_model(
@@ -59,6 +60,25 @@ def wrap_model(
         for name, buffer in buffers.named_buffers(recurse=False):
             setattr(buffers, name, buffer.to(process.device))
     return module
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Trade time for memory: every block recomputes its activations in the backward pass."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.recompute = True
+
+
+def compile_model(model: nn.Module) -> None:
+    """Compile the vision encoder as one graph, and every other block for texts of any length.
+
+    In place: parameters keep their names.
+    """
+    if hasattr(model, "vision_encoder"):
+        model.vision_encoder.compile(fullgraph=True)
+    for module in model.modules():
+        if isinstance(module, BertLayer):
+            module.compile(dynamic=True)
 
 
 def no_sync(module: nn.Module, last: bool) -> AbstractContextManager:

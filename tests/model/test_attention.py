@@ -1,4 +1,4 @@
-"""Attention against the formula written out, what the masks hide, and sequences that share a memory."""
+"""Attention: equal to its formula, blind to what the masks hide, and the same for sequences that share a memory."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from helpers import (
     attention_by_hand,
     noise,
     random_mask,
-    randomised,
+    randomized,
     seeds,
     shuffled,
     to_keys,
@@ -25,7 +25,7 @@ heads_and_widths = st.tuples(st.integers(1, 4), st.integers(1, 5))
 @given(b=sizes, l=sizes, c_and_e=heads_and_widths, seed=seeds)
 def test_self_attention_is_the_formula_head_by_head(b, l, c_and_e, seed):
     c, e = c_and_e
-    module, x, mask = randomised(SelfAttention(c * e, c), seed), noise(b, l, c * e, seed=seed), random_mask(b, l, seed)
+    module, x, mask = randomized(SelfAttention(c * e, c), seed), noise(b, l, c * e, seed=seed), random_mask(b, l, seed)
     assert_same(module(x), attention_by_hand(module, x, x))
     assert_same(module(x, padding_mask(mask)), attention_by_hand(module, x, x, to_keys(mask)))
     causal = to_keys(mask) & torch.ones(l, l, dtype=torch.bool).tril()
@@ -35,7 +35,7 @@ def test_self_attention_is_the_formula_head_by_head(b, l, c_and_e, seed):
 @given(b=sizes, l=sizes, m=sizes, c_and_e=heads_and_widths, seed=seeds)
 def test_cross_attention_is_the_formula_head_by_head(b, l, m, c_and_e, seed):
     c, e = c_and_e
-    module, mask = randomised(CrossAttention(c * e, c), seed), random_mask(b, m, seed)
+    module, mask = randomized(CrossAttention(c * e, c), seed), random_mask(b, m, seed)
     x, memory = noise(b, l, c * e, seed=seed), noise(b, m, c * e, seed=seed + 1)
     assert_same(module(x, memory), attention_by_hand(module, x, memory))
     expected = attention_by_hand(module, x, memory, mask[:, None, :].expand(-1, l, -1))
@@ -44,7 +44,7 @@ def test_cross_attention_is_the_formula_head_by_head(b, l, m, c_and_e, seed):
 
 @given(b=sizes, r=sizes, l=sizes, m=sizes, seed=seeds)
 def test_sharing_a_memory_is_repeating_it(b, r, l, m, seed):
-    module, x = randomised(CrossAttention(6, 2), seed), noise(b * r, l, 6, seed=seed)
+    module, x = randomized(CrossAttention(6, 2), seed), noise(b * r, l, 6, seed=seed)
     memory, mask = noise(b, m, 6, seed=seed + 1), random_mask(b, m, seed)
     repeated, repeated_mask = memory.repeat_interleave(r, dim=0), mask.repeat_interleave(r, dim=0)
     assert_same(module(x, memory), module(x, repeated))
@@ -52,7 +52,7 @@ def test_sharing_a_memory_is_repeating_it(b, r, l, m, seed):
 
 
 @given(b=sizes, l=sizes, seed=seeds)
-def test_masks_are_what_they_are_defined_as(b, l, seed):
+def test_masks_follow_their_definition(b, l, seed):
     mask = random_mask(b, l, seed)
     padding, causal = padding_mask(mask), causal_mask(mask)
     assert padding.shape == (b, 1, 1, l) and causal.shape == (b, 1, l, l)
@@ -65,8 +65,8 @@ def test_masks_are_what_they_are_defined_as(b, l, seed):
 
 
 @given(b=sizes, l=st.integers(2, 5), seed=seeds)
-def test_what_is_masked_has_no_influence(b, l, seed):
-    own, cross = randomised(SelfAttention(6, 2), seed), randomised(CrossAttention(6, 2), seed)
+def test_masked_tokens_have_no_influence(b, l, seed):
+    own, cross = randomized(SelfAttention(6, 2), seed), randomized(CrossAttention(6, 2), seed)
     x, mask = noise(b, l, 6, seed=seed), random_mask(b, l, seed)
     mask[:, -1] = False
     changed = torch.where(mask[..., None], x, x + 1)
@@ -76,21 +76,21 @@ def test_what_is_masked_has_no_influence(b, l, seed):
     assert_differs(cross(x, changed), cross(x, x))
 
 
-@given(l=st.integers(2, 5), place=st.integers(1, 4), seed=seeds)
-def test_under_the_causal_mask_nothing_sees_what_comes_later(l, place, seed):
-    place = min(place, l - 1)
-    module, x = randomised(SelfAttention(6, 2), seed), noise(1, l, 6, seed=seed)
+@given(l=st.integers(2, 5), position=st.integers(1, 4), seed=seeds)
+def test_causal_mask_hides_later_tokens(l, position, seed):
+    position = min(position, l - 1)
+    module, x = randomized(SelfAttention(6, 2), seed), noise(1, l, 6, seed=seed)
     changed, mask = x.clone(), causal_mask(torch.ones(1, l, dtype=torch.bool))
-    changed[:, place] += 1
+    changed[:, position] += 1
     before, after = module(x, mask), module(changed, mask)
-    assert_same(after[:, :place], before[:, :place])
-    for later in range(place, l):
+    assert_same(after[:, :position], before[:, :position])
+    for later in range(position, l):
         assert_differs(after[:, later], before[:, later])
 
 
 @given(l=st.integers(2, 5), m=st.integers(2, 5), seed=seeds)
-def test_attention_itself_knows_no_order(l, m, seed):
-    own, cross = randomised(SelfAttention(6, 2), seed), randomised(CrossAttention(6, 2), seed)
+def test_attention_is_equivariant_to_the_order_of_tokens(l, m, seed):
+    own, cross = randomized(SelfAttention(6, 2), seed), randomized(CrossAttention(6, 2), seed)
     x, memory = noise(2, l, 6, seed=seed), noise(2, m, 6, seed=seed + 1)
     order, other = shuffled(l, seed), shuffled(m, seed)
     assert_same(own(x[:, order]), own(x)[:, order])
@@ -98,8 +98,8 @@ def test_attention_itself_knows_no_order(l, m, seed):
 
 
 @pytest.mark.parametrize("kind", [SelfAttention, CrossAttention])
-def test_dropout_falls_on_the_attention_weights_in_training_only(kind):
-    # With values that are all one and an identity at the end, the output is the sum of the attention weights.
+def test_dropout_applies_to_the_attention_weights_in_training_only(kind):
+    # With all values one and an identity as output layer, the output is the sum of the attention weights.
     module = kind(4, 1, dropout=0.5).double()
     projection = module.qkv if kind is SelfAttention else module.key_value
     torch.nn.init.zeros_(projection.weight[-4:])

@@ -1,4 +1,4 @@
-"""The shared decoder: causal, blind to padding of its text and of its memory, with a tied head."""
+"""The shared decoder: causal, blind to padding in text and memory, with a head tied to the word embedding."""
 
 import re
 
@@ -12,7 +12,7 @@ from helpers import (
     noise,
     random_ids,
     random_mask,
-    randomised,
+    randomized,
     seeds,
     shuffled,
     small,
@@ -27,7 +27,7 @@ lengths = st.integers(2, 6)
 
 
 def inputs(config, b, l, m, seed):
-    """ids, mask, memory and memory_mask; text and memory end in padding."""
+    """ids, mask, memory and memory_mask. Text and memory end in padding."""
     mask, memory_mask = random_mask(b, l, seed), random_mask(b, m, seed + 1)
     mask[:, -1], memory_mask[:, -1] = False, False
     return random_ids(b, l, seed), mask, noise(b, m, config.width, seed=seed), memory_mask
@@ -35,7 +35,7 @@ def inputs(config, b, l, m, seed):
 
 @given(config=configs(), l=lengths, m=lengths, seed=seeds)
 def test_it_is_embeddings_causal_layers_and_tied_head(config, l, m, seed):
-    module, (ids, mask, memory, memory_mask) = randomised(Decoder(config), seed), inputs(config, 2, l, m, seed)
+    module, (ids, mask, memory, memory_mask) = randomized(Decoder(config), seed), inputs(config, 2, l, m, seed)
     x, causal = module.embeddings(ids), to_keys(mask) & torch.ones(l, l, dtype=torch.bool).tril()
     for layer in module.layers:
         x = layer_by_hand(layer, x, causal, memory, memory_mask[:, None, :].expand(-1, l, -1))
@@ -44,21 +44,21 @@ def test_it_is_embeddings_causal_layers_and_tied_head(config, l, m, seed):
     assert_same(module(ids, mask, memory, memory_mask), module.head(x, module.embeddings.word.weight))
 
 
-@given(config=configs(), l=lengths, place=st.integers(0, 5), seed=seeds)
-def test_no_token_sees_what_comes_later(config, l, place, seed):
-    place = min(place, l - 1)
-    module, (ids, _, memory, memory_mask) = randomised(Decoder(config), seed), inputs(config, 2, l, 4, seed)
+@given(config=configs(), l=lengths, position=st.integers(0, 5), seed=seeds)
+def test_no_token_sees_later_tokens(config, l, position, seed):
+    position = min(position, l - 1)
+    module, (ids, _, memory, memory_mask) = randomized(Decoder(config), seed), inputs(config, 2, l, 4, seed)
     mask, other = torch.ones(2, l, dtype=torch.bool), ids.clone()
-    other[:, place] = (ids[:, place] + 1) % config.vocab_size
+    other[:, position] = (ids[:, position] + 1) % config.vocab_size
     before, after = module(ids, mask, memory, memory_mask), module(other, mask, memory, memory_mask)
-    assert_same(after[:, :place], before[:, :place])
-    for later in range(place, l):
+    assert_same(after[:, :position], before[:, :position])
+    for later in range(position, l):
         assert_differs(after[:, later], before[:, later])
 
 
 @given(config=configs(), l=lengths, prefix=st.integers(1, 5), seed=seeds)
-def test_a_prefix_alone_gives_the_same(config, l, prefix, seed):
-    module, (ids, mask, memory, memory_mask) = randomised(Decoder(config), seed), inputs(config, 2, l, 4, seed)
+def test_a_prefix_alone_has_the_same_logits(config, l, prefix, seed):
+    module, (ids, mask, memory, memory_mask) = randomized(Decoder(config), seed), inputs(config, 2, l, 4, seed)
     prefix = min(prefix, l)
     expected = module(ids, mask, memory, memory_mask)[:, :prefix]
     assert_same(module(ids[:, :prefix], mask[:, :prefix], memory, memory_mask), expected)
@@ -66,7 +66,7 @@ def test_a_prefix_alone_gives_the_same(config, l, prefix, seed):
 
 @given(config=configs(), l=lengths, m=lengths, seed=seeds)
 def test_padding_has_no_influence(config, l, m, seed):
-    module, (ids, mask, memory, memory_mask) = randomised(Decoder(config), seed), inputs(config, 2, l, m, seed)
+    module, (ids, mask, memory, memory_mask) = randomized(Decoder(config), seed), inputs(config, 2, l, m, seed)
     other_ids = torch.where(mask, ids, (ids + 1) % config.vocab_size)
     other_memory = torch.where(memory_mask[..., None], memory, memory + noise(config.width, seed=seed + 1))
     expected = module(ids, mask, memory, memory_mask)
@@ -75,31 +75,31 @@ def test_padding_has_no_influence(config, l, m, seed):
 
 
 @given(config=configs(), l=lengths, m=lengths, seed=seeds)
-def test_a_memory_without_mask_is_all_real_and_has_no_order(config, l, m, seed):
-    module, (ids, mask, memory, _) = randomised(Decoder(config), seed), inputs(config, 2, l, m, seed)
+def test_a_memory_without_mask_is_all_real_and_its_order_does_not_count(config, l, m, seed):
+    module, (ids, mask, memory, _) = randomized(Decoder(config), seed), inputs(config, 2, l, m, seed)
     expected = module(ids, mask, memory, torch.ones(2, m, dtype=torch.bool))
     assert_same(module(ids, mask, memory), expected)
     assert_same(module(ids, mask, memory[:, shuffled(m, seed)]), expected)
 
 
 @given(config=configs(), l=lengths, m=lengths, seed=seeds)
-def test_samples_do_not_meet(config, l, m, seed):
-    module, given_inputs = randomised(Decoder(config), seed), inputs(config, 3, l, m, seed)
+def test_samples_are_independent(config, l, m, seed):
+    module, given_inputs = randomized(Decoder(config), seed), inputs(config, 3, l, m, seed)
     order = shuffled(3, seed)
     assert_same(module(*(tensor[order] for tensor in given_inputs)), module(*given_inputs)[order])
 
 
 def test_word_embedding_and_head_are_one_matrix():
-    module, (ids, mask, memory, _) = randomised(Decoder(small())), inputs(small(), 1, 3, 4, 0)
+    module, (ids, mask, memory, _) = randomized(Decoder(small())), inputs(small(), 1, 3, 4, 0)
     ids[:] = 1
     before = module(ids, mask, memory)
     with torch.no_grad():
-        module.embeddings.word.weight[7] += 1  # a token that is not in the text: only its own logit moves
+        module.embeddings.word.weight[7] += 1  # not in the text, so only its own logit changes
     moved = (module(ids, mask, memory) != before).any(dim=(0, 1))
     assert moved.nonzero().flatten().tolist() == [7]
 
 
-def test_refuses_what_does_not_fit():
+def test_refuses_wrong_shapes():
     module, (ids, mask, memory, memory_mask) = Decoder(small()), inputs(small(), 2, 5, 4, 0)
     memory = memory.float()
     with pytest.raises(ValueError, match="a text of 12 tokens: the model has 11 positions"):

@@ -1,4 +1,4 @@
-"""Fusion, with and without connected-attention layers: written out, padding, and texts that share a clip."""
+"""Fusion, with and without connected-attention layers: its formula, padding, and texts that share a video."""
 
 import re
 
@@ -12,7 +12,7 @@ from helpers import (
     noise,
     parameter_names,
     random_mask,
-    randomised,
+    randomized,
     seeds,
     shuffled,
     small,
@@ -27,7 +27,7 @@ sizes = st.integers(2, 5)
 
 
 def inputs(config, b, v, l, seed):
-    """Vision, text and its mask, which ends in padding."""
+    """Vision, text and text mask. The texts end in padding."""
     mask = random_mask(b, l, seed)
     mask[:, -1] = False
     return noise(b, v, config.width, seed=seed), noise(b, l, config.width, seed=seed + 1), mask
@@ -35,7 +35,7 @@ def inputs(config, b, v, l, seed):
 
 @given(config=configs(fusion_stride=0), v=sizes, l=sizes, seed=seeds)
 def test_as_released_every_layer_attends_to_vision(config, v, l, seed):
-    module, (vision, text, mask) = randomised(Fusion(config), seed), inputs(config, 2, v, l, seed)
+    module, (vision, text, mask) = randomized(Fusion(config), seed), inputs(config, 2, v, l, seed)
     expected = text
     for layer in module.layers:
         expected = layer_by_hand(layer, expected, to_keys(mask), memory=vision)
@@ -52,7 +52,7 @@ def test_as_released_every_layer_attends_to_vision(config, v, l, seed):
 @given(v=sizes, l=sizes, seed=seeds)
 def test_with_a_stride_some_layers_join_vision_and_text(stride, connected, v, l, seed):
     config = small(fusion_layers=5, fusion_stride=stride)
-    module, (vision, text, mask) = randomised(Fusion(config), seed), inputs(config, 2, v, l, seed)
+    module, (vision, text, mask) = randomized(Fusion(config), seed), inputs(config, 2, v, l, seed)
     expected, fused = vision, text
     joint_mask = to_keys(torch.cat([torch.ones(2, v, dtype=torch.bool), mask], dim=1))
     for layer, is_connected in zip(module.layers, connected):
@@ -69,7 +69,7 @@ def test_with_a_stride_some_layers_join_vision_and_text(stride, connected, v, l,
 
 @given(config=configs(), v=sizes, l=sizes, seed=seeds)
 def test_padding_has_no_influence(config, v, l, seed):
-    module, (vision, text, mask) = randomised(Fusion(config), seed), inputs(config, 2, v, l, seed)
+    module, (vision, text, mask) = randomized(Fusion(config), seed), inputs(config, 2, v, l, seed)
     other = torch.where(mask[..., None], text, text + noise(config.width, seed=seed + 2))
     found, expected = module(vision, other, mask), module(vision, text, mask)
     assert_same(found[0], expected[0])
@@ -79,8 +79,8 @@ def test_padding_has_no_influence(config, v, l, seed):
 
 
 @given(config=configs(), r=st.integers(1, 3), v=sizes, l=sizes, seed=seeds)
-def test_texts_that_share_a_clip_are_texts_with_a_clip_each(config, r, v, l, seed):
-    module, vision = randomised(Fusion(config), seed), noise(2, v, config.width, seed=seed)
+def test_sharing_a_video_equals_one_copy_per_text(config, r, v, l, seed):
+    module, vision = randomized(Fusion(config), seed), noise(2, v, config.width, seed=seed)
     _, text, mask = inputs(config, 2 * r, v, l, seed)
     shared, each = module(vision, text, mask), module(vision.repeat_interleave(r, dim=0), text, mask)
     assert_same(shared[1], each[1])
@@ -90,8 +90,8 @@ def test_texts_that_share_a_clip_are_texts_with_a_clip_each(config, r, v, l, see
 
 
 @given(config=configs(), v=sizes, l=sizes, seed=seeds)
-def test_visual_tokens_have_no_order(config, v, l, seed):
-    module, (vision, text, mask) = randomised(Fusion(config), seed), inputs(config, 2, v, l, seed)
+def test_the_order_of_visual_tokens_does_not_count(config, v, l, seed):
+    module, (vision, text, mask) = randomized(Fusion(config), seed), inputs(config, 2, v, l, seed)
     order = shuffled(v, seed)
     found, expected = module(vision[:, order], text, mask), module(vision, text, mask)
     assert_same(found[0], expected[0][:, order])
@@ -99,15 +99,15 @@ def test_visual_tokens_have_no_order(config, v, l, seed):
 
 
 @given(config=configs(), v=sizes, l=sizes, seed=seeds)
-def test_samples_do_not_meet(config, v, l, seed):
-    module, (vision, text, mask) = randomised(Fusion(config), seed), inputs(config, 3, v, l, seed)
+def test_samples_are_independent(config, v, l, seed):
+    module, (vision, text, mask) = randomized(Fusion(config), seed), inputs(config, 3, v, l, seed)
     order = shuffled(3, seed)
     found, expected = module(vision[order], text[order], mask[order]), module(vision, text, mask)
     assert_same(found[0], expected[0][order])
     assert_same(found[1], expected[1][order])
 
 
-def test_refuses_shapes_that_do_not_fit():
+def test_refuses_wrong_shapes():
     module = Fusion(small())
     vision, text, mask = torch.zeros(2, 4, 16), torch.zeros(2, 3, 16), random_mask(2, 3)
     with pytest.raises(ValueError, match=re.escape("(b v d) with d=16, found (2, 4, 15)")):

@@ -1,14 +1,14 @@
-"""Each fast form equals its plain form, in value and in gradient."""
+"""Each fast form equals its plain form, values and gradients."""
 
 import torch
-from helpers import assert_same, conv_by_hand, noise, quick_gelu_by_hand, random_mask, randomised, seeds
+from helpers import assert_same, conv_by_hand, noise, quick_gelu_by_hand, random_mask, randomized, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mplug2.model import kernels
-from mplug2.model.attention import padding_mask, reference_attention
+from mplug2.model.attention import padding_mask
 from mplug2.model.kernels import (
     DropoutAttention,
     Linear,
@@ -17,6 +17,7 @@ from mplug2.model.kernels import (
     quick_gelu,
     quick_gelu_linear,
     quick_gelu_mlp,
+    reference_attention,
 )
 
 sizes = st.integers(1, 4)
@@ -36,7 +37,7 @@ def assert_same_with_gradients(fast, plain, *inputs: Tensor) -> None:
 
 @given(rows=st.integers(1, 40), seed=seeds)
 def test_linear_equals_torch_with_few_rows_and_with_many(rows, seed):
-    layer, x = randomised(Linear(3, 5), seed), noise(rows, 2, 3, seed=seed)
+    layer, x = randomized(Linear(3, 5), seed), noise(rows, 2, 3, seed=seed)
     with torch.no_grad():
         assert_same(layer(x), F.linear(x, layer.weight, layer.bias))
         assert layer(x).is_contiguous()
@@ -52,7 +53,7 @@ def test_attention_equals_the_reference(b, l, m, c, e, seed):
 
 
 @given(b=sizes, l=sizes, m=sizes, c=sizes, e=sizes, dropout=st.sampled_from([0.1, 0.5, 0.9]), seed=seeds)
-def test_dropout_by_heads_is_the_formula_with_these_weights_dropped(b, l, m, c, e, dropout, seed):
+def test_dropout_attention_is_the_formula_with_the_same_weights_dropped(b, l, m, c, e, dropout, seed):
     given = [noise(b, c, n, e, seed=seed + i).requires_grad_() for i, n in enumerate((l, m, m))]
     copies = [x.detach().clone().requires_grad_() for x in given]
     torch.manual_seed(seed)
@@ -69,25 +70,25 @@ def test_dropout_by_heads_is_the_formula_with_these_weights_dropped(b, l, m, c, 
         assert_same(x.grad, copy.grad)
 
 
-def test_many_weights_without_a_mask_are_dropped_by_heads_and_others_by_the_kernel(monkeypatch):
+def test_dropout_attention_serves_many_weights_without_a_mask(monkeypatch):
     monkeypatch.setattr(kernels, "MANY_WEIGHTS", 12)
     query, key, value = (noise(1, 2, n, 3).float().requires_grad_() for n in (3, 4, 4))
 
-    def taken(*arguments) -> str:
+    def used(*arguments) -> str:
         return attention(*arguments).grad_fn.name()
 
     mask = torch.ones(1, 1, 3, 4, dtype=torch.bool)
-    assert taken(query, key, value, None, 0.1) == "DropoutAttentionBackward"
+    assert used(query, key, value, None, 0.1) == "DropoutAttentionBackward"
     for others in [(None, 0.0), (mask, 0.1)]:
-        assert taken(query, key, value, *others) != "DropoutAttentionBackward"
-    assert taken(query[:, :, 1:], key, value, None, 0.1) != "DropoutAttentionBackward"  # few weights
-    half = (x.bfloat16() for x in (query, key, value))  # whose sums would be too coarse
-    assert taken(*half, None, 0.1) != "DropoutAttentionBackward"
+        assert used(query, key, value, *others) != "DropoutAttentionBackward"
+    assert used(query[:, :, 1:], key, value, None, 0.1) != "DropoutAttentionBackward"  # few weights
+    half = (x.bfloat16() for x in (query, key, value))  # too coarse for its sums
+    assert used(*half, None, 0.1) != "DropoutAttentionBackward"
 
 
 @given(seed=seeds)
 def test_quick_gelu_forms_equal_linear_layers_and_the_formula(seed):
-    up, down = randomised(nn.Linear(3, 5), seed), randomised(nn.Linear(5, 2), seed + 1)
+    up, down = randomized(nn.Linear(3, 5), seed), randomized(nn.Linear(5, 2), seed + 1)
     x = noise(2, 4, 3, seed=seed).requires_grad_()
     hidden = noise(2, 4, 5, seed=seed).requires_grad_()
     assert_same(quick_gelu(x), quick_gelu_by_hand(x))

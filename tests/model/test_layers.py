@@ -1,4 +1,4 @@
-"""The shared layers against their formulas: drop path, feed-forward, BERT's layer, embeddings and head."""
+"""The shared layers equal their formulas: drop path, feed-forward, BERT's layer, embeddings and head."""
 
 import re
 
@@ -13,7 +13,7 @@ from helpers import (
     parameter_names,
     random_ids,
     random_mask,
-    randomised,
+    randomized,
     seeds,
     small,
     to_keys,
@@ -51,14 +51,14 @@ def test_drop_path_does_nothing_in_evaluation_or_at_rate_zero(rate, seed):
 
 @given(b=sizes, l=sizes, seed=seeds)
 def test_feed_forward_is_linear_exact_gelu_linear(b, l, seed):
-    module, x = randomised(FeedForward(6, 10), seed), noise(b, l, 6, seed=seed)
+    module, x = randomized(FeedForward(6, 10), seed), noise(b, l, 6, seed=seed)
     assert module.up.weight.shape == (10, 6)
     assert_same(module(x), gelu(x @ module.up.weight.T + module.up.bias) @ module.down.weight.T + module.down.bias)
 
 
 @given(b=sizes, l=sizes, m=sizes, seed=seeds)
-def test_the_layer_is_berts_written_out(b, l, m, seed):
-    layer = randomised(BertLayer(small(), cross=True), seed)
+def test_the_layer_is_berts_formula(b, l, m, seed):
+    layer = randomized(BertLayer(small(), cross=True), seed)
     mask, memory_mask = random_mask(b, l, seed), random_mask(b, m, seed)
     x, memory = noise(b, l, 16, seed=seed), noise(b, m, 16, seed=seed + 1)
     expected = layer_by_hand(layer, x, to_keys(mask), memory, memory_mask[:, None, :].expand(-1, l, -1))
@@ -66,20 +66,20 @@ def test_the_layer_is_berts_written_out(b, l, m, seed):
     assert_same(layer(x, padding_mask(mask)), layer_by_hand(layer, x, to_keys(mask)))
 
 
-def test_without_cross_attention_its_weights_do_not_exist():
+def test_a_layer_without_cross_attention_has_no_weights_for_it():
     with_cross, without = (parameter_names(BertLayer(small(), cross=cross)) for cross in (True, False))
     assert without == {name for name in with_cross if not name.startswith("cross_")} != with_cross
 
 
 @given(b=sizes, l=st.integers(1, 11), seed=seeds)
-def test_embeddings_are_word_and_position_and_first_type(b, l, seed):
-    module, ids = randomised(TextEmbeddings(small()), seed), random_ids(b, l, seed)
+def test_embeddings_are_word_plus_position_plus_first_token_type(b, l, seed):
+    module, ids = randomized(TextEmbeddings(small()), seed), random_ids(b, l, seed)
     positions = torch.stack([module.position.weight[i] for i in range(l)])
     total = torch.stack([torch.stack([module.word.weight[i] for i in row]) for row in ids]) + positions
     assert_same(module(ids), norm_by_hand(module.norm, total + module.token_type.weight[0]))
 
 
-def test_a_text_beyond_the_positions_is_refused():
+def test_a_text_longer_than_the_positions_is_refused():
     module = TextEmbeddings(small(max_positions=11))
     assert module(random_ids(1, 11)).shape == (1, 11, 16)
     with pytest.raises(ValueError, match="a text of 12 tokens: the model has 11 positions; shorten the text or build"):
@@ -87,8 +87,8 @@ def test_a_text_beyond_the_positions_is_refused():
 
 
 @given(lead=st.lists(sizes, max_size=3), seed=seeds)
-def test_the_head_ends_in_the_embedding_it_is_tied_to(lead, seed):
-    module = randomised(LanguageModelHead(small()), seed)
+def test_the_head_ends_in_the_word_embedding(lead, seed):
+    module = randomized(LanguageModelHead(small()), seed)
     word, hidden = noise(29, 16, seed=seed), noise(*lead, 16, seed=seed)
     expected = norm_by_hand(module.norm, gelu(hidden @ module.dense.weight.T + module.dense.bias))
     assert_same(module(hidden, word), expected @ word.T + module.bias)
@@ -99,9 +99,9 @@ def test_the_head_has_no_matrix_of_vocabulary_size():
 
 
 @given(seed=seeds)
-def test_dropout_is_of_training_only(seed):
+def test_dropout_applies_in_training_only(seed):
     config = small(dropout=0.5)
-    layer, embeddings = randomised(BertLayer(config, cross=True), seed), randomised(TextEmbeddings(config), seed)
+    layer, embeddings = randomized(BertLayer(config, cross=True), seed), randomized(TextEmbeddings(config), seed)
     x, ids = noise(2, 5, 16, seed=seed), random_ids(2, 5, seed)
     expected = layer(x, memory=x), embeddings(ids)
     torch.manual_seed(seed)
@@ -111,9 +111,9 @@ def test_dropout_is_of_training_only(seed):
     assert_same(torch.where(dropped == 0, 0, dropped), torch.where(dropped == 0, 0, 2 * expected[1]))
 
 
-def test_dropout_falls_on_every_branch_of_the_layer():
-    # With dropout of one nothing is left of the branches: the layer is its three norms.
-    layer, x = randomised(BertLayer(small(dropout=0.5), cross=True)), noise(2, 5, 16)
+def test_dropout_applies_to_every_branch_of_the_layer():
+    # A dropout of 1 removes all branches. Only the three norms remain.
+    layer, x = randomized(BertLayer(small(dropout=0.5), cross=True)), noise(2, 5, 16)
     layer.dropout.p = 1.0
     expected = x
     for norm in (layer.self_norm, layer.cross_norm, layer.feed_forward_norm):
@@ -121,7 +121,7 @@ def test_dropout_falls_on_every_branch_of_the_layer():
     assert_same(layer.train()(x, memory=x), expected)
 
 
-def test_refuses_shapes_that_do_not_fit():
+def test_refuses_wrong_shapes():
     layer = BertLayer(small(), cross=True)
     with pytest.raises(ValueError, match=re.escape("(b l d) with d=16, found (1, 2, 15)")):
         layer(torch.zeros(1, 2, 15))

@@ -1,4 +1,4 @@
-"""The local temporal module: zero start, a reach of one frame, places by themselves, and its convolution by hand."""
+"""The local temporal module: zero start, reach of one frame, independent patch positions, and its convolution."""
 
 import re
 
@@ -13,7 +13,7 @@ from helpers import (
     noise,
     norm_by_hand,
     quick_gelu_by_hand,
-    randomised,
+    randomized,
     seeds,
     small,
 )
@@ -27,7 +27,7 @@ sizes = st.integers(1, 4)
 
 
 @given(config=configs(), t=sizes, n=sizes, seed=seeds)
-def test_a_new_module_changes_nothing_but_learns(config, t, n, seed):
+def test_a_new_module_changes_nothing_yet_gets_gradients(config, t, n, seed):
     module = LocalTemporal(config).double()
     change = module(noise(2, t, n, config.vision_width, seed=seed))
     assert torch.equal(change, torch.zeros_like(change))
@@ -35,8 +35,8 @@ def test_a_new_module_changes_nothing_but_learns(config, t, n, seed):
     assert module.up.weight.grad.abs().max() > 0 and module.up.bias.grad.abs().max() > 0
 
 
-def test_reset_up_is_the_zero_start():
-    module, x = randomised(LocalTemporal(small())), noise(1, 3, 2, 24)
+def test_reset_up_restores_the_zero_start():
+    module, x = randomized(LocalTemporal(small())), noise(1, 3, 2, 24)
     assert_differs(module(x), torch.zeros_like(x))
     module.reset_up()
     assert torch.equal(module(x), torch.zeros_like(x))
@@ -44,7 +44,7 @@ def test_reset_up_is_the_zero_start():
 
 @given(config=configs(), t=sizes, n=sizes, seed=seeds)
 def test_the_module_is_its_formula(config, t, n, seed):
-    module, x = randomised(LocalTemporal(config), seed), noise(2, t, n, config.vision_width, seed=seed)
+    module, x = randomized(LocalTemporal(config), seed), noise(2, t, n, config.vision_width, seed=seed)
     groups = config.local_temporal_groups or config.vision_width // 2
     hidden = norm_by_hand(module.norm, x, eps=1e-5) @ module.down.weight.T + module.down.bias
     assert hidden.shape[-1] == config.vision_width // 2
@@ -53,9 +53,9 @@ def test_the_module_is_its_formula(config, t, n, seed):
 
 
 @given(config=configs(), t=st.integers(1, 7), frame=st.integers(0, 6), seed=seeds)
-def test_the_reach_is_one_frame_to_each_side(config, t, frame, seed):
+def test_it_reaches_one_frame_to_each_side(config, t, frame, seed):
     frame = min(frame, t - 1)
-    module, x = randomised(LocalTemporal(config), seed), noise(1, t, 2, config.vision_width, seed=seed)
+    module, x = randomized(LocalTemporal(config), seed), noise(1, t, 2, config.vision_width, seed=seed)
     changed = x.clone()
     changed[:, frame] += noise(*x[:, frame].shape, seed=seed + 1)
     before, after = module(x), module(changed)
@@ -67,8 +67,8 @@ def test_the_reach_is_one_frame_to_each_side(config, t, frame, seed):
 
 
 @given(config=configs(), t=sizes, n=st.integers(2, 4), seed=seeds)
-def test_places_and_samples_do_not_meet(config, t, n, seed):
-    module, x = randomised(LocalTemporal(config), seed), noise(2, t, n, config.vision_width, seed=seed)
+def test_patch_positions_and_samples_are_independent(config, t, n, seed):
+    module, x = randomized(LocalTemporal(config), seed), noise(2, t, n, config.vision_width, seed=seed)
     changed = x.clone()
     changed[1, :, 1] += noise(*x[1, :, 1].shape, seed=seed + 1)
     difference = (module(changed) - module(x)).abs().amax(dim=(1, 3))
@@ -78,18 +78,18 @@ def test_places_and_samples_do_not_meet(config, t, n, seed):
 
 
 @given(b=sizes, t=sizes, n=sizes, channels=sizes, seed=seeds)
-def test_depth_wise_shifts_are_a_grouped_convolution(b, t, n, channels, seed):
-    module, x = randomised(TemporalConv(channels, channels), seed), noise(b, t, n, channels, seed=seed)
-    series = rearrange(x, "b t n r -> (b n) r t")
+def test_depth_wise_convolution_equals_torch(b, t, n, channels, seed):
+    module, x = randomized(TemporalConv(channels, channels), seed), noise(b, t, n, channels, seed=seed)
+    series = rearrange(x, "b t n z -> (b n) z t")
     series = F.conv1d(series, module.weight, module.bias, padding=1, groups=channels)
-    assert_same(module(x), rearrange(series, "(b n) r t -> b t n r", b=b))
+    assert_same(module(x), rearrange(series, "(b n) z t -> b t n z", b=b))
     assert_same(module(x), conv_by_hand(x, module.weight, module.bias, channels))
 
 
 @given(t=sizes, n=sizes, groups=sizes, channels_per_group=sizes, seed=seeds)
-def test_grouped_convolution_written_out(t, n, groups, channels_per_group, seed):
+def test_grouped_convolution_is_its_formula(t, n, groups, channels_per_group, seed):
     channels = groups * channels_per_group
-    module, x = randomised(TemporalConv(channels, groups), seed), noise(2, t, n, channels, seed=seed)
+    module, x = randomized(TemporalConv(channels, groups), seed), noise(2, t, n, channels, seed=seed)
     expected = module.bias.expand(2, t, n, channels).clone()
     for frame in range(t):
         for channel in range(channels):
@@ -101,7 +101,7 @@ def test_grouped_convolution_written_out(t, n, groups, channels_per_group, seed)
     assert_same(module(x), expected)
 
 
-def test_refuses_shapes_that_do_not_fit():
+def test_refuses_wrong_shapes():
     module = LocalTemporal(small())
     for shape in ((1, 2, 24), (1, 2, 3, 23)):
         with pytest.raises(ValueError, match=re.escape(f"expected shape (b t n d) with d=24, found {shape}")):

@@ -1,4 +1,4 @@
-"""MPLUG2: what each task builds, how the modules are joined, and what holds from pixels and ids to the outputs."""
+"""MPLUG2: what each task builds, how the modules are connected, and properties from pixels and ids to outputs."""
 
 import dataclasses
 import re
@@ -14,7 +14,7 @@ from helpers import (
     parameter_names,
     random_ids,
     random_mask,
-    randomised,
+    randomized,
     seeds,
     shuffled,
     small,
@@ -29,7 +29,7 @@ from mplug2.model.heads import BoxHead
 from mplug2.model.mplug2 import MPLUG2, answer_memory
 from mplug2.tasks import TASKS
 
-BUILT = {  # task -> the modules of its row, heads included
+BUILT = {  # task -> its modules, heads included
     "caption": {"vision_encoder", "universal", "decoder"},
     "qa": {"vision_encoder", "text_encoder", "universal", "fusion", "decoder"},
     "retrieval": {
@@ -52,7 +52,7 @@ tasks = pytest.mark.parametrize("task", list(TASKS))
 
 
 def with_patches(config):
-    """The same with at least four patches: a box is found among several."""
+    """The same with at least four patches, because a box is found among several."""
     return dataclasses.replace(config, image_size=2 * config.image_size)
 
 
@@ -61,7 +61,7 @@ def modules_of(model):
 
 
 def batch(config, b, seed, t=3, l=4):
-    """Pixels, ids and mask; the texts end in padding."""
+    """Pixels, ids and mask. The texts end in padding."""
     mask = random_mask(b, l, seed)
     mask[:, -1] = False
     pixels = noise(b, 3, t, config.image_size, config.image_size, seed=seed)
@@ -69,7 +69,7 @@ def batch(config, b, seed, t=3, l=4):
 
 
 def forward(model, pixels, ids, mask):
-    """All that the model of a task gives for clips and a text for each, padding of the text left out."""
+    """All outputs of a model for videos with one text each; at padding they are zero."""
     built, outputs = model.components, {}
     if "vision" in built:
         read = vision = outputs["vision"] = model.encode_vision(pixels)
@@ -105,14 +105,14 @@ def test_a_task_builds_the_modules_of_its_row_and_no_others(task):
 
 
 @given(st.lists(st.sampled_from([*TASKS]), min_size=2, max_size=3, unique=True))
-def test_several_tasks_build_what_any_of_them_has_and_a_classifier_each(together):
+def test_several_tasks_build_the_union_of_their_modules(together):
     config = small(temporal_on_images=False)
     found = parameter_names(MPLUG2(config, ",".join(together)))
-    # The shared layers grow a part for vision where any of the tasks has vision.
+    # The universal layers have their vision part if any of the tasks has vision.
     assert found == set().union(*(parameter_names(MPLUG2(config, task)) for task in together))
 
 
-def test_local_temporal_modules_that_images_pass_by_are_not_built_for_images():
+def test_local_temporal_modules_that_images_bypass_are_not_built_for_image_tasks():
     for task, built in (("image_caption", False), ("video_caption", True), ("pretrain", True), ("grounding", False)):
         names = parameter_names(MPLUG2(small(temporal_on_images=False), task))
         assert any(".lt1." in name for name in names) == built
@@ -134,11 +134,11 @@ def test_the_parameters_of_a_task_are_among_those_of_pretraining(task, readout):
 @tasks
 @settings(max_examples=5)
 @given(config=configs(temporal_downsampling=False), on_images=st.booleans(), seed=seeds)
-def test_no_parameter_is_without_gradient(task, config, on_images, seed):
+def test_every_parameter_gets_a_gradient(task, config, on_images, seed):
     config = dataclasses.replace(config, temporal_on_images=on_images)
     if "box" in TASKS[task].components:
         config = with_patches(config)
-    model = randomised(MPLUG2(config, task, {task: ("a", "b", "c")}), seed)
+    model = randomized(MPLUG2(config, task, {task: ("a", "b", "c")}), seed)
     outputs = forward(model, *batch(config, 2, seed, t=3 if "temporal" in TASKS[task].components else 1))
     if "unit_vision" in outputs:
         outputs["similarity"] = outputs.pop("unit_vision") @ outputs.pop("unit_text").T / model.temperature
@@ -160,7 +160,7 @@ def test_sizes(preset, task, count):
 
 @given(config=configs(), t=st.integers(1, 4), seed=seeds)
 def test_vision_is_encoded_projected_and_read_by_the_universal_layers(config, t, seed):
-    model, (pixels, _, _) = randomised(MPLUG2(config, "video_caption"), seed), batch(config, 2, seed, t=t)
+    model, (pixels, _, _) = randomized(MPLUG2(config, "video_caption"), seed), batch(config, 2, seed, t=t)
     tokens = model.vision_encoder(pixels)
     if config.vision_width != config.width:
         tokens = tokens @ model.vision_projection.weight.T + model.vision_projection.bias
@@ -169,13 +169,13 @@ def test_vision_is_encoded_projected_and_read_by_the_universal_layers(config, t,
 
 
 @given(config=configs(), l=st.integers(1, 5), seed=seeds)
-def test_text_goes_on_through_the_universal_layers(config, l, seed):
-    model, (_, ids, mask) = randomised(MPLUG2(config, "video_qa"), seed), batch(config, 2, seed, l=l + 1)
+def test_text_is_encoded_and_read_by_the_universal_layers(config, l, seed):
+    model, (_, ids, mask) = randomized(MPLUG2(config, "video_qa"), seed), batch(config, 2, seed, l=l + 1)
     assert_same(model.encode_text(ids, mask), model.universal.text(model.text_encoder(ids, mask), mask))
 
 
-def test_without_universal_layers_vision_and_text_share_no_weight():
-    model, inputs = randomised(MPLUG2(small(universal_layers=0, vision_width=16), "pretrain")), batch(small(), 2, 0)
+def test_without_universal_layers_vision_and_text_share_no_weights():
+    model, inputs = randomized(MPLUG2(small(universal_layers=0, vision_width=16), "pretrain")), batch(small(), 2, 0)
     assert "universal" not in modules_of(model) and len(model.text_encoder.layers) == model.config.text_layers
     assert_same(model.encode_vision(inputs[0]), model.vision_encoder(inputs[0]))
     with torch.no_grad():
@@ -188,7 +188,7 @@ def test_without_universal_layers_vision_and_text_share_no_weight():
 
 
 def test_the_projection_of_vision_ends_in_dropout():
-    model = randomised(MPLUG2(small(dropout=0.5, latents=2), "video_caption"))
+    model = randomized(MPLUG2(small(dropout=0.5, latents=2), "video_caption"))
     model.vision_dropout.train()
     torch.manual_seed(0)
     pixels = batch(model.config, 1, 0)[0]
@@ -197,7 +197,7 @@ def test_the_projection_of_vision_ends_in_dropout():
 
 
 @given(b=st.integers(1, 3), r=st.integers(1, 3), v=st.integers(1, 4), l=st.integers(1, 4), seed=seeds)
-def test_the_memory_of_an_answer_is_vision_then_text(b, r, v, l, seed):
+def test_the_memory_of_an_answer_is_vision_then_fused_text(b, r, v, l, seed):
     vision, text, mask = noise(b, v, 4, seed=seed), noise(b * r, l, 4, seed=seed), random_mask(b * r, l, seed)
     memory, memory_mask = answer_memory(vision, text, mask)
     assert memory.shape == (b * r, v + l, 4) and memory_mask.shape == (b * r, v + l)
@@ -209,16 +209,16 @@ def test_the_memory_of_an_answer_is_vision_then_text(b, r, v, l, seed):
 
 
 @given(config=configs(), r=st.integers(1, 3), seed=seeds)
-def test_questions_that_share_a_clip_are_questions_with_a_clip_each(config, r, seed):
-    model, (_, ids, mask) = randomised(MPLUG2(config, "video_qa"), seed), batch(config, 2 * r, seed)
+def test_sharing_a_video_equals_one_copy_per_question(config, r, seed):
+    model, (_, ids, mask) = randomized(MPLUG2(config, "video_qa"), seed), batch(config, 2 * r, seed)
     pixels = batch(config, 2, seed)[0]
     each = forward(model, pixels.repeat_interleave(r, dim=0), ids, mask)
     assert_same(forward(model, pixels, ids, mask)["answer"], each["answer"])
 
 
 @given(config=configs(), seed=seeds)
-def test_samples_do_not_meet(config, seed):
-    model, order = randomised(MPLUG2(config, "pretrain"), seed), shuffled(3, seed)
+def test_samples_are_independent(config, seed):
+    model, order = randomized(MPLUG2(config, "pretrain"), seed), shuffled(3, seed)
     inputs = batch(config, 3, seed)
     expected = forward(model, *inputs)
     for name, found in forward(model, *(tensor[order] for tensor in inputs)).items():
@@ -227,7 +227,7 @@ def test_samples_do_not_meet(config, seed):
 
 @given(config=configs(), padding=st.integers(1, 3), seed=seeds)
 def test_padding_changes_nothing_from_end_to_end(config, padding, seed):
-    model, (pixels, ids, mask) = randomised(MPLUG2(config, "pretrain"), seed), batch(config, 2, seed)
+    model, (pixels, ids, mask) = randomized(MPLUG2(config, "pretrain"), seed), batch(config, 2, seed)
     expected = forward(model, pixels, ids, mask)
     longer = torch.cat([torch.where(mask, ids, (ids + 1) % config.vocab_size), random_ids(2, padding, seed)], dim=1)
     found = forward(model, pixels, longer, F.pad(mask, (0, padding), value=False))
@@ -237,8 +237,8 @@ def test_padding_changes_nothing_from_end_to_end(config, padding, seed):
 
 
 @given(seed=seeds)
-def test_heads_read_the_class_token_alone(seed):
-    model = randomised(MPLUG2(small(), "video_retrieval"), seed)
+def test_heads_read_only_the_class_token(seed):
+    model = randomized(MPLUG2(small(), "video_retrieval"), seed)
     tokens = noise(3, 4, 16, seed=seed)
     for head, module in (
         (model.project_vision, model.contrastive_vision), (model.project_text, model.contrastive_text),
@@ -253,7 +253,7 @@ def test_heads_read_the_class_token_alone(seed):
 @given(config=configs(), seed=seeds)
 def test_classes_and_boxes_are_read_from_the_class_token(config, seed):
     config = with_patches(config)
-    model = randomised(MPLUG2(config, "visual_entailment,image_classification,grounding,image_pair_reasoning",
+    model = randomized(MPLUG2(config, "visual_entailment,image_classification,grounding,image_pair_reasoning",
                               {"visual_entailment": ("a", "b", "c"), "image_classification": ("d", "e")}), seed)
     hidden = noise(3, 4, config.width, seed=seed)
     for task, classes in (("visual_entailment", 3), ("image_classification", 2), ("image_pair_reasoning", 1)):
@@ -267,46 +267,46 @@ def test_classes_and_boxes_are_read_from_the_class_token(config, seed):
 
 
 @given(side=st.integers(2, 4), seed=seeds)
-def test_a_box_is_where_the_patches_are_that_the_token_finds(side, seed):
-    head = randomised(BoxHead(6, side), seed)
+def test_a_box_is_centered_where_the_token_attends(side, seed):
+    head = randomized(BoxHead(6, side), seed)
     token, patches = noise(2, 6, seed=seed), noise(2, side * side, 6, seed=seed + 1)
-    chances = ((patches @ head.key.weight.T) @ head.query(token)[:, :, None] / 6**0.5)[..., 0].softmax(-1)
-    centre = [sum(chances[:, row * side + column] * (place + 0.5) / side
-                  for row in range(side) for column in range(side) for place in [(column, row)[axis]])
+    weights = ((patches @ head.key.weight.T) @ head.query(token)[:, :, None] / 6**0.5)[..., 0].softmax(-1)
+    center = [sum(weights[:, row * side + column] * ((column, row)[axis] + 0.5) / side
+                  for row in range(side) for column in range(side))
               for axis in (0, 1)]
     change = head.correct(token)
     for axis in (0, 1):
-        odds = centre[axis] / (1 - centre[axis]) * change[:, axis].exp()
+        odds = center[axis] / (1 - center[axis]) * change[:, axis].exp()
         assert_same(head(token, patches)[:, axis], odds / (1 + odds))
     assert_same(head(token, patches)[:, 2:], 1 / (1 + (-change[:, 2:]).exp()))
 
 
 @given(config=configs(temporal_downsampling=True, temporal_stride=2), seed=seeds)
-def test_boxes_are_of_images_and_a_clip_is_refused(config, seed):
-    model = randomised(MPLUG2(with_patches(config), "grounding"), seed)
+def test_boxes_need_images_and_a_video_is_refused(config, seed):
+    model = randomized(MPLUG2(with_patches(config), "grounding"), seed)
     pixels, ids, mask = batch(model.config, 2, seed, t=3)
     assert forward(model, pixels[:, :, :1], ids, mask)["box"].shape == (2, 4)
-    with pytest.raises(ValueError, match=r"found in single images, .* this one has \d+: give images, one frame each"):
+    with pytest.raises(ValueError, match=r"\d+ visual tokens: boxes are predicted in single images, .* pass one frame"):
         forward(model, pixels, ids, mask)
 
 
 @given(v=st.integers(1, 4), seed=seeds)
-def test_the_memory_of_two_images_is_the_first_then_the_second_each_marked(v, seed):
-    model = randomised(MPLUG2(small(), "image_pair_reasoning"), seed)
+def test_the_memory_of_two_images_is_both_with_their_embeddings(v, seed):
+    model = randomized(MPLUG2(small(), "image_pair_reasoning"), seed)
     one, two = noise(3, v, 16, seed=seed), noise(3, v, 16, seed=seed + 1)
     found = model.concat_pair(torch.stack([one, two], dim=1))
     assert_same(found[:, :v], one + model.pair_place[0])
     assert_same(found[:, v:], two + model.pair_place[1])
 
 
-def test_masked_tokens_are_read_out_by_the_word_embedding_of_the_text_encoder():
-    model, hidden = randomised(MPLUG2(small(), "pretrain")), noise(5, 16)
+def test_the_masked_head_is_tied_to_the_word_embedding_of_the_text_encoder():
+    model, hidden = randomized(MPLUG2(small(), "pretrain")), noise(5, 16)
     assert_same(model.mlm_logits(hidden), model.masked_head(hidden, model.text_encoder.embeddings.word.weight))
 
 
 @tasks
 def test_evaluation_is_deterministic_and_training_is_not(task):
-    model = randomised(MPLUG2(small(dropout=0.3, drop_path=0.3), task))
+    model = randomized(MPLUG2(small(dropout=0.3, drop_path=0.3), task))
     inputs = batch(model.config, 4, 0, t=3 if "temporal" in TASKS[task].components else 1)
     expected = forward(model, *inputs)
     for name, found in forward(model, *inputs).items():
@@ -317,7 +317,7 @@ def test_evaluation_is_deterministic_and_training_is_not(task):
 
 
 @given(config=configs(local_temporal=True, temporal_downsampling=False), seed=seeds)
-def test_a_new_model_cannot_see_the_order_of_frames_and_an_image_encoder_is_what_it_starts_as(config, seed):
+def test_a_new_model_starts_as_an_image_encoder_without_the_order_of_frames(config, seed):
     torch.manual_seed(seed)
     model, (pixels, _, _) = MPLUG2(config, "video_caption").double().eval(), batch(config, 2, seed)
     assert_same(model.encode_vision(pixels.flip(2))[:, 0], model.encode_vision(pixels)[:, 0])
@@ -327,9 +327,9 @@ def test_a_new_model_cannot_see_the_order_of_frames_and_an_image_encoder_is_what
     assert_same(model.encode_vision(pixels), without.encode_vision(pixels))
 
 
-def test_a_new_model_starts_from_normal_weights_and_zero_biases():
+def test_a_new_model_has_normal_weights_and_zero_biases():
     torch.manual_seed(0)
-    config = small(width=48, heads=2, vision_width=24, local_temporal=False)  # at their own zero start, tested above
+    config = small(width=48, heads=2, vision_width=24, local_temporal=False)  # LT starts at zero, tested above
     for name, parameter in MPLUG2(config, "pretrain").named_parameters():
         if name == "temperature":
             assert parameter.item() == pytest.approx(0.07)
@@ -344,7 +344,7 @@ def test_a_new_model_starts_from_normal_weights_and_zero_biases():
 
 
 def test_pixels_to_logits_is_one_graph():
-    model = randomised(MPLUG2(small(vision_layers=1, universal_layers=1, decoder_layers=1), "video_caption"))
+    model = randomized(MPLUG2(small(vision_layers=1, universal_layers=1, decoder_layers=1), "video_caption"))
     inputs = batch(model.config, 2, 0)
 
     @torch.no_grad()
@@ -354,23 +354,23 @@ def test_pixels_to_logits_is_one_graph():
     assert_same(torch.compile(caption, fullgraph=True, backend="eager")(*inputs), caption(*inputs))
 
 
-def test_refuses_what_a_task_does_not_have():
+def test_refuses_modules_that_the_task_does_not_have():
     with pytest.raises(ValueError, match="unknown task 'video_captoin'; known are video_caption, "):
         MPLUG2(small(), "video_captoin")
     model, x, mask = MPLUG2(small(), "video_caption"), torch.zeros(1, 2, 16), random_mask(1, 2)
     with pytest.raises(ValueError, match="video_caption,video_caption: a task is named twice"):
         MPLUG2(small(), "video_caption,video_caption")
-    for part, call in {
+    for name, call in {
         "text_encoder": lambda: model.encode_text(random_ids(1, 2), mask), "fusion": lambda: model.fuse(x, x, mask),
         "contrastive_vision": lambda: model.project_vision(x), "contrastive_text": lambda: model.project_text(x),
         "matching_head": lambda: model.itm_logits(x), "masked_head": lambda: model.mlm_logits(x),
         "box_head": lambda: model.predict_box(x, torch.zeros(1, 5, 16)),
     }.items():
-        with pytest.raises(ValueError, match=f"for the task 'video_caption' has no {part}; build it for another"):
+        with pytest.raises(ValueError, match=f"for the task 'video_caption' has no {name}; build it for another"):
             call()
-    with pytest.raises(ValueError, match="there is only one: patch_size has to be smaller than image_size"):
+    with pytest.raises(ValueError, match="image is a single patch.* choose a patch_size smaller than image_size"):
         MPLUG2(small(patch_size=8), "grounding")
-    with pytest.raises(ValueError, match="'video_caption' takes no pairs of images"):
+    with pytest.raises(ValueError, match="'video_caption' has no pair_place; build it .* 'image_pair_reasoning'"):
         model.concat_pair(torch.zeros(1, 2, 2, 16))
     with pytest.raises(ValueError, match="'text_classification' has no classifier for 'visual_entailment'; fine-tune"):
         MPLUG2(small(), "text_classification").classify(x, "visual_entailment")
@@ -378,7 +378,7 @@ def test_refuses_what_a_task_does_not_have():
         MPLUG2(small(), "video_retrieval").decode(random_ids(1, 2), mask, x)
 
 
-def test_refuses_shapes_that_do_not_fit():
+def test_refuses_wrong_shapes():
     model, x = MPLUG2(small(), "pretrain"), torch.zeros(2, 3, 16)
     ids, mask = random_ids(2, 3), random_mask(2, 3)
     for call, message in (

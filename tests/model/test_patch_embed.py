@@ -1,11 +1,11 @@
-"""Pixels to patches and back, and the embedding as the convolution that it stands for."""
+"""Pixels to patches and back, and the patch embedding as the convolution that it equals."""
 
 import re
 
 import pytest
 import torch
 from einops import rearrange
-from helpers import assert_differs, assert_same, configs, noise, norm_by_hand, randomised, seeds, shuffled, small
+from helpers import assert_differs, assert_same, configs, noise, norm_by_hand, randomized, seeds, shuffled, small
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -23,7 +23,7 @@ def test_patchify_and_unpatchify_are_inverses(b, t, h, w, p, seed):
 
 
 @given(t=sizes, h=sizes, w=sizes, p=sizes, seed=seeds)
-def test_a_patch_is_a_square_of_the_picture_rows_first(t, h, w, p, seed):
+def test_a_patch_is_a_square_of_the_image_row_by_row(t, h, w, p, seed):
     pixels = noise(1, 3, t, h * p, w * p, seed=seed)
     patches = patchify(pixels, p)
     for row in range(h):
@@ -33,27 +33,27 @@ def test_a_patch_is_a_square_of_the_picture_rows_first(t, h, w, p, seed):
                 assert torch.equal(patches[0, frame, row * w + column], square[:, frame].flatten())
 
 
-def before_position(module: PatchEmbed, tokens):
-    """The patch tokens of the convolution, `b d t h w`, as the module goes on with them."""
+def embedded(module: PatchEmbed, tokens):
+    """The output of the convolution, `b d t h w`, with positions and LayerNorm."""
     tokens = rearrange(tokens, "b d t h w -> b t (h w) d") + module.position[1:]
     return norm_by_hand(module.norm, tokens, eps=1e-5)
 
 
 @given(config=configs(temporal_downsampling=False), t=sizes, seed=seeds)
-def test_patches_are_those_of_a_conv3d(config, t, seed):
-    p, module = config.patch_size, randomised(PatchEmbed(config), seed)
+def test_it_equals_a_conv3d(config, t, seed):
+    p, module = config.patch_size, randomized(PatchEmbed(config), seed)
     pixels = noise(2, 3, t, config.image_size, config.image_size, seed=seed)
     kernel = rearrange(module.linear.weight, "d (three p p2) -> d three 1 p p2", three=3, p=p)
-    expected = before_position(module, F.conv3d(pixels, kernel, stride=(1, p, p)))
+    expected = embedded(module, F.conv3d(pixels, kernel, stride=(1, p, p)))
     assert_same(module(pixels)[:, :, 1:], expected)
 
 
 @given(config=configs(temporal_downsampling=True), t=st.integers(1, 7), seed=seeds)
-def test_temporal_downsampling_is_a_conv3d_over_three_frames(config, t, seed):
-    p, s, module = config.patch_size, config.temporal_stride, randomised(PatchEmbed(config), seed)
+def test_temporal_downsampling_equals_a_conv3d_over_three_frames(config, t, seed):
+    p, s, module = config.patch_size, config.temporal_stride, randomized(PatchEmbed(config), seed)
     pixels = noise(2, 3, t, config.image_size, config.image_size, seed=seed)
     kernel = rearrange(module.linear.weight, "d (k three p p2) -> d three k p p2", k=3, three=3, p=p)
-    expected = before_position(module, F.conv3d(pixels, kernel, stride=(s, p, p), padding=(1, 0, 0)))
+    expected = embedded(module, F.conv3d(pixels, kernel, stride=(s, p, p), padding=(1, 0, 0)))
     found = module(pixels)
     assert found.shape == (2, (t - 1) // s + 1, 1 + config.patches, config.vision_width)
     assert_same(found[:, :, 1:], expected)
@@ -61,15 +61,15 @@ def test_temporal_downsampling_is_a_conv3d_over_three_frames(config, t, seed):
 
 @given(config=configs(), t=st.integers(1, 5), seed=seeds)
 def test_every_frame_starts_with_the_same_class_token(config, t, seed):
-    module = randomised(PatchEmbed(config), seed)
+    module = randomized(PatchEmbed(config), seed)
     tokens = module(noise(2, 3, t, config.image_size, config.image_size, seed=seed))
     expected = norm_by_hand(module.norm, module.class_token + module.position[0], eps=1e-5)
     assert_same(tokens[:, :, 0], expected.expand(*tokens.shape[:2], -1))
 
 
 @given(config=configs(temporal_downsampling=False), t=st.integers(2, 5), seed=seeds)
-def test_nothing_tells_the_frames_or_samples_apart(config, t, seed):
-    module, order = randomised(PatchEmbed(config), seed), shuffled(t, seed)
+def test_it_is_equivariant_to_the_order_of_frames_and_samples(config, t, seed):
+    module, order = randomized(PatchEmbed(config), seed), shuffled(t, seed)
     pixels = noise(2, 3, t, config.image_size, config.image_size, seed=seed)
     tokens = module(pixels)
     assert_same(module(pixels[:, :, order]), tokens[:, order])
@@ -77,12 +77,12 @@ def test_nothing_tells_the_frames_or_samples_apart(config, t, seed):
     assert_differs(tokens[:, order], tokens)
 
 
-def test_refuses_shapes_that_do_not_fit():
+def test_refuses_wrong_shapes():
     with pytest.raises(ValueError, match="frames of 8 x 6 pixels cannot be cut into patches of 4 x 4"):
         patchify(torch.zeros(1, 3, 1, 8, 6), 4)
     with pytest.raises(ValueError, match=re.escape("expected shape (b 3 t H W), found (1, 4, 1, 8, 8)")):
         patchify(torch.zeros(1, 4, 1, 8, 8), 4)
-    with pytest.raises(ValueError, match="4 patches cannot stand in 3 rows"):
+    with pytest.raises(ValueError, match="4 patches cannot be arranged in 3 rows"):
         unpatchify(torch.zeros(1, 1, 4, 48), 4, rows=3)
     with pytest.raises(ValueError, match=re.escape("with values=48, found (1, 1, 4, 47)")):
         unpatchify(torch.zeros(1, 1, 4, 47), 4, rows=2)

@@ -1,4 +1,4 @@
-"""The shape contract: what fits binds the names, what does not is refused with both shapes, and it compiles."""
+"""`check`: right shapes bind the names, wrong ones are refused with both shapes, and it compiles."""
 
 import re
 
@@ -19,7 +19,7 @@ def test_names_are_bound_to_the_sizes_found(shape):
 
 
 @given(shapes)
-def test_integers_and_bound_names_fit_their_sizes_and_underscore_fits_any(shape):
+def test_integers_and_bound_names_accept_their_size_and_underscore_any(shape):
     sizes = dict(zip(AXES, shape))
     assert check(torch.empty(shape), " ".join(map(str, shape))) == {}
     assert check(torch.empty(shape), " ".join("_" * len(shape))) == {}
@@ -27,7 +27,7 @@ def test_integers_and_bound_names_fit_their_sizes_and_underscore_fits_any(shape)
 
 
 @given(shapes, st.data())
-def test_any_other_size_is_refused(shape, data):
+def test_a_wrong_size_is_refused(shape, data):
     axis = data.draw(st.integers(0, len(shape) - 1))
     other = [size + (i == axis) for i, size in enumerate(shape)]
     with pytest.raises(ValueError):
@@ -37,7 +37,7 @@ def test_any_other_size_is_refused(shape, data):
 
 
 @given(shapes)
-def test_any_other_rank_is_refused(shape):
+def test_a_wrong_number_of_axes_is_refused(shape):
     for pattern in (AXES[: len(shape) - 1], [*AXES[: len(shape)], "_"]):
         with pytest.raises(ValueError):
             check(torch.empty(shape), " ".join(pattern))
@@ -61,7 +61,7 @@ def test_the_error_says_what_was_expected_and_what_was_found():
         check(torch.empty(5), "b l")
 
 
-def test_works_within_a_full_graph():
+def test_it_compiles_to_a_full_graph():
     def double(x, y):
         sizes = check(y, "b l d", **check(x, "b l 4"))
         return x.sum() * sizes["b"] + y.sum() * sizes["d"]

@@ -1,4 +1,4 @@
-"""The text encoder: embeddings and lower layers, blind to padding and to the other texts of a batch."""
+"""The text encoder: embeddings and lower layers; padding and other texts of the batch have no influence."""
 
 import re
 
@@ -11,7 +11,7 @@ from helpers import (
     layer_by_hand,
     random_ids,
     random_mask,
-    randomised,
+    randomized,
     seeds,
     shuffled,
     small,
@@ -28,7 +28,7 @@ at_least_one_layer = {"text_layers": 4}
 
 @given(config=configs(), l=lengths, seed=seeds)
 def test_it_is_the_embeddings_and_the_layers_below_the_universal_ones(config, l, seed):
-    encoder, ids, mask = randomised(TextEncoder(config), seed), random_ids(2, l, seed), random_mask(2, l, seed)
+    encoder, ids, mask = randomized(TextEncoder(config), seed), random_ids(2, l, seed), random_mask(2, l, seed)
     assert len(encoder.layers) == config.text_layers - config.universal_layers
     expected = encoder.embeddings(ids)
     for layer in encoder.layers:
@@ -38,7 +38,7 @@ def test_it_is_the_embeddings_and_the_layers_below_the_universal_ones(config, l,
 
 @given(config=configs(**at_least_one_layer), l=lengths, seed=seeds)
 def test_padding_has_no_influence(config, l, seed):
-    encoder, ids, mask = randomised(TextEncoder(config), seed), random_ids(2, l, seed), random_mask(2, l, seed)
+    encoder, ids, mask = randomized(TextEncoder(config), seed), random_ids(2, l, seed), random_mask(2, l, seed)
     mask[:, -1] = False
     other_padding = torch.where(mask, ids, (ids + 1) % config.vocab_size)
     assert_same(encoder(other_padding, mask)[mask], encoder(ids, mask)[mask])
@@ -46,32 +46,32 @@ def test_padding_has_no_influence(config, l, seed):
 
 
 @given(config=configs(), l=lengths, padding=st.integers(1, 3), seed=seeds)
-def test_padding_can_be_left_out(config, l, padding, seed):
-    encoder, ids, mask = randomised(TextEncoder(config), seed), random_ids(2, l, seed), random_mask(2, l, seed)
+def test_padding_can_be_omitted(config, l, padding, seed):
+    encoder, ids, mask = randomized(TextEncoder(config), seed), random_ids(2, l, seed), random_mask(2, l, seed)
     longer = torch.cat([ids, random_ids(2, padding, seed + 1)], dim=1)
     longer_mask = torch.cat([mask, torch.zeros(2, padding, dtype=torch.bool)], dim=1)
     assert_same(encoder(longer, longer_mask)[:, :l][mask], encoder(ids, mask)[mask])
 
 
-@given(config=configs(**at_least_one_layer), l=lengths, place=st.integers(0, 7), seed=seeds)
-def test_every_token_sees_every_other(config, l, place, seed):
-    place = min(place, l - 1)
-    encoder, ids = randomised(TextEncoder(config), seed), random_ids(1, l, seed)
+@given(config=configs(**at_least_one_layer), l=lengths, position=st.integers(0, 7), seed=seeds)
+def test_every_token_sees_all_others(config, l, position, seed):
+    position = min(position, l - 1)
+    encoder, ids = randomized(TextEncoder(config), seed), random_ids(1, l, seed)
     mask, other = torch.ones(1, l, dtype=torch.bool), ids.clone()
-    other[:, place] = (ids[:, place] + 1) % config.vocab_size
+    other[:, position] = (ids[:, position] + 1) % config.vocab_size
     before, after = encoder(ids, mask), encoder(other, mask)
     for i in range(l):
         assert_differs(after[:, i], before[:, i])
 
 
 @given(config=configs(), l=lengths, seed=seeds)
-def test_texts_do_not_meet(config, l, seed):
-    encoder, ids, mask = randomised(TextEncoder(config), seed), random_ids(3, l, seed), random_mask(3, l, seed)
+def test_texts_are_independent(config, l, seed):
+    encoder, ids, mask = randomized(TextEncoder(config), seed), random_ids(3, l, seed), random_mask(3, l, seed)
     order = shuffled(3, seed)
     assert_same(encoder(ids[order], mask[order]), encoder(ids, mask)[order])
 
 
-def test_refuses_what_does_not_fit():
+def test_refuses_wrong_shapes():
     encoder, ids, mask = TextEncoder(small()), random_ids(2, 5), random_mask(2, 5)
     with pytest.raises(ValueError, match="a text of 12 tokens: the model has 11 positions"):
         encoder(random_ids(2, 12), random_mask(2, 12))

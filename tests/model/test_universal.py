@@ -1,4 +1,4 @@
-"""The universal layers: one set of weights with two doors, and both read-outs written out."""
+"""The universal layers: shared weights with two entry points, and both forms of the vision path written out."""
 
 import re
 
@@ -14,7 +14,7 @@ from helpers import (
     norm_by_hand,
     parameter_names,
     random_mask,
-    randomised,
+    randomized,
     seeds,
     shuffled,
     small,
@@ -29,13 +29,13 @@ sizes = st.integers(2, 6)
 released, figure = {"universal_readout": "released"}, {"universal_readout": "figure"}
 
 
-def both_doors(config, seed):
-    return randomised(UniversalLayers(config, for_vision=True, for_text=True), seed)
+def universal(config, seed):
+    return randomized(UniversalLayers(config, for_vision=True, for_text=True), seed)
 
 
 @given(config=configs(universal_layers=1, text_layers=3, **released), v=sizes, seed=seeds)
 def test_released_vision_path_of_one_layer(config, v, seed):
-    module, tokens = both_doors(config, seed), noise(2, v, config.width, seed=seed)
+    module, tokens = universal(config, seed), noise(2, v, config.width, seed=seed)
     latents = module.latents.expand(2, -1, -1)
     stream = layer_by_hand(module.layers[0], tokens, memory=latents)
     assert_same(module.vision(tokens), norm_by_hand(module.vision_norm, tokens + stream))
@@ -43,7 +43,7 @@ def test_released_vision_path_of_one_layer(config, v, seed):
 
 @given(config=configs(universal_layers=2, text_layers=3, **released), v=sizes, seed=seeds)
 def test_released_vision_path_of_two_layers(config, v, seed):
-    module, tokens = both_doors(config, seed), noise(2, v, config.width, seed=seed)
+    module, tokens = universal(config, seed), noise(2, v, config.width, seed=seed)
     first, last = module.layers
     latents = layer_by_hand(first, module.latents.expand(2, -1, -1), memory=tokens)
     stream = layer_by_hand(last, tokens, memory=latents)
@@ -52,7 +52,7 @@ def test_released_vision_path_of_two_layers(config, v, seed):
 
 @given(config=configs(universal_layers=3, text_layers=3, **released), v=sizes, seed=seeds)
 def test_released_vision_path_of_three_layers(config, v, seed):
-    module, tokens = both_doors(config, seed), noise(2, v, config.width, seed=seed)
+    module, tokens = universal(config, seed), noise(2, v, config.width, seed=seed)
     first, second, last = module.layers
     latents = layer_by_hand(first, module.latents.expand(2, -1, -1), memory=tokens)
     latents = layer_by_hand(second, latents, memory=tokens)
@@ -62,7 +62,7 @@ def test_released_vision_path_of_three_layers(config, v, seed):
 
 @given(config=configs(**figure), v=sizes, seed=seeds)
 def test_vision_path_of_the_figure(config, v, seed):
-    module, tokens = both_doors(config, seed), noise(2, v, config.width, seed=seed)
+    module, tokens = universal(config, seed), noise(2, v, config.width, seed=seed)
     stream = module.latents.expand(2, -1, -1)
     stream = stream + attention_by_hand(module.read, stream, tokens)
     for layer in module.layers:
@@ -73,7 +73,7 @@ def test_vision_path_of_the_figure(config, v, seed):
 
 @given(config=configs(), l=sizes, seed=seeds)
 def test_text_path(config, l, seed):
-    module, x, mask = both_doors(config, seed), noise(2, l, config.width, seed=seed), random_mask(2, l, seed)
+    module, x, mask = universal(config, seed), noise(2, l, config.width, seed=seed), random_mask(2, l, seed)
     expected = x
     for layer in module.layers:
         expected = layer_by_hand(layer, expected, to_keys(mask))
@@ -84,7 +84,7 @@ def test_text_path(config, l, seed):
 
 @pytest.mark.parametrize("readout", ["released", "figure"])
 @pytest.mark.parametrize("for_vision, for_text", [(True, True), (True, False), (False, True)])
-def test_without_layers_nothing_is_built_and_nothing_changes(readout, for_vision, for_text):
+def test_without_layers_vision_and_text_pass_unchanged(readout, for_vision, for_text):
     module = UniversalLayers(small(universal_layers=0, universal_readout=readout), for_vision, for_text)
     assert not parameter_names(module)
     x, mask = noise(2, 5, 16), random_mask(2, 5)
@@ -92,8 +92,8 @@ def test_without_layers_nothing_is_built_and_nothing_changes(readout, for_vision
 
 
 @given(config=configs(), seed=seeds)
-def test_the_shared_weights_serve_both_and_the_others_one(config, seed):
-    module, x, mask = both_doors(config, seed), noise(2, 5, config.width, seed=seed), random_mask(2, 5, seed)
+def test_shared_weights_change_both_outputs_and_others_only_one(config, seed):
+    module, x, mask = universal(config, seed), noise(2, 5, config.width, seed=seed), random_mask(2, 5, seed)
     vision, text = module.vision(x), module.text(x, mask)
     for name, parameter in module.named_parameters():
         kept = parameter.detach().clone()
@@ -115,21 +115,21 @@ def test_the_shared_weights_serve_both_and_the_others_one(config, seed):
     ("figure", True, False, {"latents", "vision_norm", "read", "write"}),
     ("figure", False, True, {"text_norm"}),
 ])
-def test_only_what_a_door_needs_is_built(readout, for_vision, for_text, own):
+def test_only_what_an_entry_point_needs_is_built(readout, for_vision, for_text, own):
     module = UniversalLayers(small(universal_readout=readout), for_vision, for_text)
     names = {"cross" if "cross" in name else name.split(".")[0] for name in parameter_names(module)}
     assert names == {"layers"} | own
 
 
 @given(config=configs(), v=sizes, seed=seeds)
-def test_visual_tokens_have_no_order_and_no_padding(config, v, seed):
-    module, tokens, order = both_doors(config, seed), noise(2, v, config.width, seed=seed), shuffled(v, seed)
+def test_the_order_of_visual_tokens_does_not_count(config, v, seed):
+    module, tokens, order = universal(config, seed), noise(2, v, config.width, seed=seed), shuffled(v, seed)
     assert_same(module.vision(tokens[:, order]), module.vision(tokens)[:, order])
 
 
 @given(config=configs(), l=sizes, seed=seeds)
 def test_padding_of_text_has_no_influence(config, l, seed):
-    module, x, mask = both_doors(config, seed), noise(2, l, config.width, seed=seed), random_mask(2, l, seed)
+    module, x, mask = universal(config, seed), noise(2, l, config.width, seed=seed), random_mask(2, l, seed)
     mask[:, -1] = False
     other = torch.where(mask[..., None], x, x + noise(config.width, seed=seed + 1))
     assert_same(module.text(other, mask)[mask], module.text(x, mask)[mask])
@@ -137,21 +137,21 @@ def test_padding_of_text_has_no_influence(config, l, seed):
 
 
 @given(config=configs(), l=sizes, seed=seeds)
-def test_samples_do_not_meet(config, l, seed):
-    module, x, mask = both_doors(config, seed), noise(3, l, config.width, seed=seed), random_mask(3, l, seed)
+def test_samples_are_independent(config, l, seed):
+    module, x, mask = universal(config, seed), noise(3, l, config.width, seed=seed), random_mask(3, l, seed)
     order = shuffled(3, seed)
     assert_same(module.vision(x[order]), module.vision(x)[order])
     assert_same(module.text(x[order], mask[order]), module.text(x, mask)[order])
 
 
 def test_dropout_ends_the_vision_path_in_training():
-    module, tokens = both_doors(small(dropout=0.5), 0), noise(2, 30, 16)
+    module, tokens = universal(small(dropout=0.5), 0), noise(2, 30, 16)
     torch.manual_seed(0)
     assert 0.4 < (module.train().vision(tokens) == 0).double().mean() < 0.6
     assert (module.eval().vision(tokens) != 0).all()
 
 
-def test_refuses_shapes_that_do_not_fit():
+def test_refuses_wrong_shapes():
     module = UniversalLayers(small(), for_vision=True, for_text=True)
     with pytest.raises(ValueError, match=re.escape("(b v d) with d=16, found (2, 5, 15)")):
         module.vision(torch.zeros(2, 5, 15))

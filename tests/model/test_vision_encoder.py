@@ -1,4 +1,4 @@
-"""The dual-vision encoder: its blocks written out, what it knows of the order of frames, and how far frames meet."""
+"""The dual-vision encoder: its blocks written out, whether it sees the order of frames, and how far they reach."""
 
 import dataclasses
 import re
@@ -14,7 +14,7 @@ from helpers import (
     norm_by_hand,
     parameter_names,
     quick_gelu_by_hand,
-    randomised,
+    randomized,
     seeds,
     shuffled,
     small,
@@ -34,12 +34,12 @@ def pixels_for(config, b, t, seed):
 
 
 def by_frames(config, tokens, t):
-    """Class token `b d` and patches `b t n d` of visual tokens."""
+    """Visual tokens -> class token `b d`, patches `b t n d`."""
     return tokens[:, 0], tokens[:, 1:].unflatten(1, (t, config.patches))
 
 
 def other_form(encoder, config, **changes):
-    """The encoder with other settings, and with the same weights as far as it has a use for them."""
+    """The encoder with other settings and the same weights, except those that it does not have."""
     other, weights = VisionEncoder(dataclasses.replace(config, **changes)).double(), encoder.state_dict()
     other.load_state_dict({name: weights[name] for name in other.state_dict()})
     return other.eval()
@@ -47,7 +47,7 @@ def other_form(encoder, config, **changes):
 
 @given(config=configs(), b=st.integers(1, 2), t=st.integers(1, 4), image=st.booleans(), seed=seeds)
 def test_the_block_is_its_formula(config, b, t, image, seed):
-    block, m, d = randomised(VisionBlock(config, 0.0), seed), 1 + config.patches, config.vision_width
+    block, m, d = randomized(VisionBlock(config, 0.0), seed), 1 + config.patches, config.vision_width
     x = noise(b, t, m, d, seed=seed)
     expected = x.clone()
     expected[:, :, 1:] = x[:, :, 1:] + block.lt1(x[:, :, 1:])
@@ -64,7 +64,7 @@ def test_the_block_is_its_formula(config, b, t, image, seed):
 
 @given(config=configs(), t=st.integers(1, 5), seed=seeds)
 def test_the_output_is_the_mean_class_token_then_the_patches_time_major(config, t, seed):
-    encoder, pixels = randomised(VisionEncoder(config), seed), pixels_for(config, 2, t, seed)
+    encoder, pixels = randomized(VisionEncoder(config), seed), pixels_for(config, 2, t, seed)
     x = encoder.patch_embed(pixels)
     for block in encoder.blocks:
         x = block(x, is_image=t == 1)
@@ -76,7 +76,7 @@ def test_the_output_is_the_mean_class_token_then_the_patches_time_major(config, 
 
 @given(config=configs(local_temporal=False, **whole), t=frames, seed=seeds)
 def test_without_local_temporal_the_order_of_frames_cannot_be_seen(config, t, seed):
-    encoder, pixels, order = randomised(VisionEncoder(config), seed), pixels_for(config, 2, t, seed), shuffled(t, seed)
+    encoder, pixels, order = randomized(VisionEncoder(config), seed), pixels_for(config, 2, t, seed), shuffled(t, seed)
     class_token, patches = by_frames(config, encoder(pixels), t)
     class_token_of_shuffled, patches_of_shuffled = by_frames(config, encoder(pixels[:, :, order]), t)
     assert_same(class_token_of_shuffled, class_token)
@@ -86,7 +86,7 @@ def test_without_local_temporal_the_order_of_frames_cannot_be_seen(config, t, se
 
 @given(config=configs(local_temporal=True, **whole), t=frames, seed=seeds)
 def test_with_local_temporal_it_can(config, t, seed):
-    encoder, pixels, order = randomised(VisionEncoder(config), seed), pixels_for(config, 2, t, seed), shuffled(t, seed)
+    encoder, pixels, order = randomized(VisionEncoder(config), seed), pixels_for(config, 2, t, seed), shuffled(t, seed)
     class_token, patches = by_frames(config, encoder(pixels), t)
     class_token_of_shuffled, patches_of_shuffled = by_frames(config, encoder(pixels[:, :, order]), t)
     assert_differs(class_token_of_shuffled, class_token)
@@ -94,17 +94,17 @@ def test_with_local_temporal_it_can(config, t, seed):
 
 
 @given(config=configs(local_temporal=False, **whole), t=frames, seed=seeds)
-def test_without_local_temporal_a_clip_is_its_pictures(config, t, seed):
-    encoder, pixels = randomised(VisionEncoder(config), seed), pixels_for(config, 1, t, seed)
+def test_without_local_temporal_a_video_is_a_set_of_images(config, t, seed):
+    encoder, pixels = randomized(VisionEncoder(config), seed), pixels_for(config, 1, t, seed)
     _, patches = by_frames(config, encoder(pixels), t)
     for frame in range(t):
-        picture = encoder(pixels[:, :, frame:frame + 1])
-        assert_same(patches[:, frame], picture[:, 1:])
+        image = encoder(pixels[:, :, frame:frame + 1])
+        assert_same(patches[:, frame], image[:, 1:])
 
 
 @given(config=configs(), t=st.integers(1, 4), seed=seeds)
 def test_at_their_zero_start_local_temporal_modules_change_nothing(config, t, seed):
-    encoder, pixels = randomised(VisionEncoder(config), seed), pixels_for(config, 2, t, seed)
+    encoder, pixels = randomized(VisionEncoder(config), seed), pixels_for(config, 2, t, seed)
     never = other_form(encoder, config, local_temporal=False)
     assert_differs(encoder(pixels), never(pixels))
     for module in encoder.modules():
@@ -116,9 +116,9 @@ def test_at_their_zero_start_local_temporal_modules_change_nothing(config, t, se
 @pytest.mark.parametrize("placement, modules", [("released", 2), ("figure", 1)])
 @pytest.mark.parametrize("layers", [1, 2])
 @given(frame=st.integers(0, 9), seed=seeds)
-def test_the_reach_grows_by_one_frame_a_module(placement, modules, layers, frame, seed):
+def test_the_reach_grows_by_one_frame_per_module(placement, modules, layers, frame, seed):
     config = small(local_temporal_placement=placement, vision_layers=layers, image_size=4, patch_size=2)
-    encoder, pixels = randomised(VisionEncoder(config), seed), pixels_for(config, 1, 10, seed)
+    encoder, pixels = randomized(VisionEncoder(config), seed), pixels_for(config, 1, 10, seed)
     changed = pixels.clone()
     changed[:, :, frame] += noise(*pixels[:, :, frame].shape, seed=seed + 1)
     _, before = by_frames(config, encoder(pixels), 10)
@@ -133,20 +133,20 @@ def test_the_reach_grows_by_one_frame_a_module(placement, modules, layers, frame
 @given(config=configs(local_temporal_placement="figure"), t=frames, frame=st.integers(0, 4), seed=seeds)
 def test_class_tokens_bypass_the_local_temporal_module(config, t, frame, seed):
     frame = min(frame, t - 1)
-    block = randomised(VisionBlock(config, 0.0), seed)
+    block = randomized(VisionBlock(config, 0.0), seed)
     x = noise(1, t, 1 + config.patches, config.vision_width, seed=seed)
     with_patch, with_class = x.clone(), x.clone()
     with_patch[:, frame, 1] += 1 + noise(config.vision_width, seed=seed + 1)
     with_class[:, frame, 0] += 1 + noise(config.vision_width, seed=seed + 1)
-    neighbour = frame - 1 if frame else 1
-    assert_differs(block(with_patch, False)[:, neighbour], block(x, False)[:, neighbour])
-    assert_same(block(with_class, False)[:, neighbour], block(x, False)[:, neighbour])
+    neighbor = frame - 1 if frame else 1
+    assert_differs(block(with_patch, False)[:, neighbor], block(x, False)[:, neighbor])
+    assert_same(block(with_class, False)[:, neighbor], block(x, False)[:, neighbor])
     assert_same(block.add_to_patches(x, block.lt1)[:, :, 0], x[:, :, 0])
 
 
 @given(config=configs(temporal_on_images=False), t=frames, seed=seeds)
-def test_the_switch_takes_local_temporal_from_images_only(config, t, seed):
-    encoder = randomised(VisionEncoder(config), seed)
+def test_temporal_on_images_concerns_images_only(config, t, seed):
+    encoder = randomized(VisionEncoder(config), seed)
     image, video = pixels_for(config, 2, 1, seed), pixels_for(config, 2, t, seed)
     always, never = (other_form(encoder, config, **{name: value}) for name, value in (
         ("temporal_on_images", True), ("local_temporal", False)
@@ -158,8 +158,8 @@ def test_the_switch_takes_local_temporal_from_images_only(config, t, seed):
 
 
 @given(config=configs(temporal_on_images=True), seed=seeds)
-def test_on_an_image_only_the_middle_tap_counts(config, seed):
-    encoder, image = randomised(VisionEncoder(config), seed), pixels_for(config, 2, 1, seed)
+def test_only_the_middle_tap_counts_for_an_image(config, seed):
+    encoder, image = randomized(VisionEncoder(config), seed), pixels_for(config, 2, 1, seed)
     expected = encoder(image)
     with torch.no_grad():
         for block in encoder.blocks:
@@ -173,20 +173,20 @@ def test_on_an_image_only_the_middle_tap_counts(config, seed):
 @pytest.mark.parametrize("changes, built", [
     ({}, {"lt1", "lt2"}), ({"local_temporal_placement": "figure"}, {"lt1"}), ({"local_temporal": False}, set()),
 ])
-def test_no_local_temporal_module_is_built_that_does_not_run(changes, built):
+def test_only_local_temporal_modules_that_run_are_built(changes, built):
     for block in VisionEncoder(small(**changes)).blocks:
         assert {name.split(".")[0] for name in parameter_names(block) if name.startswith("lt")} == built
 
 
 @given(config=configs(), t=st.integers(1, 4), seed=seeds)
-def test_samples_do_not_meet(config, t, seed):
-    encoder, pixels, order = randomised(VisionEncoder(config), seed), pixels_for(config, 3, t, seed), shuffled(3, seed)
+def test_samples_are_independent(config, t, seed):
+    encoder, pixels, order = randomized(VisionEncoder(config), seed), pixels_for(config, 3, t, seed), shuffled(3, seed)
     assert_same(encoder(pixels[order]), encoder(pixels)[order])
 
 
 @given(placement=st.sampled_from(["released", "figure"]), seed=seeds)
-def test_drop_path_takes_every_branch_of_a_block(placement, seed):
-    block = randomised(VisionBlock(small(local_temporal_placement=placement), drop_path=1 - 1e-12), seed)
+def test_drop_path_applies_to_every_branch_of_a_block(placement, seed):
+    block = randomized(VisionBlock(small(local_temporal_placement=placement), drop_path=1 - 1e-12), seed)
     x = noise(3, 2, 5, 24, seed=seed)
     assert_same(block.train()(x, False), x)
     assert_differs(block.eval()(x, False), x)
@@ -198,7 +198,7 @@ def test_drop_path_grows_with_depth(layers, rates):
     assert [block.drop_path.rate for block in encoder.blocks] == pytest.approx(rates)
 
 
-def test_refuses_shapes_that_do_not_fit():
+def test_refuses_wrong_shapes():
     encoder = VisionEncoder(small())
     for shape in ((1, 3, 8, 8), (1, 4, 2, 8, 8), (1, 3, 2, 8, 9)):
         with pytest.raises(ValueError, match=re.escape(f"found {shape}")):

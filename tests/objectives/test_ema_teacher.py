@@ -1,24 +1,24 @@
-"""EMATeacher copies: what follows what, how much it weighs, and that its targets are those of the formula."""
+"""The EMA teacher: it follows the model, and its soft targets, their weight and its queue equal their formulas."""
 
 import pytest
 import torch
-from helpers import noise, randomised, seeds, small
+from batches import make_batch, task_batch, unit
+from helpers import noise, randomized, seeds, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_objectives import make_batch, task_batch, unit
 
 from mplug2.model.mplug2 import MPLUG2, answer_memory
-from mplug2.objectives.ema_teacher import EMATeacher
-from mplug2.objectives.losses import contrastive_loss, distilled_contrastive_loss, language_loss
+from mplug2.objectives.ema_teacher import EMATeacher, distilled_contrastive_loss
+from mplug2.objectives.losses import contrastive_loss, language_loss
 from mplug2.objectives.objectives import Objectives
 from mplug2.tasks import TASKS
 
 
 def make(task: str = "video_qa", seed: int = 0, **settings) -> tuple[MPLUG2, EMATeacher]:
-    """A model, and a copy that has gone another way."""
-    model = randomised(MPLUG2(small(), task), seed)
+    """A model, and a teacher with other weights."""
+    model = randomized(MPLUG2(small(), task), seed)
     ema_teacher = EMATeacher(model, **settings)
-    ema_teacher.teacher = randomised(ema_teacher.teacher, seed + 1)
+    ema_teacher.teacher = randomized(ema_teacher.teacher, seed + 1)
     for one in (model, ema_teacher.teacher):
         if hasattr(one, "temperature"):
             one.temperature.data.fill_(0.2)
@@ -26,7 +26,7 @@ def make(task: str = "video_qa", seed: int = 0, **settings) -> tuple[MPLUG2, EMA
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_parameter_of_every_module_follows_and_none_learns(task):
+def test_every_parameter_follows_the_model_and_none_has_gradients(task):
     model, ema_teacher = make(task, decay=0.9)
     before = {name: parameter.clone() for name, parameter in ema_teacher.teacher.named_parameters()}
     assert before.keys() == dict(model.named_parameters()).keys()
@@ -37,7 +37,7 @@ def test_every_parameter_of_every_module_follows_and_none_learns(task):
     assert ema_teacher.steps == 1
 
 
-def test_a_new_copy_is_the_model_and_never_drops_anything_out():
+def test_a_new_teacher_is_the_model_without_dropout():
     torch.manual_seed(0)
     model = MPLUG2(small(dropout=0.5, drop_path=0.5), "video_qa")
     objectives = Objectives(model, EMATeacher(model)).train()
@@ -50,7 +50,7 @@ def test_a_new_copy_is_the_model_and_never_drops_anything_out():
 
 
 @given(st.integers(0, 12), st.integers(1, 5), st.floats(0, 1))
-def test_the_weight_rises_evenly_over_the_first_epoch(steps, ramp, alpha):
+def test_alpha_rises_linearly(steps, ramp, alpha):
     model = MPLUG2(small(), "text_classification")
     ema_teacher = EMATeacher(model, alpha=alpha, ramp=ramp)
     for _ in range(steps):
@@ -58,7 +58,7 @@ def test_the_weight_rises_evenly_over_the_first_epoch(steps, ramp, alpha):
     assert ema_teacher.alpha == pytest.approx(alpha * min(1, steps / ramp))
 
 
-def test_answers_learn_from_the_words_and_from_the_chances_of_the_copy_over_the_vocabulary():
+def test_answers_learn_from_the_words_and_from_the_distribution_of_the_teacher():
     model, ema_teacher = make(alpha=0.4, ramp=2)
     objectives, batch = Objectives(model, ema_teacher), task_batch("video_qa")
     ids, mask, positions = batch["answer_ids"], batch["answer_mask"], batch["answer_positions"]
@@ -70,14 +70,14 @@ def test_answers_learn_from_the_words_and_from_the_chances_of_the_copy_over_the_
 
     memory = asked(model)
     plain = language_loss(model, ids, mask, memory[0], positions, memory[1])
-    torch.testing.assert_close(objectives(batch)["answer"], plain)  # nothing from the copy at the start
-    copy = ema_teacher.teacher
-    theirs = copy.decode(ids[:, :-1], mask[:, :-1], *asked(copy))
+    torch.testing.assert_close(objectives(batch)["answer"], plain)  # alpha is 0 at the start
+    teacher = ema_teacher.teacher
+    theirs = teacher.decode(ids[:, :-1], mask[:, :-1], *asked(teacher))
     ours = model.decode(ids[:, :-1], mask[:, :-1], *memory)
     terms = []
     for i, j in mask[:, 1:].nonzero().tolist():
-        chances = theirs[i, j].exp() / theirs[i, j].exp().sum()
-        terms.append(-(chances * ours[i, j].log_softmax(0)).sum())
+        probabilities = theirs[i, j].exp() / theirs[i, j].exp().sum()
+        terms.append(-(probabilities * ours[i, j].log_softmax(0)).sum())
     soft = torch.stack(terms).mean()
     ema_teacher.steps += 1
     torch.testing.assert_close(objectives(batch)["answer"], 0.8 * plain + 0.2 * soft)
@@ -85,7 +85,7 @@ def test_answers_learn_from_the_words_and_from_the_chances_of_the_copy_over_the_
     loss = objectives(batch)["answer"]
     torch.testing.assert_close(loss, 0.6 * plain + 0.4 * soft)
     loss.backward()
-    assert all(parameter.grad is None for parameter in copy.parameters())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
@@ -95,28 +95,28 @@ def test_contrastive_distillation_is_the_formula(b, queued, seed):
     model, ema_teacher = make("video_retrieval", alpha=0.3, queue=8)
     ema_teacher.steps += 1
     rng = torch.Generator().manual_seed(seed)
-    vision, text, copy_vision, copy_text = (unit(rng, b, 5) for _ in range(4))
+    vision, text, teacher_vision, teacher_text = (unit(rng, b, 5) for _ in range(4))
     positive_id, others = torch.arange(b), torch.randint(0, b + 1, (queued,), generator=rng)
     old_vision, old_text = unit(rng, queued, 5), unit(rng, queued, 5)
     if queued:
         ema_teacher.enqueue(old_vision, old_text, others)
     found = distilled_contrastive_loss(
-        vision, text, model.temperature, positive_id, copy_vision, copy_text, ema_teacher
+        vision, text, model.temperature, positive_id, teacher_vision, teacher_text, ema_teacher
     )
-    all_meanings, expected = torch.cat([positive_id, others]), 0.0
-    for rows, copies, columns, old in (
-        (vision, copy_vision, copy_text, old_text), (text, copy_text, copy_vision, old_vision)
+    all_ids, expected = torch.cat([positive_id, others]), 0.0
+    for rows, teacher_rows, columns, old in (
+        (vision, teacher_vision, teacher_text, old_text), (text, teacher_text, teacher_vision, old_vision)
     ):
         columns = torch.cat([columns, old])
         for i in range(b):
-            chances, theirs = ((one[i] @ columns.T / 0.2).softmax(0) for one in (rows, copies))
-            positive = (all_meanings == positive_id[i]).double()
+            ours, theirs = ((one[i] @ columns.T / 0.2).softmax(0) for one in (rows, teacher_rows))
+            positive = (all_ids == positive_id[i]).double()
             target = 0.3 * theirs + 0.7 * positive / positive.sum()
-            expected = expected - (target * chances.log()).sum() / (2 * b)
+            expected = expected - (target * ours.log()).sum() / (2 * b)
     torch.testing.assert_close(found, expected)
 
 
-def test_without_weight_and_queue_it_is_the_loss_against_the_copies_vectors():
+def test_with_alpha_zero_and_an_empty_queue_it_is_the_plain_loss():
     model, ema_teacher = make("video_retrieval", alpha=0.0, queue=4)
     rng = torch.Generator().manual_seed(0)
     vision, text = unit(rng, 3, 5), unit(rng, 3, 5)
@@ -125,7 +125,7 @@ def test_without_weight_and_queue_it_is_the_loss_against_the_copies_vectors():
 
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=5))
-def test_the_queue_holds_the_newest(counts):
+def test_the_queue_holds_the_newest_vectors(counts):
     ema_teacher, size = make("video_retrieval", queue=5)[1], 5
     whole = torch.arange(sum(counts))
     for part in whole.split(counts):
@@ -137,7 +137,7 @@ def test_the_queue_holds_the_newest(counts):
         ema_teacher.enqueue(vision.new_zeros(6, 5), vision.new_zeros(6, 5), torch.arange(6))
 
 
-def test_training_fills_the_queue_with_the_copys_vectors_and_evaluation_does_not():
+def test_training_fills_the_queue_with_the_teachers_vectors_and_evaluation_does_not():
     model, ema_teacher = make("pretrain", queue=6, alpha=0.4)
     objectives, batch = Objectives(model, ema_teacher), make_batch("image")
     objectives.eval()(batch)
@@ -148,7 +148,7 @@ def test_training_fills_the_queue_with_the_copys_vectors_and_evaluation_does_not
     torch.testing.assert_close(ema_teacher.queue()[0], expected)
 
 
-def test_its_state_is_all_that_it_is():
+def test_its_state_dict_is_complete():
     model, ema_teacher = make("pretrain", queue=4)
     ema_teacher.enqueue(noise(3, 5), noise(3, 5, seed=1), torch.arange(3))
     ema_teacher.update(model)

@@ -1,9 +1,9 @@
-"""Self-critical training: its reward is CIDEr-D, its baseline the greedy caption, and it raises what it rewards."""
+"""Self-critical training: the reward is CIDEr-D, the baseline is the greedy caption, and rewards rise."""
 
 from unittest.mock import patch
 
 import torch
-from helpers import noise, randomised, seeds, small
+from helpers import noise, randomized, seeds, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +18,7 @@ TOKENIZER = Tokenizer.train([text for texts in REFERENCES for text in texts], 60
 
 
 def make(seed: int = 0) -> MPLUG2:
-    return randomised(MPLUG2(small(vocab_size=len(TOKENIZER), dropout=0.3), "video_caption"), seed)
+    return randomized(MPLUG2(small(vocab_size=len(TOKENIZER), dropout=0.3), "video_caption"), seed)
 
 
 def make_batch(prompt: str = "a", b: int = 3) -> dict:
@@ -42,12 +42,12 @@ def test_the_loss_is_the_advantage_over_the_greedy_caption_times_its_log_probabi
         reward, baseline = (scorer.scores([REFERENCES[i]], [texts[j]])[0] for j in (drawn[i], greedy[i]))
         ids = torch.tensor([batch["prompted_ids"][i, :2].tolist() + written[drawn[i]] + [TOKENIZER.sep]])
         log_probs = model.decode(ids[:, :-1], ids[:, :-1] > -1, vision[i: i + 1])[0].log_softmax(-1)
-        terms += [-(reward - baseline) * log_probs[place - 1, ids[0, place]] for place in range(2, ids.shape[1])]
+        terms += [-(reward - baseline) * log_probs[i - 1, ids[0, i]] for i in range(2, ids.shape[1])]
     torch.testing.assert_close(found, torch.stack(terms).mean(), rtol=1e-5, atol=1e-6)  # rewards are float32
 
 
 def test_the_reward_of_the_samples_rises():
-    """Without looking: there is one caption that scores, and what leads to it becomes likelier."""
+    """One caption scores, whatever the input: the tokens that lead to it become more likely."""
     torch.manual_seed(0)
     model = MPLUG2(small(vocab_size=len(TOKENIZER), decoder_layers=1), "video_caption").train()
     critic, one, vision = SelfCritical(TOKENIZER, REFERENCES, max_length=4), make_batch(b=1), noise(1, 2, 16).float()
@@ -65,7 +65,7 @@ def test_the_reward_of_the_samples_rises():
     assert sum(means[-5:]) > 2 * sum(means[:5]) + 1, means
 
 
-def test_captions_are_written_without_dropout_and_the_model_goes_on_training():
+def test_captions_are_written_without_dropout_and_training_mode_returns():
     model, critic = make().train(), SelfCritical(TOKENIZER, REFERENCES)
     modes = []
     with patch.object(self_critical, "greedy", side_effect=lambda model, *_: modes.append(model.training) or [[6]] * 3):

@@ -5,16 +5,17 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from batches import make_batch
 from helpers import noise, randomised, seeds, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_objectives import make_batch
 
 from mplug2.config import PRESETS
 from mplug2.generation import SpecialTokens, beam_search
-from mplug2.model.mplug2 import MPLUG2, checkpoint_activations, compile_model
+from mplug2.model.mplug2 import MPLUG2
 from mplug2.objectives.objectives import Objectives
 from mplug2.tools import bench
+from mplug2.training.parallel import checkpoint_activations, compile_model
 from tiny_data.writer import Sizes, write
 
 # ---- activation checkpointing ----------------------------------------------------------------------------------------
@@ -77,7 +78,7 @@ def test_a_compiled_model_trains_and_writes_the_same():
             parts = Objectives(model)(make_batch("video", seed=seed))
             sum(parts.values()).backward()
             losses.append(parts)
-        state = model.decoder.start(noise(2, 3, 16))
+        state = model.decoder.init_state(noise(2, 3, 16))
         with torch.no_grad():
             memory = [model.decoder.step(torch.full((2, l), 7), state) for l in (3, 1, 1)]
         found.append((losses, [parameter.grad for parameter in model.parameters()], memory))

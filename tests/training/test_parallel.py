@@ -13,12 +13,11 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from batches import make_batch, make_model, rank_share, task_batch
 from data_helpers import write_data
 from helpers import randomised, small
 from processes import Processes
 from safetensors.torch import load_file
-from test_distributed import share
-from test_objectives import make_batch, make_model, task_batch
 
 import mplug2
 import train
@@ -96,7 +95,7 @@ def shared_gradients(kind: str, rank: int, world: int) -> dict:
             parallel = wrap_model(Objectives(make_model()), process, way == "fsdp", Block, False, False)
             for loss in LOSSES if kind != "text" else ("mlm",):
                 for count in (1, 2) if way == "ddp" else (2,):
-                    shares = [share(batch, rank, world) for batch in whole[:count]]
+                    shares = [rank_share(batch, rank, world) for batch in whole[:count]]
                     found[way, loss, count] = gradients(parallel, shares, loss)
     return found
 
@@ -167,7 +166,7 @@ def exchanges(rank: int, way: str) -> list[bool]:
     parallel = wrap_model(Objectives(make_model()), process, way == "fsdp", Block, False, False)
     for last in (False, True):
         with no_sync(parallel, last):
-            parallel(share(make_batch("text", 4, 2, 1), rank, 2))["mlm"].backward()
+            parallel(rank_share(make_batch("text", 4, 2, 1), rank, 2))["mlm"].backward()
         there = [distributed.full_tensor(p.grad) for p in parallel.parameters() if p.dim() and p.grad is not None]
         sums = distributed.all_gather_object(float(sum(gradient.abs().sum() for gradient in there)))
         found.append(sums[0] > 0 and sums[0] == sums[1])
@@ -188,7 +187,7 @@ def clipped(rank: int, world: int, way: str, name: str) -> tuple[float, list[np.
     optimizer = make_optimizer(module.model, 0.01, 0.02, 0.1, (0.9, 0.98), name)
     split_param_groups(optimizer)
     for seed in range(3):
-        batch = share(make_batch("image", 6, 2, seed), rank, world)
+        batch = rank_share(make_batch("image", 6, 2, seed), rank, world)
         with patch.object(losses, "hard_negatives", neighbours):
             sum(parallel(batch).values()).backward()
         all_reduce_replicated_grads(parallel)
