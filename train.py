@@ -44,7 +44,9 @@ from mplug2.data.samples import Sample, Samples, check_texts, read_classes, read
 from mplug2.data.shards import ReaderState, ShardSet, is_shards, read_shards, stream_batches
 from mplug2.data.text import Tokenizer, clean
 from mplug2.data.transforms import Augmentation
-from mplug2.evaluation.evaluate import evaluate, format_table
+from mplug2.evaluation.data import EvalSplit
+from mplug2.evaluation.evaluate import evaluate
+from mplug2.evaluation.metric_names import format_table, mean_score
 from mplug2.model.layers import Block
 from mplug2.model.mplug2 import MPLUG2
 from mplug2.objectives.ema_teacher import EMATeacher
@@ -53,7 +55,7 @@ from mplug2.objectives.self_critical import SelfCritical
 from mplug2.predictor import Predictor
 from mplug2.tasks import BATCH_TYPES, INSTRUCTIONS, PROMPTS, TASKS, batch_types, parse_tasks
 from mplug2.tools.memory_plan import PlanConfig, Workload, cost, format_plan
-from mplug2.tools.plots import curves
+from mplug2.tools.plots import draw_curves
 from mplug2.tools.report import write_report
 from mplug2.training import optim
 from mplug2.training.fault_tolerance import GracefulStop, Watchdog, generator_states, set_generator_states
@@ -627,7 +629,7 @@ def run(config: TrainConfig, changes: dict, process: distributed.DistInfo, comma
             if done % config.save_every == 0 or done == config.max_steps or leave:
                 save(done, score)
                 if process.is_main:
-                    curves(folder / "metrics.jsonl", folder / "curves.png")
+                    draw_curves(folder / "metrics.jsonl", folder / "curves.png")
             if leave:
                 break
         del coming
@@ -645,7 +647,7 @@ def run(config: TrainConfig, changes: dict, process: distributed.DistInfo, comma
         split = "test" if any("test" in splits for splits in available(root).values()) else "val"
         predictor = Predictor(one.to(process.device), tokenizer, preprocess)
         results = validate(predictor, root, split, config, None, config.max_steps, log)
-        curves(folder / "metrics.jsonl", folder / "curves.png")
+        draw_curves(folder / "metrics.jsonl", folder / "curves.png")
         print(format_table({split: results}))
         print(f"{folder / 'report.html'}: this run on one page")
         print(f"{folder / 'last'}: {(time.time() - started) / 60:.1f} minutes in all; "
@@ -711,13 +713,6 @@ def batch_names(batches: MixedBatches, dataset: Samples, step: int) -> str:
     return ", ".join(dataset.samples[stream][index].source for stream, _, index in keys)
 
 
-def mean_score(metrics: dict[str, float]) -> float | None:
-    """What `best` goes by: the mean of all that are shares; CIDEr and ranks are not."""
-    shares = [value for name, value in metrics.items()
-              if math.isfinite(value) and not name.endswith(("cider", "median_rank"))]
-    return sum(shares) / len(shares) if shares else None
-
-
 def make_tokenizer(config: TrainConfig, samples: dict, changes: dict) -> Tokenizer:
     """The tokenizer that was asked for, or a vocabulary trained on the texts of the training samples."""
     if config.tokenizer:
@@ -745,7 +740,8 @@ def validate(
     tasks = parse_tasks(config.task)
     predictor.model.eval()
     state = torch.get_rng_state()
-    metrics, predictions = evaluate(predictor, root, split, limit, None if "pretrain" in tasks else tasks)
+    data = EvalSplit(root, split, limit or 0)
+    metrics, predictions = evaluate(predictor, data, None if "pretrain" in tasks else tasks)
     if metrics:
         log.line({"step": step, **{f"{split}/{name}": value for name, value in metrics.items()}})
         lines = "".join(json.dumps(prediction.line(split)) + "\n" for prediction in predictions)

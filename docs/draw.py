@@ -20,7 +20,7 @@ import mplug2
 import tiny_data
 from mplug2.data.media import read_media
 from mplug2.data.records import read_records
-from mplug2.tools.plots import attention, curves, overlay
+from mplug2.tools.plots import draw_attention, draw_curves, overlay
 
 HERE = Path(__file__).parent
 FAINT = "#7d8590"
@@ -149,8 +149,8 @@ def answers(model: mplug2.Predictor, out: Path) -> None:
 def words(model: mplug2.Predictor, out: Path) -> None:
     """Where each word of a question about an example video, and the answer, attends."""
     video, question = HERE / "examples" / "blue_seven_left.gif", "does it move left or right"
-    written, looks = model.explain(video, question)
-    attention(video, model.preprocess.frames, looks, written, question, out)
+    written, words = model.explain(video, question)
+    draw_attention(video, model.preprocess.frames, words, f"{question}?\n{written}", out)
 
 
 def examples(folder: Path) -> None:
@@ -164,7 +164,7 @@ def examples(folder: Path) -> None:
 if __name__ == "__main__":
     predictor = mplug2.load(HERE.parent / "tiny_data" / "pretrained")
     (HERE / "architecture.svg").write_text(architecture(), encoding="utf-8")
-    curves(HERE / "metrics.jsonl", HERE / "curves.png")
+    draw_curves(HERE / "metrics.jsonl", HERE / "curves.png")
     examples(HERE / "examples")
     answers(predictor, HERE / "frames.png")
     words(predictor, HERE / "attention.png")

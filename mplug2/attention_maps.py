@@ -1,15 +1,17 @@
-"""Where attention looks: its weights, recomputed from what goes into the module, by a hook.
+"""Attention maps: the weights of attention modules, recomputed from their inputs by hooks.
 
     with attention_maps(model) as maps:
         model.fuse(vision, text, mask)
-    maps["fusion.layers.1.cross_attention"]      # `b c l m`: of each of l tokens, over the m tokens of the memory
+    maps["fusion.layers.1.cross_attention"]      # `b c l m`: from each of l tokens to the m tokens of the memory
 
     with attention_maps(model, SelfAttention) as maps:
         model.encode_vision(pixels)
-    maps["vision_encoder.blocks.0.attention"]    # `(b t) c m m`: of each token of a frame, over the m of that frame
+    maps["vision_encoder.blocks.0.attention"]    # `(b t) c m m`: from each token of a frame to the m of that frame
 
-The fast kernels of `attention.py` never form these weights. Without the context nothing is computed, and no forward is
-another one. Axes: b texts, c heads, l tokens, p tokens before them, m memory tokens, e width of a head.
+The fast kernels of `model/attention.py` never form these weights. Outside the context nothing is computed, and inside
+it the forward passes do not change.
+
+Axes: b texts, c heads, l tokens, p cached tokens before them, m memory tokens, e head width.
 """
 
 from collections.abc import Iterator
@@ -26,8 +28,8 @@ from mplug2.model.attention import CrossAttention, KVCache, SelfAttention
 def attention_maps(
     model: nn.Module, of: type[CrossAttention] | type[SelfAttention] = CrossAttention
 ) -> Iterator[dict[str, Tensor]]:
-    """While it is open, each cross-attention of `model` (or each module of the class `of`) leaves the weights of its
-    last call in the dictionary, by the name of the module."""
+    """A dictionary that receives the weights of the last call of each cross-attention of `model`, or of each module of
+    the class `of`, under the name of the module."""
     weights, names = {
         CrossAttention: (attention_weights, ("x", "memory", "mask")),
         SelfAttention: (self_attention_weights, ("x", "mask", "cache")),
@@ -44,7 +46,7 @@ def attention_maps(
         module.register_forward_hook(recorder(name), with_kwargs=True)
         for name, module in model.named_modules() if isinstance(module, of)
     ]
-    compiled = any(module._compiled_call_impl for module in model.modules())  # graphs traced without the hooks
+    compiled = any(module._compiled_call_impl for module in model.modules())  # their graphs do not contain the hooks
     try:
         with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
             yield maps
@@ -57,8 +59,8 @@ def attention_maps(
 def attention_weights(
     module: CrossAttention, x: Tensor, memory: Tensor | tuple[Tensor, Tensor], mask: Tensor | None = None
 ) -> Tensor:
-    """softmax(Q K^T / sqrt(e)) of x `(b r) l d` over memory `b m d` (or its keys and values), mask to `b c 1 m` ->
-    `(b r) c l m`."""
+    """softmax(Q K^T / sqrt(e)): `(b r) c l m`, from x `(b r) l d` to the memory `b m d` (or its keys and values). The
+    mask broadcasts to `b c 1 m`."""
     key, _ = memory if isinstance(memory, tuple) else module.keys_and_values(memory)
     r = x.shape[0] // key.shape[0]
     query = rearrange(module.query(x), "b l (c e) -> b c l e", c=module.heads)
@@ -70,8 +72,8 @@ def attention_weights(
 def self_attention_weights(
     module: SelfAttention, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None
 ) -> Tensor:
-    """softmax(Q K^T / sqrt(e)) of x `b l d` over itself, mask to `b c l l` -> `b c l l`; with a cache that holds x and
-    the p tokens before it, over all of these: `b c l (p+l)`."""
+    """softmax(Q K^T / sqrt(e)): `b c l l`, from x `b l d` to itself; with a cache that holds the keys of x and of the p
+    tokens before it, `b c l (p+l)`. The mask broadcasts to that shape."""
     query, key, _ = rearrange(module.qkv(x), "b l (three c e) -> three b c l e", three=3, c=module.heads)
     return _softmax(query, key if cache is None else cache.key, mask)
 

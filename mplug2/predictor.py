@@ -26,34 +26,40 @@ from mplug2.generation import SpecialTokens, beam_search, best_texts, greedy, ra
 from mplug2.model.mplug2 import MPLUG2, answer_memory
 from mplug2.tasks import PROMPTS
 
-Media = str | Path | tuple[str | Path, str | Path]  # a picture, a clip, or two pictures
+Media = str | Path | tuple[str | Path, str | Path]  # an image, a video, or two images
 Text = str | tuple[str, str]
+CANDIDATES = 32
+"""Answers of a list that are scored whole."""
 
 
 def load(checkpoint: str | Path, device: str = "cpu", task: str | None = None) -> "Predictor":
-    """Open a checkpoint folder, such as runs/tiny/last; `task`: as a smaller model than it was saved."""
+    """Open a checkpoint folder, such as runs/tiny/last. `task` selects a smaller model than the saved one."""
     model, tokenizer, preprocess = load_model(checkpoint, task)
     return Predictor(model.to(device), tokenizer, preprocess)
 
 
-def check_list(inputs: Sequence[str | Path]) -> None:
-    """A string is a sequence too, of letters: refuse it where a list of paths or texts is expected."""
+def require_list(inputs: Sequence[str | Path]) -> None:
+    """Raise TypeError for a single path or text: a string is a sequence of letters, and would be taken for a list."""
     if isinstance(inputs, (str, Path)):
-        raise TypeError(f"expected a list of paths or texts, found the single one {str(inputs)!r}")
+        raise TypeError(f"found the single {str(inputs)!r}: expected a list of paths or texts")
 
 
 @dataclass(frozen=True)
 class WordAttention:
-    """Where a word of the question or of the text that was written looks: `map`, `t h w`, sums to the share of its
-    attention that is on patches (the rest is on the class token and on text)."""
+    """The attention of one word of a question, or of the written text, over the frames."""
 
     word: str
     module: str
+    """The cross-attention that the weights come from."""
     map: Tensor
+    """`t h w`. It sums to the fraction of the attention that is on patches; the rest is on the class token and text."""
 
 
 class Predictor:
-    """A model with its tokenizer and preprocess. Methods raise ValueError if the model's task lacks the modules."""
+    """A model with its tokenizer and preprocessing.
+
+    Methods raise ValueError if the model does not have the modules, and MediaError for a file that cannot be read.
+    """
 
     def __init__(self, model: MPLUG2, tokenizer: Tokenizer, preprocess: PreprocessConfig, batch_size: int = 64):
         self.model, self.tokenizer, self.preprocess, self.batch_size = model, tokenizer, preprocess, batch_size
@@ -64,57 +70,57 @@ class Predictor:
         return next(self.model.parameters()).device
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float16) -> None:
-        """Export the model: a checkpoint folder without what only training needs, small in half precision; `load`
-        opens it, in single precision, and `train.py --init` starts from it."""
+        """Export the model to a new folder, without what only training needs, and by default in half precision.
+
+        `load` opens it in single precision, and `train.py --init` starts from it.
+        """
         if Path(folder).exists() and any(Path(folder).iterdir()):
-            raise FileExistsError(f"{folder} is not empty: export a model into a new folder")
+            raise FileExistsError(f"{folder} is not empty: choose a new folder for the exported model")
         save_model(folder, self.model, self.tokenizer, self.preprocess, dtype)
 
     def caption(
         self, paths: Sequence[str | Path], beams: int = 1, max_length: int = 20, prompted: bool = True
     ) -> list[str]:
-        """What each picture or clip shows; `beams` of 1 is greedy.
+        """A caption of each image or video, of at most `max_length` tokens. One beam is greedy search.
 
-        `prompted`: continued from the prompt of its kind, "a video of" or "a picture of"; else, as released, from
-        [CLS] alone.
+        A caption continues the prompt of its modality, "a video of" or "a picture of". Without `prompted` it starts
+        from [CLS] alone, as in the released evaluation.
         """
-        def write(vision: Tensor, kind: str, _) -> list[str]:
-            start = self.start(len(vision), PROMPTS[kind] if prompted else "")
+        def write(vision: Tensor, modality: str, _) -> list[str]:
+            start = self.start(len(vision), PROMPTS[modality] if prompted else "")
             if beams == 1:
                 ids = greedy(self.model, vision, start, self.special_tokens, max_length)
             else:
-                ids = best_texts(
-                    beam_search(self.model, vision, start, self.special_tokens,
-                                beams, max_length=max_length), self.special_tokens
-                )
+                hypotheses = beam_search(self.model, vision, start, self.special_tokens, beams, max_length=max_length)
+                ids = best_texts(hypotheses, self.special_tokens)
             return self.tokenizer.decode(ids)
 
         return self.on_media(paths, write)
 
     def answer(
         self, paths: Sequence[str | Path], questions: Sequence[str], max_length: int = 10,
-        answer_list: Sequence[str] | None = None, candidates: int = 32,
+        answer_list: Sequence[str] | None = None,
     ) -> list[str]:
-        """The answer to each question about the picture or clip of the same place in the list.
+        """The answer to each question about the image or video at the same index.
 
-        It is written, or, with a list `answer_list`, chosen: of the answers there, the `candidates` whose first word is
-        likeliest are scored whole.
+        The decoder writes it, or, with an `answer_list`, ranks the list: the CANDIDATES answers whose first token is
+        most likely are scored whole.
         """
-        check_list(paths)
-        check_list(questions)
+        require_list(paths)
+        require_list(questions)
         if len(paths) != len(questions):
-            raise ValueError(f"{len(paths)} paths, but {len(questions)} questions: expected one question for each path")
+            raise ValueError(f"{len(paths)} paths, but {len(questions)} questions: expected one question per path")
         if answer_list is not None:
-            check_list(answer_list)
+            require_list(answer_list)
             cleaned = [clean(text, self.preprocess.max_words) for text in answer_list]
             answers = [x.to(self.device) for x in self.tokenizer.encode(cleaned, self.model.config.max_positions)]
 
-        def write(vision: Tensor, kind: str, indices: list[int]) -> list[str]:
-            text, mask = self.encode_text([questions[place] for place in indices])
+        def write(vision: Tensor, _, indices: list[int]) -> list[str]:
+            text, mask = self.encode_text([questions[i] for i in indices])
             vision, fused = self.model.fuse(vision, text, mask)
             memory, memory_mask = answer_memory(vision, fused, mask)
             if answer_list is not None:
-                best = rank_answers(self.model, memory, *answers, candidates, memory_mask)[0][:, 0]
+                best = rank_answers(self.model, memory, *answers, CANDIDATES, memory_mask)[0][:, 0]
                 return [answer_list[number] for number in best.tolist()]
             start = self.start(len(vision))
             return self.tokenizer.decode(
@@ -126,15 +132,15 @@ class Predictor:
     def likelihood(
         self, paths: Sequence[str | Path], texts: Sequence[str], questions: Sequence[str] | None = None
     ) -> list[float]:
-        """The probability with which the decoder writes each text, [SEP] included, about the picture or clip of the
-        same place in the list: as the answer to the question of that place, or, without questions, as a caption."""
-        def score(vision: Tensor, kind: str, indices: list[int]) -> list[float]:
-            memory, memory_mask, start = vision, None, self.start(len(vision), "" if questions else PROMPTS[kind])
+        """The probability that the decoder writes each text, [SEP] included, about the image or video at the same
+        index: as the answer to the question at that index, or, without questions, as a caption."""
+        def score(vision: Tensor, modality: str, indices: list[int]) -> list[float]:
+            memory, memory_mask, start = vision, None, self.start(len(vision), "" if questions else PROMPTS[modality])
             if questions:
-                text, mask = self.encode_text([questions[place] for place in indices])
-                seen, fused = self.model.fuse(vision, text, mask)
-                memory, memory_mask = answer_memory(seen, fused, mask)
-            cleaned = [clean(texts[place], self.preprocess.max_words) for place in indices]
+                text, mask = self.encode_text([questions[i] for i in indices])
+                vision, fused = self.model.fuse(vision, text, mask)
+                memory, memory_mask = answer_memory(vision, fused, mask)
+            cleaned = [clean(texts[i], self.preprocess.max_words) for i in indices]
             ids, mask = (x.to(self.device) for x in self.tokenizer.encode([text or "[SEP]" for text in cleaned]))
             mask[[not text for text in cleaned], 2:] = False  # an empty text is [SEP] alone
             ids = torch.cat([start, ids[:, 1:]], dim=1)[:, : self.model.config.max_positions]
@@ -149,8 +155,8 @@ class Predictor:
     def classify(
         self, task: str, media: Sequence[Media] | None = None, texts: Sequence[Text] | None = None
     ) -> list[str] | list[float]:
-        """The class of each input, by name, or its number (regression): of the media, of the texts, or of both, as
-        `task` has it. An item is a path or a pair of paths, a text or a pair of texts."""
+        """The name of the class of each input, or its number (regression). `task` decides whether an input is a medium
+        (a path, or a pair of paths), a text (or a pair of texts), or both."""
         classes = self.model.classes.get(task)
         outputs = self.read(media, texts, lambda hidden, _: self.model.classify(hidden, task))
         if not classes:
@@ -158,8 +164,8 @@ class Predictor:
         return [classes[number] for number in outputs.argmax(dim=1).tolist()]
 
     def predict_boxes(self, paths: Sequence[str | Path], texts: Sequence[str]) -> Tensor:
-        """Where each picture shows what the text of the same place says: boxes `b 4` (centre x, y, width, height, as
-        shares of the picture)."""
+        """The box in each image that the text at the same index describes: `b 4` (center x, center y, width, height,
+        as fractions of the image)."""
         return self.read(paths, texts, self.model.predict_box)
 
     @torch.no_grad()
@@ -167,15 +173,15 @@ class Predictor:
         self, media: Sequence[Media] | None, texts: Sequence[Text] | None,
         head: Callable[[Tensor, Tensor | None], Tensor],
     ) -> Tensor:
-        """What `head` makes of text `b l d`, of V' `b v d`, or, if both are given, of the fused text; its second
-        argument is V'. Returns `b ...`."""
+        """`head(hidden, V')` of each input, `b ...`. hidden is the text `b l d`, V' `b v d`, or, with both, the fused
+        text. V' is None without media."""
         if media is not None and texts is not None and len(media) != len(texts):
-            raise ValueError(f"{len(media)} media, but {len(texts)} texts: expected one text for each")
+            raise ValueError(f"{len(media)} media, but {len(texts)} texts: expected one text per medium")
 
         def on_vision(vision: Tensor, _, indices: list[int]) -> Tensor:
             if texts is None:
                 return head(vision, vision)
-            text, mask = self.encode_text([texts[place] for place in indices])
+            text, mask = self.encode_text([texts[i] for i in indices])
             vision, fused = self.model.fuse(vision, text, mask)
             return head(fused, vision)
 
@@ -185,33 +191,35 @@ class Predictor:
         for first in range(0, count, self.batch_size):
             indices = list(range(first, min(first + self.batch_size, count)))
             if media is None:
-                rows.append(head(self.encode_text([texts[place] for place in indices])[0], None))
+                rows.append(head(self.encode_text([texts[i] for i in indices])[0], None))
             else:
-                paths = [path for place in indices for path in media[place]]
+                paths = [path for i in indices for path in media[i]]
                 vision = rearrange(torch.stack(self.encode_media(paths)), "(b two) v d -> b two v d", two=2)
                 rows.append(on_vision(self.model.concat_pair(vision), "image", indices))
         return torch.cat(rows)
 
     @torch.no_grad()
     def explain(self, path: str | Path, question: str = "") -> tuple[str, list[WordAttention]]:
-        """The answer to a question, or a caption, and where its words look: the question's in the last cross-attention
-        of fusion, those that were written in that of the decoder; the mean over the heads. A model without a decoder
-        writes nothing: the words are those of `question`, the text of a label or a box."""
-        looks: list[WordAttention] = []
+        """The answer to a question, or a caption, and the attention of every word, averaged over the heads.
+
+        Words of the question come from the last cross-attention of fusion, written words from that of the decoder. A
+        model without a decoder writes nothing; `question` is then the text that a label or a box is about.
+        """
+        words: list[WordAttention] = []
         writes = "decoder" in self.model.components
         written = "" if not writes else self.answer([path], [question])[0] if question else self.caption([path])[0]
         config = self.model.config
 
-        def collect(maps: dict[str, Tensor], part: str, ids: list[int], v: int) -> None:
-            module = [name for name in maps if name.startswith(part)][-1]
+        def collect(maps: dict[str, Tensor], component: str, ids: list[int], v: int) -> None:
+            module = [name for name in maps if name.startswith(component)][-1]
             side = config.image_size // config.patch_size
             weights = maps[module].mean(dim=1)[0, :, 1:v].cpu()
             for number, row in zip(ids, rearrange(weights, "l (t h w) -> l t h w", h=side, w=side)):
                 if (word := self.tokenizer.decode([[number]])[0]):
-                    looks.append(WordAttention(word, module, row))
+                    words.append(WordAttention(word, module, row))
 
-        def record(vision: Tensor, kind: str, _) -> list[None]:
-            memory, memory_mask, start = vision, None, self.start(1, "" if question else PROMPTS[kind])
+        def record(vision: Tensor, modality: str, _) -> list[None]:
+            memory, memory_mask, start = vision, None, self.start(1, "" if question else PROMPTS[modality])
             if question:
                 ids, mask = self.tokenizer.encode([clean(question, self.preprocess.max_words)])
                 ids, mask = ids.to(self.device), mask.to(self.device)
@@ -221,22 +229,22 @@ class Predictor:
                 memory, memory_mask = answer_memory(seen, fused, mask)
             if not writes:
                 return [None]
-            # What a token is written from stands one place before it.
-            words = self.tokenizer.encode([written], special=False)[0].to(self.device) if written else start[:, :0]
-            ids = torch.cat([start, words], dim=1)[:, : config.max_positions]
+            # A token is predicted at the position before it.
+            new = self.tokenizer.encode([written], special=False)[0].to(self.device) if written else start[:, :0]
+            ids = torch.cat([start, new], dim=1)[:, : config.max_positions]
             with attention_maps(self.model) as maps:
                 self.model.decode(ids, torch.ones_like(ids, dtype=torch.bool), memory, memory_mask)
             maps = {name: weights[:, :, start.shape[1] - 1:] for name, weights in maps.items()}
-            collect(maps, "decoder", words[0].tolist(), vision.shape[1])
+            collect(maps, "decoder", new[0].tolist(), vision.shape[1])
             return [None]
 
         self.on_media([path], record)
-        return written, looks
+        return written, words
 
     def embed(self, inputs: Sequence[str | Path]) -> Tensor:
-        """Unit vectors `b e` of media and texts, which may be mixed: a path, or a string that ends like a media file
+        """Unit vectors `b e` of media and texts, which may be mixed. A `Path`, or a string that ends like a media file
         (.gif, .mp4, .png, ...), is opened; any other string is a text."""
-        check_list(inputs)
+        require_list(inputs)
         media = [i for i, item in enumerate(inputs) if isinstance(item, Path) or is_media(item)]
         texts = [i for i in range(len(inputs)) if i not in set(media)]
         vectors: dict[int, Tensor] = {}
@@ -251,27 +259,27 @@ class Predictor:
         return torch.stack([vectors[i] for i in range(len(inputs))])
 
     def similarity(self, media: Sequence[str | Path], texts: Sequence[str]) -> Tensor:
-        """Cosines, media by texts."""
-        check_list(media)
-        check_list(texts)
+        """Cosines between media and texts, (medium, text)."""
+        require_list(media)
+        require_list(texts)
         return self.embed([Path(path) for path in media]) @ self.embed(list(texts)).T
 
     @torch.no_grad()
     def match_probability(self, vision: Tensor, texts: Sequence[str]) -> Tensor:
-        """How likely each V' (`b v d`) and the text of the same place belong together, by the matching head: `b`.
+        """The matching head's probability that each V' (`b v d`) and the text at the same index belong together: `b`.
 
-        One V' (`1 v d`) may serve all texts.
+        A single V' (`1 v d`) is compared with all texts.
         """
         text, mask = self.encode_text(list(texts))
         _, fused = self.model.fuse(vision, text, mask)
         return self.model.itm_logits(fused).softmax(dim=-1)[:, 1]
 
     def encode_media(self, paths: Sequence[str | Path]) -> list[Tensor]:
-        """V' of each picture or clip, `v d`."""
+        """V' of each image or video, `v d`."""
         return self.on_media(paths, lambda vision, *_: list(vision))
 
     def encode_text(self, texts: list[Text]) -> tuple[Tensor, Tensor]:
-        """Texts, or pairs of texts, -> `b l d` and their mask `b l`."""
+        """Texts, or pairs of texts, to `b l d` and their mask `b l`."""
         cleaned = [
             join_text_pair((text,) if isinstance(text, str) else text, self.preprocess.max_words) for text in texts
         ]
@@ -279,7 +287,7 @@ class Predictor:
         return self.model.encode_text(ids, mask), mask
 
     def start(self, b: int, prompt: str = "") -> Tensor:
-        """[CLS] and the prompt, `b` times."""
+        """Token ids of [CLS] and the prompt, repeated: `b l`."""
         ids = torch.full((1, 1), self.tokenizer.cls)
         if prompt:
             ids = torch.cat([ids, self.tokenizer.encode([prompt], special=False)[0]], dim=1)
@@ -287,34 +295,36 @@ class Predictor:
 
     @torch.no_grad()
     def on_media(self, paths: Sequence[str | Path], function: Callable[[Tensor, str, list[int]], Iterable]) -> list:
-        """Decode and encode the media in batches, pictures and clips apart; `function(V', kind, indices)` is called on
-        each batch, and its results come back in the order of `paths`."""
-        check_list(paths)
-        # What waits for its batch, by kind: the pixels of each file, and the indices that ask for it (a clip with
-        # several questions is decoded and encoded once).
+        """Decode and encode media in batches of one modality, and call `function(V', modality, indices)` on each batch.
+
+        indices are those of the inputs in `paths`. The results of `function` come back in the order of `paths`.
+        """
+        require_list(paths)
+        # Files that wait for their batch, by modality: the pixels, and the indices of the inputs that ask for them. A
+        # video with several questions is decoded and encoded once.
         waiting: dict[str, dict[str, tuple[Tensor, list[int]]]] = {"image": {}, "video": {}}
         results: dict[int, object] = {}
 
-        def flush(kind: str) -> None:
-            pixels, indices = zip(*waiting[kind].values())
-            waiting[kind].clear()
+        def flush(modality: str) -> None:
+            pixels, indices = zip(*waiting[modality].values())
+            waiting[modality].clear()
             vision = self.model.encode_vision(torch.stack(pixels).to(self.device))
-            each = torch.tensor([i for i, askers in enumerate(indices) for _ in askers], device=self.device)
-            asked = [place for askers in indices for place in askers]
-            results.update(zip(asked, function(vision[each], kind, asked), strict=True))
+            rows = torch.tensor([row for row, of_file in enumerate(indices) for _ in of_file], device=self.device)
+            asked = [i for of_file in indices for i in of_file]
+            results.update(zip(asked, function(vision[rows], modality, asked), strict=True))
 
-        for place, path in enumerate(map(str, paths)):
-            known = [kind for kind in waiting if path in waiting[kind]]
+        for i, path in enumerate(map(str, paths)):
+            known = [modality for modality in waiting if path in waiting[modality]]
             if known:
-                kind = known[0]
+                modality = known[0]
             else:
-                kind = kind_of(path)
-                frames = read_image(path) if kind == "image" else read_video(path, self.preprocess.frames)
-                waiting[kind][path] = to_pixels(frames, self.model.config.image_size), []
-            waiting[kind][path][1].append(place)
-            if sum(len(askers) for _, askers in waiting[kind].values()) == self.batch_size:
-                flush(kind)
-        for kind in waiting:
-            if waiting[kind]:
-                flush(kind)
-        return [results[place] for place in range(len(paths))]
+                modality = kind_of(path)
+                frames = read_image(path) if modality == "image" else read_video(path, self.preprocess.frames)
+                waiting[modality][path] = to_pixels(frames, self.model.config.image_size), []
+            waiting[modality][path][1].append(i)
+            if sum(len(of_file) for _, of_file in waiting[modality].values()) == self.batch_size:
+                flush(modality)
+        for modality in waiting:
+            if waiting[modality]:
+                flush(modality)
+        return [results[i] for i in range(len(paths))]

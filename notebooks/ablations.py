@@ -23,7 +23,8 @@ from mplug2.data.loader import make_loader
 from mplug2.data.records import read_records
 from mplug2.data.samples import Samples, read_samples
 from mplug2.data.text import Tokenizer
-from mplug2.evaluation.evaluate import labels
+from mplug2.evaluation.data import EvalOptions, EvalSplit
+from mplug2.evaluation.labels import evaluate_labels
 from mplug2.evaluation.ranking import retrieval
 from mplug2.model.mplug2 import MPLUG2
 from mplug2.objectives.losses import contrastive_loss
@@ -80,7 +81,8 @@ def test(predictor: Predictor) -> dict[str, float]:
             r1["t2v"].append(retrieval(cosines.T, right)["r1"])
         found |= {f"{medium} {direction} R@1": float(np.mean(values)) for direction, values in r1.items()}
         task = f"{medium}_classification"
-        found[f"{medium} class"] = labels(predictor, task, read_records(root, task, "test"), root)[0]["zero_shot"]
+        metrics, _ = evaluate_labels(predictor, task, EvalSplit(root, "test"), EvalOptions())
+        found[f"{medium} class"] = metrics["zero_shot"]
     return found
 
 

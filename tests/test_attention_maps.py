@@ -1,4 +1,4 @@
-"""Attention maps: the weights are those of the formula, and asking for them changes nothing."""
+"""Attention maps: the weights follow the formula, and recording them changes nothing."""
 
 import torch
 from helpers import assert_same, configs, noise, random_ids, random_mask, randomised, seeds, small
@@ -11,7 +11,7 @@ from mplug2.model.mplug2 import MPLUG2
 
 
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), seeds)
-def test_the_weights_are_those_that_the_module_mixes_its_values_by(b, r, l, m, seed):
+def test_the_weights_are_those_with_which_the_module_mixes_its_values(b, r, l, m, seed):
     module = randomised(CrossAttention(12, 3), seed)
     x, memory = noise(b * r, l, 12, seed=seed), noise(b, m, 12, seed=seed + 1)
     mask = random_mask(b, m, seed)[:, None, None, :]
@@ -25,7 +25,7 @@ def test_the_weights_are_those_that_the_module_mixes_its_values_by(b, r, l, m, s
 
 
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), seeds)
-def test_so_are_those_of_self_attention_also_a_token_at_a_time(b, l, p, seed):
+def test_so_are_the_weights_of_self_attention_also_one_token_at_a_time(b, l, p, seed):
     module, x = randomised(SelfAttention(12, 3), seed), noise(b, p + l, 12, seed=seed)
     mask = causal_mask(random_mask(b, p + l, seed))
     weights = self_attention_weights(module, x, mask)
@@ -39,7 +39,7 @@ def test_so_are_those_of_self_attention_also_a_token_at_a_time(b, l, p, seed):
 
 
 @given(config=configs(fusion_stride=0), seed=seeds)
-def test_every_cross_attention_leaves_its_weights_while_asked_and_nothing_changes(config, seed):
+def test_every_cross_attention_is_recorded_inside_the_context_and_nothing_changes(config, seed):
     model = randomised(MPLUG2(config, "video_qa"), seed)
     vision, ids, mask = noise(2, 3, config.width, seed=seed), random_ids(2, 4, seed), random_mask(2, 4, seed)
 
@@ -61,7 +61,7 @@ def test_every_cross_attention_leaves_its_weights_while_asked_and_nothing_change
 
 
 @given(config=configs(), t=st.integers(1, 3), seed=seeds)
-def test_the_vision_encoder_shows_each_frame_and_generation_each_step(config, t, seed):
+def test_the_vision_encoder_has_maps_of_each_frame_and_generation_of_each_step(config, t, seed):
     model = randomised(MPLUG2(config, "video_caption"), seed)
     pixels = noise(2, 3, t, config.image_size, config.image_size, seed=seed)
     with attention_maps(model, SelfAttention) as maps:
@@ -73,15 +73,15 @@ def test_the_vision_encoder_shows_each_frame_and_generation_each_step(config, t,
         model.decode(ids, torch.ones_like(ids, dtype=torch.bool), vision)
     with attention_maps(model) as steps, attention_maps(model, SelfAttention) as self_steps:
         state = model.decoder.init_state(vision)
-        for place in range(3):
-            model.decoder.step(ids[:, place: place + 1], state)
+        for i in range(3):
+            model.decoder.step(ids[:, i: i + 1], state)
             for name, weights in steps.items():
-                assert_same(weights[:, :, 0], whole[name][:, :, place])
-            assert self_steps["decoder.layers.0.self_attention"].shape == (2, config.heads, 1, place + 1)
+                assert_same(weights[:, :, 0], whole[name][:, :, i])
+            assert self_steps["decoder.layers.0.self_attention"].shape == (2, config.heads, 1, i + 1)
 
 
-def test_a_compiled_model_leaves_them_too():
-    """Its layers were traced before anybody asked; with a compiler that runs the graphs as they are."""
+def test_a_compiled_model_is_recorded_too():
+    """Its layers were compiled before the hooks existed, here with a backend that runs the graphs as they are."""
     model = randomised(MPLUG2(small(), "video_qa"))
     ids, mask, memory = random_ids(2, 4), random_mask(2, 4), noise(2, 3, 16)
     with attention_maps(model) as expected:

@@ -10,7 +10,7 @@ from helpers import configs, small
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval import EvalConfig
+from eval import EvalConfig, InputConfig
 from mplug2.config import MAY_BE_ZERO, PRESETS, ModelConfig
 from mplug2.dataclass_tools import field_docs, from_dict
 from mplug2.training.flags import Parser
@@ -170,7 +170,7 @@ def refusal(capsys, parser, arguments):
     return capsys.readouterr().err
 
 
-@pytest.mark.parametrize("cls", [ModelConfig, TrainConfig, EvalConfig])
+@pytest.mark.parametrize("cls", [ModelConfig, TrainConfig, EvalConfig, InputConfig])
 def test_every_setting_has_a_flag_and_a_help_text(cls):
     docs, parser = field_docs(cls), parser_of(cls)
     help_text = strip(parser.format_help())

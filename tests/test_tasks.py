@@ -14,6 +14,7 @@ import eval as evaluation
 import train
 from mplug2.checkpoint import read_classes
 from mplug2.data.records import read_records
+from mplug2.evaluation.data import EvalSplit
 from mplug2.tasks import TASKS
 from mplug2.training.run_checkpoint import load_training
 from tiny_data import write
@@ -72,7 +73,7 @@ def test_every_task_is_fine_tuned_and_evaluated(task, pretrained, world, tmp_pat
     assert len(written) == expected
     for line in written:
         sure = {"confidence"} if "classifier" in TASKS[task].components else set()
-        assert set(line) == {"id", "task", "split", "media", "question", "prediction", "truth"} | sure
+        assert set(line) == {"id", "task", "split", "media", "question", "prediction", "truth", "right"} | sure
         assert (line["task"], line["split"]) == (task, "test")
         searched = what == "retrieval" and line["question"]  # by a text, among files
         media = 1 + ("pair" in TASKS[task].components) if "vision" in TASKS[task].components and not searched else 0
@@ -173,7 +174,7 @@ def test_numbers_are_learned_as_numbers(world, tmp_path):
     assert read_classes(run / "last") == {"text_pair_classification": ()}
 
 
-def test_where_words_look_is_drawn(pretrained, world, tmp_path, capsys):
+def test_the_attention_of_words_is_drawn(pretrained, world, tmp_path, capsys):
     clip = next((world / "media" / "test").glob("video-0*.gif"))
     arguments = ["--checkpoint", str(pretrained), "--input", str(clip)]
     for name, more in (("answer", ["--question", "Which digit is it?"]), ("caption", [])):
@@ -184,13 +185,13 @@ def test_where_words_look_is_drawn(pretrained, world, tmp_path, capsys):
         with Image.open(file) as picture:
             picture.load()
             assert min(picture.size) > 200
-    looks = evaluation.load(pretrained).explain(clip, "Which digit is it?")[1]
-    assert [look.word for look in looks if "fusion" in look.module] == ["which", "digit", "is", "it"]
-    for look in looks:
-        assert look.map.dim() == 3 and look.map.shape[0] == 4 and 0 < look.map.sum() <= 1 + 1e-5
-    # A picture shows the words of a caption, too.
+    words = evaluation.load(pretrained).explain(clip, "Which digit is it?")[1]
+    assert [word.word for word in words if "fusion" in word.module] == ["which", "digit", "is", "it"]
+    for word in words:
+        assert word.map.dim() == 3 and word.map.shape[0] == 4 and 0 < word.map.sum() <= 1 + 1e-5
+    # An image has the words of a caption, too.
     picture = next((world / "media" / "test").glob("image-0*.png"))
-    assert all(look.map.shape[0] == 1 for look in evaluation.load(pretrained).explain(picture)[1])
+    assert all(word.map.shape[0] == 1 for word in evaluation.load(pretrained).explain(picture)[1])
 
 
 def test_answers_are_chosen_from_a_list(pretrained, world, tmp_path, capsys):
@@ -206,7 +207,7 @@ def test_answers_are_chosen_from_a_list(pretrained, world, tmp_path, capsys):
     assert {json.loads(line)["prediction"] for line in read} <= known
     (tmp_path / "empty.txt").write_text("\n")
     message = refused(capsys, evaluation.main, [*arguments, "--answers", tmp_path / "empty.txt"], 1)
-    assert "no answers there" in message
+    assert "found no answers there" in message
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -229,7 +230,7 @@ def test_settings_of_tasks_that_do_not_fit_are_refused(capsys, tmp_path, argumen
 
 def test_what_a_checkpoint_cannot_do_is_refused_with_the_way_to_it(capsys, pretrained, world, tmp_path):
     arguments = ["--checkpoint", pretrained, "--data", world]
-    for task, message in (("grounding", "has not the modules for grounding; fine-tune it: train.py --task grounding"),
+    for task, message in (("grounding", "does not have the modules for grounding; fine-tune it with train.py"),
                           ("pretrain", "task 'pretrain' cannot be evaluated")):
         assert message in refused(capsys, evaluation.main, [*arguments, "--task", task], 1)
     message = refused(capsys, train.main, [*FAST, "--task", "video_qa", "--init", pretrained, "--data", world,
@@ -238,18 +239,19 @@ def test_what_a_checkpoint_cannot_do_is_refused_with_the_way_to_it(capsys, pretr
 
 
 def test_classes_by_captions_are_those_of_the_file_or_of_the_prompt(pretrained, world, tmp_path):
-    from mplug2.evaluation.evaluate import zero_shot
+    from mplug2.evaluation.labels import zero_shot
 
     model = evaluation.load(pretrained)
     records = read_records(world, "image_classification", "test")
     media = [record.image for record in records]
-    found = zero_shot(model, "image_classification", media, ["one", "two"], tmp_path)
+    found = zero_shot(model, "image_classification", media, ["one", "two"], {})
     texts = model.embed(["a picture of a one", "a picture of a two"])
     assert found == [["one", "two"][i] for i in (model.embed(media) @ texts.T).argmax(1).tolist()]
     (tmp_path / "image_classification.captions.json").write_text(json.dumps({"one": ["red", "blue"], "two": ["two"]}))
+    captions = EvalSplit(tmp_path, "test").class_captions("image_classification")
     one = torch.nn.functional.normalize(model.embed(["red", "blue"]).mean(0), dim=0)
     scores = model.embed(media) @ torch.stack([one, model.embed(["two"])[0]]).T
-    found = zero_shot(model, "image_classification", media, ["one"], tmp_path)
+    found = zero_shot(model, "image_classification", media, ["one"], captions)
     assert found == [["one", "two"][i] for i in scores.argmax(1).tolist()]
-    with pytest.raises(ValueError, match="no captions of the class 'three'"):
-        zero_shot(model, "image_classification", media, ["three"], tmp_path)
+    with pytest.raises(ValueError, match="found no captions of the class 'three'"):
+        zero_shot(model, "image_classification", media, ["three"], captions)

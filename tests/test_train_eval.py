@@ -37,7 +37,7 @@ KEYS = (
     + [f"qa_{kind}" for kind in ("order", "colour", "digit", "count", "yesno", "binding")]
     + [f"{way}_{key}" for way in ("t2v", "v2t") for key in ("r1", "r5", "r10", "median_rank", "r1_rerank")]
 )
-"""What eval.py reports of clips. Of images the same, with a prefix, but for the order of frames."""
+"""The metrics of videos. Those of images have a prefix, except in retrieval, and there are no questions about order."""
 
 
 @pytest.fixture(scope="session")
@@ -123,7 +123,7 @@ def test_a_run_writes_settings_metrics_a_curve_and_checkpoints(run):
 def test_the_report_can_be_written_anew_from_the_files_of_the_run(run):
     """The same page as the one that train.py wrote at the end, with the model that it had in memory."""
     page = (run / "report.html").read_text()
-    for part in ("Results", "Curves", "Samples", "Hardest mistakes", "Settings", "Where the words look"):
+    for part in ("Results", "Curves", "Samples", "Hardest mistakes", "Settings", "Attention of the words"):
         assert part in page
     assert "python train.py --vision-width 32" in page and page.count("data:image/webp") >= 16
     assert report.main([str(run)]) == 0
@@ -347,7 +347,7 @@ def test_corrupt_clips_are_skipped_and_counted_and_too_many_stop_the_run(capsys,
 # ---- eval.py ---------------------------------------------------------------------------------------------------------
 
 
-def test_evaluation_reports_every_metric_of_both_splits_and_draws_contact_sheets(run, tmp_path, capsys):
+def test_evaluation_reports_every_metric_of_both_splits_and_writes_a_report(run, tmp_path, capsys):
     found = evaluation.main(["--checkpoint", str(run / "last"), "--json", str(tmp_path / "results" / "all.json"),
                              "--limit", "28"])
     expected = {f"{split}/{key}" for split in ("test", "combos") for key in KEYS}
@@ -360,15 +360,15 @@ def test_evaluation_reports_every_metric_of_both_splits_and_draws_contact_sheets
     assert json.loads((tmp_path / "results" / "all.json").read_text()) == found
     for key, value in found.items():
         assert value >= 0 and (value <= 1 or key.endswith(("cider", "median_rank"))), key
-    for split in ("test", "combos"):
-        with Image.open(run / "last" / "eval" / f"contact_sheet_{split}.png") as picture:
-            picture.load()
-            assert picture.format == "PNG" and min(picture.size) > 400
+    page = (run / "last" / "eval" / "report.html").read_text()
+    for part in ("Results", "Samples", "Hardest mistakes", "Retrieval, images", "combos", "chance"):
+        assert part in page, part
+    assert "Curves" not in page and page.count("data:image/webp") >= 16
     printed = capsys.readouterr().out
-    assert "test    combos" in printed and "i2t_r1_rerank" in printed and "contact sheets:" in printed
+    assert "test    combos" in printed and "i2t_r1_rerank" in printed and "on one page:" in printed
 
 
-def test_evaluation_of_one_split_is_written_beside_the_checkpoint(run, light):
+def test_evaluation_of_one_split_is_written_into_the_checkpoint(run, light):
     found = evaluation.main(f"--checkpoint {run / 'last'} --data {light} --splits val,test --limit 4".split())
     assert json.loads((run / "last" / "eval" / "metrics.json").read_text()) == found
     assert {key.split("/")[0] for key in found} == {"val"} and "val/caption_exact" in found
@@ -376,7 +376,7 @@ def test_evaluation_of_one_split_is_written_beside_the_checkpoint(run, light):
 
 @pytest.fixture(scope="session")
 def own_files(tmp_path_factory) -> Path:
-    """A GIF, a picture and a video of the user's, of other sizes than the tiny world's, and a note."""
+    """A GIF, an image, and a video of a user, larger than those of the tiny world, and a note."""
     folder = tmp_path_factory.mktemp("own")
     frames = np.zeros((10, 48, 64, 3), np.uint8)
     for t, frame in enumerate(frames):
@@ -390,7 +390,7 @@ def own_files(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["clip.gif", "more/picture.png", "clip.mp4"])
-def test_files_of_ones_own_are_captioned_and_asked_about(run, own_files, capsys, name):
+def test_your_own_files_are_captioned_and_asked_about(run, own_files, capsys, name):
     arguments = ["--checkpoint", str(run / "last"), "--input", str(own_files / name)]
     model = evaluation.load(run / "last")
     assert evaluation.main(arguments) == {}
@@ -421,22 +421,22 @@ def test_eval_runs_from_the_command_line(run, own_files):
 
 
 @pytest.mark.parametrize(("arguments", "code", "message"), [
-    ("", 2, "which model? name a checkpoint folder by --checkpoint"),
-    ("--checkpoint {run} --question why", 2, "--question and --find are about files: name one, or a folder"),
-    ("--checkpoint {run} --input {own}/clip.gif --question a --find b", 2, "give one of them"),
+    ("", 2, "no checkpoint: name its folder with --checkpoint"),
+    ("--checkpoint {run} --question why", 2, "--question, --find, and --attention need a file or folder"),
+    ("--checkpoint {run} --input {own}/clip.gif --question a --find b", 2, "give only one of them"),
     ("--checkpoint {run} --input {own}/missing.gif", 2, "missing.gif: no such file or folder"),
-    ("--checkpoint {run} --input {own}", 2, "a folder needs --find"),
-    ("--checkpoint {run} --input {own}/clip.gif --find red", 2, "--find searches a folder"),
-    ("--checkpoint {run} --beams 0", 2, "--beams at least 1"),
+    ("--checkpoint {run} --input {own}", 2, "expected a folder with --find"),
+    ("--checkpoint {run} --input {own}/clip.gif --find red", 2, "expected a folder with --find"),
+    ("--checkpoint {run} --beams 0", 2, "--beams 0: expected at least 1"),
     ("--checkpoint {run} --dta x", 2, "unknown argument --dta; did you mean --data?"),
     ("--checkpoint {own}", 1, "is not a checkpoint: there is no config.json in it"),
     ("--checkpoint {run} --input {own}/note.txt", 1, "note.txt: suffix '.txt' cannot be read"),
-    ("--checkpoint {run} --input {empty} --find red", 1, "holds no image, GIF or video"),
+    ("--checkpoint {run} --input {empty} --find red", 1, "contains no image, GIF, or video"),
     ("--checkpoint {run} --splits dev", 1, "has none of the splits dev; it has combos, test, train, val"),
     ("--checkpoint {run} --data {own}", 1, "is named <task>.<split>.jsonl"),
     ("--checkpoint {run} --input {own}/clip.gif --question ?", 1, "text 0 of 1 is empty"),
 ])
-def test_eval_refuses_with_the_reason(capsys, run, own_files, tmp_path, arguments, code, message):
+def test_eval_refuses_and_names_the_reason(capsys, run, own_files, tmp_path, arguments, code, message):
     filled = [word.format(run=run / "last", own=own_files, empty=tmp_path) for word in arguments.split()]
     assert message in refused(capsys, evaluation.main, filled, code)
 

@@ -1,14 +1,8 @@
-"""What each task is scored by, as its literature computes it.
+"""Caption metrics: BLEU, CIDEr-D, ROUGE-L, and the pipeline of the captioning papers.
 
-    captions         bleu, CiderD and cider_d, rouge_l; paper_captions (the papers' pipeline: the extra `eval`, Java)
-    answers          exact_match, vqa_accuracy (ten answers a question)
-    retrieval        retrieval (recall at 1, 5, 10 and median rank, of one direction)
-    classification   top_k, matthews, f1
-    similarity       pearson, spearman
-    grounding        box_iou, grounding_accuracy
-
-Everything but `paper_captions` is plain Python and numpy: strings and arrays go in, numbers come out. Captions are
-compared on their whitespace tokens, so normalize both sides alike before scoring them.
+Strings in, numbers out, in plain Python and NumPy (except `paper_captions`). Captions are compared by their
+whitespace tokens, so normalize hypotheses and references alike before scoring them. A sample has one hypothesis and
+one or more references.
 """
 
 import math
@@ -29,12 +23,12 @@ def bleu(references: list[list[str]], hypotheses: list[str]) -> list[float]:
     """Corpus BLEU-1 to BLEU-4, each in [0, 1] (Papineni et al. 2002, "BLEU: a Method for Automatic Evaluation ...").
 
     BLEU-n is the geometric mean of the clipped precisions of 1- to n-grams over the whole corpus, times the brevity
-    penalty against the reference closest in length (the shorter one of two equally close). As in the COCO caption
-    evaluation, tiny constants stand in for counts of zero.
+    penalty against the reference closest in length (the shorter of two equally close ones). Tiny constants replace
+    counts of zero, as in the COCO caption evaluation.
 
-    Raises ValueError if the lists differ in length or are empty, or a sample has no references (with its index).
+    Raises ValueError if the lists are empty or differ in length, and for a sample without references (with its index).
     """
-    _check_samples(references, hypotheses)
+    check_samples(references, hypotheses)
     found, possible = [0] * MAX_N, [0] * MAX_N
     hypothesis_length = reference_length = 0
     for texts, hypothesis in zip(references, hypotheses):
@@ -61,17 +55,17 @@ def bleu(references: list[list[str]], hypotheses: list[str]) -> list[float]:
 class CiderD:
     """CIDEr-D with the document frequencies of a given corpus (Vedantam et al. 2015, "CIDEr: Consensus-based ...").
 
-    An n-gram of a caption weighs its count times its inverse document frequency, log(N / samples that mention it in
-    any reference). For each n the score is the cosine of hypothesis and reference, with the hypothesis' weights
-    clipped to the reference's, times a Gaussian penalty on the difference in length; it is averaged over n and over
-    the references, and multiplied by 10.
+    The weight of an n-gram is its count times its inverse document frequency: log(N / number of samples whose
+    references contain it). For each n, the score is the cosine of hypothesis and reference, with the weights of the
+    hypothesis clipped to those of the reference, times a Gaussian penalty on the difference in length. The scores are
+    averaged over n and over the references, and multiplied by 10.
 
-    In a corpus of one sample every weight, and so every score, is 0.
+    In a corpus of one sample every weight is 0, and so is every score.
     """
 
     def __init__(self, references: list[list[str]]):
-        """references: one list of captions a sample; ValueError if there are no samples, or one without captions."""
-        _check_samples(references, references)
+        """references: a list of captions for each sample. Raises ValueError as `bleu` does."""
+        check_samples(references, references)
         documents = Counter()
         for texts in references:
             documents.update({ngram for text in texts for ngram in _ngrams(text)})
@@ -81,9 +75,9 @@ class CiderD:
     def scores(self, references: list[list[str]], hypotheses: list[str]) -> np.ndarray:
         """The score of each hypothesis against its references, in [0, 10]: float64 array (sample,).
 
-        The samples may be any, for instance one batch sampled from the corpus. Raises ValueError as `bleu` does.
+        Any samples may be scored, for instance one batch of the corpus. Raises ValueError as `bleu` does.
         """
-        _check_samples(references, hypotheses)
+        check_samples(references, hypotheses)
         return np.array([self._score(texts, hypothesis) for texts, hypothesis in zip(references, hypotheses)])
 
     def _score(self, references: list[str], hypothesis: str) -> float:
@@ -100,7 +94,7 @@ class CiderD:
         return 10 * total / (MAX_N * len(references))
 
     def _vector(self, text: str) -> tuple[dict[Ngram, float], list[float], int]:
-        """The weights of a text's n-grams, their Euclidean norm for each n, and the number of tokens."""
+        """The weights of the n-grams of a text, their Euclidean norm for each n, and the number of tokens."""
         counts = _ngrams(text)
         weights = {ngram: count * self._idf.get(ngram, self._unseen) for ngram, count in counts.items()}
         squares = [0.0] * MAX_N
@@ -110,7 +104,7 @@ class CiderD:
 
 
 def cider_d(references: list[list[str]], hypotheses: list[str]) -> tuple[float, np.ndarray]:
-    """CIDEr-D with document frequencies from these references: the corpus mean, and the score of each sample.
+    """CIDEr-D with the document frequencies of these references: the mean, and the score of each sample.
 
     Raises ValueError as `bleu` does.
     """
@@ -119,16 +113,16 @@ def cider_d(references: list[list[str]], hypotheses: list[str]) -> tuple[float, 
 
 
 ROUGE_BETA = 1.2
-"""How much more recall weighs than precision in the COCO evaluation's ROUGE-L."""
+"""Weight of recall relative to precision in ROUGE-L, as in the COCO caption evaluation."""
 
 
 def rouge_l(references: list[list[str]], hypotheses: list[str]) -> float:
-    """ROUGE-L in [0, 1] (Lin 2004, "ROUGE: A Package for Automatic Evaluation ..."), the mean over the samples.
+    """ROUGE-L in [0, 1], the mean over the samples (Lin 2004, "ROUGE: A Package for Automatic Evaluation ...").
 
-    As in the COCO caption evaluation: precision and recall of the longest common subsequence of words, each the best
-    over the references, and their F-measure with beta 1.2. Raises ValueError as `bleu` does.
+    As in the COCO caption evaluation, precision and recall of the longest common subsequence of words are each the
+    best over the references, and are combined in an F-measure with beta 1.2. Raises ValueError as `bleu` does.
     """
-    _check_samples(references, hypotheses)
+    check_samples(references, hypotheses)
     scores = []
     for texts, hypothesis in zip(references, hypotheses):
         words = hypothesis.split()
@@ -147,20 +141,21 @@ def _common(first: list[str], second: list[str]) -> int:
     row = [0] * (len(second) + 1)
     for word in first:
         above_left = 0
-        for place, other in enumerate(second, start=1):
-            above = row[place]
-            row[place] = above_left + 1 if word == other else max(above, row[place - 1])
+        for column, other in enumerate(second, start=1):
+            above = row[column]
+            row[column] = above_left + 1 if word == other else max(above, row[column - 1])
             above_left = above
     return row[-1]
 
 
 def paper_captions(references: list[list[str]], hypotheses: list[str]) -> dict[str, float]:
-    """The pipeline of the captioning papers on raw captions, not on normalized ones: the Penn Treebank tokenizer, then
-    BLEU-1 to -4, METEOR, ROUGE-L and CIDEr of `pycocoevalcap`. Shares from 0 to 1; CIDEr from 0 to 10.
+    """The pipeline of the captioning papers: Penn Treebank tokens, then BLEU-1 to -4, METEOR, ROUGE-L, and CIDEr of
+    `pycocoevalcap`. Fractions from 0 to 1, CIDEr from 0 to 10.
 
-    Tokenizer and METEOR are Java programs. Raises ValueError as `bleu` does, and if the package or Java is missing.
+    Takes raw captions, not normalized ones. The tokenizer and METEOR are Java programs. Raises ValueError as `bleu`
+    does, and if the package or Java is missing.
     """
-    _check_samples(references, hypotheses)
+    check_samples(references, hypotheses)
     try:
         from pycocoevalcap.bleu.bleu import Bleu
         from pycocoevalcap.cider.cider import Cider
@@ -169,13 +164,13 @@ def paper_captions(references: list[list[str]], hypotheses: list[str]) -> dict[s
         from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
     except ImportError as error:
         raise ValueError(
-            f"the papers' caption metrics need the package pycocoevalcap ({error}): pip install mplug2[eval]"
+            f"--paper-captions needs the package pycocoevalcap ({error}): pip install mplug2[eval]"
         ) from error
     if shutil.which("java") is None:
-        raise ValueError("the papers' caption metrics run Java (tokenizer, METEOR), and there is no `java`: install a "
-                         "Java runtime, or leave --paper-captions out for the metrics that need none")
+        raise ValueError("--paper-captions runs Java (for its tokenizer and METEOR), and there is no `java`: install a "
+                         "Java runtime, or leave the flag out")
     tokenizer = PTBTokenizer()
-    # An empty caption is passed over by the tokenizer's line count: a full stop, which it drops, stands for it.
+    # The tokenizer's line count skips an empty caption; a full stop, which the tokenizer drops, takes its place.
     truths = tokenizer.tokenize({i: [{"caption": text} for text in texts] for i, texts in enumerate(references)})
     found = tokenizer.tokenize({i: [{"caption": text or "."}] for i, text in enumerate(hypotheses)})
     scores = {f"bleu{n}": x for n, x in enumerate(Bleu(4).compute_score(truths, found, verbose=0)[0], start=1)}
@@ -189,16 +184,17 @@ def _ngrams(text: str) -> Counter[Ngram]:
     words = text.split()
     counts = Counter()
     for n in range(1, MAX_N + 1):
-        counts.update(zip(*(words[start:] for start in range(n))))  # the list zipped with itself, one further on, ...
+        counts.update(zip(*(words[start:] for start in range(n))))  # the list, zipped with itself shifted by 1, ...
     return counts
 
 
-def _check_samples(references: list[list[str]], predictions: list) -> None:
+def check_samples(references: list[list[str]], predictions: list) -> None:
+    """Raise ValueError unless there is one prediction, and at least one reference, for each sample."""
     if len(references) != len(predictions):
-        raise ValueError(f"{len(references)} lists of references but {len(predictions)} predictions: "
-                         "give one of each a sample")
+        raise ValueError(f"{len(references)} lists of references but {len(predictions)} predictions: expected one of "
+                         "each per sample")
     if not references:
         raise ValueError("no samples to score: check that the split is not empty")
     for index, texts in enumerate(references):
         if isinstance(texts, str) or not texts:
-            raise ValueError(f"sample {index}: expected a non-empty list of reference strings, found {texts!r}")
+            raise ValueError(f"sample {index}: found {texts!r}, expected a non-empty list of reference strings")

@@ -1,32 +1,38 @@
-"""Ranking metrics."""
+"""Metrics of rankings, classes, numbers, and boxes: arrays in, numbers out."""
 
 import math
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+
+from mplug2.boxes import generalized_iou
+
+MIN_IOU = 0.5
+"""A predicted box is right if its intersection over union with the true box is at least this."""
 
 
 def retrieval(similarity: np.ndarray, positives: np.ndarray) -> dict[str, float]:
-    """Recall at 1, 5 and 10 (fractions) and the median rank (1 is best) of each query's best positive item.
+    """Recall at 1, 5, and 10 (fractions), and the median rank (1 is best) of each query's best positive item.
 
-    similarity: (query, item), higher is closer; positives: (query, item), bool. Ties are broken against us: a
-    negative item that ties with the best positive counts before it, so a model that cannot tell items apart scores
-    as badly as it should. The other positives of a query do not count before its best one.
+    similarity: (query, item), higher is closer; positives: (query, item), bool. A negative item that ties with the
+    best positive counts before it, so a model that cannot tell items apart gets a bad score. The other positives of a
+    query never count before its best one.
 
-    Raises ValueError for shapes that differ or are empty, positives that are not bool, a similarity that is not a
-    number, and a query without a positive item (with its index).
+    Raises ValueError for empty or different shapes, for positives that are not bool, for a similarity of NaN, and for
+    a query without a positive item (with its index).
     """
     similarity, positives = np.asarray(similarity), np.asarray(positives)
     if similarity.ndim != 2 or similarity.size == 0 or similarity.shape != positives.shape:
-        raise ValueError("expected similarity and positives of one non-empty shape (query, item), "
-                         f"found {similarity.shape} and {positives.shape}")
+        raise ValueError(f"found similarity {similarity.shape} and positives {positives.shape}: expected the same "
+                         "non-empty shape (query, item)")
     if positives.dtype != np.bool_:
-        raise ValueError(f"expected bool positives, found {positives.dtype}: say which items are right, not how much")
+        raise ValueError(f"found positives of type {positives.dtype}: expected bool, whether each item is right")
     unknown, lonely = np.isnan(similarity).any(axis=1), ~positives.any(axis=1)
     if unknown.any():
-        raise ValueError(f"the similarities of query {unknown.argmax()} hold NaN: look for the cause in the model")
+        raise ValueError(f"the similarities of query {unknown.argmax()} contain NaN: check the weights of the model")
     if lonely.any():
-        raise ValueError(f"query {lonely.argmax()} has no positive item: leave it out, or add its item to the gallery")
+        raise ValueError(f"query {lonely.argmax()} has no positive item: remove it, or add its item to the gallery")
     best = np.where(positives, similarity, -np.inf).max(axis=1, keepdims=True)
     ranks = 1 + ((similarity >= best) & ~positives).sum(axis=1)
     recall = {f"r{k}": float((ranks <= k).mean()) for k in (1, 5, 10)}
@@ -34,17 +40,18 @@ def retrieval(similarity: np.ndarray, positives: np.ndarray) -> dict[str, float]
 
 
 def top_k(scores: np.ndarray, labels: Sequence[int], k: int) -> float:
-    """Share of samples whose label is among the k classes of the highest score; scores (sample, class).
+    """Fraction of samples whose label is among the k classes with the highest scores; scores (sample, class).
 
-    A class that ties with the right one counts before it. Raises ValueError for shapes that do not fit, labels out of
-    range (with the sample) and scores that are not numbers.
+    A class that ties with the right one counts before it. Raises ValueError for shapes that do not fit, for labels out
+    of range (with the sample), and for scores of NaN.
     """
     scores, labels = np.asarray(scores), np.asarray(labels)
     if scores.ndim != 2 or scores.size == 0 or labels.shape != scores.shape[:1]:
-        raise ValueError(f"expected scores (sample, class) and one label a sample, found {scores.shape} and "
-                         f"{labels.shape}")
+        raise ValueError(f"found scores {scores.shape} and labels {labels.shape}: expected scores (sample, class) and "
+                         "one label per sample")
     if np.isnan(scores).any():
-        raise ValueError(f"the scores of sample {np.isnan(scores).any(axis=1).argmax()} hold NaN")
+        raise ValueError(f"the scores of sample {np.isnan(scores).any(axis=1).argmax()} contain NaN: check the weights "
+                         "of the model")
     outside = (labels < 0) | (labels >= scores.shape[1])
     if outside.any():
         raise ValueError(f"sample {outside.argmax()}: label {labels[outside.argmax()]} is not one of the "
@@ -55,7 +62,7 @@ def top_k(scores: np.ndarray, labels: Sequence[int], k: int) -> float:
 
 
 def matthews(truths: Sequence[bool], predictions: Sequence[bool]) -> float:
-    """Matthews' correlation of two classes, in [-1, 1] (CoLA); 0 if either side has one class only."""
+    """Matthews correlation coefficient of two classes, in [-1, 1] (CoLA); 0 if either side has only one class."""
     return _correlation(*_two_classes(truths, predictions))
 
 
@@ -72,42 +79,41 @@ def pearson(truths: Sequence[float], predictions: Sequence[float]) -> float:
 
 
 def spearman(truths: Sequence[float], predictions: Sequence[float]) -> float:
-    """Correlation of the ranks, in [-1, 1] (STS-B); equal values share the mean of their ranks."""
+    """Correlation of the ranks, in [-1, 1] (STS-B). Equal values share the mean of their ranks."""
     return _correlation(*(_mean_ranks(values) for values in _pairs(truths, predictions)))
 
 
-def box_iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Intersection over union of boxes (..., 4) as (centre x, centre y, width, height): (...)."""
-    first, second = np.asarray(first, float), np.asarray(second, float)
-    low = np.maximum(first[..., :2] - first[..., 2:] / 2, second[..., :2] - second[..., 2:] / 2)
-    high = np.minimum(first[..., :2] + first[..., 2:] / 2, second[..., :2] + second[..., 2:] / 2)
-    shared = np.prod(np.clip(high - low, 0, None), axis=-1)
-    union = np.prod(first[..., 2:], axis=-1) + np.prod(second[..., 2:], axis=-1) - shared
-    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+def box_iou(truths: Sequence, predictions: Sequence) -> np.ndarray:
+    """Intersection over union of boxes (sample, 4), each (center x, center y, width, height): float64 (sample,).
 
-
-def grounding_accuracy(truths: np.ndarray, predictions: np.ndarray) -> float:
-    """Share of boxes (sample, 4) whose intersection over union with the true one is 0.5 or more (RefCOCO)."""
-    truths, predictions = np.asarray(truths, float), np.asarray(predictions, float)
+    Raises ValueError for arrays of other shapes, or of different ones.
+    """
+    truths, predictions = (torch.from_numpy(np.array(boxes, float)) for boxes in (truths, predictions))
     if truths.shape != predictions.shape or truths.ndim != 2 or truths.shape[1] != 4 or not len(truths):
-        raise ValueError(f"expected two arrays of boxes (sample, 4), found {truths.shape} and {predictions.shape}")
-    return float((box_iou(truths, predictions) >= 0.5).mean())
+        raise ValueError(f"found boxes of shapes {tuple(truths.shape)} and {tuple(predictions.shape)}: expected two "
+                         "arrays (sample, 4)")
+    return generalized_iou(truths, predictions)[0].numpy()
+
+
+def grounding_accuracy(truths: Sequence, predictions: Sequence) -> float:
+    """Fraction of boxes (sample, 4) whose IoU with the true box is at least 0.5 (RefCOCO)."""
+    return float((box_iou(truths, predictions) >= MIN_IOU).mean())
 
 
 def _two_classes(truths: Sequence[bool], predictions: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
     for name, values in (("truths", truths), ("predictions", predictions)):
         if not set(np.asarray(values).ravel().tolist()) <= {0, 1}:
-            raise ValueError(f"expected {name} of two classes, false and true, found {sorted(set(values))[:4]}")
+            raise ValueError(f"found the {name} {sorted(set(values))[:4]}: expected two classes, false and true")
     return _pairs(truths, predictions)
 
 
 def _pairs(truths: Sequence[float], predictions: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     truths, predictions = np.asarray(truths, float), np.asarray(predictions, float)
     if truths.ndim != 1 or truths.shape != predictions.shape or not len(truths):
-        raise ValueError(f"expected one truth and one prediction a sample, found {truths.shape} and "
-                         f"{predictions.shape}")
+        raise ValueError(f"found truths {truths.shape} and predictions {predictions.shape}: expected one truth and one "
+                         "prediction per sample")
     if not (np.isfinite(truths).all() and np.isfinite(predictions).all()):
-        raise ValueError("truths or predictions hold values that are not finite")
+        raise ValueError("truths or predictions contain values that are not finite: check the weights of the model")
     return truths, predictions
 
 
@@ -119,6 +125,7 @@ def _correlation(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def _mean_ranks(values: np.ndarray) -> np.ndarray:
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    """The rank of each value, from 1; equal values get the mean of their ranks."""
+    _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[place]
+    return (last - (counts - 1) / 2)[index]

@@ -1,4 +1,4 @@
-"""Pictures: the curves of a run, contact sheets of frames with what the model said of them, and where words look."""
+"""Plots as image files: the curves of a run, and the attention of words over frames."""
 
 import json
 from pathlib import Path
@@ -10,15 +10,13 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
 from mplug2.data.media import read_media  # noqa: E402
-from mplug2.evaluation.evaluate import Prediction  # noqa: E402
 from mplug2.predictor import WordAttention  # noqa: E402
 
 
-def curves(metrics_file: Path, out: Path) -> None:
-    """Draw `metrics.jsonl` of a run: losses by objective, and what validation found, over steps.
+def draw_curves(metrics_file: Path, out: Path) -> None:
+    """Draw the `metrics.jsonl` of a run: losses by objective, and validation metrics, over steps.
 
-    A run can save, or be stopped, before it writes the first line and thereby creates the file: the plots are then
-    empty.
+    The plots are empty if the file does not exist yet: a run can save, or be stopped, before its first log line.
     """
     text = metrics_file.read_text() if metrics_file.exists() else ""
     lines = [json.loads(line) for line in text.splitlines()]
@@ -27,15 +25,15 @@ def curves(metrics_file: Path, out: Path) -> None:
         points = [(line["step"], line[name]) for line in lines if name in line]
         left.plot(*zip(*points), label=name.removeprefix("loss/"), linewidth=1.2)
     left.set(xlabel="step", ylabel="loss (nats)", title="training losses")
-    colours: dict[str, int] = {}
+    colors: dict[str, int] = {}
     for name in sorted({key.removeprefix("val/") for line in lines for key in line if key.startswith("val/")}):
         points = [(line["step"], line[f"val/{name}"]) for line in lines if f"val/{name}" in line]
-        # The strictest share of each kind; clips and pictures in one colour.
+        # The strictest metric of each kind; images and videos share a color.
         if name.endswith(("exact", "_r1", "accuracy", "_zero_shot")) or "qa_" in name:
-            colour = f"C{colours.setdefault(name.removeprefix('image_'), len(colours)) % 10}"
+            color = f"C{colors.setdefault(name.removeprefix('image_'), len(colors)) % 10}"
             style = "--" if name.startswith("image_") else "-"
-            right.plot(*zip(*points), style, color=colour, label=name, linewidth=1.2, marker=".")
-    right.set(xlabel="step", ylabel="share that is right", ylim=(0, 1.02), title="validation (dashed: pictures)")
+            right.plot(*zip(*points), style, color=color, label=name, linewidth=1.2, marker=".")
+    right.set(xlabel="step", ylabel="fraction right", ylim=(0, 1.02), title="validation (dashed: images)")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         if axes.lines:
@@ -43,77 +41,46 @@ def curves(metrics_file: Path, out: Path) -> None:
     _save(figure, out)
 
 
-def contact_sheet(predictions: list[Prediction], frames: int, out: Path) -> None:
-    """A row for each prediction: up to `frames` frames, then question, prediction and truth; wrong ones in red."""
-    figure, grid = plt.subplots(
-        len(predictions), frames + 1, figsize=(1.3 * frames + 5, 1.35 * len(predictions)), squeeze=False,
-        gridspec_kw={"width_ratios": [1] * frames + [4]},
-    )
-    for row, prediction in zip(grid, predictions):
-        shown = [np.asarray(frame) for frame in read_media(prediction.media, frames)]
-        shown += [np.asarray(frame) for frame in read_media(prediction.second, 1)] if prediction.second else []
-        for axes, frame in zip(row[:-1], shown):
-            axes.imshow(frame, interpolation="nearest")
-        for axes in row:
-            axes.axis("off")
-        right = prediction.prediction in prediction.truth if prediction.right is None else prediction.right
-        if prediction.task == "grounding":
-            for box, colour in ((prediction.truth[0], "white"), (prediction.prediction, "orange")):
-                _draw_box(row[0], box, shown[0].shape, colour)
-        question = f"{prediction.question}?\n" if prediction.question else ""
-        row[-1].text(
-            0, 0.5, f"{question}predicted: {prediction.prediction}\ntruth: {prediction.truth[0]}",
-            va="center", fontsize=9, color="black" if right else "firebrick", wrap=True,
-        )
-    _save(figure, out)
+def draw_attention(path: str, frames: int, words: list[WordAttention], title: str, out: Path) -> None:
+    """Draw one row per word: the frames in gray, and warmer colors where the word attends more.
 
-
-def attention(path: str, frames: int, words: list[WordAttention], written: str, question: str, out: Path) -> None:
-    """A row for each word: the frames in grey, and the warmer the more the word words there.
-
-    Each row is scaled by its own largest weight."""
+    Each row is scaled by its own largest weight. Raises ValueError without words.
+    """
     if not words:
-        raise ValueError(f"{path}: nothing was written about it, so that no word words anywhere")
-    shown = seen(read_media(path, frames), words[0])
+        raise ValueError(f"{path}: the model wrote nothing about it, so no word has attention; ask a --question")
+    shown = attended_frames(read_media(path, frames), words[0])
     columns = len(shown)
     figure, grid = plt.subplots(
         len(words) + 1, columns + 1, figsize=(1.5 * columns + 3, 1.5 * (len(words) + 1)), squeeze=False,
         gridspec_kw={"width_ratios": [1] * columns + [2]},
     )
-    for row, look in zip(grid, [None, *words]):
-        for axes, frame in zip(row, overlay(shown, look) if look else shown):
+    for row, word in zip(grid, [None, *words]):
+        for axes, frame in zip(row, overlay(shown, word) if word else shown):
             axes.imshow(frame, interpolation="nearest")
         for axes in row:
             axes.axis("off")
-        text = f"{question}?\n{written}" if question else written
-        if look:
-            text = f"{look.word}\n{look.map.sum().item():.0%} on patches\n{look.module}"
-        row[-1].text(0, 0.5, text, va="center", fontsize=9 if look is None else 8)
+        text = f"{word.word}\n{word.map.sum().item():.0%} on patches\n{word.module}" if word else title
+        row[-1].text(0, 0.5, text, va="center", fontsize=8 if word else 9)
     out.parent.mkdir(parents=True, exist_ok=True)
     _save(figure, out)
 
 
-def seen(frames: np.ndarray, look: WordAttention) -> np.ndarray:
-    """Those of the frames `t H W 3` that `look` has a map of: with temporal down-sampling, every second one."""
-    columns = look.map.shape[0]
+def attended_frames(frames: np.ndarray, word: WordAttention) -> np.ndarray:
+    """The frames of `t H W 3` that `word` has a map for: every second one with temporal down-sampling."""
+    columns = word.map.shape[0]
     return frames[:: max(1, len(frames) // columns)][:columns]
 
 
-def overlay(frames: np.ndarray, look: WordAttention) -> np.ndarray:
-    """The frames `t H W 3` in grey, and the warmer the more the word words there: uint8 `t H W 3`.
+def overlay(frames: np.ndarray, word: WordAttention) -> np.ndarray:
+    """The frames `t H W 3` in gray, with warmer colors where the word attends more: uint8 `t H W 3`.
 
-    Scaled by the largest weight of all frames; grey, so that every colour is a weight, on dark ground too."""
-    weights = look.map.float().numpy() / max(look.map.max().item(), 1e-9)
+    Scaled by the largest weight of all frames. The frames are gray so that every color stands for a weight.
+    """
+    weights = word.map.float().numpy() / max(word.map.max().item(), 1e-9)
     (height, width), (h, w) = frames.shape[1:3], weights.shape[1:]
     rows, columns = np.arange(height) * h // height, np.arange(width) * w // width
     warm = matplotlib.colormaps["inferno"](weights[:, rows][:, :, columns])[..., :3] * 255
     return (0.65 * warm + 0.35 * frames.max(axis=3, keepdims=True)).round().astype(np.uint8)
-
-
-def _draw_box(axes: plt.Axes, box: tuple[float, ...], shape: tuple[int, ...], colour: str) -> None:
-    """box: centre x, centre y, width, height, as shares of the picture of `shape` (height, width, ...)."""
-    cx, cy, w, h = box[0] * shape[1], box[1] * shape[0], box[2] * shape[1], box[3] * shape[0]
-    axes.add_patch(plt.Rectangle((cx - w / 2 - 0.5, cy - h / 2 - 0.5), w, h, fill=False, color=colour, linewidth=1.5))
 
 
 def _save(figure: plt.Figure, out: Path) -> None:

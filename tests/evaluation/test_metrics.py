@@ -1,4 +1,4 @@
-"""Caption metrics against their reference implementation, exact match and retrieval against hand values and laws."""
+"""Caption metrics against their reference implementation; all others against hand-computed values and properties."""
 
 import shutil
 import sys
@@ -14,8 +14,10 @@ from pycocoevalcap.rouge.rouge import Rouge
 
 from mplug2.data.text import normalize
 from mplug2.evaluation.captions import CiderD, bleu, cider_d, paper_captions, rouge_l
+from mplug2.evaluation.metric_names import format_table, heading, is_fraction, mean_score, metric_prefix
 from mplug2.evaluation.ranking import box_iou, f1, grounding_accuracy, matthews, pearson, retrieval, spearman, top_k
 from mplug2.evaluation.vqa import exact_match, vqa_accuracy, vqa_normalize
+from mplug2.tasks import EVALUATED, TASKS
 
 captions = st.lists(st.sampled_from(["a", "red", "blue", "seven", "moves"]), max_size=9).map(" ".join)
 """Few words, so that n-grams are shared; often one word or none."""
@@ -23,7 +25,7 @@ captions = st.lists(st.sampled_from(["a", "red", "blue", "seven", "moves"]), max
 
 @st.composite
 def corpora(draw):
-    """References and hypotheses of 1 to 6 samples, some of whose hypotheses repeat a reference; not all blank."""
+    """References and hypotheses of 1 to 6 samples, not all blank. Some hypotheses repeat a reference."""
     references = draw(st.lists(st.lists(captions, min_size=1, max_size=4), min_size=1, max_size=6))
     references[0][0] += draw(st.sampled_from([" red", " a red", " a red seven moves"]))
     return references, [draw(captions | st.sampled_from(texts)) for texts in references]
@@ -53,7 +55,7 @@ def test_cider_d_equals_the_coco_evaluation(corpus):
 @given(corpora())
 def test_rouge_l_equals_the_coco_evaluation(corpus):
     references, hypotheses = corpus
-    # The reference counts an empty caption as one empty word, which could match another one: leave these out.
+    # The reference counts an empty caption as one empty word, which could match another one: replace them.
     references = [[" ".join(text.split()) for text in texts if text.strip()] or ["a"] for texts in references]
     hypotheses = [" ".join(text.split()) or "x" for text in hypotheses]
     expected, _ = Rouge().compute_score(*as_coco(references, hypotheses))
@@ -70,15 +72,15 @@ CAPTIONS = (
 )
 
 
-def test_the_papers_pipeline():
-    """For real where there is Java; elsewhere its absence is said."""
+def test_the_pipeline_of_the_papers():
+    """Runs the pipeline where there is Java; elsewhere the error says that it is missing."""
     if shutil.which("java") is None:
         with pytest.raises(ValueError, match="there is no `java`"):
             paper_captions(*CAPTIONS)
         return
     found = paper_captions(*CAPTIONS)
     assert set(found) == {"bleu1", "bleu2", "bleu3", "bleu4", "meteor", "rouge_l", "cider"}
-    # The tokenizer lower-cases and drops punctuation: what is left is scored as by the functions above.
+    # The tokenizer lower-cases and drops punctuation: the rest is scored like with the functions above.
     tokens = [["a man is riding a horse", "man rides horse"], ["two dogs run fast"]], CAPTIONS[1]
     assert found["cider"] == pytest.approx(cider_d(*tokens)[0], abs=1e-9)
     assert found["bleu4"] == pytest.approx(bleu(*tokens)[3], abs=1e-9)
@@ -86,9 +88,9 @@ def test_the_papers_pipeline():
     assert 0.2 < found["meteor"] < 0.7
 
 
-def test_the_papers_pipeline_says_what_it_needs(monkeypatch):
+def test_the_pipeline_of_the_papers_names_what_it_needs(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(ValueError, match="there is no `java`: install a Java runtime, or leave --paper-captions out"):
+    with pytest.raises(ValueError, match="there is no `java`: install a Java runtime, or leave the flag out"):
         paper_captions(*CAPTIONS)
     monkeypatch.setitem(sys.modules, "pycocoevalcap.meteor.meteor", None)
     with pytest.raises(ValueError, match=r"pip install mplug2\[eval\]"):
@@ -98,7 +100,7 @@ def test_the_papers_pipeline_says_what_it_needs(monkeypatch):
 @settings(max_examples=50, deadline=None)
 @given(corpora(), st.data())
 def test_cider_d_keeps_the_document_frequencies_of_its_corpus(corpus, data):
-    """Scoring any batch of samples gives what these samples score within the whole corpus."""
+    """Any batch of samples gets the scores that these samples have in the whole corpus."""
     references, hypotheses = corpus
     batch = data.draw(st.lists(st.integers(0, len(references) - 1), min_size=1, max_size=8))
     scores = CiderD(references).scores([references[i] for i in batch], [hypotheses[i] for i in batch])
@@ -118,9 +120,9 @@ def test_caption_metrics_of_perfect_and_hopeless_captions():
 def test_lists_that_do_not_fit_are_refused(metric):
     with pytest.raises(ValueError, match="2 lists of references but 1 predictions"):
         metric([["a"], ["b"]], ["a"])
-    with pytest.raises(ValueError, match="sample 1: expected a non-empty list"):
+    with pytest.raises(ValueError, match=r"sample 1: found \[\], expected a non-empty list"):
         metric([["a"], []], ["a", "b"])
-    with pytest.raises(ValueError, match="sample 0: expected a non-empty list of reference strings, found 'yes'"):
+    with pytest.raises(ValueError, match="sample 0: found 'yes', expected a non-empty list of reference strings"):
         metric(["yes"], ["yes"])
     with pytest.raises(ValueError, match="no samples to score"):
         metric([], [])
@@ -135,13 +137,13 @@ def test_lists_that_do_not_fit_are_refused(metric):
     ("日本 한국 7½", "日本 한국 7½"),
     ("...", ""),
 ])
-def test_normalise(text, expected):
+def test_normalize(text, expected):
     assert normalize(text) == expected
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.text())
-def test_normalise_changes_nothing_the_second_time(text):
+def test_normalize_is_idempotent(text):
     assert normalize(normalize(text)) == normalize(text)
 
 
@@ -156,9 +158,9 @@ def test_retrieval_by_hand():
     positives = np.zeros((3, 4), bool)
     positives[0, 0] = positives[1, 1] = positives[2, 2] = True  # ranks 1, 3, and 2 (a tie)
     assert retrieval(similarity, positives) == {"r1": pytest.approx(1 / 3), "r5": 1, "r10": 1, "median_rank": 2}
-    positives[1, 3] = True  # now the best of two positives has rank 1
+    positives[1, 3] = True  # now the better of two positives has rank 1
     assert retrieval(similarity, positives) == {"r1": pytest.approx(2 / 3), "r5": 1, "r10": 1, "median_rank": 1}
-    positives[2, 1] = True  # and the tie is one between positives
+    positives[2, 1] = True  # and the tie is between two positives
     assert retrieval(similarity, positives)["r1"] == 1
 
 
@@ -170,7 +172,7 @@ def test_retrieval_counts_the_top_one_five_and_ten():
 
 @st.composite
 def galleries(draw):
-    """Similarities with many ties, and at least one positive a query."""
+    """Similarities with many ties, and at least one positive per query."""
     shape = draw(st.tuples(st.integers(1, 6), st.integers(1, 14)))
     similarity = draw(arrays.arrays(np.float32, shape, elements=st.integers(-3, 3)))
     positives = draw(arrays.arrays(bool, shape))
@@ -181,13 +183,13 @@ def galleries(draw):
 
 @settings(max_examples=100, deadline=None)
 @given(galleries(), st.randoms(use_true_random=False))
-def test_retrieval_laws(gallery, random):
+def test_properties_of_retrieval(gallery, random):
     similarity, positives = gallery
     scores = retrieval(similarity, positives)
     assert 0 <= scores["r1"] <= scores["r5"] <= scores["r10"] <= 1
     assert 1 <= scores["median_rank"] <= similarity.shape[1]
     rows, columns = (random.sample(range(size), size) for size in similarity.shape)
-    assert retrieval(similarity[rows][:, columns], positives[rows][:, columns]) == scores  # order says nothing
+    assert retrieval(similarity[rows][:, columns], positives[rows][:, columns]) == scores  # the order does not matter
     assert retrieval(similarity * 2 + 1, positives) == scores  # only the ranking counts
     lifted = retrieval(similarity + 10 * positives, positives)
     assert lifted == {"r1": 1, "r5": 1, "r10": 1, "median_rank": 1}
@@ -202,20 +204,20 @@ def test_a_constant_similarity_finds_nothing(size, value):
 
 def test_retrieval_errors():
     square = np.eye(3)
-    with pytest.raises(ValueError, match=r"\(3, 3\) and \(3, 2\)"):
+    with pytest.raises(ValueError, match=r"similarity \(3, 3\) and positives \(3, 2\)"):
         retrieval(square, np.ones((3, 2), bool))
     with pytest.raises(ValueError, match="non-empty"):
         retrieval(np.zeros((0, 3)), np.zeros((0, 3), bool))
-    with pytest.raises(ValueError, match="expected bool positives, found float64"):
+    with pytest.raises(ValueError, match="found positives of type float64: expected bool"):
         retrieval(square, square)
     with pytest.raises(ValueError, match="query 2 has no positive item"):
         retrieval(square, np.diag([True, True, False]))
-    with pytest.raises(ValueError, match="query 1 hold NaN"):
+    with pytest.raises(ValueError, match="query 1 contain NaN"):
         retrieval(np.diag([0, np.nan, 0]), square.astype(bool))
 
 
 def test_vqa_accuracy_by_hand():
-    """Leave one of ten out: with h of them agreeing, h times min(1, (h - 1) / 3) and 10 - h times min(1, h / 3)."""
+    """Leaving one annotator out, with h that agree: h times min(1, (h - 1) / 3) and 10 - h times min(1, h / 3)."""
     by_hits = {0: 0, 1: 0.3, 2: 0.6, 3: 0.9, 4: 1, 9: 1, 10: 1}
     for hits, expected in by_hits.items():
         answers = ["yes"] * hits + [f"no {k}" for k in range(10 - hits)]
@@ -223,14 +225,14 @@ def test_vqa_accuracy_by_hand():
     assert vqa_accuracy([["yes"] * 10, ["no"] * 10], ["yes", "yes"]) == 0.5
 
 
-def test_vqa_accuracy_normalises_as_the_official_evaluation():
-    """Predictions always, with digits and articles; people's answers by their punctuation, where they differ."""
+def test_vqa_accuracy_normalizes_as_the_official_evaluation():
+    """It normalizes predictions always; annotators' answers lose their punctuation where they differ."""
     assert vqa_accuracy([["2"] * 4 + ["dont know"] * 6], [" Two\n"]) == 1
     assert vqa_accuracy([["don't know"] * 5 + ["no"] * 5], ["Dont know"]) == 1
     assert vqa_accuracy([["2"] * 10], ["two"]) == 1
     assert vqa_accuracy([["yes"] * 10], ["Yes."]) == 1
-    assert vqa_accuracy([["a dog"] * 10], ["a dog"]) == 0  # people's articles stay
-    assert vqa_accuracy([["t-shirt"] * 10], ["t-shirt"]) == 0  # all agree: people's punctuation stays
+    assert vqa_accuracy([["a dog"] * 10], ["a dog"]) == 0  # the annotators' articles stay
+    assert vqa_accuracy([["t-shirt"] * 10], ["t-shirt"]) == 0  # all agree: the annotators' punctuation stays
     assert vqa_accuracy([["t-shirt"] * 9 + ["shirt"]], ["t-shirt"]) == 1
 
 
@@ -253,7 +255,7 @@ def test_vqa_accuracy_normalises_as_the_official_evaluation():
     ("a\tb\n- c", "b c"),
     ("a", ""),
 ])
-def test_vqa_normalise(text, expected):
+def test_vqa_normalize(text, expected):
     assert vqa_normalize(text) == expected
 
 
@@ -265,9 +267,9 @@ def test_top_k():
     assert top_k(scores, [1, 0, 0], 1) == pytest.approx(2 / 3)
     with pytest.raises(ValueError, match="sample 1: label 4 is not one of the 4 classes"):
         top_k(scores, [0, 4, 0], 1)
-    with pytest.raises(ValueError, match=r"found \(3, 4\) and \(2,\)"):
+    with pytest.raises(ValueError, match=r"found scores \(3, 4\) and labels \(2,\)"):
         top_k(scores, [0, 1], 1)
-    with pytest.raises(ValueError, match="sample 2 hold NaN"):
+    with pytest.raises(ValueError, match="sample 2 contain NaN"):
         top_k(np.array([[0.0], [0.0], [np.nan]]), [0, 0, 0], 1)
 
 
@@ -287,10 +289,10 @@ def test_matthews_and_f1_by_their_definitions(pairs):
     assert f1(truths, found) == pytest.approx(expected, abs=1e-12)
 
 
-def test_two_classes_are_asked_for():
-    with pytest.raises(ValueError, match="expected truths of two classes"):
+def test_more_than_two_classes_are_refused():
+    with pytest.raises(ValueError, match=r"found the truths \[0, 1, 2\]: expected two classes"):
         matthews([0, 1, 2], [0, 1, 1])
-    with pytest.raises(ValueError, match="expected predictions of two classes"):
+    with pytest.raises(ValueError, match=r"found the predictions \[0, 0.5\]: expected two classes"):
         f1([0, 1], [0, 0.5])
 
 
@@ -309,8 +311,8 @@ def test_pearson_and_spearman_by_their_definitions(pairs):
     assert spearman(first, second) == pytest.approx(spearman(first**3, second * 2 + 1), abs=1e-9)
 
 
-def test_correlations_refuse_what_has_none():
-    with pytest.raises(ValueError, match=r"found \(2,\) and \(3,\)"):
+def test_correlations_refuse_unequal_lengths_and_nan():
+    with pytest.raises(ValueError, match=r"found truths \(2,\) and predictions \(3,\)"):
         pearson([1, 2], [1, 2, 3])
     with pytest.raises(ValueError, match="not finite"):
         spearman([1, 2], [1, float("nan")])
@@ -318,13 +320,57 @@ def test_correlations_refuse_what_has_none():
 
 def test_boxes_by_hand():
     box = [0.5, 0.5, 0.4, 0.4]
-    assert box_iou(box, box) == pytest.approx(1)
-    assert box_iou(box, [0.7, 0.5, 0.4, 0.4]) == pytest.approx(1 / 3)  # half of each overlaps
-    assert box_iou(box, [0.1, 0.1, 0.1, 0.1]) == 0
-    assert box_iou(box, [0.5, 0.5, 0.2, 0.4]) == pytest.approx(0.5)
-    assert box_iou([0.5, 0.5, 0, 0], [0.5, 0.5, 0, 0]) == 0
-    truths = np.array([box] * 4)
-    found = np.array([box, [0.5, 0.5, 0.25, 0.4], [0.7, 0.5, 0.4, 0.4], [0.1, 0.1, 0.1, 0.1]])
+    pairs = [  # half of each box overlaps in the second pair; the last boxes have no area
+        (box, box, 1), (box, [0.7, 0.5, 0.4, 0.4], 1 / 3), (box, [0.1, 0.1, 0.1, 0.1], 0),
+        (box, [0.5, 0.5, 0.2, 0.4], 0.5), ([0.5, 0.5, 0, 0], [0.5, 0.5, 0, 0], 0),
+    ]
+    truths, found, expected = zip(*pairs)
+    assert box_iou(truths, found) == pytest.approx(expected)
+    truths = [box] * 4
+    found = [box, [0.5, 0.5, 0.25, 0.4], [0.7, 0.5, 0.4, 0.4], [0.1, 0.1, 0.1, 0.1]]
     assert grounding_accuracy(truths, found) == 0.5
-    with pytest.raises(ValueError, match=r"found \(4, 4\) and \(3, 4\)"):
+    with pytest.raises(ValueError, match=r"shapes \(4, 4\) and \(3, 4\): expected two arrays"):
         grounding_accuracy(truths, found[:3])
+
+
+def test_fractions_are_all_metrics_except_cider_and_ranks():
+    names = [f"{prefix}caption_{name}" for prefix in ("", "image_") for name in ("exact", "bleu4", "rouge_l")]
+    names += ["qa_order", "t2i_r1", "i2t_r1_rerank", "visual_entailment_accuracy", "grounding_iou"]
+    assert all(map(is_fraction, names))
+    others = ["caption_cider", "image_caption_cider", "caption_paper_cider", "t2v_median_rank", "i2t_median_rank"]
+    assert not any(map(is_fraction, others))
+    assert mean_score({"qa_order": 0.5, "t2v_r1": 0.25, "caption_cider": 9, "v2t_median_rank": 7}) == 0.375
+    assert mean_score({"qa_order": 0.5, "t2v_r1": float("nan")}) == 0.5
+    assert mean_score({"caption_cider": 9}) is None
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("qa_order", "Answers by kind of question, videos"), ("vqa_accuracy", "Answers by kind of question, videos"),
+    ("image_qa_digit", "Answers by kind of question, images"), ("caption_cider", "Captions, videos"),
+    ("image_caption_exact", "Captions, images"), ("t2v_r1", "Retrieval, videos"), ("i2t_r1", "Retrieval, images"),
+    ("t2i_median_rank", "Retrieval, images"), ("image_classification_accuracy", "Classes, labels, and boxes"),
+    ("grounding_iou", "Classes, labels, and boxes"),
+])
+def test_every_metric_has_a_heading(name, expected):
+    assert heading(name) == expected
+
+
+def test_every_main_metric_of_the_table_has_the_prefix_of_its_task():
+    for task in EVALUATED:
+        assert TASKS[task].metric.startswith(metric_prefix(task)), task
+
+
+def test_a_table_has_a_column_per_split_and_blanks_where_a_split_has_no_number():
+    text = format_table({"test": {"caption_cider": 1.25, "qa_order": 0.955}, "combos": {"qa_order": 0.5}})
+    assert text.splitlines() == [
+        "                              test    combos",
+        "caption_cider                1.250          ",
+        "qa_order                      95.5      50.0",
+    ]
+
+
+def test_columns_are_as_wide_as_the_names_of_their_splits():
+    printed = format_table({"test": {"t2v_r1": 0.5}, "test_shuffled": {"t2v_r1": 0.25, "t2v_median_rank": 3.0}})
+    assert [line.split() for line in printed.splitlines()] == [
+        ["test", "test_shuffled"], ["t2v_r1", "50.0", "25.0"], ["t2v_median_rank", "3.0"],
+    ]

@@ -1,4 +1,4 @@
-"""Files for the servers of benchmarks: their fields, and what is refused before anything is sent."""
+"""Submission files of benchmarks: their format, and the predictions that are refused."""
 
 import json
 
@@ -36,13 +36,13 @@ def test_glue(name, split, label, file, written, tmp_path):
 
 
 @pytest.mark.parametrize("name, predictions, message", [
-    ("vqa", [("1", "a")], "no server format for 'vqa'"),
-    ("vqav2", [], "no prediction of image_qa"),
-    ("vqav2", [("image_qa.test.jsonl:1", "a")], "knows numbers only"),
-    ("vqav2", [("1", "a"), ("1", "b")], "id 1: there are two predictions"),
+    ("vqa", [("1", "a")], "unknown benchmark 'vqa': expected one of vqav2, nocaps"),
+    ("vqav2", [], "split test has no predictions of image_qa, which vqav2 needs"),
+    ("vqav2", [("image_qa.test.jsonl:1", "a")], "expected a number, as the server of vqav2 does"),
+    ("vqav2", [("1", "a"), ("1", "b")], "id 1: found two predictions, expected one"),
     ("nocaps", [("1", " ")], "id 1: the caption is empty"),
-    ("glue_rte", [("1", "yes")], "id 1: 'yes' is none of the classes entailment, not_entailment of RTE"),
+    ("glue_rte", [("1", "yes")], "id 1: 'yes' is not a class of RTE; expected one of entailment, not_entailment"),
 ])
-def test_what_is_refused(name, predictions, message, tmp_path):
+def test_predictions_that_the_server_would_refuse_are_refused(name, predictions, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         write_submission(name, tmp_path, "test", predictions)

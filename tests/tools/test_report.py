@@ -1,4 +1,4 @@
-"""The report: all that the files of a run have, nothing from outside, and no text of the data as HTML."""
+"""The report: everything that the files of a run contain, nothing from outside, and no text of the data as HTML."""
 
 import base64
 import json
@@ -14,14 +14,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_predictor import make_predictor
 
-from mplug2.tools.report import CARDS, chart, data_uri, is_right, main, ticks, write_report
+from mplug2.tools.charts import chart, ticks
+from mplug2.tools.report import CARDS, data_uri, main, right, write_report
 
 EVIL = "<script src='http://a'>\"&"
-COLOUR = (200, 10, 250)
+COLOR = (200, 10, 250)
 
 
 class Page(HTMLParser):
-    """What a page would load, and its text."""
+    """The text of a page, and everything that it would load."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -57,7 +58,7 @@ def media(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("media")
     paths = {name: folder / name for name in ("clip.gif", "large & 'quoted'.png", "gone.gif", "broken.png")}
     paths = {name.split()[0]: path for name, path in paths.items()}
-    grounds = [Image.new("RGB", (32, 32), colour) for colour in (COLOUR, (0, 0, 0), (0, 250, 0))]
+    grounds = [Image.new("RGB", (32, 32), colour) for colour in (COLOR, (0, 0, 0), (0, 250, 0))]
     grounds[0].save(paths["clip.gif"], save_all=True, append_images=grounds[1:], duration=100)
     noise = np.random.default_rng(0).integers(0, 256, (900, 1600, 3), np.uint8)
     Image.fromarray(noise).save(paths["large"])
@@ -88,7 +89,7 @@ def run(media, tmp_path_factory) -> Path:
         {"step": 4, "loss": 2.0, "loss/vtc": 1.5, "lr": 0.001, "grad_norm": float("inf"), "samples_per_second": 90.0},
         {"step": 4, "val/qa_order": 0.25, "val/caption_cider": 1.5, "val/image_caption_exact": 0.5},
         {"step": 6, "val/qa_order": 0.75, "val/caption_cider": 2.5, "val/image_caption_exact": float("nan")},
-        {"step": 6, "test/qa_order": 0.625, "test/grounding_iou": 0.5},
+        {"step": 6, "test/qa_order": 0.625, "test/grounding_iou": 0.5, "test/t2i_r1": 0.25},
     ]
     run = write_run(tmp_path_factory.mktemp("runs") / "mine", lines, metrics)
     write_report(run, make_predictor())
@@ -103,21 +104,21 @@ def page(run) -> Page:
 def test_it_shows_settings_results_by_kind_predictions_and_the_command(page):
     for text in (
         "1,234,567", "torchrun train.py --name", "mine: pretrain", "max_steps", "6 of 9",
-        "Answers by kind of question, clips", "qa_order", "75.0 %", "62.5 %", "Captions, pictures",
-        "Classes, labels and boxes", "which colour is it", "Where the words look: which colour is it", "2.50", "4.00",
-        "one text / another text", "validation: answers by kind of question, clips", "the box that misses",
+        "Answers by kind of question, videos", "qa_order", "75.0 %", "62.5 %", "Captions, images", "Retrieval, images",
+        "Classes, labels, and boxes", "which colour is it", "Attention of the words: which colour is it", "2.50",
+        "4.00", "one text / another text", "validation: answers by kind of question, videos", "the box that misses",
     ):
         assert text in page.text, text
     assert page.tags.count("svg") == 6  # losses, two kinds of metrics (never CIDEr), rate, norm, speed
-    assert "a white" not in page.text and "25.0 %" not in page.text  # the newest value of each metric
+    assert "a white" not in page.text and page.text.count("25.0 %") == 1  # the newest value of each metric
 
 
-def test_mistakes_are_those_that_the_model_was_surest_of(page):
+def test_mistakes_are_the_most_confident_ones(page):
     mistakes = page.text[page.text.index("Hardest mistakes"):]
     assert "8 of 13 predictions are wrong" in mistakes
     assert mistakes.index("lion") < mistakes.index("cow") and "probability 88%" in mistakes
     assert "the box that misses" in mistakes and "the box that fits" not in mistakes and "overlap" in mistakes
-    assert "gone" not in mistakes.split("Settings")[0]  # it cannot be shown
+    assert "gone" not in mistakes.split("Settings")[0]  # its file cannot be shown
 
 
 def test_it_loads_nothing_and_runs_nothing(run, page):
@@ -133,7 +134,7 @@ def test_texts_of_the_data_are_escaped(run, page):
     assert page.text.count(EVIL) >= 4  # command, caption, question of the samples and of the mistakes
 
 
-def test_what_cannot_be_shown_is_said_and_large_pictures_are_made_small(run, page):
+def test_unreadable_files_are_named_and_large_images_scaled_down(run, page):
     assert "gone.gif" in page.text and "broken.png" in page.text
     assert (run / "report.html").stat().st_size < 1_000_000
 
@@ -146,11 +147,11 @@ def test_a_part_whose_file_is_missing_is_left_out(run, tmp_path, left_out):
     other.mkdir()
     for name in {"settings.json", "metrics.jsonl", "predictions.jsonl"} - set(left_out):
         (other / name).write_bytes((run / name).read_bytes())
-    assert main([str(other)]) == 0  # no checkpoint either: predictions, but not where words look
+    assert main([str(other)]) == 0  # without a checkpoint there is no attention
     text = Page((other / "report.html").read_text(encoding="utf-8")).text
     assert ("Results" in text and "Curves" in text) == ("metrics.jsonl" not in left_out)
     assert ("Samples" in text and "Hardest mistakes" in text) == ("predictions.jsonl" not in left_out)
-    assert "Settings" in text and "Where the words look" not in text
+    assert "Settings" in text and "Attention of the words" not in text
 
 
 def test_the_newer_evaluation_is_shown(media, tmp_path):
@@ -168,8 +169,8 @@ def test_the_newer_evaluation_is_shown(media, tmp_path):
         assert text in shown and other_text not in shown
 
 
-def test_chance_stands_beside_the_results_if_the_data_are_there(tmp_path):
-    """Found in the second folder; the first has other files, such as shards."""
+def test_the_results_have_a_chance_level_if_the_data_are_there(tmp_path):
+    """The second folder has the records; the first has other files, such as shards."""
     run = write_run(tmp_path / "mine", [], [{"step": 1, "test/qa_all": 0.5}])
     settings = json.loads((run / "settings.json").read_text())
     for name, there in (("shards", False), ("data", True)):
@@ -194,7 +195,7 @@ def test_samples_are_few_and_of_all_tasks(tmp_path):
     assert text.count("text_classification,") == text.count("text_pair_classification,") == CARDS // 2
 
 
-def test_each_box_has_a_picture_of_its_own_with_the_true_box_in_white_and_the_predicted_in_orange(tmp_path):
+def test_each_box_has_an_image_of_its_own_with_the_true_box_in_white_and_the_predicted_one_in_orange(tmp_path):
     Image.new("RGB", (40, 40), (0, 0, 200)).save(tmp_path / "a.png")
     lines = [line("grounding", [tmp_path / "a.png"], [x, 0.5, 0.2, 0.4], [[0.75, 0.5, 0.3, 0.4]], f"number {x}")
              for x in (0.25, 0.3)]
@@ -205,36 +206,38 @@ def test_each_box_has_a_picture_of_its_own_with_the_true_box_in_white_and_the_pr
     file = tmp_path / "card.webp"
     for address in page.addresses:
         file.write_bytes(base64.b64decode(address.split(",")[1]))
-        picture = np.asarray(Image.open(file).convert("RGB"))
-        white, orange = (picture == 255).all(axis=2), (picture == (255, 150, 0)).all(axis=2)
+        image = np.asarray(Image.open(file).convert("RGB"))
+        white, orange = (image == 255).all(axis=2), (image == (255, 150, 0)).all(axis=2)
         assert np.argwhere(white).min(0).tolist() == [12, 24] and np.argwhere(white).max(0).tolist() == [28, 36]
         assert 5 < np.argwhere(orange)[:, 1].min() < np.argwhere(orange)[:, 1].max() < 18
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
+def test_a_folder_that_is_not_a_run_is_refused(tmp_path, capsys):
     assert main([str(tmp_path)]) == 1
-    assert "it has no settings.json" in capsys.readouterr().err
+    assert "has no settings.json: expected the folder of a run" in capsys.readouterr().err
     assert main([]) == 2 and "usage" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("one, expected", [
     (line("video_qa", [], "two", ["Two.", "2"]), True), (line("video_qa", [], "two", ["three"]), False),
+    (line("video_qa", [], "yes", ["Yes"]), True), (line("video_qa", [], "yes", ["no"], right=True), True),
+    (line("image_retrieval", [], "a.b", ["a b"]), False),
     (line("video_qa", [], "two", []), None), (line("text_classification", [], 1.5, [1.5]), None),
     (line("grounding", [], [0.5, 0.5, 0.4, 0.4], [[0.5, 0.5, 0.4, 0.3]]), True),
     (line("grounding", [], [0.5, 0.5, 0.4, 0.4], [[0.5, 0.5, 0.1, 0.1]]), False),
 ])
 def test_right_is_what_the_metrics_count_as_right(one, expected):
-    assert is_right(one) is expected
+    assert right(one) is expected
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
-def test_ticks_are_few_and_hold_the_values(low, size):
+def test_ticks_are_few_and_cover_the_values(low, size):
     marks = ticks(low, low + size)
     assert 2 <= len(marks) <= 8 and marks == sorted(set(marks))
     assert marks[0] <= low + 1e-6 * abs(low) + 1e-9 and marks[-1] >= (low + size) * (1 - 1e-6) - 1e-9 or low + size < 0
 
 
-def test_a_value_that_never_changes_has_its_own_tick():
+def test_a_constant_has_one_tick():
     assert ticks(0.002, 0.002) == [0.002] and ticks(0.0, 0.0) == [0.0]
 
 
@@ -245,7 +248,7 @@ def test_any_values_can_be_drawn(points, log):
     assert "nan" not in drawn and "inf" not in drawn
 
 
-def test_a_clip_moves_and_a_repeated_last_frame_is_shown_once(tmp_path):
+def test_a_video_moves_and_a_repeated_last_frame_is_shown_once(tmp_path):
     frames = np.stack([np.full((8, 8, 3), value, np.uint8) for value in (0, 100, 200, 200, 200)])
     file = tmp_path / "a.webp"
     file.write_bytes(base64.b64decode(data_uri(frames).split(",")[1]))
@@ -256,10 +259,10 @@ def test_a_clip_moves_and_a_repeated_last_frame_is_shown_once(tmp_path):
 
 
 @pytest.mark.browser
-def test_chromium_shows_it_on_light_and_on_dark_ground(run, tmp_path):
+def test_chromium_shows_it_on_a_light_and_on_a_dark_background(run, tmp_path):
     light = screenshot(run / "report.html", tmp_path / "light.png")
     dark = screenshot(run / "report.html", tmp_path / "dark.png", dark=True)
     assert light[2, 2].min() > 240 and dark[2, 2].max() < 60
-    for picture in (light, dark):  # frames of the clip, larger than a patch of the attention on it
-        assert ((picture == COLOUR).all(axis=2) | (picture == (0, 250, 0)).all(axis=2)).sum() >= 128 * 128
+    for shown in (light, dark):  # frames of the video, larger than a patch of the attention on it
+        assert ((shown == COLOR).all(axis=2) | (shown == (0, 250, 0)).all(axis=2)).sum() >= 128 * 128
     assert len(np.unique(light.reshape(-1, 3), axis=0)) > 100

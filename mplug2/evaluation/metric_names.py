@@ -1,0 +1,81 @@
+"""The names of the metrics, and what follows from a name: its unit, how it is printed, and its heading.
+
+    videos                images
+    caption_exact         image_caption_exact      fraction of captions that equal a reference; also _bleu4, _rouge_l
+    caption_cider         image_caption_cider      CIDEr-D, from 0 to 10
+    caption_paper_...     image_caption_paper_...  the captioning papers' pipeline
+    qa_<kind>             image_qa_<kind>          fraction of right answers, for each kind of question
+    vqa_accuracy          image_vqa_accuracy       where each question has ten answers
+    t2v_..., v2t_...      t2i_..., i2t_...         retrieval from text and to text: r1, r5, r10, median_rank, r1_rerank
+
+Labels: `<task>_accuracy`, `<task>_top5` with more than five classes, `<task>_matthews` and `<task>_f1` with two,
+`<task>_pearson` and `<task>_spearman` for numbers, and `<task>_zero_shot` for classes that are told apart by captions.
+Boxes: `grounding_accuracy` (IoU of at least 0.5) and `grounding_iou`.
+"""
+
+import math
+from collections.abc import Iterable
+
+from mplug2.tasks import TASKS
+
+DIRECTIONS = {"video": ("t2v", "v2t"), "image": ("t2i", "i2t")}
+"""The two directions of retrieval, from text and to text, by modality."""
+
+
+def metric_prefix(task: str) -> str:
+    """What the metric names of a task start with."""
+    row = TASKS[task]
+    if row.output in ("caption", "answer"):
+        return "image_" if row.modality == "image" else ""
+    return "" if row.output == "ranking" else f"{task}_"
+
+
+def is_fraction(name: str) -> bool:
+    """Whether a metric lies between 0 and 1: all except CIDEr and ranks. (Correlations are counted as fractions.)"""
+    return not name.endswith(("cider", "median_rank"))
+
+
+def mean_score(metrics: dict[str, float]) -> float | None:
+    """The mean of all metrics that are fractions; None if there is none."""
+    fractions = [value for name, value in metrics.items() if is_fraction(name) and math.isfinite(value)]
+    return sum(fractions) / len(fractions) if fractions else None
+
+
+def heading(name: str) -> str:
+    """The heading under which the report lists a metric."""
+    modality = "images" if name.startswith(("image_", *DIRECTIONS["image"])) else "videos"
+    name = name.removeprefix("image_")
+    if name.startswith(("qa_", "vqa_")):
+        return f"Answers by kind of question, {modality}"
+    if name.startswith("caption_"):
+        return f"Captions, {modality}"
+    if name.startswith(sum(DIRECTIONS.values(), ())):
+        return f"Retrieval, {modality}"
+    return "Classes, labels, and boxes"
+
+
+def by_heading(names: Iterable[str]) -> dict[str, list[str]]:
+    """The different names, grouped by their heading."""
+    grouped: dict[str, list[str]] = {}
+    for name in dict.fromkeys(names):
+        grouped.setdefault(heading(name), []).append(name)
+    return grouped
+
+
+def format_value(name: str, value: float) -> str:
+    """Fractions in percent, such as 95.5; CIDEr with three digits after the point, ranks with one."""
+    if is_fraction(name):
+        return f"{100 * value:.1f}"
+    return f"{value:.3f}" if name.endswith("cider") else f"{value:.1f}"
+
+
+def format_table(by_split: dict[str, dict[str, float]]) -> str:
+    """One row per metric and one column per split, formatted by `format_value`."""
+    names = list(dict.fromkeys(name for metrics in by_split.values() for name in metrics))
+    width = max([23, *map(len, names)]) + 1
+    column = max([8, *map(len, by_split)]) + 2
+    lines = [f"{'':<{width}}" + "".join(f"{split:>{column}}" for split in by_split)]
+    for name in names:
+        cells = [format_value(name, metrics[name]) if name in metrics else "" for metrics in by_split.values()]
+        lines.append(f"{name:<{width}}" + "".join(f"{cell:>{column}}" for cell in cells))
+    return "\n".join(lines)
