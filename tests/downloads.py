@@ -173,7 +173,7 @@ def tgif_qa(root: Path) -> dict:
         rows(root / f"{split.title()}_frameqa_question.csv", "\t", header,
              [f"tumblr_{split}_400", "how many dogs ?", "two", kind, "FRAMEQA3", 25889, "two dogs ."])
         found["video_qa", split] = [{
-            "video": f"gifs/tumblr_{split}_400.gif",
+            "id": "FRAMEQA3", "video": f"gifs/tumblr_{split}_400.gif",
             "qa": [{"question": "how many dogs ?", "answers": ["two"], "kind": name}],
         }]
     return found
@@ -190,7 +190,8 @@ def didemo(root: Path) -> dict:
         ])
         write_video(root / "videos" / name.replace(".mov", ".mp4"))
         found["video_retrieval", split] = [{
-            "id": name, "video": f"videos/{name.replace('.mov', '.mp4')}", "captions": ["a dog runs the dog stops"],
+            "id": name.removesuffix(".mov"), "video": f"videos/{name.replace('.mov', '.mp4')}",
+            "captions": ["a dog runs the dog stops"],
         }]
     return found
 
@@ -514,6 +515,9 @@ LABELS = ("label", "Quality", "is_duplicate", "score", "label1", "gold_label")
 
 
 def glue(root: Path, name: str) -> dict:
+    if name == "ax":
+        rows(root / "diagnostic" / "diagnostic.tsv", "\t", ["index", "sentence1", "sentence2"], ["7", "One.", "Two."])
+        return {("text_pair_classification", "test"): [{"texts": ["One.", "Two."], "id": "7", "unlabelled": True}]}
     folder = root / FOLDERS[name]
     if name == "cola":
         for file in ("train", "dev"):
@@ -554,3 +558,17 @@ def make(name: str, root: Path) -> dict[tuple[str, str], list[dict]]:
     if name.startswith("glue_"):
         return glue(root, name.removeprefix("glue_"))
     return globals()[{"refcoco+": "refcoco"}.get(name, name)](root)
+
+
+TEST_ONLY: dict[str, tuple[str, ...]] = {
+    "msrvtt_caption": ("annotation/train_val_videodatainfo.json",), "msrvtt_qa": ("train_qa.json",),
+    "msrvtt_retrieval": ("MSRVTT_train.9k.csv", "MSRVTT_data.json"), "msvd_caption": ("train_list.txt",),
+    "msvd_qa": ("train_qa.json",), "tgif_qa": ("Train_frameqa_question.csv",), "didemo": ("train_data.json",),
+    "lsmdc": ("LSMDC16_annos_training.csv",), "webvid": ("results_2M_train.csv",), "kinetics": ("train.csv",),
+    "ssv2": ("labels/train.json",), "cc3m": ("Train_GCC-training.tsv",), "imagenet": ("train",),
+    "vqav2": ("v2_OpenEnded_mscoco_train2014_questions.json", "v2_mscoco_train2014_annotations.json"),
+    "snli_ve": ("snli_ve_train.jsonl",), "nlvr2": ("data/train.json",), "glue_rte": ("RTE/train.tsv",),
+    "glue_mnli": ("MNLI/train.tsv",), "mplug2_caption": ("train.jsonl",), "mplug2_qa": ("train.jsonl",),
+    "mplug2_retrieval": ("train.jsonl",),
+}
+"""Training annotations in the mock downloads; without them, the test set can still be converted."""

@@ -7,6 +7,9 @@ The check prints the number of records of each split next to the published one, 
 be decoded, and draws one sample of each task. --out writes one file per task and split, and a link `media` to the
 download. Records with missing media are left out and counted.
 
+Annotations may be in another folder than the media: --annotations DIR. If several media files have the same name, they
+are counted, and --prefer chooses among them.
+
     python -m mplug2.data pack DIR OUT           # pre-training records as tar shards, for train.py --data OUT
 """
 
@@ -15,6 +18,7 @@ import sys
 from pathlib import Path
 
 from mplug2.data.adapters import ADAPTERS
+from mplug2.data.adapters.source import Files
 from mplug2.data.check import check_dataset
 from mplug2.data.shards import pack
 
@@ -46,13 +50,18 @@ def check_command(arguments: list[str]) -> None:
     )
     parser.add_argument("name", metavar="NAME", help=f"the data set: {', '.join(ADAPTERS)}")
     parser.add_argument("root", metavar="ROOT", type=Path, help="folder of the download: annotations and media")
+    parser.add_argument("--annotations", metavar="DIR", type=Path,
+                        help="folder of the annotation files, if they are not in ROOT")
+    parser.add_argument("--prefer", metavar="FOLDER", default="",
+                        help="folder whose file is used where several have the same name (default: the shortest path)")
     parser.add_argument("--out", metavar="DIR", type=Path, help="folder for the JSONL files")
     parser.add_argument("--decode", type=int, default=32,
                         help="number of media files per split to decode; 0: all (default 32)")
     parser.add_argument("--preview", metavar="FILE", type=Path,
                         help="image file for one drawn sample per task (default: NAME.png, in --out if given)")
     given = parser.parse_args(arguments)
-    check_dataset(given.name, given.root, given.out, given.decode, given.preview)
+    files = Files(given.root, given.annotations, given.prefer)
+    check_dataset(given.name, files, given.out, given.decode, given.preview)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 from mplug2.data.adapters import PUBLISHED, read
 from mplug2.data.adapters.source import Files, ParsedRecord
 from mplug2.data.media import MediaError, read_image, read_video, to_frames, to_pixels
+from mplug2.data.records import has_gallery
 
 SHOWN = 10
 """Number of names that a list shows; the rest is counted."""
@@ -20,18 +21,52 @@ TILE = 192
 """Height and width of the frames of a preview, in pixels."""
 
 
-def check_dataset(name: str, root: Path, out: Path | None, decode: int, preview: Path | None) -> None:
-    """Read and report the download in the folder `root`; write it into `out`, if given.
+def check_dataset(name: str, files: Files, out: Path | None, decode: int, preview: Path | None) -> None:
+    """Read and report a download; write it into the folder `out`, if given.
 
-    Decodes `decode` media files per split, or all if that is 0. Draws samples into the image file `preview`.
+    Decodes `decode` media files per split, or all if that is 0. Draws samples into the image file `preview`. Raises
+    ValueError if there is no record, or none whose media exist.
     """
-    files = Files(root)
     parts: dict[tuple[str, str], list[ParsedRecord]] = defaultdict(list)
     for record in read(name, files):
         parts[record.task, record.split].append(record)
     if not parts:
-        raise ValueError(f"{root}: the annotations of {name} have no records; download them again")
+        raise ValueError(f"{files.root}: the annotations of {name} have no records; download them again")
+    complete = {part: [record for record in records if not files.missing.intersection(media_of(record))]
+                for part, records in parts.items()}
+    if not any(complete.values()):
+        raise ValueError(f"{files.root} has none of the {len(files.missing):,} media files of the annotations, such as "
+                         f"{min(files.missing)}; unpack the media there")
+    print_counts(name, parts)
+    if files.absent:
+        print(f"no annotations: {', '.join(files.absent)}")
+    print_report("missing", sorted(files.missing))
+    print_report("unreadable", unreadable(files, parts, decode))
+    if files.faulty:
+        print_report("invalid in the published file, left out", files.faulty)
+    if files.duplicates:
+        print_report("names that several files have; the first one is used (choose with --prefer FOLDER)",
+                     [f"{name}: {', '.join(paths)}" for name, paths in sorted(files.duplicates.items())])
+    print_leaks(parts)
+    if out:
+        refused = [part for part, records in parts.items()
+                   if records[0].fields.get("unlabelled") and len(complete[part]) < len(records)]
+        write(out, files.root, {part: records for part, records in complete.items() if part not in refused})
+        for (task, split), records in parts.items():
+            left_out = len(records) - len(complete[task, split])
+            if (task, split) in refused:
+                print(f"{task}.{split}: not written, {left_out:,} of {len(records):,} records have no media; "
+                      "the server of the benchmark only accepts complete predictions")
+            elif left_out:
+                note = "" if split == "train" else "; scores on this split are not comparable with published ones"
+                print(f"{task}.{split}: {left_out:,} of {len(records):,} records left out, media missing{note}")
+        print(f"written: {out}")
+    samples = [records[len(records) // 2] for records in complete.values() if records]
+    draw_samples(samples, files.root, preview or (out or Path()) / f"{name}.png")
 
+
+def print_counts(name: str, parts: dict[tuple[str, str], list[ParsedRecord]]) -> None:
+    """Print the number of records and media files of each split, next to the published number."""
     unit, published = PUBLISHED.get(name, ("records", {}))
     print(f"{'':<34}{'records':>10}{'media':>10}{'published ' + unit:>20}")
     for (task, split), records in parts.items():
@@ -40,27 +75,30 @@ def check_dataset(name: str, root: Path, out: Path | None, decode: int, preview:
         verdict = "" if expected is None else "equal" if expected == counts[unit] else "DIFFERENT"
         print(f"{task + '.' + split:<34}{counts['records']:>10,}{counts['media']:>10,}"
               f"{'' if expected is None else f'{expected:,}':>20} {verdict}".rstrip())
-    absent = sorted(set(published) - {split for _, split in parts})
-    if absent:
-        print(f"splits not in this download: {', '.join(absent)}")
 
-    broken = unreadable(files, parts, decode)
-    print_report("missing", sorted(files.missing))
-    print_report("unreadable", broken)
-    if files.faulty:
-        print_report("invalid in the published file, left out", files.faulty)
-    complete = {part: [record for record in records if not files.missing.intersection(media_of(record))]
-                for part, records in parts.items()}
-    if out:
-        write(out, files.root, complete)
-        for (task, split), records in parts.items():
-            left_out = len(records) - len(complete[task, split])
-            if left_out:
-                note = "" if split == "train" else "; scores on this split are not comparable with published ones"
-                print(f"{task}.{split}: {left_out:,} of {len(records):,} records left out, media missing{note}")
-        print(f"written: {out}")
-    samples = [records[len(records) // 2] for records in complete.values() if records]
-    draw_samples(samples, files.root, preview or (out or Path()) / f"{name}.png")
+
+def print_leaks(parts: dict[tuple[str, str], list[ParsedRecord]]) -> None:
+    """Report media files that two splits of a task name, or two records of a retrieval split with different meanings.
+
+    Both are signs of a wrong pairing. Splits without labels may share their files with others.
+    """
+    between, within = [], []
+    first: dict[tuple[str, str], tuple[str, str]] = {}  # task and file -> split and positive_id
+    for (task, split), records in parts.items():
+        for record in records:
+            for path in media_of(record) if not record.fields.get("unlabelled") else ():
+                meaning = record.fields.get("positive_id") or record.source
+                other, other_meaning = first.setdefault((task, path), (split, meaning))
+                if other != split:
+                    between.append(f"{path}: {task}.{other} and {task}.{split}")
+                elif has_gallery(task) and other_meaning != meaning:
+                    within.append(f"{path}: again at {record.source}")
+    if between:
+        print_report("files named by two splits: check that they are not trained on and tested on",
+                     list(dict.fromkeys(between)))
+    if within:
+        print_report("files named by two records of a retrieval split: each is a wrong answer for the other's texts",
+                     list(dict.fromkeys(within)))
 
 
 def media_of(record: ParsedRecord) -> list[str]:

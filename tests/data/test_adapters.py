@@ -56,16 +56,6 @@ def test_published_counts_name_splits_that_the_adapter_makes(tmp_path):
         assert unit in ("media", "records") and set(counts) <= made, name
 
 
-def test_a_file_name_in_two_folders_is_refused_unless_the_published_path_decides(tmp_path):
-    downloads.make("flickr30k", tmp_path)
-    downloads.write_image(tmp_path / "copy" / "1000092790.jpg")
-    with pytest.raises(RecordError, match="has 1000092790.jpg more than once: copy/.* and flickr30k-images/"):
-        found_in("flickr30k", tmp_path)
-    downloads.make("coco", tmp_path / "coco")
-    downloads.write_image(tmp_path / "coco" / "copy" / "COCO_train2014_000000000000.jpg")
-    assert found_in("coco", tmp_path / "coco")[0]["image_caption", "train"][0]["image"].startswith("train2014/")
-
-
 def change(path: Path, **values) -> None:
     """Change fields of the first entry of a JSON list, JSON lines, or, at `key/field`, of a list in an object."""
     if path.suffix == ".jsonl" or path.parent.name == "data":
@@ -204,7 +194,7 @@ def test_a_pickle_with_code_is_refused(tmp_path):
 
 
 def test_missing_files_and_unknown_names_are_explained(tmp_path, capsys):
-    with pytest.raises(FileNotFoundError, match="has no annotation file dataset_coco.json"):
+    with pytest.raises(FileNotFoundError, match="no annotation file dataset_coco.json or coco_karpathy_train.json"):
         found_in("coco", tmp_path)
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         Files(tmp_path / "nowhere")

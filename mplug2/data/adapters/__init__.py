@@ -3,14 +3,15 @@
     for record in read("msrvtt_caption", Files("downloads/msrvtt")): ...
 
 `python -m mplug2.data NAME ROOT` checks a download, and with `--out DIR` writes JSONL files for training. `source.py`
-has what all adapters share; `video.py`, `image.py` and `text.py` have one small function per data set.
+has what all adapters share; `video.py`, `image.py`, `text.py` and `web.py` have one small function per data
+set.
 """
 
 import difflib
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from mplug2.data.adapters import image, text, video
+from mplug2.data.adapters import image, text, video, web
 from mplug2.data.adapters.source import Files, ParsedRecord
 
 ADAPTERS: dict[str, Callable[[Files], Iterator[ParsedRecord]]] = {
@@ -24,16 +25,16 @@ ADAPTERS: dict[str, Callable[[Files], Iterator[ParsedRecord]]] = {
     "tgif_qa": video.tgif_qa,
     "didemo": video.didemo,
     "lsmdc": video.lsmdc,
-    "webvid": video.webvid,
+    "webvid": web.webvid,
     "kinetics": video.kinetics,
     "ssv2": video.ssv2,
     "coco": image.coco,
     "flickr30k": image.flickr30k,
     "nocaps": image.nocaps,
     "visual_genome": image.visual_genome,
-    "cc3m": image.cc3m,
-    "cc12m": image.cc12m,
-    "sbu": image.sbu,
+    "cc3m": web.cc3m,
+    "cc12m": web.cc12m,
+    "sbu": web.sbu,
     "vqav2": image.vqav2,
     "snli_ve": image.snli_ve,
     "nlvr2": image.nlvr2,
@@ -54,10 +55,13 @@ PUBLISHED: dict[str, tuple[str, dict[str, int]]] = {
     # JSFusion's 1k-A split, as in github.com/choisw0823/vr, reranking/new_d/MSR-VTT/README.md
     "msrvtt_retrieval": ("media", {"train": 9000, "test": 1000}),
     "msrvtt_retrieval_7k": ("media", {"train": 7010, "test": 1000}),
+    # Xu et al. 2017, "Video question answering via gradually refined attention", table 1: questions
+    "msrvtt_qa": ("records", {"train": 158581, "val": 12278, "test": 72821}),
+    "msvd_qa": ("records", {"train": 30933, "val": 6415, "test": 13157}),
     # github.com/albanie/collaborative-experts, misc/datasets/{msvd,lsmdc,didemo}/README.md
     "msvd_caption": ("media", {"train": 1200, "val": 100, "test": 670}),
     "msvd_retrieval": ("media", {"train": 1200, "val": 100, "test": 670}),
-    "lsmdc": ("records", {"train": 101079, "test": 1000}),
+    "lsmdc": ("records", {"train": 101079, "val": 7408, "test": 1000}),
     "didemo": ("media", {"train": 8395, "val": 1065, "test": 1004}),
     # github.com/YunseokJANG/tgif-qa, README.md, row "Frame QA"
     "tgif_qa": ("records", {"train": 39392, "test": 13691}),
@@ -65,12 +69,16 @@ PUBLISHED: dict[str, tuple[str, dict[str, int]]] = {
     "ssv2": ("records", {"train": 168913, "val": 24777}),
     # Karpathy's splits, with restval in training, as in huggingface.co/datasets/undefined443/coco-karpathy-wds
     "coco": ("media", {"train": 113287, "val": 5000, "test": 5000}),
+    # ai.google.com/research/ConceptualCaptions: captions
+    "cc3m": ("records", {"train": 3318333, "val": 15840}),
     # nocaps.org/download
     "nocaps": ("media", {"val": 4500, "test": 10600}),
     # visualqa.org/download.html: questions
     "vqav2": ("records", {"train": 443757, "val": 214354, "test": 447793}),
     # github.com/necla-ml/SNLI-VE, README.md
     "snli_ve": ("records", {"train": 529527, "val": 17858, "test": 17901}),
+    # github.com/lil-lab/nlvr, nlvr2/README.md
+    "nlvr2": ("records", {"train": 86373, "val": 6982, "test": 6967}),
     # ILSVRC 2012, huggingface.co/datasets/mlx-vision/imagenet-1k
     "imagenet": ("media", {"train": 1281167, "val": 50000}),
     # tensorflow.org/datasets/catalog/glue
@@ -83,6 +91,9 @@ PUBLISHED: dict[str, tuple[str, dict[str, int]]] = {
     "glue_mnli": ("records", {"train": 392702, "val": 9815, "val_mismatched": 9832, "test": 9796,
                               "test_mismatched": 9847}),
     "glue_qnli": ("records", {"train": 104743, "val": 5463, "test": 5463}),
+    "glue_rte": ("records", {"train": 2490, "val": 277, "test": 3000}),
+    "glue_wnli": ("records", {"train": 635, "val": 71, "test": 146}),
+    "glue_ax": ("records", {"test": 1104}),
 }
 """The published number of records, or of media files, by split; the source is in the line above each. Kinetics and the
 web data sets lose files over time, so no count can be expected from a download."""
@@ -98,4 +109,5 @@ def read(name: str, files: Files) -> Iterator[ParsedRecord]:
         close = difflib.get_close_matches(name, ADAPTERS, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise ValueError(f"unknown data set {name!r}{hint}; expected one of {', '.join(ADAPTERS)}")
+    files.dataset = name
     return ADAPTERS[name](files)

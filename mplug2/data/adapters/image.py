@@ -1,6 +1,7 @@
 """Adapters for public image data sets. Each docstring names the expected annotation files, as in `video.py`."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 
 from mplug2.data.adapters.source import (
@@ -15,17 +16,46 @@ from mplug2.data.adapters.source import (
     table,
     text_lines,
 )
-from mplug2.data.records import BOX_SLACK, RecordError
+from mplug2.data.records import BOX_SLACK
 
 # ---- captions --------------------------------------------------------------------------------------------------------
 
 
 def coco(files: Files) -> Iterator[ParsedRecord]:
-    """dataset_coco.json, Karpathy's splits: `images` with filename, filepath, split, sentences (raw, ...), cocoid.
+    """Karpathy's splits: dataset_coco.json (`images` with filename, filepath, split, sentences (raw, ...), cocoid), or
+    coco_karpathy_train.json, ..._val.json and ..._test.json (lists of image, caption, image_id).
 
-    "restval" belongs to the training split. Each image serves captioning and retrieval.
+    "restval" belongs to the training split. Images may have their names of 2014 or of 2017. Each image serves
+    captioning and retrieval.
     """
-    return _karpathy(files, "dataset_coco.json", "cocoid")
+    if files.optional("dataset_coco.json"):
+        yield from _karpathy(files, "dataset_coco.json", "cocoid")
+        return
+    names = {split: (f"coco_karpathy_{split}.json",) for split in ("train", "val", "test")}
+    files.annotation("dataset_coco.json", *(name for of_split in names.values() for name in of_split))
+    for split, path in files.splits(names):
+        captions: dict[str, list[str]] = {}
+        sources: dict[str, str] = {}
+        for entry in json_list(path):
+            captions.setdefault(entry.text("image"), []).extend(entry.texts("caption"))
+            sources.setdefault(entry.text("image"), entry.source)
+        for name, texts in captions.items():
+            image = files.media("image", *_coco_names(name))
+            fields = {"id": str(_coco_number(name)), "image": image, "captions": texts}
+            for task in ("image_caption", "image_retrieval"):
+                yield ParsedRecord(task, split, sources[name], fields)
+
+
+def _coco_number(name: str) -> int | str:
+    """The id in the name of an image of COCO, such as val2014/COCO_val2014_000000391895.jpg; other names stay."""
+    digits = os.path.splitext(os.path.basename(name))[0].rpartition("_")[2]
+    return int(digits) if digits.isdecimal() else name
+
+
+def _coco_names(name: str) -> tuple[str, ...]:
+    """The name of an image of COCO in 2014, and in 2017."""
+    number = _coco_number(name)
+    return (name, f"{number:012d}.jpg") if isinstance(number, int) else (name,)
 
 
 def flickr30k(files: Files) -> Iterator[ParsedRecord]:
@@ -42,17 +72,15 @@ def _karpathy(files: Files, name: str, id_field: str) -> Iterator[ParsedRecord]:
         path = os.path.join(image.text("filepath") if "filepath" in image else "", image.text("filename"))
         for task in ("image_caption", "image_retrieval"):
             yield ParsedRecord(task, image.choice("split", splits), image.source, {
-                "id": image.key(id_field), "image": files.media("image", path), "captions": captions,
+                "id": image.key(id_field), "image": files.media("image", *_coco_names(path)), "captions": captions,
             })
 
 
 def nocaps(files: Files) -> Iterator[ParsedRecord]:
     """nocaps_val_4500_captions.json (`images` with id and file_name, `annotations` with image_id and caption) and
     nocaps_test_image_info.json (`images` only: the server keeps the captions)."""
-    for split, name in (("val", "nocaps_val_4500_captions.json"), ("test", "nocaps_test_image_info.json")):
-        path = files.annotation(name) if split == "val" else files.optional(name)
-        if path is None:
-            continue
+    names = {"val": ("nocaps_val_4500_captions.json",), "test": ("nocaps_test_image_info.json",)}
+    for split, path in files.splits(names):
         content = json_object(path)
         images = {image.key("id"): image for image in content.items("images")}
         captions: dict[str, list[str]] = {}
@@ -71,61 +99,21 @@ def nocaps(files: Files) -> Iterator[ParsedRecord]:
 def visual_genome(files: Files) -> Iterator[ParsedRecord]:
     """region_descriptions.json (id, regions with phrase) as captions, question_answers.json (id, qas with qa_id,
     question, answer). Everything is for training; images are named after their id."""
-    for image in json_list(files.annotation("region_descriptions.json")):
+    regions, questions = files.optional("region_descriptions.json"), files.optional("question_answers.json")
+    if not (regions or questions):
+        files.annotation("region_descriptions.json", "question_answers.json")
+    for image in json_list(regions) if regions else ():
         phrases = [region.text("phrase") for region in image.items("regions")]
         if phrases:  # a few images have none
             yield ParsedRecord("image_caption", "train", image.source, {
                 "id": image.key("id"), "image": files.media("image", f"{image.key('id')}.jpg"), "captions": phrases,
             })
-    for image in json_list(files.annotation("question_answers.json")):
+    for image in json_list(questions) if questions else ():
         qa = [{"question": each.text("question"), "answers": [each.text("answer")]} for each in image.items("qas")]
         if qa:
             yield ParsedRecord("image_qa", "train", image.source, {
                 "id": image.key("id"), "image": files.media("image", f"{image.key('id')}.jpg"), "qa": qa,
             })
-
-
-def cc3m(files: Files) -> Iterator[ParsedRecord]:
-    """Train_GCC-training.tsv and, optionally, Validation_GCC-1.1.0-Validation.tsv: caption and URL.
-
-    Images are named after their row number, from 0, in nine digits, in a folder `train` or `val`.
-    """
-    yield from _web(files, "train", files.annotation("Train_GCC-training.tsv"), ["caption", "url"], "train")
-    if path := files.optional("Validation_GCC-1.1.0-Validation.tsv"):
-        yield from _web(files, "val", path, ["caption", "url"], "val")
-
-
-def cc12m(files: Files) -> Iterator[ParsedRecord]:
-    """cc12m.tsv: URL and caption, images named as in CC3M."""
-    return _web(files, "train", files.annotation("cc12m.tsv"), ["url", "caption"])
-
-
-def sbu(files: Files) -> Iterator[ParsedRecord]:
-    """sbu.tsv (caption and URL), or the published pair SBU_captioned_photo_dataset_urls.txt and ..._captions.txt,
-    line by line; images named as in CC3M."""
-    if path := files.optional("sbu.tsv"):
-        yield from _web(files, "train", path, ["caption", "url"])
-        return
-    urls = files.annotation("SBU_captioned_photo_dataset_urls.txt")
-    captions = list(text_lines(files.annotation("SBU_captioned_photo_dataset_captions.txt")))
-    if (count := sum(1 for _ in text_lines(urls))) != len(captions):
-        raise RecordError(f"{urls} has {count} lines, but there are {len(captions)} captions; download both again")
-    for number, (source, caption) in enumerate(captions):
-        yield ParsedRecord("image_caption", "train", source, {
-            "image": files.media("image", f"{number:09d}.jpg"), "captions": [caption],
-        })
-
-
-def _web(files: Files, split: str, path, columns: list[str], folder: str = "") -> Iterator[ParsedRecord]:
-    number = 0
-    for row in table(path, "\t", columns, quoted=False):
-        if number == 0 and list(row.values.values()) == columns:  # a header, which img2dataset requires
-            continue
-        name = os.path.join(folder, f"{number:09d}.jpg")
-        yield ParsedRecord("image_caption", split, row.source, {
-            "image": files.media("image", name), "captions": [row.text("caption")],
-        })
-        number += 1
 
 
 # ---- questions, entailment, pairs, boxes -----------------------------------------------------------------------------
@@ -135,12 +123,9 @@ def vqav2(files: Files) -> Iterator[ParsedRecord]:
     """v2_OpenEnded_mscoco_SPLIT_questions.json (`questions` with image_id, question, question_id) and
     v2_mscoco_SPLIT_annotations.json (`annotations` with question_id, answers (answer, ...), answer_type, ...) of
     train2014 and val2014, and the unlabelled questions of test2015 and test-dev2015."""
-    for split, year in (("train", "train2014"), ("val", "val2014"), ("test", "test2015"), ("test-dev", "test-dev2015")):
-        name, labelled = f"v2_OpenEnded_mscoco_{year}_questions.json", split in ("train", "val")
-        path = files.annotation(name) if labelled else files.optional(name)
-        if path is None:
-            continue
-        answers = {}
+    years = {"train": "train2014", "val": "val2014", "test": "test2015", "test-dev": "test-dev2015"}
+    for split, path in files.splits({s: (f"v2_OpenEnded_mscoco_{y}_questions.json",) for s, y in years.items()}):
+        year, labelled, answers = years[split], split in ("train", "val"), {}
         if labelled:
             truths = json_object(files.annotation(f"v2_mscoco_{year}_annotations.json"))
             answers = {entry.key("question_id"): entry for entry in truths.items("annotations")}
@@ -154,28 +139,35 @@ def vqav2(files: Files) -> Iterator[ParsedRecord]:
                 if not question["answers"]:
                     fail(f"{given.source}: answers", "one or more answers", [])
             yield ParsedRecord("image_qa", split, entry.source, {
-                "id": entry.key("question_id"), "image": files.media("image", name), "qa": [question], **truth,
+                "id": entry.key("question_id"), "image": files.media("image", *_coco_names(name)),
+                "qa": [question], **truth,
             })
 
 
 def snli_ve(files: Files) -> Iterator[ParsedRecord]:
-    """snli_ve_train.jsonl, snli_ve_dev.jsonl, snli_ve_test.jsonl: Flickr30K_ID, sentence2, gold_label, pairID, ..."""
+    """snli_ve_train.jsonl, snli_ve_dev.jsonl, snli_ve_test.jsonl: sentence2, gold_label, pairID, ..., and Flickr30K_ID
+    (or Flikr30kID, flickr30k_id). Without such a field, the image is the part of pairID before "#"."""
     labels = {name: name for name in ("entailment", "neutral", "contradiction")}
-    for split, name in (("train", "train"), ("val", "dev"), ("test", "test")):
-        for entry in json_lines(files.annotation(f"snli_ve_{name}.jsonl")):
+    names = {"train": ("snli_ve_train.jsonl",), "val": ("snli_ve_dev.jsonl",), "test": ("snli_ve_test.jsonl",)}
+    for split, path in files.splits(names):
+        for entry in json_lines(path):
+            spelled = (key for key in entry.values if key.lower().replace("_", "") in ("flickr30kid", "flikr30kid"))
+            image = entry.key(next(spelled, "pairID")).partition("#")[0].removesuffix(".jpg")
             yield ParsedRecord("visual_entailment", split, entry.source, {
-                "id": entry.text("pairID"), "image": files.media("image", f"{entry.key('Flickr30K_ID')}.jpg"),
+                "id": entry.text("pairID"), "image": files.media("image", f"{image}.jpg"),
                 "text": entry.text("sentence2"), "label": entry.choice("gold_label", labels),
             })
 
 
 def nlvr2(files: Files) -> Iterator[ParsedRecord]:
-    """train.json, dev.json, test1.json, one object per line: identifier (split-set-pair-sentence), sentence, label.
+    """train.json, dev.json, test1.json, test2.json, one object per line: identifier (split-set-pair-sentence),
+    sentence, label. test2.json becomes the split `test2`.
 
     The images are split-set-pair-img0.png and -img1.png.
     """
-    for split, name in (("train", "train.json"), ("val", "dev.json"), ("test", "test1.json")):
-        for entry in json_lines(files.annotation(name)):
+    names = {"train": ("train.json",), "val": ("dev.json",), "test": ("test1.json",), "test2": ("test2.json",)}
+    for split, path in files.splits(names):
+        for entry in json_lines(path):
             pair, dash, _ = entry.text("identifier").rpartition("-")
             if not dash:
                 fail(f"{entry.source}: identifier", "split-set-pair-sentence", entry.text("identifier"))
@@ -224,7 +216,8 @@ def _box(entry: Annotation, image: Annotation) -> list[float]:
 
 
 def imagenet(files: Files) -> Iterator[ParsedRecord]:
-    """Images in folders train/CLASS/ and val/CLASS/.
+    """Images in folders train/CLASS/ and val/CLASS/, anywhere in the download. In Kaggle's tree val/ has no folders of
+    classes; LOC_val_solution.csv (ImageId, PredictionString) has them.
 
     With LOC_synset_mapping.txt (n01440764, blank, names separated by commas) a class is called by its first name; two
     classes with the same first name also have their number.
@@ -232,17 +225,28 @@ def imagenet(files: Files) -> Iterator[ParsedRecord]:
     names: dict[str, str] = {}
     if path := files.optional("LOC_synset_mapping.txt"):
         first = {line.split(" ", 1)[0]: line.partition(" ")[2].split(",")[0].strip() for _, line in text_lines(path)}
-        shared = {name for name in first.values() if list(first.values()).count(name) > 1}
-        names = {number: f"{name} ({number})" if name in shared else name for number, name in first.items()}
+        counts = Counter(first.values())
+        names = {number: f"{name} ({number})" if counts[name] > 1 else name for number, name in first.items()}
+    folders: dict[str, str] = {}
+    if path := files.optional("LOC_val_solution.csv"):
+        folders = {row.text("ImageId"): row.text("PredictionString").split()[0] for row in table(path, ",")}
     classes: dict[str, str] = {}
-    for split in ("train", "val"):
-        images = list(files.images(split))
-        if not images:
-            raise FileNotFoundError(f"{files.root / split} has no images: expected {split}/CLASS/IMAGE")
-        for path in images:
-            entry = Annotation(str(files.root / path), {"folder": path.split("/")[1]})
-            if split == "train":
-                classes.setdefault(entry.text("folder"), names.get(entry.text("folder"), entry.text("folder")))
+    images: dict[str, list[tuple[str, str]]] = {"train": [], "val": []}
+    for path in files.all_media("image"):
+        folder, name = os.path.split(path)
+        for split in images:
+            if os.path.basename(os.path.dirname(folder)) == split:
+                images[split].append((path, os.path.basename(folder)))
+            elif os.path.basename(folder) == split:
+                images[split].append((path, folders.get(os.path.splitext(name)[0], "")))
+    if not any(images.values()):
+        raise FileNotFoundError(f"{files.root} has no images: expected train/CLASS/IMAGE and val/CLASS/IMAGE")
+    files.absent += [split for split, found in images.items() if not found]
+    for split, found in images.items():
+        for path, folder in found:
+            if split == "train" or not images["train"]:
+                classes.setdefault(folder, names.get(folder, folder))
+            entry = Annotation(str(files.root / path), {"folder": folder})
             yield ParsedRecord("image_classification", split, entry.source, {
                 "image": path, "label": entry.choice("folder", classes),
             })

@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mplug2.data.media import ANIMATION_SUFFIXES, STILL_SUFFIXES, VIDEO_SUFFIXES
+from mplug2.data.media import ANIMATION_SUFFIXES, MEDIA_SUFFIXES, STILL_SUFFIXES, VIDEO_SUFFIXES
 from mplug2.data.records import RecordError
 
 SUFFIXES = {"image": STILL_SUFFIXES + ANIMATION_SUFFIXES, "video": VIDEO_SUFFIXES + ANIMATION_SUFFIXES}
+DEFAULT_SUFFIX = {"image": ".jpg", "video": ".mp4"}
+LFS_POINTER = b"version https://git-lfs"
 
 
 def fail(source: str, expected: str, found: Any) -> NoReturn:
@@ -205,78 +207,159 @@ def pickle_list(path: Path) -> list[Annotation]:
 
 @dataclass
 class Files:
-    """The files below `root`, listed once. Media are found by name, in any folder."""
+    """The files below `root`, listed once. Media are found by name, in any folder; annotations too."""
 
     root: Path
+    annotations: Path | None = None
+    """Another folder with the annotation files, searched before `root`."""
+    prefer: str = ""
+    """The folder whose file is taken where several have the same name; without it, the shortest path is taken."""
+    dataset: str = ""
+    """The name of the data set: annotations in a folder with this name are preferred."""
     missing: set[str] = field(default_factory=set)
     """Media that the annotations name but the download does not have."""
+    duplicates: dict[str, list[str]] = field(default_factory=dict)
+    """Names that several media files have, and the paths of these files; the first one is used."""
+    absent: list[str] = field(default_factory=list)
+    """Splits without annotations, and the annotation files that were looked for."""
     faulty: list[str] = field(default_factory=list)
-    """Places of rows that are invalid in the published file itself, and are left out."""
+    """Places of annotations that are invalid in the published file itself, and are left out."""
 
     def __post_init__(self):
         self.root = Path(os.path.abspath(self.root))
-        if not self.root.is_dir():
-            raise FileNotFoundError(f"{self.root} is not a folder: expected the folder of the download")
-        self._names: dict[str, list[str]] = {}
         self._media: dict[str, list[str]] = {}
-        seen = set()
-        for folder, folders, names in os.walk(self.root, followlinks=True):
-            real = os.path.realpath(folder)
-            if real in seen:  # a link to a folder that was listed already
-                folders.clear()
-                continue
-            seen.add(real)
-            folders.sort()
-            for name in sorted(names):
-                path = os.path.relpath(os.path.join(folder, name), self.root)
-                stem, suffix = os.path.splitext(name)
-                if suffix.lower() in SUFFIXES["image"] + SUFFIXES["video"]:
-                    self._media.setdefault(stem, []).append(path)
+        self._bare: dict[str, list[str]] = {}  # media files that a downloader wrote without a suffix
+        folders = [self.root]
+        if self.annotations is not None:
+            self.annotations = Path(os.path.abspath(self.annotations))
+            folders.insert(0, self.annotations)
+        self._annotations: dict[str, list[Path]] = {}
+        for folder in folders:
+            if not folder.is_dir():
+                raise FileNotFoundError(f"{folder} is not a folder: expected the folder of the download")
+            for path in _walk(folder):
+                name = os.path.basename(path)
+                if folder == self.root and os.path.splitext(name)[1].lower() in MEDIA_SUFFIXES:
+                    self._media.setdefault(os.path.splitext(name)[0], []).append(path)
                 else:
-                    self._names.setdefault(name, []).append(path)
+                    self._annotations.setdefault(name, []).append(folder / path)
+                    if folder == self.root and "." not in name:
+                        self._bare.setdefault(name, []).append(path)
+
+    # ---- annotations
 
     def annotation(self, *names: str) -> Path:
         """The first of these annotation files that exists. Raises FileNotFoundError if none does."""
         if (path := self.optional(*names)) is None:
-            raise FileNotFoundError(f"{self.root} has no annotation file {' or '.join(names)}, in no subfolder either; "
-                                    "unpack the published annotations there")
+            folders = " and ".join(map(str, filter(None, (self.annotations, self.root))))
+            raise FileNotFoundError(f"{folders}: no annotation file {' or '.join(names)}, in no subfolder either; "
+                                    "unpack the published annotations there, or name their folder with --annotations")
         return path
 
     def optional(self, *names: str) -> Path | None:
-        """The first of these annotation files that exists, or None. RecordError if there are several of one name."""
+        """The first of these annotation files that exists, or None.
+
+        Raises RecordError if several have the same name and none is in a folder named like the data set, and for a
+        git-lfs pointer.
+        """
         for name in names:
-            if (self.root / name).is_file():
-                return self.root / name
-            found = [path for path in self._names.get(os.path.basename(name), []) if f"/{path}".endswith(f"/{name}")]
-            if len(found) > 1:
-                raise RecordError(f"{self.root} has {name} more than once: {' and '.join(found[:3])}; "
-                                  "give the folder of one of them as the download")
-            if found:
-                return self.root / found[0]
+            if not (found := self._find(name)):
+                continue
+            if len({path.resolve() for path in found}) > 1:
+                raise RecordError(f"{name} exists more than once: {' and '.join(map(str, found[:3]))}; "
+                                  "name the folder of one of them with --annotations")
+            with found[0].open("rb") as file:
+                if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                    raise RecordError(f"{found[0]} is a git-lfs pointer, not the file; fetch it with git lfs pull")
+            return found[0]
         return None
 
-    def media(self, kind: str, name: str) -> str:
-        """The path, relative to the download, of the image or video called `name`; its suffix may differ.
+    def _find(self, name: str) -> list[Path]:
+        """The annotation files of a name; if there are several, those in the folder of the data set, or at the top."""
+        found = [path for path in self._annotations.get(os.path.basename(name), []) if str(path).endswith(f"/{name}")]
+        top = [folder / name for folder in (self.annotations, self.root) if folder]
+        for preferred in (
+            [path for path in found if path.parent.name == self.dataset],
+            [path for path in found if path.parent.parent.name == self.dataset],
+            [path for path in found if path.parent.name == self.dataset.partition("_")[0]],
+            [path for path in top if path in found][:1],
+        ):
+            found = [path for path in found if path in preferred] or found
+        return found
 
-        A file that does not exist is added to `missing`, and the path that it should have is returned.
+    def splits(self, names: dict[str, tuple[str, ...]]) -> Iterator[tuple[str, Path]]:
+        """(split, annotation file) for the splits whose annotations exist; the others are listed in `absent`.
+
+        `names` has the possible names of the annotation file of each split. Raises FileNotFoundError if there is none.
         """
-        stem, suffix = os.path.splitext(os.path.basename(name))
-        if suffix.lower() not in SUFFIXES["image"] + SUFFIXES["video"]:
-            stem, suffix = os.path.basename(name), ""
-        found = [path for path in self._media.get(stem, []) if path.lower().endswith(SUFFIXES[kind])]
-        for rule in (lambda path: path == name, lambda path: path.endswith(f"/{name}"),
-                     lambda path: f"/{os.path.dirname(name)}/" in f"/{path}",
-                     lambda path: os.path.basename(path) == os.path.basename(name)):
-            found = [path for path in found if rule(path)] or found
-        if len(found) > 1:
-            raise RecordError(f"{self.root} has {name} more than once: {' and '.join(found[:3])}; keep one")
+        found = {split: path for split, files in names.items() if (path := self.optional(*files))}
         if not found:
-            path = name if suffix else name + (".jpg" if kind == "image" else ".mp4")
-            self.missing.add(path)
-            return path
+            self.annotation(*(name for files in names.values() for name in files))
+        self.absent += [f"{split} ({' or '.join(files)})" for split, files in names.items() if split not in found]
+        yield from found.items()
+
+    # ---- media
+
+    def media(self, kind: str, *names: str, unique: bool = False) -> str:
+        """The path, relative to the download, of the image or video with one of these names; its suffix may differ.
+
+        A name that is only a number, such as "train/000000000.jpg", must match together with its folder, unless
+        `unique` says that the number identifies the file in the whole data set. A file that does not exist is added to
+        `missing`, and the path that it should have is returned.
+        """
+        for name in names:
+            base = os.path.basename(name)
+            stem, suffix = os.path.splitext(base)
+            for key in dict.fromkeys((base, stem if suffix.lower() in MEDIA_SUFFIXES else base)):
+                found = [path for path in self._media.get(key, ()) if path.lower().endswith(SUFFIXES[kind])]
+                found = found or self._bare.get(key, [])
+                folder = os.path.dirname(name)
+                if folder and stem.isdecimal() and not unique:
+                    found = [path for path in found if f"/{folder}/" in f"/{path}"]
+                if found:
+                    return found[0] if len(found) == 1 else self._choose(name, found)
+        name = names[0]
+        path = name if os.path.splitext(name)[1].lower() in MEDIA_SUFFIXES else name + DEFAULT_SUFFIX[kind]
+        self.missing.add(path)
+        return path
+
+    def _choose(self, name: str, found: list[str]) -> str:
+        """One of several files that match a name: in the preferred folder, at the published path, or with the shortest
+        path. They are not duplicates if all are the same file, or if only one is at the published path."""
+        published = [path for path in found if f"/{path}".endswith(f"/{name}")] if "/" in name else []
+        if self.prefer:
+            published = [path for path in found if f"/{self.prefer}/" in f"/{path}"] or published
+        found = sorted(published or found, key=lambda path: (
+            os.path.basename(path) != os.path.basename(name), path.count("/"), path))
+        if len(found) > 1 and len({os.path.realpath(self.root / path) for path in found}) > 1:
+            self.duplicates[name] = found
         return found[0]
 
-    def images(self, folder: str) -> Iterator[str]:
-        """The paths of all images below a folder of the download, sorted."""
-        below = (path for paths in self._media.values() for path in paths if path.startswith(f"{folder}/"))
-        return iter(sorted(path for path in below if path.lower().endswith(SUFFIXES["image"])))
+    def all_media(self, kind: str) -> list[str]:
+        """The paths of all images or videos, sorted."""
+        paths = (path for paths in self._media.values() for path in paths)
+        return sorted(path for path in paths if path.lower().endswith(SUFFIXES[kind]))
+
+    def nearby(self, path: str, suffix: str) -> Path | None:
+        """The file with the same name and another suffix, in the same folder as a media file, if there is one."""
+        other = Path(os.path.splitext(self.root / path)[0] + suffix)
+        return other if other.is_file() else None
+
+    def tars(self) -> list[Path]:
+        """The tar files of the download."""
+        return sorted(path for paths in self._annotations.values() for path in paths if path.suffix == ".tar")
+
+
+def _walk(root: Path) -> Iterator[str]:
+    """The paths, relative to `root`, of all files below it. Links are followed, each folder is listed once."""
+    seen = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link to a folder that was listed already
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        for name in sorted(names):
+            if not name.startswith("._"):  # what macOS leaves on foreign file systems
+                yield os.path.relpath(os.path.join(folder, name), root)

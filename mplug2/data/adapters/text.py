@@ -1,4 +1,4 @@
-"""GLUE: adapters for the TSV files of its nine tasks. The test sets have no labels: the server keeps them."""
+"""GLUE: adapters for its nine tasks and its diagnostic set. The test sets have no labels: the server keeps them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,6 +33,7 @@ GLUE = {
     "qnli": GlueTask("QNLI", ("question", "sentence"), "label", ENTAILMENT),
     "rte": GlueTask("RTE", ("sentence1", "sentence2"), "label", ENTAILMENT),
     "wnli": GlueTask("WNLI", ("sentence1", "sentence2"), "label", NO_YES),
+    "ax": GlueTask("AX", ("sentence1", "sentence2"), "gold_label", THREE),
 }
 """The tasks by their short names. The server expects 0 and 1 for QQP, as in its training file."""
 
@@ -42,19 +43,28 @@ COLA_COLUMNS = ["source", "label", "mark", "sentence"]  # its training and valid
 def glue(files: Files, name: str) -> Iterator[ParsedRecord]:
     """train.tsv, dev.tsv and test.tsv, in the download itself or in the folder of the task (CoLA/, SST-2/, ...).
 
-    In QQP's published files, line breaks split a few rows, and two rows have no second question. Such rows are left out
-    and listed.
+    "ax" is the diagnostic set for models of MNLI: diagnostic/diagnostic.tsv, without labels. In QQP's published files,
+    line breaks split a few rows, and two rows have no second question. Such rows are left out and listed.
     """
     task, faulty = GLUE[name], files.faulty if name == "qqp" else None
     parts = {"train": "train.tsv", "val": "dev.tsv", "test": "test.tsv"}
     if name == "mnli":
         parts = {"train": "train.tsv", "val": "dev_matched.tsv", "val_mismatched": "dev_mismatched.tsv",
                  "test": "test_matched.tsv", "test_mismatched": "test_mismatched.tsv"}
-    for split, file in parts.items():
+    if name == "ax":
+        paths = files.splits({"test": ("diagnostic/diagnostic.tsv", "AX/diagnostic.tsv", "AX/test.tsv",
+                                       "diagnostic.tsv")})
+    elif files.optional(*(f"{task.folder}/{file}" for file in parts.values())):
+        paths = files.splits({split: (f"{task.folder}/{file}",) for split, file in parts.items()})
+    else:
+        paths = files.splits({split: (file,) for split, file in parts.items()})
+    for split, path in paths:
+        if path.parent.name in {other.folder for other in GLUE.values()} - {task.folder}:
+            raise FileNotFoundError(f"{path} belongs to another task of GLUE: expected a folder {task.folder}; "
+                                    "unpack the files of the task there")
         labelled = not split.startswith("test")
-        path = (files.annotation if labelled else files.optional)(f"{task.folder}/{file}", file)
         columns = COLA_COLUMNS if name == "cola" and labelled else None
-        for number, row in enumerate(table(path, "\t", columns, False, faulty)) if path else ():
+        for number, row in enumerate(table(path, "\t", columns, False, faulty)):
             if faulty is not None and not all(row.get(column).strip() for column in task.texts):
                 faulty.append(f"{row.source}: a question is empty")
                 continue
