@@ -28,11 +28,11 @@ from mplug2.evaluation.chance import chance_level
 from mplug2.evaluation.data import EvalOptions, EvalSplit
 from mplug2.evaluation.evaluate import evaluate
 from mplug2.evaluation.metric_names import format_table
+from mplug2.flags import Parser
 from mplug2.predictor import Predictor, load
 from mplug2.tasks import TASKS
 from mplug2.tools.plots import draw_attention
 from mplug2.tools.report import write_evaluation_report
-from mplug2.training.flags import Parser
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class InputConfig:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "eval.py")
     parser.add(EvalConfig, "evaluation")
     parser.add(InputConfig, "your own files")
     given = parser.read(arguments)

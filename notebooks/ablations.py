@@ -50,12 +50,13 @@ def train(changes: dict, kinds: dict[str, int], seed: int) -> Predictor:
     samples = {kind: of_kind for kind, of_kind in read_samples(root, "pretrain", "train").items() if kind in kinds}
     torch.manual_seed(seed)
     model = MPLUG2(tiny(vocab_size=len(tokenizer), **changes), "video_retrieval").train()
-    optimizer = optim.make_optimizer(model, 4e-3, 4e-3, 0.05, (0.9, 0.98), "muon")
     steps = sum(kinds.values())
+    settings = optim.OptimizerSettings(warmup_steps=steps // 20)
+    optimizer = optim.make_optimizer(model, settings)
     dataset = Samples(samples, 32, 4, 1, model.config.max_positions, 30, seed)
     batches = MixedBatches({kind: len(samples[kind]) for kind in kinds}, kinds, 32, steps, seed)
     for step, batch in enumerate(make_loader(dataset, batches, Collate(tokenizer), workers=0, pin=False)):
-        optim.set_lr(optimizer, optim.lr_factor(step, steps, steps // 20, 0.01))
+        optim.set_lr(optimizer, settings, step, steps)
         vision = model.project_vision(model.encode_vision(batch["pixels"]))
         text = model.project_text(model.encode_text(batch["caption_ids"], batch["caption_mask"]))
         contrastive_loss(vision, text, model.temperature, batch["positive_id"]).backward()

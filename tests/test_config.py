@@ -1,20 +1,14 @@
-"""Settings of the model: what is refused, the presets, dictionaries, and flags from dataclasses."""
+"""Settings of the model: what is refused, the presets, and dictionaries."""
 
 import dataclasses
 import re
-from dataclasses import dataclass
-from typing import Literal
 
 import pytest
 from helpers import configs, small
 from hypothesis import given
-from hypothesis import strategies as st
 
-from eval import EvalConfig, InputConfig
 from mplug2.config import MAY_BE_ZERO, PRESETS, ModelConfig
-from mplug2.dataclass_tools import field_docs, from_dict
-from mplug2.training.flags import Parser
-from train import TrainConfig
+from mplug2.dataclass_tools import from_dict
 
 FIELDS = dataclasses.fields(ModelConfig)
 CHOICES = {"local_temporal_placement": ("released", "figure"), "universal_readout": ("released", "figure")}
@@ -22,11 +16,6 @@ CHOICES = {"local_temporal_placement": ("released", "figure"), "universal_readou
 
 def names_of(kind):
     return [field.name for field in FIELDS if field.type is kind]
-
-
-def strip(text):
-    """Without blanks and line breaks, because argparse wraps its help."""
-    return "".join(text.split())
 
 
 # ---- the settings of a model
@@ -136,95 +125,3 @@ def test_an_unknown_or_missing_setting_is_named():
     del whole["heads"], whole["universal_readout"]
     with pytest.raises(ValueError, match="DIR/config.json: no settings heads, universal_readout"):
         from_dict(ModelConfig, whole, "DIR/config.json")
-
-
-# ---- flags
-
-
-@dataclass(frozen=True)
-class Example:
-    max_steps: int = 3
-    """How long it
-    takes, 100% of it."""
-    name: str = ""
-    """Name of the run."""
-    rate: float = 0.5
-    """How fast."""
-    resume: bool = False
-    """Continue."""
-    mode: Literal["slow", "fast"] = "slow"
-    """Which way."""
-
-
-def parser_of(*classes, defaults=""):
-    parser = Parser("What it does.\n\n    an example")
-    for cls in classes:
-        parser.add(cls, cls.__name__, defaults)
-    return parser
-
-
-def refusal(capsys, parser, arguments):
-    with pytest.raises(SystemExit) as stopped:
-        parser.read(arguments)
-    assert stopped.value.code == 2
-    return capsys.readouterr().err
-
-
-@pytest.mark.parametrize("cls", [ModelConfig, TrainConfig, EvalConfig, InputConfig])
-def test_every_setting_has_a_flag_and_a_help_text(cls):
-    docs, parser = field_docs(cls), parser_of(cls)
-    help_text = strip(parser.format_help())
-    assert list(docs) == [field.name for field in dataclasses.fields(cls)]
-    for name, doc in docs.items():
-        flag = "--" + name.replace("_", "-")
-        assert flag in parser._option_string_actions
-        assert len(doc) > 5 and strip(doc) in help_text, name
-
-
-def test_help_shows_the_defaults_and_keeps_the_examples():
-    text = parser_of(Example).format_help()
-    for words in ("How long it takes, 100% of it. (default: 3)", "Name of the run. (default: none)", "(default: slow)"):
-        assert strip(words) in strip(text)
-    assert "What it does.\n\n    an example" in text
-    text = parser_of(Example, defaults="default: the preset's").format_help()
-    assert strip("How fast. (default: the preset's)") in strip(text) and "0.5" not in text
-
-
-def test_flags_not_given_are_left_out():
-    assert parser_of(Example, ModelConfig).read([]) == {"Example": {}, "ModelConfig": {}}
-
-
-@given(given_values=st.fixed_dictionaries({}, optional={
-    "max_steps": st.integers(0, 10**9), "name": st.text("ab -/é", max_size=5).map("x".__add__),
-    "rate": st.floats(0, 1e9), "resume": st.booleans(), "mode": st.sampled_from(["slow", "fast"]),
-}), heads=st.integers(1, 9))
-def test_flags_given_arrive_with_their_type_under_their_dataclass(given_values, heads):
-    arguments = ["--heads", str(heads)]
-    for name, value in given_values.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            arguments.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            arguments += [f"--{flag}", str(value)]
-    found = parser_of(Example, ModelConfig).read(arguments)
-    assert found == {"Example": given_values, "ModelConfig": {"heads": heads}}
-    assert all(type(found["Example"][name]) is type(value) for name, value in given_values.items())
-
-
-def test_an_unknown_flag_is_refused_with_a_guess(capsys):
-    parser = parser_of(Example)
-    assert "unknown argument --max-step; did you mean --max-steps?" in refusal(capsys, parser, ["--max-step", "3"])
-    assert "unknown argument --max_steps=3; did you mean --max-steps?" in refusal(capsys, parser, ["--max_steps=3"])
-    assert refusal(capsys, parser, ["--zzzzzzzz"]).endswith("unknown argument --zzzzzzzz\n")
-    assert "unknown argument stray" in refusal(capsys, parser, ["--max-steps", "3", "stray"])
-
-
-def test_a_flag_is_not_abbreviated(capsys):
-    assert "unknown argument --na" in refusal(capsys, parser_of(Example), ["--na", "a"])
-
-
-def test_a_value_that_does_not_fit_is_refused(capsys):
-    parser = parser_of(Example)
-    assert "argument --max-steps: invalid int value: '3.5'" in refusal(capsys, parser, ["--max-steps", "3.5"])
-    assert "argument --mode: invalid choice: 'quick'" in refusal(capsys, parser, ["--mode", "quick"])
-    assert "argument --rate: expected one argument" in refusal(capsys, parser, ["--rate"])

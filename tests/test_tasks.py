@@ -17,6 +17,7 @@ from mplug2.data.records import read_records
 from mplug2.evaluation.data import EvalSplit
 from mplug2.tasks import TASKS
 from mplug2.training.run_checkpoint import load_training
+from mplug2.training.settings import resolve_settings
 from tiny_data import write
 
 FINE_TUNED = [task for task in TASKS if task != "pretrain"]
@@ -101,8 +102,8 @@ def test_fine_tuning_has_defaults_of_its_own_that_flags_win_over(tmp_path):
     assert all(TASKS[task].steps for task in FINE_TUNED)
 
     def settings(**given) -> tuple[str, int, float]:
-        config = train.resolve({"out": str(tmp_path), **given}, {})[0]
-        return config.run_name, config.max_steps, config.lr
+        resolved = resolve_settings({"out": str(tmp_path), **given}, {})
+        return resolved.folder.name, resolved.data.max_steps, resolved.optimizer.lr
 
     assert settings(task="grounding") == ("grounding", 300, 2e-3)
     assert settings(task="video_qa,grounding", lr=1.0) == ("video_qa,grounding", 400, 1.0)
@@ -121,7 +122,8 @@ def test_a_checkpoint_is_tested_by_all_that_it_has_the_modules_for(pretrained, w
 
 def test_a_resumed_run_has_the_ema_teacher_and_the_queue_of_the_run_that_never_stopped(world, pretrained, tmp_path):
     arguments = ["--data", str(world), "--init", str(pretrained), "--name", "m", "--task", "video_retrieval,video_qa",
-                 *FAST, *"--distil 0.4 --queue 20 --ema-decay 0.9 --save-every 2 --keep 9 --max-steps 4".split()]
+                 *FAST, *"--distill-weight 0.4 --queue-size 20 --ema-decay 0.9 --save-every 2".split(),
+                 *"--keep-checkpoints 9 --max-steps 4".split()]
     test_files = [file for file in world.glob("*.test.jsonl") if "retrieval" in file.name or "qa" in file.name]
     data = tmp_path / "data"
     data.mkdir()
@@ -213,16 +215,16 @@ def test_answers_are_chosen_from_a_list(pretrained, world, tmp_path, capsys):
 @pytest.mark.parametrize(("arguments", "message"), [
     ("--task video_cation", "unknown task 'video_cation'; known are video_caption, "),
     ("--task video_qa,video_qa", "a task is named twice"),
-    ("--task video_qa,image_qa --task-weights 1", "expected a number for each of video_qa,image_qa"),
+    ("--task video_qa,image_qa --task-weights 1", "expected one number for each task of video_qa,image_qa"),
     ("--task video_qa --task-weights x", "task_weights='x': expected numbers"),
     ("--task video_qa --task-weights -1", "expected no negative number"),
-    ("--task video_qa --task-weights 0", "the weights of all kinds of batches are 0"),
-    ("--task video_caption --distil 0.4", "video_caption has no answers to distil, and no --queue"),
-    ("--queue 64", "the queue belongs to an EMA teacher"),
-    ("--task video_qa --distil 0.4 --queue 64", "video_qa has no VTC that would use it"),
-    ("--ema-decay 1", "expected less than 1"),
-    ("--task video_qa --self-critical", "video_qa writes no captions"),
-    ("--layer-decay 1.5", "layer_decay are shares"),
+    ("--task video_qa --task-weights 0", "all batch types have weight 0"),
+    ("--task video_caption --distill-weight 0.4", "task=video_caption: this task has no answers to distill"),
+    ("--queue-size 64", "queue_size=64: the queue needs an EMA teacher; add --distill-weight 0.4"),
+    ("--task video_qa --distill-weight 0.4 --queue-size 64", "task=video_qa: this task has no VTC that would use it"),
+    ("--ema-decay 1", "ema_decay=1.0: expected a number of at least 0 and below 1"),
+    ("--task video_qa --self-critical", "task=video_qa: this task does not generate captions"),
+    ("--layer-decay 1.5", "layer_decay=1.5: expected a number from 0 to 1"),
 ])
 def test_settings_of_tasks_that_do_not_fit_are_refused(capsys, tmp_path, arguments, message):
     assert message in refused(capsys, train.main, [*arguments.split(), "--out", tmp_path], 2)

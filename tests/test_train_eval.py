@@ -21,7 +21,9 @@ import train
 from mplug2 import distributed
 from mplug2.checkpoint import read_config
 from mplug2.tools import report
+from mplug2.training.optim import OptimizerSettings
 from mplug2.training.run_checkpoint import load_training
+from mplug2.training.settings import GROUPS, Settings
 from tiny_data import Sizes, write
 from tiny_data.writer import VERSION
 
@@ -112,7 +114,7 @@ def test_a_run_writes_settings_metrics_a_curve_and_checkpoints(run):
     settings = json.loads((run / "settings.json").read_text())
     assert settings["commands"] == ["python train.py " + " ".join([*MODEL, *FAST, "--workers 1 --max-steps 4 "
                                                                    "--save-every 2 --eval-every 2 --out ."])]
-    assert settings["train"]["max_steps"] == 4 and settings["train"]["lr"] == train.TrainConfig().lr
+    assert settings["train"]["max_steps"] == 4 and settings["train"]["lr"] == OptimizerSettings().lr
     assert settings["model"]["width"] == 32 and settings["model"]["patch_size"] == 8
     task, config, preprocess = read_config(run / "last")
     assert (task, config.width, preprocess.frames, preprocess.max_words) == ("pretrain", 32, 4, 30)
@@ -238,35 +240,39 @@ def test_two_processes_of_torchrun_train_like_one(light, tmp_path):
 
 
 def test_every_setting_is_explained(capsys):
-    for main, settings in ((train.main, train.TrainConfig), (evaluation.main, evaluation.EvalConfig)):
+    training = [cls for cls, _ in GROUPS.values()]
+    for main, classes in ((train.main, training), (evaluation.main, [evaluation.EvalConfig])):
         with pytest.raises(SystemExit) as stopped:
             main(["--help"])
         assert stopped.value.code == 0
         text = capsys.readouterr().out
-        for name in settings.__dataclass_fields__:
-            assert f"--{name.replace('_', '-')}" in text, name
+        for name in (name for cls in classes for name in cls.__dataclass_fields__):
+            flag = name.replace("_", "-")
+            assert f"--{flag}" in text or f"--[no-]{flag}" in text, name
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    ("--max-step 3", "unknown argument --max-step; did you mean --max-steps?"),
+    ("--max-step 3", "unknown argument --max-step (did you mean '--max-steps'?)"),
     ("--task captions", "unknown task 'captions'; known are video_caption, "),
     ("--preset huge", "preset='huge': expected one of tiny, base, large"),
-    ("--max-steps 0", "max_steps=0: expected at least 1"),
+    ("--max-steps 0", "max_steps=0: expected a number of at least 1"),
     ("--batch-size many", "--batch-size: invalid int value: 'many'"),
-    ("--lr -1", "lr=-1.0: expected no negative number"),
-    ("--max-skipped 2", "are shares: expected at most 1"),
-    ("--video-weight 0 --image-weight 0 --text-weight 0", "are 0: there is nothing to train on"),
+    ("--lr -1", "lr=-1.0: expected a number of at least 0"),
+    ("--max-skipped 2", "max_skipped=2.0: expected a number from 0 to 1"),
+    ("--video-weight 0 --image-weight 0 --text-weight 0", "have weight 0, so there is nothing to train on"),
     ("--name a/b", "name='a/b': expected a folder name without slashes"),
     ("--width 100 --heads 3", "heads=3 does not divide width=100"),
     ("--patch-size 7", "patch_size=7 does not divide image_size=32"),
     ("--init nowhere", "nowhere is not a checkpoint"),
     ("--precision float16", "--precision: invalid choice: 'float16'"),
-    ("--offload", "offload needs --parallel fsdp"),
+    ("--cpu-offload", "cpu_offload with parallel=ddp: only FSDP2 can offload; add --parallel fsdp"),
     ("--timeout 0", "timeout=0.0: expected more than 0 seconds"),
-    ("--resume-from step_0000001", "--resume-from names the checkpoint of a run that goes on: give --resume, too"),
-    ("--gpus 8", "gpus: settings of a plan, which is asked for by --plan"),
-    ("--plan --gpus 3", "batch_size=32 cannot be shared by 3 processes evenly"),
-    ("--plan --utilisation 2", "utilisation: expected a share above 0"),
+    ("--resume-from step_0000001", "resume_from='step_0000001' without resume: add --resume"),
+    ("--gpus 8", "unknown argument --gpus"),
+    ("--epochs 2 --max-steps 9", "epochs=2.0 and max_steps=9: give one of the two"),
+    ("--epochs 0", "epochs=0.0: expected a number above 0"),
+    ("--min-lr 0 --min-lr-ratio 0.1", "min_lr=0.0 and min_lr_ratio=0.1: give one of the two"),
+    ("--warmup-steps 2 --warmup-ratio 0", "warmup_steps=2 and warmup_ratio=0.0: give one of the two"),
     ("--resume", "tiny has no checkpoint to resume from; start it without --resume"),
 ])
 def test_impossible_settings_are_refused_with_the_reason(capsys, tmp_path, arguments, message):
@@ -277,19 +283,20 @@ def test_impossible_settings_are_refused_with_the_reason(capsys, tmp_path, argum
 def test_a_second_run_into_the_same_folder_is_refused(capsys, run):
     before = (run / "metrics.jsonl").read_text()
     message = refused(capsys, train.main, ["--out", run.parent], 2)
-    assert f"{run} holds a run already; go on with it by --resume, or choose another --name or --out" in message
+    assert f"{run} already contains a run; continue it with --resume, or choose another --name or --out" in message
     assert (run / "metrics.jsonl").read_text() == before
 
 
 def test_a_resumed_run_keeps_its_settings(capsys, run):
     message = refused(capsys, train.main, ["--out", run.parent, "--resume", "--lr", "0.5", "--width", "48"], 2)
-    assert "lr, width: a resumed run keeps its settings" in message and "leave them out, or start another" in message
+    assert "lr, width: a resumed run keeps its settings" in message
+    assert "leave these flags out, or start another" in message
 
 
 def test_init_and_preset_exclude_each_other_and_sizes_come_from_the_checkpoint(capsys, run, light, tmp_path):
     arguments = ["--init", run / "last", "--out", tmp_path, "--data", light]
     message = refused(capsys, train.main, [*arguments, "--preset", "tiny"], 2)
-    assert "--preset and --init exclude each other" in message
+    assert "the model's sizes come from the checkpoint; leave --preset out" in message
     message = refused(capsys, train.main, [*arguments, "--width", "64"], 1)
     assert "does not fit this model for pretrain" in message and "expected (64,), found (32,)" in message
     assert list(tmp_path.iterdir()) == []
@@ -297,10 +304,12 @@ def test_init_and_preset_exclude_each_other_and_sizes_come_from_the_checkpoint(c
 
 def test_a_batch_that_the_processes_cannot_share_evenly_is_refused():
     process = distributed.DistInfo(0, 2, torch.device("cpu"))
-    with pytest.raises(ValueError, match="batch_size=7 cannot be shared by 2 processes evenly"):
-        train.run(train.TrainConfig(batch_size=7), {}, process, "")
-    with pytest.raises(ValueError, match="batch_size=8 cannot be shared by 2 processes evenly, in 3 micro-batches"):
-        train.run(train.TrainConfig(batch_size=8, accumulate=3), {}, process, "")
+    for settings, message in (
+        (dict(batch_size=7), r"batch_size=7 is not divisible by 2 \(2 ranks x 1 accumulation steps\)"),
+        (dict(batch_size=8, accumulation_steps=3), r"batch_size=8 is not divisible by 6 \(2 ranks x 3 accumulation"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train.run(Settings.from_flat(settings), process, "")
 
 
 def test_data_that_does_not_fit_is_refused_with_its_place(capsys, light, tmp_path):
@@ -428,7 +437,7 @@ def test_eval_runs_from_the_command_line(run, own_files):
     ("--checkpoint {run} --input {own}", 2, "expected a folder with --find"),
     ("--checkpoint {run} --input {own}/clip.gif --find red", 2, "expected a folder with --find"),
     ("--checkpoint {run} --beams 0", 2, "--beams 0: expected at least 1"),
-    ("--checkpoint {run} --dta x", 2, "unknown argument --dta; did you mean --data?"),
+    ("--checkpoint {run} --dta x", 2, "unknown argument --dta (did you mean '--data'?)"),
     ("--checkpoint {own}", 1, "is not a checkpoint: there is no config.json in it"),
     ("--checkpoint {run} --input {own}/note.txt", 1, "note.txt: suffix '.txt' cannot be read"),
     ("--checkpoint {run} --input {empty} --find red", 1, "contains no image, GIF, or video"),

@@ -11,7 +11,6 @@ Reading is strict: a field that is missing, misspelled or of the wrong type is a
 and the field. The media are not opened here: an image that does not exist is reported when it is decoded.
 """
 
-import difflib
 import json
 import math
 import os
@@ -23,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mplug2.did_you_mean import did_you_mean
 from mplug2.tasks import RECORD_FIELDS, TASKS
 
 OPTIONAL_FIELDS: tuple[str, ...] = ("id", "positive_id", "unlabelled")
@@ -96,7 +96,7 @@ def read_records(root: Path | str, task: str, split: str) -> list[Record]:
     unknown task, and FileNotFoundError, which lists the existing files, for a missing file.
     """
     if task not in RECORD_FIELDS:
-        hint = _did_you_mean(task, RECORD_FIELDS)
+        hint = did_you_mean(task, RECORD_FIELDS)
         raise ValueError(f"unknown task {task!r}{hint}; the tasks are {_listing(RECORD_FIELDS)}")
     root = Path(os.path.abspath(root))
     path = root / f"{task}.{split}.jsonl"
@@ -203,7 +203,7 @@ def _check_names(source: str, owner: str, fields: dict, required: tuple[str, ...
     for name in fields:
         if name not in known:
             raise RecordError(
-                f"{source}: {owner} has no field {name!r}{_did_you_mean(name, known)}; its fields are {_listing(known)}"
+                f"{source}: {owner} has no field {name!r}{did_you_mean(name, known)}; its fields are {_listing(known)}"
             )
     for name in required:
         if name not in fields:
@@ -292,8 +292,3 @@ def _short(value: Any) -> str:
 
 def _listing(names: Any) -> str:
     return ", ".join(names)
-
-
-def _did_you_mean(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -44,7 +44,7 @@ from mplug2.generation import SpecialTokens, beam_search
 from mplug2.model import attention, kernels
 from mplug2.model.mplug2 import MPLUG2
 from mplug2.objectives.objectives import Objectives
-from mplug2.training.optim import make_optimizer
+from mplug2.training.optim import OptimizerSettings, make_optimizer
 from mplug2.training.parallel import checkpoint_activations, compile_model
 
 BEAMS, CAPTION = 5, 20  # tokens of a caption, in generation and in training
@@ -97,7 +97,7 @@ def train(model: MPLUG2, options: argparse.Namespace, device: str) -> Callable[[
     batch = {"pixels": pixels, "prompted_ids": ids, "prompted_mask": mask,
              "prompted_positions": label_positions(mask.cpu()).to(device)}
     objectives = Objectives(model)
-    optimizer = make_optimizer(model, 1e-5, 1e-5, 0.02, (0.9, 0.999))
+    optimizer = make_optimizer(model, OptimizerSettings("adamw", lr=1e-5, weight_decay=0.02, beta2=0.999))
 
     def step() -> None:
         objectives(batch)["caption"].backward()
@@ -231,7 +231,7 @@ def bench_data(options: argparse.Namespace) -> dict[str, float]:
     rate = read / (time.perf_counter() - start)
 
     model = MPLUG2(config, "pretrain").to(options.device).train()
-    objectives, optimizer = Objectives(model), make_optimizer(model, 1e-3, 1e-3, 0.05, (0.9, 0.98), "muon")
+    objectives, optimizer = Objectives(model), make_optimizer(model, OptimizerSettings(lr=1e-3))
     waiting, batches = 0.0, loader(dict.fromkeys(samples, 1.0), DATA_STEPS)
     next(batches)
     start = asked = time.perf_counter()

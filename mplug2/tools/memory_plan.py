@@ -3,11 +3,12 @@
 A training step is gone through on fake tensors, which have shapes but no memory, and every tensor that it makes is
 counted from its birth to its death. What FSDP2 shares out is then divided by the number of devices.
 
-    python train.py --plan --preset large --gpus 64 --batch-size 1024 --frames 4 --precision bfloat16
+    python -m mplug2.tools.memory_plan --preset large --gpus 64 --batch-size 1024 --frames 4 --precision bfloat16
 
 Axes: b samples of a micro-batch on one device, r questions a sample, t frames, l text tokens.
 """
 
+import dataclasses
 import math
 import weakref
 from contextlib import nullcontext
@@ -22,38 +23,41 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from mplug2.config import ModelConfig
+from mplug2.flags import Parser, check_range
 from mplug2.model.attention import CrossAttention, SelfAttention
 from mplug2.model.layers import Block
 from mplug2.model.mplug2 import MPLUG2
 from mplug2.objectives.objectives import Objectives
 from mplug2.tasks import BATCH_TYPES, TASKS, batch_types, parse_tasks
 from mplug2.training.parallel import checkpoint_activations
+from mplug2.training.settings import GROUPS, Settings, default_values, run_flags, with_defaults
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class PlanConfig:
-    plan: bool = False
-    """Print what the run would need, and end: memory of each device, steps, days. Nothing is allocated."""
+class PlanSettings:
     gpus: int = 8
-    """Devices of the plan."""
+    """Number of devices."""
     images: int = 14_000_000
-    """Pictures of the plan's data; as in the paper (COCO, Visual Genome, SBU, CC3M, CC12M)."""
+    """Images of the training data; the default is the paper's (COCO, Visual Genome, SBU, CC3M, CC12M)."""
     videos: int = 2_500_000
-    """Clips of the plan's data; as in the paper (WebVid-2M)."""
+    """Videos of the training data; the default is the paper's (WebVid-2M)."""
     passes: int = 30
-    """Passes through the plan's data."""
+    """Passes through the training data."""
     device_tflops: float = 989.0
-    """Operations a device can do, in 10^12 a second; an H100 or H200 in bfloat16 does 989 at most."""
-    utilisation: float = 0.4
-    """Share of these that the plan reckons with."""
+    """Peak TFLOP/s of a device; the default is that of an H100 or H200 in bfloat16."""
+    utilization: float = 0.4
+    """Assumed fraction of peak FLOP/s (MFU)."""
 
     def __post_init__(self):
-        if self.gpus < 1 or self.passes < 1 or min(self.images, self.videos) < 0 or not self.images + self.videos:
-            raise ValueError("gpus and passes: expected at least 1; images and videos: expected at least 0, not both 0")
-        if not self.device_tflops > 0 or not 0 < self.utilisation <= 1:
-            raise ValueError("device_tflops: expected more than 0; utilisation: expected a share above 0, at most 1")
+        check_range(self, "gpus passes", 1)
+        check_range(self, "images videos", 0)
+        if not self.images + self.videos:
+            raise ValueError("images=0 and videos=0: expected one of them above 0")
+        if not self.device_tflops > 0 or not 0 < self.utilization <= 1:
+            raise ValueError(f"device_tflops={self.device_tflops}, utilization={self.utilization}: expected numbers "
+                             "above 0, and a utilization of at most 1")
 
 
 @dataclass(frozen=True)
@@ -217,9 +221,17 @@ def device_memory(work: Workload, costs: Cost, gpus: int, sharded: bool) -> dict
     return {**parts, "in all": sum(parts.values())}
 
 
-def format_plan(plan: PlanConfig, work: Workload, accumulate: int) -> str:
+def workload(settings: Settings, config: ModelConfig, world_size: int) -> Workload:
+    """What each of `world_size` devices computes at a time. ValueError if they cannot share a batch evenly."""
+    data = settings.data
+    return Workload(config, data.micro_batch_size(world_size), data.frames, data.questions_per_sample, data.max_words,
+                    data.task, settings.parallel.low_precision, settings.optimizer.optimizer)
+
+
+def format_plan(plan: PlanSettings, settings: Settings) -> str:
     """The plan as text."""
-    whole, batch_size = parameter_counts(work.config)[0], work.b * plan.gpus * accumulate
+    work, accumulate = workload(settings, settings.model_config(), plan.gpus), settings.data.accumulation_steps
+    whole, batch_size = parameter_counts(work.config)[0], settings.data.batch_size
     lines = [f"{whole / 1e6:,.1f} M parameters; {plan.gpus} devices, {work.b} samples each at a time, x {accumulate} "
              f"= {batch_size} a step;",
              f"{work.frames} frames of {work.config.image_size} pixels, texts of {work.words} words; "
@@ -244,13 +256,39 @@ def format_plan(plan: PlanConfig, work: Workload, accumulate: int) -> str:
              for number, kind in enumerate(counts)}
     steps = plan.passes * sum(counts.values()) // batch_size
     load = plan.passes * sum(counts[kind] * flops[kind] for kind in counts)
-    days = load / (plan.gpus * plan.device_tflops * 1e12 * plan.utilisation) / 86400
+    days = load / (plan.gpus * plan.device_tflops * 1e12 * plan.utilization) / 86400
     names = {kind: "clip" if BATCH_TYPES[kind].modality == "video" else "picture" for kind in counts}
     lines += ["", ", ".join(f"{flops[kind] / 1e12:.3f} TFLOP a {names[kind]}" for kind in counts)
               + " (forward and backward, all losses)",
               " and ".join(f"{counts[kind]:,} {names[kind]}s" for kind in counts)
               + f", {plan.passes} times: {steps:,} steps, {days:.1f} "
-              f"days at {plan.utilisation:.0%} of {plan.device_tflops:g} TFLOP/s",
+              f"days at {plan.utilization:.0%} of {plan.device_tflops:g} TFLOP/s",
               "A step that recomputes activations takes about a third longer. Not counted: buffers of libraries, and",
               "memory that is free, but in pieces: leave a tenth."]
     return "\n".join(lines)
+
+
+FLAGS_OF_TRAINING = {
+    "recipe", "preset", "init", "task", "batch_size", "accumulation_steps", "frames", "max_words",
+    "questions_per_sample", "optimizer", "precision",
+}
+"""The flags of train.py that change the plan."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = Parser(__doc__, "python -m mplug2.tools.memory_plan")
+    parser.add(PlanSettings, "plan (devices and data)")
+    for cls, title in GROUPS.values():
+        if FLAGS_OF_TRAINING & {field.name for field in dataclasses.fields(cls)}:
+            parser.add(cls, title, FLAGS_OF_TRAINING)
+    parser.add(ModelConfig, "model (sizes and variants)")
+    given = parser.read(arguments, default_values)
+    try:
+        settings = Settings.from_flat(with_defaults(run_flags(given)), given["ModelConfig"])
+        print(format_plan(PlanSettings(**given["PlanSettings"]), settings))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,15 +1,60 @@
-"""Optimizers and their schedule: AdamW, or Muon for the matrices and AdamW for the rest; warm-up, then cosine.
+"""Optimizers and their schedule: AdamW, or Muon for matrices and AdamW for the rest; linear warmup, then a cosine.
 
-No weight decay on biases, norms and embeddings.
+Biases, norms and embeddings have no weight decay.
 """
 
 import math
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from mplug2.distributed import full_tensor, shard_like
+from mplug2.flags import check_range
 from mplug2.model.mplug2 import MPLUG2
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """muon: Muon for matrices, AdamW for the rest (learns the tiny world in half the steps); adamw: AdamW for all."""
+    lr: float = 4e-3
+    """Peak learning rate."""
+    vision_lr: float = 0.0
+    """Peak learning rate of the vision encoder; 0: that of --lr."""
+    min_lr_ratio: float = 0.01
+    """Final learning rate as a fraction of the peak."""
+    min_lr: float | None = None
+    """Final learning rate of every parameter group, in place of --min-lr-ratio."""
+    warmup_ratio: float = 0.05
+    """Fraction of the steps over which the learning rate rises linearly to its peak."""
+    warmup_steps: int | None = None
+    """Number of warmup steps, in place of --warmup-ratio."""
+    weight_decay: float = 0.05
+    """Weight decay of matrices; biases, norms and embeddings have none."""
+    beta2: float = 0.98
+    """AdamW's second beta."""
+    clip_grad: float = 1.0
+    """Largest gradient norm; larger gradients are scaled down to it."""
+    layer_decay: float = 1.0
+    """Layer-wise learning-rate decay: each encoder layer gets this fraction of the rate of the layer above it."""
+    freeze: str = ""
+    """Modules that are not trained, separated by commas, such as vision_encoder,text_encoder."""
+
+    def __post_init__(self):
+        check_range(self, "lr vision_lr min_lr warmup_steps weight_decay clip_grad", 0)
+        check_range(self, "min_lr_ratio warmup_ratio beta2 layer_decay", 0, 1)
+
+    def floor(self, peak: float) -> float:
+        """The final learning rate of a group as a fraction of its `peak`."""
+        if self.min_lr is None:
+            return self.min_lr_ratio
+        return min(1.0, self.min_lr / peak) if peak else 1.0
+
+    def warmup(self, steps: int) -> int:
+        """Number of warmup steps in a run of `steps` steps."""
+        return math.ceil(self.warmup_ratio * steps) if self.warmup_steps is None else self.warmup_steps
 
 
 def freeze(model: MPLUG2, modules: list[str]) -> None:
@@ -63,13 +108,13 @@ def parameter_groups(
     ]
 
 
-def make_optimizer(
-    model: MPLUG2, lr: float, vision_lr: float, weight_decay: float, betas: tuple[float, float], name: str = "adamw",
-    layer_decay: float = 1.0,
-) -> torch.optim.AdamW:
-    """`name`: "adamw" or "muon"."""
-    groups = parameter_groups(model, lr, vision_lr, weight_decay, layer_decay)
-    return (Muon if name == "muon" else torch.optim.AdamW)(groups, betas=betas, fused=True)
+def make_optimizer(model: MPLUG2, settings: OptimizerSettings) -> torch.optim.AdamW:
+    """Muon (a subclass of AdamW) or AdamW over the parameter groups of `model`, at their peak learning rates."""
+    groups = parameter_groups(
+        model, settings.lr, settings.vision_lr or settings.lr, settings.weight_decay, settings.layer_decay
+    )
+    optimizer = Muon if settings.optimizer == "muon" else torch.optim.AdamW
+    return optimizer(groups, betas=(0.9, settings.beta2), fused=True)
 
 
 class Muon(torch.optim.AdamW):
@@ -128,13 +173,15 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 def lr_factor(step: int, steps: int, warmup: int, floor: float) -> float:
-    """The share of the full learning rate at `step` of `steps`: linear up, then a half cosine down to `floor`."""
+    """The learning rate at `step` as a fraction of its peak: linear warmup, then a half cosine down to `floor`."""
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def set_lr(optimizer: torch.optim.Optimizer, share: float) -> None:
+def set_lr(optimizer: torch.optim.Optimizer, settings: OptimizerSettings, step: int, steps: int) -> None:
+    """Set the learning rate of every parameter group for `step` of `steps`."""
     for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * share
+        peak = group["base_lr"]
+        group["lr"] = peak * lr_factor(step, steps, settings.warmup(steps), settings.floor(peak))

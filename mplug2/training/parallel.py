@@ -2,6 +2,8 @@
 
 import inspect
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -15,17 +17,43 @@ from mplug2.distributed import DistInfo, full_tensor, shard_like, world_size
 from mplug2.model.layers import BertLayer, Block
 
 
-def wrap_model(
-    module: nn.Module, process: DistInfo, sharded: bool, block: type[nn.Module], low_precision: bool,
-    offload: bool,
-) -> nn.Module:
-    """`module` on the device of `process`, with gradients that are averaged over the processes.
+@dataclass(frozen=True)
+class ParallelSettings:
+    device: str = "auto"
+    """cpu, cuda, cuda:1 or mps; auto: cuda if there is a GPU, otherwise cpu."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """What several ranks share: ddp, the gradients; fsdp (FSDP2), also parameters and optimizer state."""
+    cpu_offload: bool = False
+    """With --parallel fsdp: keep parameters and optimizer state in CPU memory."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: forward passes under autocast."""
+    activation_checkpointing: bool = False
+    """Keep only the input of each block and recompute the rest in the backward pass: less memory, more time."""
+    compile: bool = False
+    """Compile the model (torch.compile); the first steps take minutes."""
 
-    With `sharded` by FSDP2: every `block` (module of this type) is put together when it runs, in bfloat16 if
-    `low_precision`; what is in no block stays together for the whole step. With `offload` parts and optimizer state
-    are kept, and updated, in the memory of the CPU. Make the optimizer afterwards: FSDP2 replaces the parameters.
+    def __post_init__(self):
+        if self.cpu_offload and self.parallel != "fsdp":
+            raise ValueError(f"cpu_offload with parallel={self.parallel}: only FSDP2 can offload; add --parallel fsdp")
+        if self.compile and self.parallel == "fsdp":
+            raise ValueError("compile with parallel=fsdp: a sharded model cannot be compiled here; use one of the two")
+
+    @property
+    def low_precision(self) -> bool:
+        """Whether forward passes run in bfloat16."""
+        return self.precision == "bfloat16"
+
+
+def wrap_model(
+    module: nn.Module, process: DistInfo, settings: ParallelSettings, block: type[nn.Module]
+) -> nn.Module:
+    """`module` on the device of this rank, with gradients that are averaged over the ranks (DDP or FSDP2).
+
+    FSDP2 shards every module of the type `block` on its own: its parameters are gathered when it runs, in bfloat16 with
+    `--precision bfloat16`. Parameters outside of blocks stay gathered for the whole step. Build the optimizer
+    afterwards: FSDP2 replaces the parameters.
     """
-    if not sharded:
+    if settings.parallel == "ddp":
         module.to(process.device)
         if process.world_size == 1:
             return module
@@ -38,24 +66,26 @@ def wrap_model(
             "cpu:gloo,cuda:nccl" if process.device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0,
             world_size=1,
         )
-    settings = {
+    sharding = {
         "mesh": init_device_mesh(process.device.type, (process.world_size,)),
         # FSDP2 cannot share out a single number: these stay whole, see `all_reduce_replicated_grads`.
         "ignored_params": {parameter for parameter in module.parameters() if parameter.dim() == 0},
-        "offload_policy": CPUOffloadPolicy(pin_memory=process.device.type == "cuda") if offload else OffloadPolicy(),
+        "offload_policy": OffloadPolicy(),
     }
-    if low_precision:
-        settings["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    if settings.cpu_offload:
+        sharding["offload_policy"] = CPUOffloadPolicy(pin_memory=process.device.type == "cuda")
+    if settings.low_precision:
+        sharding["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for part in module.modules():
         if isinstance(part, block):
-            fully_shard(part, **settings)
-    fully_shard(module, **settings)
+            fully_shard(part, **sharding)
+    fully_shard(module, **sharding)
     for part in module.modules():  # put together once, as accumulation expects of blocks that a batch passes by, too
         if isinstance(part, FSDPModule):
             part.unshard()
             part.reshard()
-    for parameter in settings["ignored_params"]:
-        parameter.data = parameter.data.to("cpu" if offload else process.device)
+    for parameter in sharding["ignored_params"]:
+        parameter.data = parameter.data.to("cpu" if settings.cpu_offload else process.device)
     for buffers in module.modules():
         for name, buffer in buffers.named_buffers(recurse=False):
             setattr(buffers, name, buffer.to(process.device))

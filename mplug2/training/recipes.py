@@ -34,8 +34,8 @@ def _recipe(
 ) -> Recipe:
     clips, pictures = task.startswith("video"), task.startswith(("image", "visual"))
     settings = dict(
-        task=task, lr=lr, vision_lr=vision_lr, min_lr=round(1e-6 / lr, 4), epochs=epochs, batch_size=batch,
-        weight_decay=0.02, beta2=0.999, augment="finetune" if clips or pictures else "none", flip=clips or pictures,
+        task=task, lr=lr, vision_lr=vision_lr, min_lr_ratio=round(1e-6 / lr, 4), epochs=epochs, batch_size=batch,
+        weight_decay=0.02, beta2=0.999, augment="finetune" if clips or pictures else "none", hflip=clips or pictures,
         frames=16, precision="bfloat16", optimizer="adamw", vtc_weight=1.0,
     )
     return Recipe(data, task, metric, source, paper, MappingProxyType(settings | more))
@@ -47,7 +47,7 @@ def _mplug2(data: str, task: str, metric: str, paper: str = "", source: str = "m
 
 def _glue(name: str, metric: str) -> Recipe:
     task = "text_classification" if name in ("cola", "sst2") else "text_pair_classification"
-    return _recipe(f"glue_{name}", task, metric, "BERT", 2e-5, 0.0, 3, 32, max_words=64, warmup=0.1)
+    return _recipe(f"glue_{name}", task, metric, "BERT", 2e-5, 0.0, 3, 32, max_words=64, warmup_ratio=0.1)
 
 
 SETTINGS_OF_10 = "mPLUG-2's for clips"
@@ -56,9 +56,9 @@ SETTINGS_OF_10 = "mPLUG-2's for clips"
 RECIPES: dict[str, Recipe] = {
     "msrvtt_caption": _mplug2("msrvtt_caption", "video_caption", "CIDEr", "80.3"),
     "msvd_caption": _mplug2("msvd_caption", "video_caption", "CIDEr", "165.8"),
-    "msrvtt_qa": _mplug2("msrvtt_qa", "video_qa", "accuracy", "48.0", questions=1, distil=0.4),
-    "msvd_qa": _mplug2("msvd_qa", "video_qa", "accuracy", "58.1", questions=1, distil=0.4),
-    "tgif_qa": _mplug2("tgif_qa", "video_qa", "accuracy", questions=1, distil=0.4),
+    "msrvtt_qa": _mplug2("msrvtt_qa", "video_qa", "accuracy", "48.0", questions_per_sample=1, distill_weight=0.4),
+    "msvd_qa": _mplug2("msvd_qa", "video_qa", "accuracy", "58.1", questions_per_sample=1, distill_weight=0.4),
+    "tgif_qa": _mplug2("tgif_qa", "video_qa", "accuracy", questions_per_sample=1, distill_weight=0.4),
     "msrvtt_retrieval": _recipe(
         "msrvtt_retrieval", "video_retrieval", "text-to-video R@1", "mPLUG", 1e-5, 1e-6, 5, 128, "53.1", frames=12),
     "didemo": _recipe(
@@ -67,15 +67,16 @@ RECIPES: dict[str, Recipe] = {
     "lsmdc": _recipe(
         "lsmdc", "video_retrieval", "text-to-video R@1", "mPLUG, for MSR-VTT", 1e-5, 1e-6, 5, 128, frames=12),
     "kinetics400": _mplug2("kinetics", "video_classification", "top-1", "87.1", SETTINGS_OF_10),
-    "ssv2": _mplug2("ssv2", "video_classification", "top-1", "", SETTINGS_OF_10, flip=False),
+    "ssv2": _mplug2("ssv2", "video_classification", "top-1", "", SETTINGS_OF_10, hflip=False),
     "imagenet": _mplug2("imagenet", "image_classification", "top-1", "88.5", SETTINGS_OF_10, batch_size=1024),
     "coco_caption": _recipe("coco", "image_caption", "CIDEr", "mPLUG", 1e-5, 5e-6, 5, 256),
     "coco_retrieval": _recipe("coco", "image_retrieval", "R@1", "mPLUG", 1e-5, 2e-6, 8, 256),
     "flickr30k_retrieval": _recipe("flickr30k", "image_retrieval", "R@1", "mPLUG", 1e-5, 2e-6, 8, 256),
     "vqav2": _recipe(
-        "vqav2", "image_qa", "VQA accuracy", "mPLUG, batch of ALBEF", 3e-5, 5e-6, 8, 256, questions=1, distil=0.4),
+        "vqav2", "image_qa", "VQA accuracy", "mPLUG, batch of ALBEF", 3e-5, 5e-6, 8, 256, questions_per_sample=1,
+        distill_weight=0.4),
     "snli_ve": _recipe("snli_ve", "visual_entailment", "accuracy", "ALBEF", 2e-5, 0.0, 5, 256),
-    "nlvr2": _recipe("nlvr2", "image_pair_reasoning", "accuracy", "ALBEF", 2e-5, 0.0, 10, 128, flip=False),
+    "nlvr2": _recipe("nlvr2", "image_pair_reasoning", "accuracy", "ALBEF", 2e-5, 0.0, 10, 128, hflip=False),
     "refcoco": _recipe("refcoco", "grounding", "IoU > 0.5", "mPLUG", 2e-5, 5e-6, 120, 192),
     "refcoco+": _recipe("refcoco+", "grounding", "IoU > 0.5", "mPLUG", 2e-5, 5e-6, 120, 192),
     "refcocog": _recipe("refcocog", "grounding", "IoU > 0.5", "mPLUG", 2e-5, 5e-6, 120, 192),

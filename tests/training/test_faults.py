@@ -24,7 +24,7 @@ from mplug2.training.run_checkpoint import load_training
 
 pytestmark = pytest.mark.timeout(900)  # on a machine with other work, too
 HERE = Path(train.__file__).parent
-LONG = ["--max-steps", "100000", "--warmup", "0.00001", "--save-every", "4"]
+LONG = ["--max-steps", "100000", "--warmup-steps", "1", "--save-every", "4"]
 """A run that nothing but a fault ends."""
 PATIENCE = 250
 """Seconds until a test that waits gives up."""
@@ -238,7 +238,7 @@ def test_a_run_that_is_started_again_goes_on_by_itself(data, tmp_path, monkeypat
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "web")
     with pytest.raises(SystemExit):
         train.main(arguments)  # of another launch
-    assert "holds a run already" in capsys.readouterr().err
+    assert "already contains a run" in capsys.readouterr().err
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     train.main(arguments)
     assert load_training(run / "last")["step"] == 2 and steps(run) == [1, 2]

@@ -12,7 +12,16 @@ from torch import nn
 from mplug2.model.local_temporal import TemporalConv
 from mplug2.model.mplug2 import MPLUG2
 from mplug2.tasks import TASKS
-from mplug2.training.optim import depth, freeze, lr_factor, make_optimizer, orthogonalize, parameter_groups, set_lr
+from mplug2.training.optim import (
+    OptimizerSettings,
+    depth,
+    freeze,
+    lr_factor,
+    make_optimizer,
+    orthogonalize,
+    parameter_groups,
+    set_lr,
+)
 
 rates = st.sampled_from([1e-3, 2e-5])
 
@@ -87,7 +96,7 @@ def test_biases_norms_embeddings_positions_latents_and_temperature_do_not_decay(
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_step_without_gradient_only_shrinks_what_decays(name):
     model = randomised(MPLUG2(small(), "pretrain"))
-    optimizer = make_optimizer(model, 0.1, 0.01, weight_decay=0.5, betas=(0.9, 0.98), name=name)
+    optimizer = make_optimizer(model, OptimizerSettings(name, lr=0.1, vision_lr=0.01, weight_decay=0.5))
     before = {parameter: parameter.detach().clone() for parameter in model.parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -117,7 +126,7 @@ def test_muon_is_the_rule_written_out_and_adamw_for_the_rest():
     """Three steps: momentum with Nesterov's look ahead, orthogonal, scaled to AdamW's size, decoupled decay."""
     model, rng = randomised(MPLUG2(small(), "pretrain")).float(), torch.Generator().manual_seed(0)
     reference = copy.deepcopy(model)
-    both = [make_optimizer(each, 0.1, 0.01, 0.5, (0.9, 0.98), name) for each, name in
+    both = [make_optimizer(each, OptimizerSettings(name, lr=0.1, vision_lr=0.01, weight_decay=0.5)) for each, name in
             ((model, "muon"), (reference, "adamw"))]
     linear = [name + ".weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     weights = {name: model.get_parameter(name).detach().clone() for name in linear}
@@ -140,7 +149,7 @@ def test_muon_is_the_rule_written_out_and_adamw_for_the_rest():
 
 def test_muon_goes_on_from_its_saved_state():
     models = [randomised(MPLUG2(small(), "video_caption")).float() for _ in range(2)]
-    first, second = (make_optimizer(model, 0.1, 0.1, 0.5, (0.9, 0.98), "muon") for model in models)
+    first, second = (make_optimizer(model, OptimizerSettings(lr=0.1, weight_decay=0.5)) for model in models)
 
     def step(model, optimizer, seed):
         rng = torch.Generator().manual_seed(seed)
@@ -177,10 +186,32 @@ def test_a_quarter_of_the_fall_is_that_of_a_cosine():
     assert lr_factor(75, 100, 0, 0.2) == pytest.approx(0.2 + 0.8 * (1 - 2**-0.5) / 2)
 
 
-@given(shares=st.lists(st.floats(0, 1), min_size=1, max_size=3), seed=seeds)
-def test_rates_are_shares_of_the_full_ones_however_often_they_are_set(shares, seed):
-    optimizer = make_optimizer(MPLUG2(small(), "video_caption"), 1e-3, 1e-4, 0.02, (0.9, 0.98))
-    full = [group["lr"] for group in optimizer.param_groups]
-    for share in shares:
-        set_lr(optimizer, share)
-        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([rate * share for rate in full])
+@given(steps=st.integers(1, 50), step=st.integers(0, 50), warmup=st.integers(0, 9), ratio=st.floats(0, 1))
+def test_learning_rates_are_fractions_of_the_peak_however_often_they_are_set(steps, step, warmup, ratio):
+    settings = OptimizerSettings(lr=1e-3, vision_lr=1e-4, warmup_steps=warmup, min_lr_ratio=ratio)
+    optimizer = make_optimizer(MPLUG2(small(), "video_caption"), settings)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    assert set(peaks) == {1e-3, 1e-4}
+    for _ in range(2):
+        set_lr(optimizer, settings, step, steps)
+        factor = lr_factor(step, steps, warmup, ratio)
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([peak * factor for peak in peaks])
+
+
+def test_the_floor_is_a_ratio_or_the_same_rate_for_all_groups_and_never_above_the_peak():
+    optimizer = make_optimizer(MPLUG2(small(), "video_caption"), OptimizerSettings(lr=1e-3, vision_lr=1e-4))
+    for settings, floors in ((OptimizerSettings(min_lr_ratio=0.5), {5e-4, 5e-5}),
+                             (OptimizerSettings(min_lr=2e-5), {2e-5}), (OptimizerSettings(min_lr=0.0), {0.0}),
+                             (OptimizerSettings(min_lr=5e-4), {5e-4, 1e-4})):
+        set_lr(optimizer, settings, 100, 100)
+        found = sorted({group["lr"] for group in optimizer.param_groups})
+        assert found == pytest.approx(sorted(floors)), settings
+    frozen = make_optimizer(MPLUG2(small(), "video_caption"), OptimizerSettings(lr=0.0))
+    set_lr(frozen, OptimizerSettings(min_lr=1e-6), 100, 100)
+    assert {group["lr"] for group in frozen.param_groups} == {0.0}
+
+
+def test_warmup_is_a_ratio_of_the_steps_rounded_up_or_a_number_of_steps():
+    assert OptimizerSettings(warmup_ratio=0.05).warmup(1500) == 75
+    assert OptimizerSettings(warmup_ratio=0.1).warmup(11) == 2
+    assert OptimizerSettings(warmup_steps=200).warmup(1500) == 200 and OptimizerSettings(warmup_steps=0).warmup(9) == 0

@@ -26,8 +26,9 @@ from mplug2.model.layers import Block
 from mplug2.model.mplug2 import MPLUG2
 from mplug2.objectives import losses
 from mplug2.objectives.objectives import Objectives
-from mplug2.training.optim import make_optimizer
+from mplug2.training.optim import OptimizerSettings, make_optimizer
 from mplug2.training.parallel import (
+    ParallelSettings,
     all_reduce_replicated_grads,
     clip_grad_norm,
     load_optimizer_state,
@@ -92,7 +93,7 @@ def shared_gradients(kind: str, rank: int, world: int) -> dict:
         batch["positive_id"] = torch.tensor([5, 6, 5, 7, 8, 8])[: len(batch["positive_id"])]
     with patch.object(losses, "hard_negatives", neighbours):
         for way in ("ddp", "fsdp"):
-            parallel = wrap_model(Objectives(make_model()), process, way == "fsdp", Block, False, False)
+            parallel = wrap_model(Objectives(make_model()), process, ParallelSettings(parallel=way), Block)
             for loss in LOSSES if kind != "text" else ("mlm",):
                 for count in (1, 2) if way == "ddp" else (2,):
                     shares = [rank_share(batch, rank, world) for batch in whole[:count]]
@@ -138,7 +139,8 @@ def task_gradients(b: int, rank: int, world: int) -> dict:
         batch = {key: value.chunk(world)[rank] if torch.is_tensor(value) else value for key, value in batch.items()}
         for way in ("ddp", "fsdp") if world > 1 else ("alone",):
             model = randomised(MPLUG2(small(), task, {} if name == "number" else {task: ("a", "b", "c")}))
-            parallel = wrap_model(Objectives(model), process, way == "fsdp", Block, False, False)
+            settings = ParallelSettings(parallel="fsdp" if way == "fsdp" else "ddp")
+            parallel = wrap_model(Objectives(model), process, settings, Block)
             with patch.object(losses, "hard_negatives", neighbours):
                 for loss in heads:
                     found[name, loss, way] = gradients(parallel, [batch], loss)
@@ -163,7 +165,7 @@ def test_the_losses_and_gradients_of_other_tasks_are_those_of_one_process(proces
 def exchanges(rank: int, way: str) -> list[bool]:
     """After each of two micro-batches: have the processes exchanged their gradients?"""
     process, found = distributed.DistInfo(rank, 2, torch.device("cpu")), []
-    parallel = wrap_model(Objectives(make_model()), process, way == "fsdp", Block, False, False)
+    parallel = wrap_model(Objectives(make_model()), process, ParallelSettings(parallel=way), Block)
     for last in (False, True):
         with no_sync(parallel, last):
             parallel(rank_share(make_batch("text", 4, 2, 1), rank, 2))["mlm"].backward()
@@ -182,9 +184,10 @@ def clipped(rank: int, world: int, way: str, name: str) -> tuple[float, list[np.
     """Three steps with clipping; the last norm, the weights in one piece, and the optimizer's state there and back."""
     process = distributed.DistInfo(rank, world, torch.device("cpu"))
     module = Objectives(make_model())
-    parallel = wrap_model(module, process, way != "ddp", Block, False, way == "offload")
+    settings = ParallelSettings(parallel="ddp" if way == "ddp" else "fsdp", cpu_offload=way == "offload")
+    parallel = wrap_model(module, process, settings, Block)
     parameters = list(module.parameters())
-    optimizer = make_optimizer(module.model, 0.01, 0.02, 0.1, (0.9, 0.98), name)
+    optimizer = make_optimizer(module.model, OptimizerSettings(name, lr=0.01, vision_lr=0.02, weight_decay=0.1))
     split_param_groups(optimizer)
     for seed in range(3):
         batch = rank_share(make_batch("image", 6, 2, seed), rank, world)
@@ -287,11 +290,12 @@ def take_back(whole: Path, out: Path, step: int) -> None:
 def test_a_resumed_run_is_the_run_that_never_stopped_to_the_bit(processes, data, tmp_path, way, world, workers):
     """Weights, optimizer, all generators and losses; with dropout and hard negatives, which are drawn; the sharded one
     in micro-batches and bfloat16, with activation checkpointing, momentum copy and queue."""
-    arguments = [*SMALL, *f"--data {data} --max-steps 5 --save-every 2 --keep 9 --dropout 0.2 --parallel {way}".split(),
-                 *f"--accumulate {2 if world == 3 else 1} --workers {workers}".split(),
+    arguments = [*SMALL, *f"--data {data} --max-steps 5 --save-every 2 --keep-checkpoints 9 --dropout 0.2".split(),
+                 "--parallel", way,
+                 *f"--accumulation-steps {2 if world == 3 else 1} --workers {workers}".split(),
                  *f"--precision {'bfloat16' if way == 'fsdp' else 'float32'}".split()]
     if way == "fsdp":
-        arguments += "--activation-checkpointing --distil 0.4 --queue 12".split()
+        arguments += "--activation-checkpointing --distill-weight 0.4 --queue-size 12".split()
     train_together(processes, world, [*arguments, "--out", str(tmp_path / "whole")])
     whole, resumed = tmp_path / "whole" / "tiny", tmp_path / "resumed" / "tiny"
     take_back(whole, resumed, 2)
@@ -315,7 +319,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped_to_the_bit(processes, data,
 def test_a_run_goes_on_with_another_number_of_processes_and_another_way_to_share(processes, data, tmp_path):
     """From two processes with sharded models to one, and to three: the same gradients as if nothing had changed. The
     matching loss is left out: each process draws its own negatives."""
-    arguments = [*SMALL, *f"--data {data} --max-steps 6 --save-every 3 --keep 9 --vtm-weight 0".split()]
+    arguments = [*SMALL, *f"--data {data} --max-steps 6 --save-every 3 --keep-checkpoints 9 --vtm-weight 0".split()]
     arguments += ["--dropout", "0", "--lr", "1e-3"]
     train_together(processes, 2, [*arguments, "--parallel", "fsdp", "--out", str(tmp_path / "two")])
     model = mplug2.load(tmp_path / "two" / "tiny" / "last")  # what eval.py reads

@@ -7,12 +7,12 @@ has what all adapters share; `video.py`, `image.py`, `text.py` and `web.py` have
 set.
 """
 
-import difflib
 from collections.abc import Callable, Iterator
 from functools import partial
 
 from mplug2.data.adapters import image, text, video, web
 from mplug2.data.adapters.source import Files, ParsedRecord
+from mplug2.did_you_mean import did_you_mean
 
 ADAPTERS: dict[str, Callable[[Files], Iterator[ParsedRecord]]] = {
     "msrvtt_caption": video.msrvtt_caption,
@@ -106,8 +106,7 @@ def read(name: str, files: Files) -> Iterator[ParsedRecord]:
     FileNotFoundError for a missing annotation file.
     """
     if name not in ADAPTERS:
-        close = difflib.get_close_matches(name, ADAPTERS, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ValueError(f"unknown data set {name!r}{hint}; expected one of {', '.join(ADAPTERS)}")
+        known = ", ".join(ADAPTERS)
+        raise ValueError(f"unknown data set {name!r}{did_you_mean(name, ADAPTERS)}; expected one of {known}")
     files.dataset = name
     return ADAPTERS[name](files)

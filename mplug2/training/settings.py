@@ -1,0 +1,307 @@
+"""The settings of a training run, and where they come from: flags, a recipe, a task's defaults, or the run to resume.
+
+Each group of settings is a dataclass in the file that uses it. `resolve_settings` joins them, before any work starts.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mplug2.checkpoint import read_config
+from mplug2.config import PRESETS, ModelConfig
+from mplug2.data.build import DataSettings
+from mplug2.did_you_mean import did_you_mean
+from mplug2.flags import Parser, check_range
+from mplug2.objectives.build import LossSettings
+from mplug2.tasks import TASKS, parse_tasks
+from mplug2.training.optim import OptimizerSettings
+from mplug2.training.parallel import ParallelSettings
+from mplug2.training.recipes import RECIPES
+from mplug2.training.run_checkpoint import clean_partial
+
+FINE_TUNING_LR = 2e-3
+"""Default peak learning rate of every task other than pre-training."""
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    recipe: str = ""
+    """The settings of a public task, such as msrvtt_caption; flags take precedence (mplug2/training/recipes.py)."""
+    preset: str = field(default="tiny", metadata={"known": tuple(PRESETS)})
+    """Size of the model; the flags of the model change single values."""
+    init: str = ""
+    """Checkpoint folder to start from: its weights, model settings and tokenizer."""
+    name: str = ""
+    """Name of this run; empty: that of the recipe or task, in pre-training that of the preset."""
+    out: str = "runs"
+    """Folder of all runs; this one writes to OUT/NAME."""
+    resume: bool = False
+    """Continue this run from its newest checkpoint, with its settings. torchrun and Slurm restarts do so by default."""
+    resume_from: str = ""
+    """With --resume: the checkpoint to continue from, such as step_0000375, instead of the newest."""
+    seed: int = 0
+    """Seed of everything random."""
+    log_every: int = 20
+    """Steps between two lines of metrics.jsonl."""
+    eval_every: int = 375
+    """Steps between two validations."""
+    eval_limit: int = 120
+    """Records of each task in a validation; the evaluation at the end uses all."""
+    save_every: int = 375
+    """Steps between two checkpoints; there is always one at the end."""
+    keep_checkpoints: int = 2
+    """Number of newest checkpoints to keep; the one with the best validation is kept as well."""
+    max_nonfinite: int = 5
+    """Stop after this number of steps in a row with a loss or gradient that is not finite; each is skipped."""
+    timeout: float = 1800.0
+    """Seconds without progress after which the run reports the rank that hangs, and ends (validation: ten times)."""
+    peak_tflops: float = 0.0
+    """Peak TFLOP/s of a device, for the MFU in the log; 0: look it up by the device's name."""
+
+    def __post_init__(self):
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset={self.preset!r}: expected one of {', '.join(PRESETS)}")
+        check_range(self, "log_every eval_every save_every keep_checkpoints max_nonfinite", 1)
+        check_range(self, "seed eval_limit peak_tflops", 0)
+        if not self.timeout > 0:
+            raise ValueError(f"timeout={self.timeout}: expected more than 0 seconds")
+        if self.resume_from and not self.resume:
+            raise ValueError(f"resume_from={self.resume_from!r} without resume: add --resume")
+        for name in (self.name, self.recipe):
+            if Path(name).name != name:
+                raise ValueError(f"name={name!r}: expected a folder name without slashes; --out is its parent folder")
+
+
+GROUPS: dict[str, tuple[type, str]] = {
+    "run": (RunSettings, "run (where to start, what to write, and when)"),
+    "data": (DataSettings, "data (tasks, sources and batches)"),
+    "loss": (LossSettings, "losses (weights and targets)"),
+    "optimizer": (OptimizerSettings, "optimizer (learning rates and updates)"),
+    "parallel": (ParallelSettings, "parallelism (devices, precision and memory)"),
+}
+"""The groups of settings, and their titles in `--help`. No two fields have the same name: each is a flag."""
+
+OWNERS = {one.name: group for group, (cls, _) in GROUPS.items() for one in dataclasses.fields(cls)}
+"""The group of each field."""
+
+PRECEDENCE = {"epochs": "max_steps", "min_lr": "min_lr_ratio", "warmup_steps": "warmup_ratio"}
+"""Pairs of settings of which a command gives at most one. The first of a pair, if it is set, replaces the second."""
+
+MAY_CHANGE = (
+    "resume", "resume_from", "max_steps", "epochs", "out", "name", "device", "workers", "accumulation_steps",
+    "parallel", "cpu_offload", "activation_checkpointing", "compile", "log_every", "eval_every", "eval_limit",
+    "eval_data", "save_every", "keep_checkpoints", "max_skipped", "max_nonfinite", "timeout", "shuffle_buffer",
+    "peak_tflops",
+)
+"""Settings that may differ when a run is resumed. Any other is refused."""
+
+OLD_NAMES = {
+    "accumulate": "accumulation_steps", "keep": "keep_checkpoints", "questions": "questions_per_sample",
+    "queue": "queue_size", "distil": "distill_weight", "flip": "hflip", "offload": "cpu_offload",
+    "momentum": "ema_decay", "min_lr": "min_lr_ratio", "warmup": "warmup_ratio",
+}
+"""Names of settings in the settings.json of runs that were started before the fields were renamed."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of a run, in groups, and the model settings that were given as flags (`model`)."""
+
+    run: RunSettings = field(default_factory=RunSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    loss: LossSettings = field(default_factory=LossSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    model: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        task, tasks, loss = self.data.task, parse_tasks(self.data.task), self.loss
+        answers, captions = (any(name in TASKS[one].batch for one in tasks) for name in ("question", "prompted"))
+        if loss.queue_size and not any("contrastive" in TASKS[one].components for one in tasks):
+            raise ValueError(f"queue_size={loss.queue_size} with task={task}: this task has no VTC that would use it")
+        if loss.distill_weight and not loss.queue_size and not answers:
+            raise ValueError(f"distill_weight={loss.distill_weight} with task={task}: this task has no answers to "
+                             "distill, and VTC needs --queue-size")
+        if loss.self_critical and not captions:
+            raise ValueError(f"self_critical with task={task}: this task does not generate captions")
+        if loss.self_critical and self.parallel.parallel == "fsdp":
+            raise ValueError("self_critical with parallel=fsdp: captions have another length on each rank, and FSDP2 "
+                             "would wait forever; use --parallel ddp")
+
+    @classmethod
+    def from_flat(cls, values: Mapping[str, Any], model: Mapping[str, Any] | None = None) -> "Settings":
+        """Settings from one dictionary of all fields, as settings.json has it. ValueError for an unknown name."""
+        groups: dict[str, dict] = {group: {} for group in GROUPS}
+        for name, value in values.items():
+            if name not in OWNERS:
+                raise ValueError(f"unknown setting {name!r}{did_you_mean(name, OWNERS)}")
+            groups[OWNERS[name]][name] = value
+        return cls(**{group: GROUPS[group][0](**given) for group, given in groups.items()}, model=dict(model or {}))
+
+    def flat(self) -> dict[str, Any]:
+        """The inverse of `from_flat`, without the settings of the model."""
+        return {name: value for group in GROUPS for name, value in dataclasses.asdict(getattr(self, group)).items()}
+
+    def replace(self, **changes: Any) -> "Settings":
+        """A copy with other values of single fields, whichever group they belong to."""
+        return self.from_flat({**self.flat(), **changes}, self.model)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run."""
+        default = self.run.preset if self.data.task == "pretrain" else self.data.task
+        return Path(self.run.out) / (self.run.name or self.run.recipe or default)
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The checkpoint that the run starts from: of this run, with --resume, or of another one, with --init."""
+        if self.run.resume:
+            return self.folder / (self.run.resume_from or "last")
+        return Path(self.run.init) if self.run.init else None
+
+    def model_config(self) -> ModelConfig:
+        """The settings of the model: those of the checkpoint to start from, or of the preset, with changes."""
+        if self.checkpoint:
+            return dataclasses.replace(read_config(self.checkpoint)[1], **self.model)
+        return PRESETS[self.run.preset](**self.model)
+
+
+def settings_parser(description: str, prog: str) -> Parser:
+    """The flags of train.py: the groups of settings, and the settings of the model."""
+    parser = Parser(description, prog)
+    for cls, title in GROUPS.values():
+        parser.add(cls, title)
+    parser.add(ModelConfig, "model (sizes and variants)")
+    return parser
+
+
+def run_flags(given: dict[str, dict]) -> dict[str, Any]:
+    """From what `Parser.read` returns, the flags of the run in one dictionary, without those of the model."""
+    return {name: value for cls, _ in GROUPS.values() for name, value in given.get(cls.__name__, {}).items()}
+
+
+def with_defaults(given: dict[str, Any]) -> dict[str, Any]:
+    """The given flags, over the settings of their recipe or the defaults of their task."""
+    for first, second in PRECEDENCE.items():
+        if first in given and second in given:
+            raise ValueError(f"{first}={given[first]} and {second}={given[second]}: give one of the two")
+    if given.get("resume"):  # the run has its settings already
+        return given
+    recipe, base = given.get("recipe", ""), {}
+    if recipe:
+        if recipe not in RECIPES:
+            raise ValueError(f"recipe={recipe!r}{did_you_mean(recipe, RECIPES)}: expected one of {', '.join(RECIPES)}")
+        base = dict(RECIPES[recipe].settings)
+    elif "pretrain" not in (tasks := parse_tasks(given.get("task", "pretrain"))):
+        base = {"max_steps": sum(TASKS[task].steps for task in tasks), "lr": FINE_TUNING_LR}
+    for first, second in PRECEDENCE.items():
+        if second in given:
+            base.pop(first, None)
+    return {**base, **given}
+
+
+def default_values(given: dict[str, Any]) -> dict[str, Any]:
+    """The values that `--help` shows: those of the task, recipe, preset or checkpoint that the `given` flags name."""
+    model = {one.name: given[one.name] for one in dataclasses.fields(ModelConfig) if one.name in given}
+    flags = {name: value for name, value in given.items() if name in OWNERS}
+    settings = Settings.from_flat(with_defaults(flags), model)
+    return {**settings.flat(), **dataclasses.asdict(settings.model_config())}
+
+
+def resolve_settings(flags: dict[str, Any], model: dict[str, Any]) -> Settings:
+    """The settings of a run from the flags that were given. A run to resume keeps its own settings.
+
+    Raises ValueError for settings that do not fit together or a folder with another run, and FileNotFoundError if there
+    is no checkpoint to start from.
+    """
+    settings = Settings.from_flat(with_defaults(flags), model)
+    folder = settings.folder
+    clean_partial(folder)
+    if was_restarted(folder):
+        # --resume-from was followed before the restart. A run without a checkpoint starts from scratch.
+        flags = {**flags, "resume": (folder / "last").exists(), "resume_from": ""}
+        settings = settings.replace(resume=flags["resume"], resume_from="")
+    elif (folder / "settings.json").exists() and not settings.run.resume:
+        raise ValueError(f"{folder} already contains a run; continue it with --resume, or choose another --name or "
+                         "--out")
+    if settings.run.resume:
+        return resumed_settings(settings, flags, model)
+    if settings.run.recipe and "data" not in flags:
+        raise ValueError(f"recipe={settings.run.recipe!r} needs its data: write it with python -m mplug2.data "
+                         f"{RECIPES[settings.run.recipe].data} ROOT --out DIR, and add --data DIR")
+    if settings.run.recipe and not {"init", "preset"} & set(flags):
+        raise ValueError(f"recipe={settings.run.recipe!r} fine-tunes a checkpoint: add --init CHECKPOINT (or --preset, "
+                         "to train from scratch)")
+    if settings.run.init and "preset" in flags:
+        raise ValueError(f"preset={settings.run.preset!r} with init={settings.run.init!r}: the model's sizes come from "
+                         "the checkpoint; leave --preset out")
+    settings.model_config()  # refuses impossible sizes, and a folder that is not a checkpoint
+    return settings
+
+
+def resumed_settings(given: Settings, flags: dict[str, Any], model: dict[str, Any]) -> Settings:
+    """The settings that the run was started with, except for the flags that may change."""
+    folder = given.folder
+    if not (folder / "last").exists():
+        raise FileNotFoundError(f"{folder} has no checkpoint to resume from; start it without --resume")
+    if not given.checkpoint.is_dir():
+        raise FileNotFoundError(f"{folder} has no checkpoint {given.run.resume_from}; it has "
+                                f"{', '.join(sorted(path.name for path in folder.glob('step_*')))}")
+    saved, saved_model = read_settings(folder)
+    before = saved.flat()
+    refused = [name for name, value in flags.items() if name not in MAY_CHANGE and value != before[name]]
+    refused += [name for name, value in model.items() if value != saved_model.get(name)]
+    if refused:
+        raise ValueError(f"{', '.join(refused)}: a resumed run keeps its settings ({folder / 'settings.json'}); leave "
+                         "these flags out, or start another run with --init and --name")
+    changes = {name: value for name, value in flags.items() if name in MAY_CHANGE}
+    # Where the run lies now, even if its folder was moved, and no older --resume-from.
+    return saved.replace(**{**changes, "out": given.run.out, "name": given.run.name,
+                            "resume_from": given.run.resume_from})
+
+
+def was_restarted(folder: Path) -> bool:
+    """Whether torchrun (after a rank failed) or Slurm (after a node failed) started this run before."""
+    if not (folder / "settings.json").exists():
+        return False
+    launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    same = launch != "none" and launch == _read_json(folder / "settings.json").get("launch")
+    return same or any(int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
+def read_settings(folder: Path) -> tuple[Settings, dict[str, Any]]:
+    """The settings in the settings.json of a run, and those of its model. ValueError if they cannot be read."""
+    file = folder / "settings.json"
+    contents = _read_json(file)
+    try:
+        values, model = dict(contents["train"]), dict(contents["model"])
+        if "warmup" in values:  # before the fields were renamed
+            values = {OLD_NAMES.get(name, name): value for name, value in values.items()}
+            values["epochs"] = values["epochs"] or None
+        return Settings.from_flat(values), model
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} does not hold the settings of a run: {error}") from error
+
+
+def write_settings(settings: Settings, **more: Any) -> None:
+    """Write settings.json of the run: all settings, and whatever else (`more`) describes it."""
+    file = settings.folder / "settings.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    before = _read_json(file).get("commands", []) if file.exists() else []
+    contents = {"train": settings.flat(), "launch": os.environ.get("TORCHELASTIC_RUN_ID", "none"), **more}
+    contents["commands"] = list(dict.fromkeys([*before, contents.pop("command")]))
+    file.write_text(json.dumps(contents, indent=2) + "\n")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        contents = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not a JSON file: {error}") from error
+    if not isinstance(contents, dict):
+        raise ValueError(f"{file}: expected a JSON object")
+    return contents

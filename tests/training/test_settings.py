@@ -1,0 +1,183 @@
+"""Settings of a run: groups, defaults, the help that shows them, and settings.json of this and older versions."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+import train
+from mplug2.config import PRESETS, ModelConfig
+from mplug2.dataclass_tools import field_docs
+from mplug2.tasks import TASKS
+from mplug2.training.settings import (
+    GROUPS,
+    MAY_CHANGE,
+    OLD_NAMES,
+    OWNERS,
+    PRECEDENCE,
+    Settings,
+    read_settings,
+    resolve_settings,
+    settings_parser,
+    was_restarted,
+    write_settings,
+)
+
+
+def write_run(settings: Settings, **more) -> None:
+    write_settings(settings, model=dataclasses.asdict(PRESETS["tiny"]()), command="python train.py", **more)
+    checkpoint = settings.folder / "step_0000001"
+    checkpoint.mkdir()
+    (settings.folder / "last").symlink_to(checkpoint.name)
+
+
+def test_no_two_settings_have_the_same_flag_and_there_are_at_most_94():
+    names = [field.name for cls in (*(cls for cls, _ in GROUPS.values()), ModelConfig)
+             for field in dataclasses.fields(cls)]
+    assert len(names) == len(set(names)) <= 94
+    assert {*MAY_CHANGE, *PRECEDENCE, *PRECEDENCE.values(), *OLD_NAMES.values()} <= set(OWNERS)
+
+
+def test_settings_can_be_flattened_and_grouped_again():
+    flat = {"seed": 3, "frames": 8, "vtc_weight": 0.5, "lr": 1.0, "parallel": "fsdp"}
+    settings = Settings.from_flat(flat, {"width": 8})
+    assert (settings.run.seed, settings.data.frames, settings.loss.vtc_weight) == (3, 8, 0.5)
+    assert (settings.optimizer.lr, settings.parallel.parallel, settings.model) == (1.0, "fsdp", {"width": 8})
+    assert Settings.from_flat(settings.flat(), settings.model) == settings
+    changed = settings.replace(frames=2, seed=4)
+    assert (changed.data.frames, changed.run.seed, changed.model) == (2, 4, {"width": 8}) and settings.data.frames == 8
+    with pytest.raises(ValueError, match=r"unknown setting 'vtc_wieght' \(did you mean 'vtc_weight'\?\)"):
+        Settings.from_flat({"vtc_wieght": 1.0})
+
+
+# ---- help ------------------------------------------------------------------------------------------------------------
+
+
+def shown_defaults(capsys, *arguments: str) -> dict[str, str]:
+    """The default of each flag, as `train.py --help` shows it."""
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*arguments, "--help"])
+    assert stopped.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    flags = re.split(r" (?=--(?:\[no-\])?[a-z][a-z0-9-]+ )", text.partition("run (where")[2])
+    return {flag.split()[0].replace("[no-]", ""): default[1] for flag in flags
+            if (default := re.search(r"\(default: ([^)]*)\)", flag))}
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    ("", {"--max-steps": "1500", "--lr": "0.004", "--width": "64", "--vision-layers": "3", "--task": "pretrain"}),
+    ("--task video_qa", {"--max-steps": "100", "--lr": "0.002", "--task": "video_qa"}),
+    ("--task text_classification", {"--max-steps": "60", "--lr": "0.002"}),
+    ("--task visual_entailment,grounding", {"--max-steps": "700", "--lr": "0.002"}),
+    ("--preset large --width 2048", {"--vision-layers": "24", "--patch-size": "14", "--width": "2048"}),
+    ("--recipe msrvtt_caption", {"--epochs": "10", "--lr": "2e-05", "--frames": "16", "--task": "video_caption"}),
+])
+def test_help_shows_the_defaults_of_the_chosen_task_preset_and_recipe(capsys, arguments, expected):
+    shown = shown_defaults(capsys, *arguments.split())
+    assert {flag: shown.get(flag) for flag in expected} == expected
+
+
+def test_each_group_of_the_help_fits_on_a_screen_and_lists_the_tasks(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "110")
+    help_text = settings_parser(train.__doc__, "train.py").format_help()
+    groups = help_text.split("\n\n")[-6:]
+    titles = [group.split(" ")[0] for group in groups]
+    assert titles == ["run", "data", "losses", "optimizer", "parallelism", "model"]
+    assert max(group.count("\n") for group in groups) <= 52
+    assert all(task in groups[1] for task in TASKS)
+    assert all(len(doc) > 15 for cls, _ in GROUPS.values() for doc in field_docs(cls).values())
+
+
+# ---- pairs of which one is given -------------------------------------------------------------------------------------
+
+
+def test_one_of_a_pair_replaces_the_default_or_the_recipe_s_value_of_the_other(tmp_path):
+    def resolved(**given) -> Settings:
+        return resolve_settings({"out": str(tmp_path), **given}, {})
+
+    assert resolved(task="video_qa", epochs=2.5).data.epochs == 2.5
+    recipe = dict(recipe="msrvtt_caption", data="d", preset="tiny")
+    assert resolved(**recipe).data.epochs == 10 and resolved(**recipe, max_steps=7).data.epochs is None
+    assert resolved(min_lr=1e-6).optimizer.floor(1e-3) == pytest.approx(1e-3)
+    assert resolved(min_lr_ratio=0.5).optimizer.floor(1e-3) == 0.5
+    for pair in PRECEDENCE.items():
+        with pytest.raises(ValueError, match="give one of the two"):
+            resolved(**dict.fromkeys(pair, 1))
+
+
+# ---- settings.json ---------------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_has_its_settings_and_the_flags_that_may_change(tmp_path):
+    flags = {"out": str(tmp_path), "task": "video_qa"}
+    started = resolve_settings({**flags, "epochs": 3.0, "seed": 5}, {})
+    write_run(started.replace(max_steps=77, epochs=None))
+    resumed = resolve_settings({**flags, "resume": True, "log_every": 1}, {})
+    assert resumed == started.replace(max_steps=77, epochs=None, resume=True, log_every=1)
+    assert resolve_settings({**flags, "resume": True, "epochs": 4.0}, {}).data.epochs == 4
+    with pytest.raises(ValueError, match="seed, width: a resumed run keeps its settings"):
+        resolve_settings({**flags, "resume": True, "seed": 6}, {"width": 32})
+
+
+def test_a_run_that_went_back_to_a_checkpoint_does_not_go_back_to_it_again(tmp_path):
+    write_run(Settings.from_flat({"out": str(tmp_path), "resume": True, "resume_from": "step_0000001"}))
+    resumed = resolve_settings({"out": str(tmp_path), "resume": True}, {})
+    assert resumed.run.resume_from == "" and resumed.checkpoint == tmp_path / "tiny" / "last"
+
+
+def test_a_run_whose_folder_was_moved_continues_where_it_is(tmp_path):
+    write_run(Settings.from_flat({"out": str(tmp_path / "a"), "name": "mine"}))
+    (tmp_path / "a").rename(tmp_path / "b")
+    (tmp_path / "b" / "mine").rename(tmp_path / "b" / "yours")
+    resumed = resolve_settings({"out": str(tmp_path / "b"), "name": "yours", "resume": True}, {})
+    assert resumed.folder == tmp_path / "b" / "yours"
+
+
+def test_settings_of_runs_with_the_old_names_can_be_resumed(tmp_path):
+    """As they were written before the flags were renamed, when --min-lr and --warmup were fractions."""
+    settings = Settings.from_flat({"out": str(tmp_path), "task": "pretrain,video_qa", "name": "old"})
+    write_run(settings)
+    file = settings.folder / "settings.json"
+    contents = json.loads(file.read_text())
+    new = {"accumulation_steps": 2, "keep_checkpoints": 7, "questions_per_sample": 1, "queue_size": 64,
+           "distill_weight": 0.4, "hflip": True, "cpu_offload": True, "ema_decay": 0.9, "min_lr_ratio": 0.05,
+           "warmup_ratio": 0.2, "augment": "finetune", "parallel": "fsdp", "lr": 0.5}
+    old_name = {name: old for old, name in OLD_NAMES.items()}
+    flat = {name: value for name, value in {**settings.flat(), **new}.items() if name not in ("min_lr", "warmup_steps")}
+    contents["train"] = {**{old_name.get(name, name): value for name, value in flat.items()}, "epochs": 0.0}
+    assert contents["train"]["min_lr"] == 0.05 and contents["train"]["momentum"] == 0.9
+    file.write_text(json.dumps(contents))
+    expected = settings.replace(**new, resume=True)
+    assert resolve_settings({"out": str(tmp_path), "name": "old", "resume": True}, {}) == expected
+
+
+@pytest.mark.parametrize("text, message", [
+    ("{", "settings.json is not a JSON file: "),
+    ("[]", "settings.json: expected a JSON object"),
+    ("{}", "settings.json does not hold the settings of a run: 'train'"),
+    ('{"train": {"lrr": 1}, "model": {}}', "of a run: unknown setting 'lrr' (did you mean 'lr'?)"),
+    ('{"train": {"lr": -1}, "model": {}}', "of a run: lr=-1: expected a number of at least 0"),
+])
+def test_a_settings_file_that_cannot_be_read_is_refused_in_one_line(capsys, tmp_path, text, message):
+    write_run(Settings.from_flat({"out": str(tmp_path)}))
+    (tmp_path / "tiny" / "settings.json").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_settings(tmp_path / "tiny")
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--resume", "--out", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_the_commands_of_a_run_are_kept_and_a_restart_is_recognized(tmp_path, monkeypatch):
+    settings = Settings.from_flat({"out": str(tmp_path)})
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "web")
+    for command in ("a", "b", "a"):
+        write_settings(settings, model={}, command=command)
+    assert json.loads((settings.folder / "settings.json").read_text())["commands"] == ["a", "b"]
+    assert was_restarted(settings.folder)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "other")
+    assert not was_restarted(settings.folder) and not was_restarted(tmp_path / "nowhere")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert was_restarted(settings.folder)
