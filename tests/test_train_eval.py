@@ -442,7 +442,7 @@ def test_eval_runs_from_the_command_line(run, own_files):
     ("--checkpoint {run} --input {own}/note.txt", 1, "note.txt: suffix '.txt' cannot be read"),
     ("--checkpoint {run} --input {empty} --find red", 1, "contains no image, GIF, or video"),
     ("--checkpoint {run} --splits dev", 1, "has none of the splits dev; it has combos, test, train, val"),
-    ("--checkpoint {run} --data {own}", 1, "is named <task>.<split>.jsonl"),
+    ("--checkpoint {run} --data {own}", 1, "has no data: expected files named <task>.<split>.jsonl"),
     ("--checkpoint {run} --input {own}/clip.gif --question ?", 1, "text 0 of 1 is empty"),
 ])
 def test_eval_refuses_and_names_the_reason(capsys, run, own_files, tmp_path, arguments, code, message):
