@@ -1,13 +1,15 @@
-"""Checkpoints: a folder that says by itself what it is.
+"""Model folders: a model with everything needed to run it.
 
     model.safetensors    the weights
-    config.json          task, settings of the model, how media and text were prepared
+    config.json          format, task, model settings, preprocessing, class names
     tokenizer.json       the vocabulary
-    training.pt          optimizer, schedule, generators: what `--resume` needs and nothing else does
-    manifest.json        size and SHA-256 of each of these files, the step, and what validation found there
 
-A folder is written aside, flushed to the disk and renamed, so that one with its right name is whole. In a run, `last`
-points to the newest and `best` to the one with the highest score.
+The checkpoints of a run (`training/run_checkpoint.py`) are model folders with two more files:
+
+    training.pt          optimizer, schedule, generators: only `--resume` reads it
+    manifest.json        the step, its validation score, and the size and SHA-256 of every other file
+
+A folder without a manifest is loaded as it is. With a manifest, every file is verified before it is used.
 """
 
 import dataclasses
@@ -29,56 +31,58 @@ from mplug2.tasks import COMPONENTS, NEW_HEADS
 
 FORMAT = 1
 MODEL_FILES = ("model.safetensors", "config.json", "tokenizer.json")
-NEW_MODULES = tuple(part for name in NEW_HEADS for part in COMPONENTS[name])
-"""Modules that fine-tuning may initialize, because the checkpoint of a pre-training lacks them."""
+RUN_FILES = (*MODEL_FILES, "training.pt")
+NEW_MODULES = tuple(module for name in NEW_HEADS for module in COMPONENTS[name])
+"""Modules that fine-tuning may initialize: a pre-training checkpoint does not have them."""
 LOCAL_TEMPORAL = re.compile(r"^vision_encoder\.blocks\.\d+\.lt[12]\.")
+LISTED = 8
+"""An error message names this many parameters and counts the rest."""
 
 
 class CheckpointError(ValueError):
-    """A folder that is no checkpoint, a damaged one, or one of another model. The message names the folder."""
+    """A folder that is not a checkpoint, or a checkpoint that is damaged or belongs to another model."""
 
 
 @dataclass(frozen=True)
 class PreprocessConfig:
-    """How media and text have to be prepared for a model."""
+    """How the inputs of a model are prepared."""
 
     frames: int = 4
-    """Frames that are taken of a clip."""
+    """Frames sampled from each video."""
     max_words: int = 30
-    """Words after which a text is cut."""
+    """Longest text in words; the rest is cut off."""
 
 
 def save_model(
     folder: Path | str, model: MPLUG2, tokenizer: Tokenizer, preprocess: PreprocessConfig,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write the three files that inference needs into `folder`, which is made; the weights as `dtype`, if one is given.
-    """
+    """Write the three files of a model folder, creating `folder`. The weights are saved as `dtype` if one is given."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = {
         "format": FORMAT, "task": model.task, "model": dataclasses.asdict(model.config),
-        "preparation": dataclasses.asdict(preprocess), "classes": model.classes,
+        "preprocess": dataclasses.asdict(preprocess), "classes": model.classes,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save(folder / "tokenizer.json")
 
 
 def read_config(folder: Path | str) -> tuple[str, ModelConfig, PreprocessConfig]:
-    """The task, the model's settings and the preprocess that a checkpoint was saved with."""
+    """The task, the model settings and the preprocessing that a model was saved with."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise CheckpointError(f"{folder} is not a checkpoint: there is no {path.name} in it; "
+        raise CheckpointError(f"{folder} is not a checkpoint: it does not contain {path.name}; "
                               "expected a folder such as runs/tiny/last")
     try:
         saved = json.loads(path.read_text())
-        found = saved["format"]
-        if found != FORMAT:
-            raise CheckpointError(f"{path}: format {found}, this version reads format {FORMAT}")
+        if saved["format"] != FORMAT:
+            raise CheckpointError(f"{path}: format {saved['format']}, but this version reads format {FORMAT}")
         config = from_dict(ModelConfig, saved["model"], str(path))
-        return saved["task"], config, from_dict(PreprocessConfig, saved["preparation"], str(path))
+        preprocess = saved["preprocess" if "preprocess" in saved else "preparation"]  # the key of older checkpoints
+        return saved["task"], config, from_dict(PreprocessConfig, preprocess, str(path))
     except CheckpointError:
         raise
     except (KeyError, TypeError, ValueError) as error:
@@ -86,7 +90,7 @@ def read_config(folder: Path | str) -> tuple[str, ModelConfig, PreprocessConfig]
 
 
 def read_classes(folder: Path | str) -> dict[str, tuple[str, ...]]:
-    """The names of the classes that a checkpoint tells apart, by task."""
+    """The class names that a model was trained with, by task."""
     saved = json.loads((Path(folder) / "config.json").read_text())
     return {task: tuple(names) for task, names in saved.get("classes", {}).items()}
 
@@ -95,45 +99,46 @@ def load_model(
     folder: Path | str, task: str | None = None, changes: dict | None = None,
     classes: dict[str, tuple[str, ...]] | None = None,
 ) -> tuple[MPLUG2, Tokenizer, PreprocessConfig]:
-    """Load a checkpoint, as the task it was saved with or as another `task` whose modules it has.
+    """Load a model folder for the task it was saved with, or for another `task` whose modules it has.
 
-    `changes` are settings of the model that differ from the saved ones (dropout, say). `classes` are those of a
-    fine-tuning that starts: a head that the checkpoint lacks, or has for other classes, then starts anew, and
-    `model.newly_initialized` names its parameters. Without `classes` nothing may be missing.
+    `changes` are model settings that differ from the saved ones, such as dropout. `classes` are the class names of a
+    fine-tuning run that starts here. A head that the checkpoint lacks, or has for other classes, is then initialized,
+    and `model.newly_initialized` names its parameters. Without `classes` every parameter must be in the checkpoint.
     """
-    if (Path(folder) / "manifest.json").exists():
+    folder = Path(folder)
+    if (folder / "manifest.json").exists():
         verify(folder, MODEL_FILES)
     saved_task, config, preprocess = read_config(folder)
     if changes:
         config = dataclasses.replace(config, **changes)
-    tokenizer = Tokenizer.load(Path(folder) / "tokenizer.json")
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
     if len(tokenizer) > config.vocab_size:
-        raise CheckpointError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}")
+        raise CheckpointError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, but the model has only "
+                              f"{config.vocab_size} word embeddings; copy the tokenizer.json that belongs to the model")
     saved_classes = read_classes(folder)
     model = MPLUG2(config, task or saved_task, saved_classes if classes is None else classes)
-    anew, missing = (), ()
+    new, may_be_new = (), ()
     if classes is not None:
-        anew = tuple(f"classifier.{name}" for name, names in model.classes.items() if names != saved_classes.get(name))
-        missing = NEW_MODULES
-    model.newly_initialized = load_weights(model, Path(folder) / "model.safetensors", saved_task, anew, missing)
+        new = tuple(f"classifier.{name}" for name, names in model.classes.items() if names != saved_classes.get(name))
+        may_be_new = NEW_MODULES
+    model.newly_initialized = load_weights(model, folder / "model.safetensors", saved_task, new, may_be_new)
     return model.eval(), tokenizer, preprocess
 
 
-def load_weights(model: MPLUG2, path: Path, saved_task: str, anew: tuple[str, ...] = (), missing: tuple[str, ...] = ()
-                 ) -> list[str]:
-    """Fill `model` from a file. Every parameter must be there in its shape; what is left over must belong to modules
-    that the model's task does not have. Left as they are, and returned by name, are parameters of the modules `anew`,
-    and of the modules `missing` if the file lacks them."""
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; the checkpoint is not whole")
-    try:
-        weights = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read, it may be cut off ({error}); use an older checkpoint") from error
+def load_weights(
+    model: MPLUG2, path: Path, saved_task: str, new: tuple[str, ...] = (), may_be_new: tuple[str, ...] = (),
+) -> list[str]:
+    """Fill `model` from a file of weights, and return the names of the parameters that keep their initial values.
+
+    These are the parameters of the modules `new`, and of the modules `may_be_new` where the file lacks them. Every
+    other parameter must be in the file, in its shape. Everything else in the file must belong to a module that the
+    model's task does not have. CheckpointError lists what does not fit.
+    """
+    weights = read_weights(path)
     wanted = model.state_dict()
-    new = [name for name in wanted if name.startswith(tuple(f"{part}." for part in anew))
-           or (name not in weights and name.split(".")[0] in missing)]
-    for name in new:
+    initialized = [name for name in wanted if name.startswith(tuple(f"{module}." for module in new))
+                   or (name not in weights and name.split(".")[0] in may_be_new)]
+    for name in initialized:
         del wanted[name]
         weights.pop(name, None)
     lines = [
@@ -141,36 +146,68 @@ def load_weights(model: MPLUG2, path: Path, saved_task: str, anew: tuple[str, ..
         + (f"found {tuple(weights[name].shape)}" if name in weights else "not in the file")
         for name, tensor in wanted.items() if name not in weights or weights[name].shape != tensor.shape
     ]
-    absent = {part for name, parts in COMPONENTS.items() if name not in model.components for part in parts}
-    # A caption model has the universal layers, but not what only text or only vision needs of them; a classifier has
-    # a part for each task; and a model of images may do without local temporal modules.
-    partly = ("universal.", "classifier.")
-    lines += [
-        f"  {name}: not part of this model" for name in weights
-        if name not in wanted and name.split(".")[0] not in absent and not name.startswith(partly)
-        and ("temporal" in model.components or model.config.temporal_on_images or not LOCAL_TEMPORAL.search(name))
-    ]
+    lines += [f"  {name}: not part of this model" for name in weights if name not in wanted and not omits(model, name)]
     if lines:
-        shown = "\n".join(lines[:8]) + (f"\n  and {len(lines) - 8} more" if len(lines) > 8 else "")
+        listed = "\n".join(lines[:LISTED]) + (f"\n  and {len(lines) - LISTED} more" if len(lines) > LISTED else "")
         new_heads = sorted({name.split(".")[0] for name in wanted if name not in weights} & {*NEW_MODULES})
         hint = f"\n{', '.join(new_heads)}: train.py --task {model.task} --init trains it" if new_heads else ""
-        raise CheckpointError(
-            f"{path}, saved for {saved_task}, does not fit this model for {model.task}:\n{shown}{hint}"
-        )
+        raise CheckpointError(f"{path}, saved for {saved_task}, does not fit this model for {model.task}:\n"
+                              f"{listed}{hint}")
     model.load_state_dict({**model.state_dict(), **{name: weights[name] for name in wanted}})
-    return new
+    return initialized
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, by name."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; the checkpoint is incomplete, use another one")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read, it may be truncated ({error}); "
+                              "use an older checkpoint") from error
+
+
+def omits(model: MPLUG2, name: str) -> bool:
+    """Whether `model` leaves out the saved parameter `name` because its task does not need it."""
+    module = name.split(".")[0]
+    if module in {each for component in COMPONENTS.keys() - model.components for each in COMPONENTS[component]}:
+        return True
+    # The universal layers are built as far as text or vision needs them, and a classifier has one layer per task.
+    if module in ("universal", "classifier"):
+        return True
+    return bool(LOCAL_TEMPORAL.match(name)) and not (
+        "temporal" in model.components or model.config.temporal_on_images)
+
+
+# ---- manifests -------------------------------------------------------------------------------------------------------
+
+
+def write_manifest(folder: Path, step: int, score: float | None) -> None:
+    """Describe every file of `folder`, so that `verify` notices any change."""
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir())}
+    manifest = {"step": step, "score": score, "files": files}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))  # no newline at the end: any cut is noticed
 
 
 def verify(folder: Path | str, names: tuple[str, ...]) -> None:
-    """Compare files of a checkpoint with its manifest. CheckpointError names the first that differs, and offers the
-    newest whole checkpoint before it."""
-    if problem := _problem(Path(folder), names):
-        raise _damaged(Path(folder), problem)
+    """Compare these files of a checkpoint with its manifest. CheckpointError names the first file that differs, and
+    the newest older checkpoint of the run that is intact."""
+    folder = Path(folder)
+    if problem := find_damage(folder, names):
+        real = folder.resolve()
+        older = sorted((other for other in real.parent.glob("step_*") if other.name < real.name), reverse=True)
+        intact = next((other.name for other in older if not find_damage(other, RUN_FILES)), None)
+        advice = f"continue from the one before it with --resume --resume-from {intact}" if intact else (
+            "this run has no older checkpoint that is intact")
+        raise CheckpointError(f"the checkpoint {folder} ({real.name}) is damaged: {problem}; {advice}")
 
 
-def _problem(folder: Path, names: tuple[str, ...]) -> str:
-    """What is wrong with some files of a checkpoint that has a manifest, or nothing."""
+def find_damage(folder: Path, names: tuple[str, ...]) -> str:
+    """What is wrong with these files of a checkpoint, or an empty string."""
     path = folder / "manifest.json"
+    if not path.is_file():
+        return "manifest.json is missing"
     try:
         files = json.loads(path.read_text())["files"]
         for name in names:
@@ -178,30 +215,18 @@ def _problem(folder: Path, names: tuple[str, ...]) -> str:
             if not (folder / name).is_file():
                 return f"{name} is missing"
             if (size := (folder / name).stat().st_size) != expected["bytes"]:
-                return f"{name} has {size:,} bytes, its manifest says {expected['bytes']:,}"
-            if _sha256(folder / name) != expected["sha256"]:
-                return f"{name} is not what was saved: its SHA-256 differs from the manifest's"
+                return f"{name} has {size:,} bytes, but its manifest says {expected['bytes']:,}"
+            if sha256(folder / name) != expected["sha256"]:
+                return f"{name} was changed after it was saved: its SHA-256 differs from the manifest's"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"manifest.json cannot be read ({type(error).__name__}: {error})"
     return ""
 
 
-def _whole(folder: Path) -> bool:
-    return (folder / "manifest.json").is_file() and not _problem(folder, (*MODEL_FILES, "training.pt"))
-
-
-def _damaged(folder: Path, problem: str) -> CheckpointError:
-    real = folder.resolve()
-    older = sorted((other for other in real.parent.glob("step_*") if other.name < real.name), reverse=True)
-    whole = next((other for other in older if _whole(other)), None)
-    offer = f"the one before it is whole: go on from it by --resume --resume-from {whole.name}" if whole else (
-        "there is no whole one before it in this run")
-    return CheckpointError(f"the checkpoint {folder} ({real.name}) is damaged: {problem}; {offer}")
-
-
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        digest = hashlib.sha256()
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -1,17 +1,15 @@
-"""Processes: who am I, what do the others have, means that count everybody's samples, and models that are shared.
+"""Distributed helpers: rank and world size, collectives (with gradients), means over the samples of all ranks.
 
-Every loss of a process is written so that the average over the processes, which DDP and FSDP2 take of the gradients, is
-the loss (and the gradient) of a single process with the whole batch.
+Every rank computes its loss so that the average over the ranks is the loss of one process with the whole batch. DDP
+and FSDP2 take this average of the gradients, so the gradients agree too.
 
-    ddp     each process has the whole model and sums the gradients with the others
-    fsdp    each process has a part of every parameter, its gradient and its optimizer state; the parameters of a block
-            are put together when the block runs, and taken apart after it (FSDP2, `fully_shard`)
-
-Axes: b samples of this process, B samples of all processes.
+Axes: b samples of this rank, B samples of all ranks.
 """
 
 import os
+import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -23,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 @dataclass(frozen=True)
 class DistInfo:
-    """This process among those that torchrun started."""
+    """This process's rank, the world size and the device."""
 
     rank: int
     world_size: int
@@ -35,48 +33,60 @@ class DistInfo:
 
 
 def init_distributed(device: str = "auto") -> DistInfo:
-    """Join the process group if torchrun started more than one process. `device`: auto, cpu, cuda, cuda:1, mps."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        device = f"cuda:{local_rank}"
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device {device!r}: expected auto, cpu, cuda, cuda:N or mps") from error
-    if chosen.type == "cuda":
+    """Join the process group if torchrun started more than one process. `device`: auto, cpu, cuda, cuda:N or mps.
+
+    ValueError for an unknown device, or one that this machine does not have.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    if world_size > 1:
+        # gloo next to NCCL: flags, sample names and offloaded gradients travel on the CPU without waiting for the GPU.
+        # The group itself never times out. The watchdog of `training.fault_tolerance` finds and names a hung rank.
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", store=rendezvous_store(rank, world_size),
+            rank=rank, world_size=world_size, timeout=timedelta(days=7),
+        )
+    return DistInfo(rank, world_size, chosen)
+
+
+def choose_device(name: str, local_rank: int) -> torch.device:
+    """The device called `name`. "auto" is CUDA where there is one, and "cuda" is the GPU of this local rank."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", name):
+        raise ValueError(f"device {name!r}: expected auto, cpu, cuda, cuda:N or mps")
+    device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
+    if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"device {device}: this machine or this build of torch has no CUDA; use --device cpu")
-        torch.cuda.set_device(chosen)
-    if world > 1:
-        # gloo beside NCCL: flags and names of samples travel without waiting for the GPU, offloaded gradients too.
-        # No operation of the group times out: a process that hangs is found, and named, by survival.Watchdog.
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", store=rendezvous_store(rank, world), rank=rank,
-            world_size=world, timeout=timedelta(days=7),
-        )
-    return DistInfo(rank, world, chosen)
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"device {device}: this machine has {torch.cuda.device_count()} GPUs, numbered from 0; "
+                             "start at most one process per GPU, or use --device cpu")
+        torch.cuda.set_device(device)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device {device}: this machine or this build of torch has no MPS; use --device cpu")
+    return device
 
 
-def rendezvous_store(rank: int, world: int) -> dist.Store:
-    """The store through which the processes find each other, of this attempt alone. The one that torchrun shares with
-    them lives on over its restarts (--max-restarts) and still holds the addresses of processes that are gone, for which
-    a new process would wait for ever (pytorch issue 135712). So process 0 opens a new one and leaves its port in the
-    old; who reads a port where nobody answers has read an old one, and reads again."""
-    shared, _, _ = next(dist.rendezvous("env://", rank, world))
+def rendezvous_store(rank: int, world_size: int) -> dist.Store:
+    """The store through which the ranks of this attempt find each other.
+
+    torchrun's own store survives its restarts (--max-restarts). It still holds the addresses of processes that have
+    ended, and a new process would wait for them forever (pytorch issue 135712). So rank 0 opens a new store and writes
+    its port into the old one. A rank that reads a port where nobody answers has read an old one and tries again.
+    """
+    shared, _, _ = next(dist.rendezvous("env://", rank, world_size))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return shared
     host = os.environ["MASTER_ADDR"]
     if rank == 0:
-        own = dist.TCPStore(host, 0, world, is_master=True, wait_for_workers=False)
+        own = dist.TCPStore(host, 0, world_size, is_master=True, wait_for_workers=False)
         shared.set("port of this attempt", str(own.port))
         return own
     while True:
         port = int(shared.get("port of this attempt"))
         try:
-            own = dist.TCPStore(host, port, world, is_master=False, timeout=timedelta(seconds=2))
+            own = dist.TCPStore(host, port, world_size, is_master=False, timeout=timedelta(seconds=2))
         except dist.DistError:
             time.sleep(0.1)
         else:
@@ -90,7 +100,7 @@ def shutdown() -> None:
 
 
 def barrier() -> None:
-    """Wait for all processes."""
+    """Wait for all ranks."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -100,7 +110,7 @@ def world_size() -> int:
 
 
 class _Gather(torch.autograd.Function):
-    """All processes' tensors, one after the other; the gradient of a part is summed over all who used it."""
+    """The tensors of all ranks, concatenated. The gradient of a rank's part is the sum over all ranks that used it."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -116,12 +126,12 @@ class _Gather(torch.autograd.Function):
 
 
 def all_gather_with_grad(x: Tensor) -> Tensor:
-    """`b ...` of each process -> `B ...` of all, with gradients. Every process must bring the same b."""
+    """`b ...` of each rank -> `B ...` of all ranks, with gradients. b must be the same on every rank."""
     return _Gather.apply(x) if world_size() > 1 else x
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
-    """The sum over the processes, without gradients."""
+    """The sum over all ranks, without gradients."""
     x = x.detach().clone()
     if dist.is_initialized():
         dist.all_reduce(x)
@@ -129,16 +139,17 @@ def all_reduce_sum(x: Tensor) -> Tensor:
 
 
 def global_mean(values: Tensor, valid: Tensor) -> Tensor:
-    """The mean of `values` where `valid`, over the valid ones of all processes; 0 if there is none.
+    """The mean of the valid `values` of all ranks, or 0 if none is valid.
 
-    Returned is this process's share of it, times the number of processes: the average over the processes is the mean.
+    It returns this rank's part of the sum, times the world size, over the count of all ranks. The average of that over
+    the ranks is the mean.
     """
     count = all_reduce_sum(valid.sum()).clamp(min=1)
     return (values * valid).sum() * world_size() / count
 
 
 def all_gather_object(value) -> list:
-    """`value` of every process, by rank."""
+    """`value` of every rank, in order."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
@@ -147,22 +158,22 @@ def all_gather_object(value) -> list:
 
 
 class AllRanksError(ValueError):
-    """Raised by all processes alike, so that one of them has to say it."""
+    """An error that every rank raises, so only one of them has to print it."""
 
 
 def any_rank(*flags: bool) -> list[bool]:
-    """For each flag, whether it is true on any process."""
+    """For each flag, whether it is true on any rank."""
     if world_size() == 1:
         return list(flags)
-    found = torch.tensor(flags, dtype=torch.int32)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return found.bool().tolist()
+    counts = torch.tensor(flags, dtype=torch.int32)
+    dist.all_reduce(counts, dist.ReduceOp.MAX)
+    return counts.bool().tolist()
 
 
-def run_on_main(action, process: DistInfo) -> None:
-    """Let the main process do something while the others wait; if it fails, all of them raise AllRanksError."""
+def run_on_main(action: Callable[[], object], dist_info: DistInfo) -> None:
+    """Run `action` on the main process while the others wait. If it fails, every rank raises AllRanksError."""
     message = ""
-    if process.is_main:
+    if dist_info.is_main:
         try:
             action()
         except (ValueError, OSError) as error:
@@ -171,16 +182,16 @@ def run_on_main(action, process: DistInfo) -> None:
         raise AllRanksError(failed)
 
 
-# ---- models that processes share -------------------------------------------------------------------------------------
+# ---- sharded tensors -------------------------------------------------------------------------------------------------
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A parameter or optimizer state put together of its parts. All processes have to call it at the same time."""
+    """A parameter or optimizer state in one piece, assembled from its shards. Every rank has to call it."""
     return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `whole`, for a `tensor` that every process has: sharded as `like` is."""
+    """The inverse of `full_tensor`: shard a `tensor` that every rank has as `like` is sharded."""
     if isinstance(like, DTensor) and tensor.shape == like.shape:
         tensor = tensor.to(like.device, like.dtype)
         return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)

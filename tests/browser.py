@@ -1,4 +1,4 @@
-"""Chromium without a window, for the tests that look at a page; they are marked `browser`, and .ci/run runs them."""
+"""Headless Chromium, for the tests that look at a page. They are marked `browser`."""
 
 import shutil
 import subprocess
@@ -16,9 +16,9 @@ FLAGS = (
 
 
 def screenshot(page: Path, out: Path, width: int = 1180, height: int = 3000, dark: bool = False) -> np.ndarray:
-    """What a browser shows of `page`, written to `out`: uint8 (height, width, 3). Without a browser it fails."""
+    """Render `page` in a browser, write the image to `out`, and return it: uint8 `height width 3`."""
     browser = next(filter(None, map(shutil.which, NAMES)), None)
-    assert browser, f"none of {', '.join(NAMES)} is installed; on Debian: apt-get install chromium"
+    assert browser, f"no browser ({', '.join(NAMES)}) is installed; on Debian: apt-get install chromium"
     scheme = ["--blink-settings=preferredColorScheme=0"] if dark else []
     with TemporaryDirectory() as profile:
         command = [browser, *FLAGS, *scheme, f"--user-data-dir={profile}", f"--window-size={width},{height}",

@@ -1,4 +1,4 @@
-"""Settings of all tests: one thread, and the same drawn examples in every run."""
+"""Settings of all tests: one thread, the same random examples in every run, and which tests need an opt-in."""
 
 import torch
 from hypothesis import HealthCheck, settings
@@ -9,3 +9,15 @@ settings.register_profile(
     "tests", max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("tests")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--browser", action="store_true", help="also run the tests that look at a page in Chromium")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Deselect browser tests without --browser, and gpu tests without a GPU. A `-m` on the command line stays free."""
+    missing = {"browser": not config.getoption("browser"), "gpu": not torch.cuda.is_available()}
+    left_out = [item for item in items if any(missing[name] and item.get_closest_marker(name) for name in missing)]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)

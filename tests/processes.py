@@ -1,4 +1,4 @@
-"""Several real processes, joined by gloo, which serve a test file: each test hands them a function and arguments."""
+"""Several real processes, joined by gloo, that serve a test file: each test sends them a function and arguments."""
 
 import os
 import socket
@@ -19,7 +19,7 @@ def free_port() -> int:
 
 
 def serve(rank: int, world: int, jobs: mp.Queue, results: mp.Queue) -> None:
-    """The life of one of the processes: do what is asked, within a group, or by something that joins one itself."""
+    """The loop of one process: run each job, inside a process group or, if not `joined`, without one."""
     torch.set_num_threads(1)
     while (job := jobs.get()) is not None:
         function, arguments, port, size, joined = job
@@ -28,17 +28,17 @@ def serve(rank: int, world: int, jobs: mp.Queue, results: mp.Queue) -> None:
             init_distributed("cpu")
         try:
             results.put(function(*arguments))
-        except BaseException:  # the test that asked has to hear of it, whatever it is
+        except BaseException:  # reported to the test that sent the job
             results.put(Failed(traceback.format_exc()))
         shutdown()
 
 
 class Failed(str):
-    """What a process said when it failed."""
+    """The traceback of a process that failed."""
 
 
 class Processes:
-    """Up to `world` processes, which do the same at the same time."""
+    """`world` processes that run the same function at the same time."""
 
     def __init__(self, world: int):
         context = mp.get_context("spawn")
@@ -51,21 +51,22 @@ class Processes:
             process.start()
 
     def run(self, function: Callable, *arguments: tuple, joined: bool = True) -> list:
-        """`function` of `arguments[rank]` on as many processes as there are arguments; what each of them returned.
-        They are joined in a group, or, if not `joined`, only told how to meet."""
+        """Call `function(*arguments[rank])` on one process per tuple of arguments, and return the results by rank.
+
+        The processes form a group. If not `joined`, only the environment variables of a group are set."""
         port = free_port()
         for (jobs, _), own in zip(self.queues, arguments):
             jobs.put((function, own, port, len(arguments), joined))
         found = []
         for (_, results), process in zip(self.queues[: len(arguments)], self.processes):
-            while results.empty() and process.is_alive() and not any(isinstance(one, Failed) for one in found):
+            while results.empty() and process.is_alive() and not any(isinstance(result, Failed) for result in found):
                 time.sleep(0.02)
             found.append(results.get(timeout=60))
             assert not isinstance(found[-1], Failed), found[-1]
         return found
 
     def close(self) -> list[int | None]:
-        """Let all end; their exit codes."""
+        """End all processes, and return their exit codes."""
         for jobs, _ in self.queues:
             jobs.put(None)
         for process in self.processes:

@@ -1,4 +1,4 @@
-"""Checkpoints: what is loaded is what was saved, whatever is wrong is named, and a folder with its name is whole."""
+"""Checkpoints: loading returns what was saved, errors name what is wrong, and a kill never leaves half a checkpoint."""
 
 import json
 import os
@@ -19,29 +19,29 @@ from mplug2.model.mplug2 import MPLUG2
 from mplug2.tasks import TASKS
 from mplug2.training.run_checkpoint import clean_partial, load_training, save_checkpoint
 
-PREPARATION = PreprocessConfig(frames=3, max_words=7)
+PREPROCESS = PreprocessConfig(frames=3, max_words=7)
 TOKENIZER = Tokenizer.train(["a red one", "a one"], 20)
 
 
 def make_model(task: str = "pretrain", seed: int = 0, **changes) -> MPLUG2:
-    """Float32, as it is saved."""
+    """Float32, the type that is saved."""
     return randomised(MPLUG2(small(**changes), task), seed).float()
 
 
 def assert_same_weights(found: MPLUG2, expected: MPLUG2) -> None:
-    theirs = expected.state_dict()
+    weights = expected.state_dict()
     for name, tensor in found.state_dict().items():
-        assert tensor.equal(theirs[name]), name
+        assert tensor.equal(weights[name]), name
 
 
 @pytest.fixture
 def saved(tmp_path) -> Path:
-    save_model(tmp_path / "model", make_model(), TOKENIZER, PREPARATION)
+    save_model(tmp_path / "model", make_model(), TOKENIZER, PREPROCESS)
     return tmp_path / "model"
 
 
 def change_weights(folder: Path, **changes) -> None:
-    """Rewrite the file with entries changed, or, where None, left out."""
+    """Rewrite the file with changed entries. None removes an entry."""
     weights = {**load_file(folder / "model.safetensors"), **changes}
     save_file({name: tensor for name, tensor in weights.items() if tensor is not None}, folder / "model.safetensors")
 
@@ -57,24 +57,24 @@ def change_config(folder: Path, part: str | None, **changes) -> None:
 
 @settings(max_examples=10, deadline=None)
 @given(st.sampled_from(sorted(TASKS)), seeds, st.sampled_from(["released", "figure"]), st.sampled_from([16, 24]))
-def test_what_is_loaded_is_what_was_saved_to_the_bit(tmp_path_factory, task, seed, readout, width):
-    """With `vision_width` 24: with and without the layer that joins the two widths."""
+def test_loading_is_bit_identical_to_what_was_saved(tmp_path_factory, task, seed, readout, width):
+    """`vision_width` is 24: models with and without the layer that joins the two widths."""
     folder = tmp_path_factory.mktemp("checkpoint")
     model = make_model(task, seed, universal_readout=readout, width=width)
-    save_model(folder, model, TOKENIZER, PREPARATION)
+    save_model(folder, model, TOKENIZER, PREPROCESS)
     found, tokenizer, preprocess = load_model(folder)
     assert_same_weights(found, model)
-    assert (found.task, found.config, preprocess) == (task, model.config, PREPARATION)
+    assert (found.task, found.config, preprocess) == (task, model.config, PREPROCESS)
     assert tokenizer.encode(["one red"])[0].equal(TOKENIZER.encode(["one red"])[0])
     assert not found.training
-    assert read_config(folder) == (task, model.config, PREPARATION)
+    assert read_config(folder) == (task, model.config, PREPROCESS)
     assert {file.name for file in folder.iterdir()} == {"model.safetensors", "config.json", "tokenizer.json"}
 
 
 @pytest.mark.parametrize(
     "task", sorted(task for task, row in TASKS.items() if not row.components & {"classifier", "box"})
 )
-def test_another_task_loads_the_part_that_it_needs(saved, task):
+def test_another_task_loads_only_the_part_that_it_needs(saved, task):
     found, _, _ = load_model(saved, task)
     assert found.task == task
     assert_same_weights(found, make_model())
@@ -88,7 +88,7 @@ NEW = {"text_classification": ["classifier.text_classification.bias", "classifie
 
 
 @pytest.mark.parametrize("task", NEW)
-def test_a_fine_tuning_starts_the_heads_anew_that_a_checkpoint_lacks_and_nothing_else(saved, task):
+def test_fine_tuning_initializes_the_heads_that_a_checkpoint_lacks_and_nothing_else(saved, task):
     with pytest.raises(CheckpointError, match=rf"not in the file[^$]*: train.py --task {task} --init trains it"):
         load_model(saved, task)
     found, _, _ = load_model(saved, task, classes={task: ("a", "b")})
@@ -99,11 +99,11 @@ def test_a_fine_tuning_starts_the_heads_anew_that_a_checkpoint_lacks_and_nothing
             assert tensor.equal(expected[name]), name
 
 
-def test_classes_are_kept_with_the_checkpoint_and_others_start_anew(tmp_path):
+def test_class_names_are_saved_and_a_head_for_other_classes_is_initialized(tmp_path):
     both = "visual_entailment,image_classification"
     classes = {"visual_entailment": ("no", "yes"), "image_classification": ("a", "b", "c")}
     model = MPLUG2(small(), both, classes).eval()
-    save_model(tmp_path, model, TOKENIZER, PREPARATION)
+    save_model(tmp_path, model, TOKENIZER, PREPROCESS)
     found, _, _ = load_model(tmp_path)
     assert found.classes == classes and found.newly_initialized == []
     assert_same_weights(found, model)
@@ -115,32 +115,39 @@ def test_classes_are_kept_with_the_checkpoint_and_others_start_anew(tmp_path):
         other, _, _ = load_model(tmp_path, "visual_entailment", classes={"visual_entailment": others})
         new = [f"classifier.visual_entailment.{name}" for name in ("bias", "weight")]
         assert sorted(other.newly_initialized) == new
-    # A checkpoint from before there were classes has none.
+    # Checkpoints from before there were class names have none.
     change_config(tmp_path, None, classes={})
     with pytest.raises(CheckpointError, match=r"visual_entailment.weight: expected \(1, 16\), found \(2, 16"):
         load_model(tmp_path)
 
 
-def test_a_model_of_images_takes_the_weights_of_clips_without_the_local_temporal_modules_it_passes_by(tmp_path):
+def test_an_image_model_loads_a_video_model_without_the_local_temporal_modules_that_it_skips(tmp_path):
     model = make_model("pretrain", temporal_on_images=False)
-    save_model(tmp_path, model, TOKENIZER, PREPARATION)
+    save_model(tmp_path, model, TOKENIZER, PREPROCESS)
     found, _, _ = load_model(tmp_path, "image_caption")
     assert not any(".lt" in name for name in found.state_dict())
     assert_same_weights(found, model)
 
 
-def test_settings_that_do_not_touch_the_weights_can_be_changed(saved):
+def test_settings_that_do_not_change_the_weights_can_be_changed(saved):
     found, _, _ = load_model(saved, changes={"dropout": 0.25})
     assert found.config == small(dropout=0.25)
     with pytest.raises(ValueError, match="dropout=1.5: expected a share"):
         load_model(saved, changes={"dropout": 1.5})
 
 
-# ---- what can be wrong -----------------------------------------------------------------------------------------------
+def test_the_key_of_older_checkpoints_for_preprocessing_is_read(saved):
+    config = json.loads((saved / "config.json").read_text())
+    config["preparation"] = config.pop("preprocess")
+    (saved / "config.json").write_text(json.dumps(config))
+    assert load_model(saved)[2] == PREPROCESS
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_task_whose_modules_the_checkpoint_lacks_is_refused(tmp_path):
-    save_model(tmp_path, make_model("video_caption"), TOKENIZER, PREPARATION)
+    save_model(tmp_path, make_model("video_caption"), TOKENIZER, PREPROCESS)
     with pytest.raises(CheckpointError) as refused:
         load_model(tmp_path, "pretrain")
     lines = str(refused.value).splitlines()
@@ -149,7 +156,7 @@ def test_a_task_whose_modules_the_checkpoint_lacks_is_refused(tmp_path):
     assert lines[-1].startswith("  and ") and len(lines) == 10  # eight of them, and how many more
 
 
-def test_missing_misshapen_and_unknown_weights_are_named(saved):
+def test_missing_unknown_and_wrongly_shaped_weights_are_named(saved):
     change_weights(saved, **{
         "fusion.layers.0.self_norm.bias": None, "matching_head.bias": torch.zeros(3), "decoder.extra": torch.zeros(1),
         "surprise": torch.zeros(1),
@@ -162,7 +169,7 @@ def test_missing_misshapen_and_unknown_weights_are_named(saved):
         "  decoder.extra: not part of this model",
         "  surprise: not part of this model",
     }
-    # For captions the fusion and the head are left out, so that nobody misses them; the other two are still too much.
+    # A captioning model has no fusion and no matching head, so it misses neither. The other two stay unknown.
     with pytest.raises(CheckpointError) as refused:
         load_model(saved, "image_caption")
     assert {line.split(":")[0] for line in str(refused.value).splitlines()[1:]} == {"  decoder.extra", "  surprise"}
@@ -177,18 +184,18 @@ def test_a_checkpoint_of_another_size_is_refused(saved):
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.001, 0.5, 0.99])
-def test_weights_that_are_cut_off_are_reported(saved, kept):
+def test_truncated_weights_are_reported(saved, kept):
     file = saved / "model.safetensors"
     file.write_bytes(file.read_bytes()[: int(kept * file.stat().st_size)])
-    with pytest.raises(CheckpointError, match=r"model.safetensors cannot be read, it may be cut off .*an older"):
+    with pytest.raises(CheckpointError, match=r"model.safetensors cannot be read, it may be truncated .*an older"):
         load_model(saved)
 
 
-def test_files_that_are_not_there_are_named(saved, tmp_path):
-    with pytest.raises(CheckpointError, match="nowhere is not a checkpoint: there is no config.json in it; expected a"):
+def test_missing_files_are_named(saved, tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere is not a checkpoint: it does not contain config.json; expected"):
         load_model(tmp_path / "nowhere")
     (saved / "model.safetensors").rename(saved / "weights")
-    with pytest.raises(CheckpointError, match=r"model.safetensors: no such file; the checkpoint is not whole"):
+    with pytest.raises(CheckpointError, match=r"model.safetensors: no such file; the checkpoint is incomplete"):
         load_model(saved)
     (saved / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match="tokenizer.json"):
@@ -201,10 +208,10 @@ def test_a_config_with_an_unknown_missing_or_impossible_setting_is_refused(saved
     original = (saved / "config.json").read_text()
     for part, changes, message in (
         ("model", {"widht": 3}, "unknown settings widht; known are contrastive_width, "),
-        ("preparation", {"fps": 3}, "unknown settings fps; known are frames, max_words"),
+        ("preprocess", {"fps": 3}, "unknown settings fps; known are frames, max_words"),
         ("model", {"heads": 3}, "heads=3 does not divide width=16"),
         ("model", {"width": "16"}, "width='16': expected an integer"),
-        (None, {"format": 99}, "format 99, this version reads format 1"),
+        (None, {"format": 99}, "format 99, but this version reads format 1"),
         (None, {"model": 5}, "does not describe a model"),
     ):
         change_config(saved, part, **changes)
@@ -221,9 +228,9 @@ def test_a_config_with_an_unknown_missing_or_impossible_setting_is_refused(saved
         load_model(saved)
 
 
-def test_a_tokenizer_of_more_tokens_than_the_model_has_is_refused(saved):
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(saved):
     Tokenizer.train(["abcdefghij klmnopqrst"], 60).save(saved)
-    with pytest.raises(CheckpointError, match="the tokenizer has 60 tokens, the model 29"):
+    with pytest.raises(CheckpointError, match="the tokenizer has 60 tokens, but the model has only 29"):
         load_model(saved)
 
 
@@ -231,14 +238,14 @@ def test_a_tokenizer_of_more_tokens_than_the_model_has_is_refused(saved):
 
 
 def save(run: Path, step: int, model: MPLUG2, keep: int = 2) -> Path:
-    return save_checkpoint(run, f"step_{step:07d}", model, TOKENIZER, PREPARATION, {"step": step}, keep)
+    return save_checkpoint(run, f"step_{step:07d}", model, TOKENIZER, PREPROCESS, {"step": step}, keep)
 
 
 def names(run: Path) -> list[str]:
     return sorted(path.name for path in run.iterdir())
 
 
-def test_last_is_the_newest_and_only_the_newest_are_kept(tmp_path):
+def test_last_is_the_newest_and_older_ones_are_removed(tmp_path):
     for step in (9, 10, 100):
         model = make_model(seed=step)
         folder = save(tmp_path, step, model)
@@ -247,21 +254,21 @@ def test_last_is_the_newest_and_only_the_newest_are_kept(tmp_path):
         assert_same_weights(load_model(tmp_path / "last")[0], model)
         assert load_training(tmp_path / "last") == {"step": step}
     assert names(tmp_path) == ["last", "step_0000010", "step_0000100"]
-    save(tmp_path, 100, make_model(seed=1), keep=1)  # once more, over what is there
+    save(tmp_path, 100, make_model(seed=1), keep=1)  # the same step again
     assert names(tmp_path) == ["last", "step_0000100"]
     assert_same_weights(load_model(tmp_path / "last")[0], make_model(seed=1))
     save(tmp_path, 7, model, keep=5)
     assert len(names(tmp_path)) == 3
 
 
-def test_the_one_just_written_is_kept_even_if_others_are_of_later_steps(tmp_path):
+def test_the_checkpoint_just_written_is_kept_even_if_others_have_later_steps(tmp_path):
     for step, keep in ((20, 2), (30, 2), (21, 1)):
         save(tmp_path, step, make_model(seed=step), keep)
     assert names(tmp_path) == ["last", "step_0000021"]
     assert load_training(tmp_path / "last") == {"step": 21}
 
 
-def test_a_disk_that_is_full_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):
     save(tmp_path, 1, make_model(seed=1))
     with monkeypatch.context() as patched:
         patched.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError("no space left on device")))
@@ -273,7 +280,7 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_before_it(tmp_path, monkeypat
     assert_same_weights(load_model(tmp_path / "last")[0], make_model(seed=1))
 
 
-def test_what_an_earlier_attempt_left_does_not_get_into_a_checkpoint(tmp_path):
+def test_leftovers_of_an_earlier_attempt_do_not_get_into_a_checkpoint(tmp_path):
     save(tmp_path, 1, make_model(seed=1))
     (tmp_path / ".step_0000002.part").mkdir()
     (tmp_path / ".step_0000002.part" / "debris").write_text("of an earlier attempt")
@@ -285,19 +292,20 @@ def test_what_an_earlier_attempt_left_does_not_get_into_a_checkpoint(tmp_path):
 
 
 def save_until_killed(run: Path, step: int, model: MPLUG2, moment: int) -> bool:
-    """Save in a process of its own, which kills itself at its `moment`-th operation on files; whether it got there."""
+    """Save in a child process that kills itself at its `moment`-th file operation. Returns whether it got that far."""
     child = os.fork()
     if child == 0:
         count, flush = 0, os.fsync
 
-        def another(*_) -> None:
+        def count_operation(*_) -> None:
             nonlocal count
             count += 1
             if count == moment:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        os.fsync = lambda handle: (another(), flush(handle))
-        sys.addaudithook(lambda event, _: another() if event == "open" or event.startswith(("os.", "shutil.")) else 0)
+        os.fsync = lambda handle: (count_operation(), flush(handle))
+        on_file = ("open", "os.", "shutil.")
+        sys.addaudithook(lambda event, _: count_operation() if event.startswith(on_file) else 0)
         save(run, step, model, keep=1)
         os._exit(0)
     _, status = os.waitpid(child, 0)
@@ -305,9 +313,10 @@ def save_until_killed(run: Path, step: int, model: MPLUG2, moment: int) -> bool:
     return status == signal.SIGKILL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 1])
-def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(tmp_path, step):
-    """A real SIGKILL at every operation on files, one after the other; also where the same step is saved again."""
+def test_a_kill_at_any_moment_of_saving_leaves_a_complete_checkpoint(tmp_path, step):
+    """A real SIGKILL at every file operation in turn, also where the same step is saved again."""
     old, new, moment, seen = make_model("video_caption", 1), make_model("video_caption", 2), 1, set()
     while True:
         run = tmp_path / str(moment)
@@ -321,21 +330,21 @@ def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(tmp_path, step
         seen.add(is_new)
         if not killed:
             break
-        save(run, 3, new, keep=1)  # and the next one finds nothing in its way
+        save(run, 3, new, keep=1)  # nothing is in the way of the next one
         assert names(run) == ["last", "step_0000003"]
         moment += 1
     assert moment > 20 and seen == {False, True}
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "training.pt", "manifest.json"])
-def test_a_checkpoint_that_was_cut_off_or_changed_is_refused_and_the_one_before_it_offered(tmp_path, name):
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_offered(tmp_path, name):
     for step in (1, 2, 3):
         save(tmp_path, step, make_model("video_caption", step), keep=3)
     path = tmp_path / "step_0000003" / name
     content = path.read_bytes()
     for damaged in (content[:-1], content[: len(content) // 2], bytes([content[0] ^ 1]) + content[1:], None):
         path.unlink() if damaged is None else path.write_bytes(damaged)
-        # What the model does not need, and a checkpoint that was made by hand does not have, it can do without.
+        # The model itself needs neither training.pt nor a manifest: a model folder has none.
         loads = [load_model] if name not in ("training.pt", "manifest.json") else [load_training]
         loads += [load_model] if name == "manifest.json" and damaged is not None else []
         for load in loads:
@@ -344,7 +353,7 @@ def test_a_checkpoint_that_was_cut_off_or_changed_is_refused_and_the_one_before_
             assert name in str(refused.value)
             if (damaged, name) != (None, "training.pt"):
                 assert f"the checkpoint {tmp_path / 'last'} (step_0000003) is damaged: " in str(refused.value)
-                assert "before it is whole: go on from it by --resume --resume-from step_0000002" in str(refused.value)
+                assert "continue from the one before it with --resume --resume-from step_0000002" in str(refused.value)
         path.write_bytes(content)
     load_model(tmp_path / "last")
     (tmp_path / "step_0000002" / "model.safetensors").write_bytes(b"")
@@ -353,23 +362,23 @@ def test_a_checkpoint_that_was_cut_off_or_changed_is_refused_and_the_one_before_
     with pytest.raises(CheckpointError, match="--resume-from step_0000001"):
         load(tmp_path / "last")
     (tmp_path / "step_0000001" / "training.pt").unlink()
-    with pytest.raises(CheckpointError, match="there is no whole one before it"):
+    with pytest.raises(CheckpointError, match="this run has no older checkpoint that is intact"):
         load(tmp_path / "last")
 
 
-def test_the_best_is_kept_beside_the_newest(tmp_path):
+def test_the_best_is_kept_as_well_as_the_newest(tmp_path):
     scores = [(1, 0.2), (2, 0.7), (3, None), (4, 0.5), (5, None)]
     for step, score in scores:
-        save_checkpoint(tmp_path, f"step_{step:07d}", make_model("video_caption", step), TOKENIZER, PREPARATION,
+        save_checkpoint(tmp_path, f"step_{step:07d}", make_model("video_caption", step), TOKENIZER, PREPROCESS,
                         {"step": step}, 2, score)
     assert names(tmp_path) == ["best", "last", "step_0000002", "step_0000004", "step_0000005"]
     assert os.readlink(tmp_path / "best") == "step_0000002"
     assert_same_weights(load_model(tmp_path / "best")[0], make_model("video_caption", 2))
-    save_checkpoint(tmp_path, "step_0000006", make_model("video_caption"), TOKENIZER, PREPARATION, {"step": 6}, 1, 0.7)
+    save_checkpoint(tmp_path, "step_0000006", make_model("video_caption"), TOKENIZER, PREPROCESS, {"step": 6}, 1, 0.7)
     assert names(tmp_path) == ["best", "last", "step_0000006"]
 
 
-def test_the_training_state_goes_to_disk_and_back(tmp_path):
+def test_the_training_state_is_saved_and_loaded(tmp_path):
     model = make_model("video_caption")
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     memory = torch.randn(2, 3, 16)
@@ -378,7 +387,7 @@ def test_the_training_state_goes_to_disk_and_back(tmp_path):
         model.decode(ids, ids > -1, memory).square().mean().backward()
         optimizer.step()
     training = {"step": 2, "optimizer": optimizer.state_dict(), "generators": [torch.get_rng_state()]}
-    save_checkpoint(tmp_path, "step_0000002", model, TOKENIZER, PREPARATION, training, 1)
+    save_checkpoint(tmp_path, "step_0000002", model, TOKENIZER, PREPROCESS, training, 1)
     found = load_training(tmp_path / "last")
     assert found["step"] == 2 and found["generators"][0].equal(training["generators"][0])
     other = torch.optim.AdamW(model.parameters(), lr=0.2)

@@ -1,6 +1,6 @@
-"""Distributed: two processes with half of a batch each = one process with all of it, in losses and in every gradient.
+"""Distributed helpers: two ranks with half a batch each have the losses and gradients of one with the whole batch.
 
-Two real processes, joined by gloo, serve the whole file: each test hands them a function and the arguments of each.
+Two real processes, joined by gloo, serve the whole file. Each test sends them a function and the arguments of each.
 """
 
 import numpy as np
@@ -17,6 +17,7 @@ from mplug2.distributed import (
     all_gather_object,
     all_gather_with_grad,
     all_reduce_sum,
+    choose_device,
     global_mean,
     init_distributed,
     shutdown,
@@ -34,27 +35,27 @@ def pair():
     assert two.close() == [0, 0]
 
 
-def place() -> tuple:
-    process = init_distributed("cpu")
-    return process.rank, process.world_size, process.is_main, str(process.device)
+def describe() -> tuple:
+    dist_info = init_distributed("cpu")
+    return dist_info.rank, dist_info.world_size, dist_info.is_main, str(dist_info.device)
 
 
-def test_each_process_knows_its_place(pair):
-    assert pair.run(place, (), (), joined=False) == [(0, 2, True, "cpu"), (1, 2, False, "cpu")]
+def test_each_process_knows_its_rank(pair):
+    assert pair.run(describe, (), (), joined=False) == [(0, 2, True, "cpu"), (1, 2, False, "cpu")]
 
 
-# ---- gathering and counting ------------------------------------------------------------------------------------------
+# ---- collectives -----------------------------------------------------------------------------------------------------
 
 
 def primitives(x: list, weights: list) -> tuple:
-    """Gather `x`, weigh what came, sum; and the other means of talking."""
+    """Gather `x`, weight the result and sum it; then the other collectives."""
     x = torch.tensor(x, dtype=torch.float64, requires_grad=True)
     gathered = all_gather_with_grad(x)
     (gathered * torch.tensor(weights, dtype=torch.float64)).sum().backward()
     return gathered.tolist(), x.grad.tolist(), all_reduce_sum(x.sum()).item(), all_gather_object(weights), world_size()
 
 
-def test_gather_has_the_tensors_by_rank_and_sums_the_gradients_of_all_who_used_them(pair):
+def test_gather_concatenates_by_rank_and_sums_the_gradients_of_all_ranks(pair):
     x, weights = [[1.0, 2.0], [3.0, 4.0]], [[1.0, 10.0, 100.0, 1000.0], [5.0, 6.0, 7.0, 8.0]]
     found = pair.run(primitives, *zip(x, weights))
     for rank, (gathered, gradient, whole, collected, size) in enumerate(found):
@@ -62,21 +63,28 @@ def test_gather_has_the_tensors_by_rank_and_sums_the_gradients_of_all_who_used_t
         assert gradient == [weights[0][2 * rank + i] + weights[1][2 * rank + i] for i in range(2)]
 
 
-def test_one_process_is_a_group_of_its_own():
+def test_a_single_process_needs_no_group():
     assert primitives([1.0, 2.0], [3.0, 4.0]) == ([1.0, 2.0], [3.0, 4.0], 3.0, [[3.0, 4.0]], 1)
-    distributed.barrier()  # waits for nobody
-    process = init_distributed("cpu")
-    assert (process.rank, process.world_size, process.is_main) == (0, 1, True)
+    distributed.barrier()  # returns at once
+    assert describe() == (0, 1, True, "cpu")
     shutdown()
 
 
-def test_a_device_that_is_not_there_is_refused_with_the_way_out(monkeypatch):
+def test_a_missing_device_is_refused_with_advice(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert init_distributed("auto").device == torch.device("cpu")
     with pytest.raises(ValueError, match="cuda:0: this machine .* has no CUDA; use --device cpu"):
         init_distributed("cuda")
-    with pytest.raises(ValueError, match="device 'gpu': expected auto, cpu, cuda, cuda:N or mps"):
-        init_distributed("gpu")
+    with pytest.raises(ValueError, match="mps: this machine .* has no MPS; use --device cpu"):
+        init_distributed("mps")
+    for name in ("gpu", "meta", "cuda:x"):
+        with pytest.raises(ValueError, match=f"device '{name}': expected auto, cpu, cuda, cuda:N or mps"):
+            init_distributed(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="device cuda:2: this machine has 2 GPUs, .* at most one process per GPU"):
+        choose_device("cuda", local_rank=2)
 
 
 def mean(values: list, valid: list) -> tuple[float, list]:
@@ -91,7 +99,7 @@ halves = st.lists(st.tuples(st.floats(-5, 5), st.booleans()), min_size=3, max_si
 
 @settings(max_examples=20, deadline=None)
 @given(halves, halves)
-def test_the_average_of_the_shares_is_the_mean_over_what_is_valid_anywhere(pair, one, other):
+def test_the_average_over_the_ranks_is_the_mean_of_the_valid_values_of_all(pair, one, other):
     both = [[list(column) for column in zip(*half)] for half in (one, other)]
     valid = [value for value, is_valid in one + other if is_valid]
     shares, gradients = zip(*pair.run(mean, *both))
@@ -107,7 +115,7 @@ LOSSES = ("vtc", "mlm", "caption", "answer")
 
 
 def losses_and_gradients(batch: dict, rank: int, world: int) -> dict:
-    """Each loss of this process's share, and its gradient for each parameter."""
+    """Each loss of this rank's part of the batch, and its gradient for each parameter."""
     model = make_model()
     losses, found = Objectives(model)(rank_share(batch, rank, world)), {}
     for name in LOSSES:
@@ -120,9 +128,9 @@ def losses_and_gradients(batch: dict, rank: int, world: int) -> dict:
 @settings(max_examples=5, deadline=None)
 @given(st.sampled_from(["video", "image", "text"]), st.sampled_from([2, 4, 6]), st.integers(1, 3), seeds)
 def test_two_processes_have_the_losses_and_gradients_of_one_with_the_whole_batch(pair, kind, b, r, seed):
-    """After averaging, as DistributedDataParallel does. For contrastive, masked, caption and answer loss, and for every
-    parameter. The batch is drawn, with texts of unequal lengths and meanings that occur twice. Not for the matching
-    loss: each process draws its hard negatives from its own samples, which is another loss (see the test below)."""
+    """After averaging, as DistributedDataParallel does, for VTC, MLM, caption and answer loss and every parameter. The
+    batch is random, with texts of unequal lengths and samples that share a positive_id. VTM is left out: each rank
+    draws its hard negatives from its own samples, which is a different loss (see the test below)."""
     batch = make_batch(kind, b, r, seed)
     batch["positive_id"] = torch.randint(0, b, (b,), generator=torch.Generator().manual_seed(seed))
     names = [name for name, _ in make_model().named_parameters()]
@@ -142,20 +150,20 @@ def test_two_processes_have_the_losses_and_gradients_of_one_with_the_whole_batch
 
 
 def distilled(batches: list[dict], rank: int, world: int) -> tuple[list, list, list]:
-    """Losses and gradients at the second of two batches, whose first is in the queue by then; and the queue."""
+    """Losses and gradients of the second of two batches, with the first in the queue; and the queue."""
     model = make_model()
-    momentum = EMATeacher(model, alpha=0.4, queue=6).double()
-    momentum.teacher = make_model(seed=1)
-    momentum.steps += 1
-    objectives = Objectives(model, momentum).train()
+    ema_teacher = EMATeacher(model, alpha=0.4, queue=6).double()
+    ema_teacher.teacher = make_model(seed=1)
+    ema_teacher.steps += 1
+    objectives = Objectives(model, ema_teacher).train()
     for batch in batches:
         losses = objectives(rank_share(batch, rank, world))
     (losses["vtc"] + losses["answer"]).backward()
     gradients = [p.grad.numpy() if p.grad is not None else None for p in model.parameters()]
-    return [losses["vtc"].item(), losses["answer"].item()], gradients, [part.tolist() for part in momentum.queue()]
+    return [losses["vtc"].item(), losses["answer"].item()], gradients, [part.tolist() for part in ema_teacher.queue()]
 
 
-def test_distillation_and_the_queue_are_those_of_one_process(pair):
+def test_distillation_and_the_queue_agree_with_one_process(pair):
     batches = [make_batch("image", b=4, seed=seed) for seed in (0, 1)]
     batches[1]["positive_id"] = torch.tensor([0, 4, 5, 1])  # two of the second batch are in the queue already
     losses, gradients, queue = distilled(batches, 0, 1)
@@ -172,7 +180,7 @@ def test_distillation_and_the_queue_are_those_of_one_process(pair):
 
 
 def matching(batch: dict, rank: int, world: int, partner: list[int]) -> tuple[float, list]:
-    """The matching loss where each sample of the share draws the given one as its negative."""
+    """VTM, where each sample of this rank draws the given one as its negative."""
     torch.manual_seed(0)
     model, part = make_model(), rank_share(batch, rank, world)
     vision = model.encode_vision(part["pixels"])
@@ -183,12 +191,12 @@ def matching(batch: dict, rank: int, world: int, partner: list[int]) -> tuple[fl
     return loss.item(), gradients
 
 
-def test_the_matching_loss_agrees_too_where_the_negatives_are_the_same(pair):
-    """Each process draws from its own samples, so this holds for a draw that stays within the halves only."""
+def test_the_matching_loss_agrees_where_the_negatives_are_the_same(pair):
+    """Each rank draws from its own samples, so this holds only for a draw that stays within the halves."""
     batch = make_batch("video", b=4)
     batch["positive_id"] = torch.tensor([0, 1, 0, 0])  # no negatives within the second half
     value, _ = matching(batch, 0, 1, [1, 0, 1, 1])
-    # One process finds a negative for the last two samples in the other half; two processes cannot.
+    # One process finds a negative for the last two samples in the other half. Two ranks cannot.
     split = pair.run(matching, (batch, 0, 2, [1, 0]), (batch, 1, 2, [1, 0]))
     assert sum(part[0] for part in split) / 2 != pytest.approx(value, rel=1e-3)
 

@@ -1,4 +1,4 @@
-"""Weights of others: released mPLUG-2 checkpoints, CLIP and BERT. The command: `python -m mplug2.pretrained --help`."""
+"""Published weights: released mPLUG-2 checkpoints, CLIP and BERT. The command: `python -m mplug2.pretrained --help`."""
 
 from mplug2.pretrained.bert import from_bert
 from mplug2.pretrained.clip import from_clip

@@ -1,4 +1,4 @@
-"""BERT as the start of text encoder, universal layers, fusion and decoder, in the names of Hugging Face."""
+"""Initialize text encoder, universal layers, fusion and decoder from a BERT (parameter names of Hugging Face)."""
 
 import re
 from collections.abc import Mapping
@@ -27,23 +27,24 @@ SOURCE = "BERT"
 
 @torch.no_grad()
 def from_bert(model: MPLUG2, source: str | Path | Mapping[str, Tensor], settings: Mapping | None = None) -> None:
-    """Fill the text parts of `model` with the weights of a BERT: `source` is a file, a folder or a state dict.
+    """Fill the text parts of `model` with the weights of a BERT. `source` is a file, a folder or a state dict.
 
-    `settings` is Hugging Face's `config.json`, by default the one beside the weights. Text encoder and universal layers
-    are BERT's first layers, and so is the decoder; fusion is its last ones. Both language-model heads are BERT's,
-    unless the source comes without one. What BERT does not have keeps its values: all cross-attention, the latents,
-    the projection of vision, the other heads. Raises ValueError if the sizes, heads or settings are not the model's,
-    or if entries are missing or left over.
+    `settings` is Hugging Face's `config.json`, by default the one next to the weights. BERT's first layers become the
+    text encoder with the universal layers, and also the decoder. Its last layers become the fusion module. If the
+    source has a language-model head, both of our heads are filled with it. Everything that BERT does not have keeps its
+    initial values: cross-attention, latents, the projection of vision, the other heads.
+
+    Raises ValueError if sizes, heads or settings differ from the model's, or if entries are missing or left over.
     """
     state = plain_names(source if isinstance(source, Mapping) else open_weights(source))
     if settings is None and not isinstance(source, Mapping):
         settings = open_settings(source)
     if settings is None:
-        raise ValueError(f"{SOURCE}: there are no settings beside the weights; give those of config.json")
+        raise ValueError(f"{SOURCE}: no settings next to the weights; add BERT's config.json to their folder")
     check_bert_settings(settings, SOURCE)
     config, depth = model.config, setting(settings, "num_hidden_layers", SOURCE)
     if not settings.get("tie_word_embeddings", True):
-        raise ValueError(f"{SOURCE}: tie_word_embeddings=False cannot be followed: our head is tied to the embeddings")
+        raise ValueError(f"{SOURCE}: tie_word_embeddings=False is not supported: our head is tied to the embeddings")
     if setting(settings, "num_attention_heads", SOURCE) != config.heads:
         raise ValueError(f"{SOURCE}: num_attention_heads={settings['num_attention_heads']}, but the model has "
                          f"heads={config.heads}")
@@ -61,7 +62,7 @@ def from_bert(model: MPLUG2, source: str | Path | Mapping[str, Tensor], settings
 
 
 def bert_names(model: MPLUG2, depth: int, has_head: bool) -> Names:
-    """Which entries make which parameters, for all the modules that a model may have."""
+    """The entries of BERT that make each parameter, for all modules that a model may have."""
     config, names = model.config, {}
     for module in ("text_encoder", "decoder"):
         names |= within(f"{module}.embeddings", BERT_EMBEDDINGS, "embeddings")
@@ -79,7 +80,7 @@ def bert_names(model: MPLUG2, depth: int, has_head: bool) -> Names:
 
 
 def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names without the prefix `bert.`; the LayerNorm parameters of the first files get their later names."""
+    """Names without the prefix `bert.`, and with today's names for the LayerNorm parameters of old files."""
     renamed = {}
     for name, entry in state.items():
         name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
@@ -88,7 +89,7 @@ def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def never_used(depth: int) -> list[str]:
-    """Patterns of the entries of BERT that a model may do without: layers beyond its own, and the heads."""
+    """Patterns of BERT's entries that a model may leave unused: layers beyond its own, the pooler and the heads."""
     return [
         rf"encoder\.layer\.({'|'.join(map(str, range(depth)))})\.{entries_of(BERT_LAYER)}",
         rf"embeddings\.({entries_of(BERT_EMBEDDINGS)}|position_ids)|pooler\.dense\.(weight|bias)",

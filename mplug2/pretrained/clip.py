@@ -1,4 +1,4 @@
-"""CLIP's ViT as the vision encoder: the names of its first release, of open_clip and of Hugging Face.
+"""Initialize the vision encoder from a CLIP ViT, in the parameter names of OpenAI, open_clip or Hugging Face.
 
 Axes: d width, k frames that a patch spans, p side of a patch.
 """
@@ -31,14 +31,14 @@ HF_VISION: Names = {
     "patch_embed.class_token": ("embeddings.class_embedding",),
     "patch_embed.position": ("embeddings.position_embedding.weight",),
     "patch_embed.linear.weight": ("embeddings.patch_embedding.weight",),
-    **weights_and_biases({"patch_embed.norm": "pre_layrnorm", "norm": "post_layernorm"}),  # so misspelled there
+    **weights_and_biases({"patch_embed.norm": "pre_layrnorm", "norm": "post_layernorm"}),  # their spelling
 }
 HF_BLOCK = weights_and_biases({
     "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "attention.out": "self_attn.out_proj", "attention_norm": "layer_norm1", "mlp_norm": "layer_norm2",
     "mlp_up": "mlp.fc1", "mlp_down": "mlp.fc2",
 })
-NEVER_USED = (  # the text tower, and what joins the two towers
+NEVER_USED = (  # the text tower, and the projections of both towers
     r"visual\.proj|positional_embedding|text_projection(\.weight)?|logit_scale|logit_bias|token_embedding\.weight",
     r"transformer\.resblocks\..+|ln_final\.(weight|bias)|attn_mask|input_resolution|context_length|vocab_size|text\..+",
     r"(vision_model\.)?embeddings\.position_ids|text_model\..+|visual_projection\.weight",
@@ -47,16 +47,17 @@ NEVER_USED = (  # the text tower, and what joins the two towers
 
 @torch.no_grad()
 def from_clip(model: MPLUG2, source: str | Path | Mapping[str, Tensor], settings: Mapping | None = None) -> None:
-    """Fill the vision encoder of `model` with the weights of a CLIP ViT: `source` is a file, a folder or a state dict.
+    """Fill the vision encoder of `model` with the weights of a CLIP ViT. `source` is a file, a folder or a state dict.
 
-    `settings` are the source's own, by default read from the file beside the weights: Hugging Face's `config.json` or
-    open_clip's `open_clip_config.json`. They say how many heads there are, and which activation. The files of CLIP's
-    first release have none, but the same names as those of open_clip, so `{"quick_gelu": True}` must be given for them.
+    `settings` tell the number of heads and the activation. By default they are read from the file next to the weights:
+    Hugging Face's `config.json` or open_clip's `open_clip_config.json`. OpenAI's files have no settings, but the same
+    names as open_clip's files, so `{"quick_gelu": True}` must be given for them.
 
-    Local temporal modules become identities again: for images the encoder is CLIP's, with its last LayerNorm on every
-    token. Positions are resized to the model's resolution; with temporal down-sampling the kernel stands at the centre
-    tap. Raises ValueError if the sizes, the number of heads or the activation are not the model's, or if entries are
-    missing or left over.
+    The local temporal modules are reset to identities. For images the encoder then computes what CLIP computes, with
+    its last LayerNorm on every token. Positions are resized to the model's resolution. With temporal down-sampling the
+    patch kernel is put at the center tap.
+
+    Raises ValueError if sizes, heads or activation differ from the model's, or if entries are missing or left over.
     """
     state = dict(source if isinstance(source, Mapping) else open_weights(source))
     if settings is None and not isinstance(source, Mapping):
@@ -83,15 +84,15 @@ def from_clip(model: MPLUG2, source: str | Path | Mapping[str, Tensor], settings
 
 
 def clip_names(state: Mapping[str, Tensor], blocks: int) -> Names:
-    """Which entries make which parameters of our vision encoder, by the naming that `state` is in."""
+    """The entries that make each parameter of our vision encoder, in the naming scheme that `state` uses."""
     if "visual.class_embedding" in state:
         vision, block, prefix, stack = CLIP_VISION, CLIP_BLOCK, "visual.", "transformer.resblocks"
     elif any(name.endswith("embeddings.class_embedding") for name in state):
         vision, block, stack = HF_VISION, HF_BLOCK, "encoder.layers"
         prefix = "vision_model." if "vision_model.embeddings.class_embedding" in state else ""
     else:
-        raise ValueError(f"{SOURCE}: no class embedding of a ViT found, under the names of CLIP's first release, "
-                         "open_clip or Hugging Face; only their ViT models can be loaded")
+        raise ValueError(f"{SOURCE}: no class embedding of a ViT found; expected a ViT in the names of OpenAI, "
+                         "open_clip or Hugging Face")
     names = {ours: tuple(f"{prefix}{entry}" for entry in entries) for ours, entries in vision.items()}
     for i in range(blocks):
         names |= within(f"blocks.{i}", block, f"{prefix}{stack}.{i}")
@@ -99,7 +100,7 @@ def clip_names(state: Mapping[str, Tensor], blocks: int) -> Names:
 
 
 def clip_sizes(state: Mapping[str, Tensor]) -> dict[str, int]:
-    """The sizes of a CLIP ViT, under the names of our `ModelConfig`, from the shapes of its weights."""
+    """The sizes of a CLIP ViT, as fields of our `ModelConfig`, from the shapes of its weights."""
     layers = 0
     while clip_names(state, layers + 1)[f"blocks.{layers}.attention_norm.bias"][0] in state:
         layers += 1
@@ -111,7 +112,7 @@ def clip_sizes(state: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def check_settings(settings: Mapping, width: int, heads: int) -> None:
-    """Raise ValueError, by name, for settings of CLIP that our vision encoder does not compute."""
+    """Raise ValueError for a setting of CLIP that our vision encoder does not support. The message names it."""
     if "model_type" in settings:  # Hugging Face, which leaves out what has its default value
         vision = settings.get("vision_config", settings)
         found = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_attention_heads": 12, **vision}
@@ -123,10 +124,10 @@ def check_settings(settings: Mapping, width: int, heads: int) -> None:
         found = {"quick_gelu": False, "head_width": 64, **settings, **settings.get("vision_cfg", {})}
         computed = {"quick_gelu": True, "head_width": width // heads}
         if "quick_gelu" not in settings and "vision_cfg" not in settings:
-            raise ValueError(f"{SOURCE}: no settings say which activation these weights were trained with; if it is "
-                             "QuickGELU, as in all files of CLIP's first release, say so: the settings "
-                             '{"quick_gelu": True}, or --quick-gelu')
+            raise ValueError(f"{SOURCE}: the activation of these weights is unknown, because they have no settings; "
+                             "OpenAI's files were trained with QuickGELU: state that with --quick-gelu or the settings "
+                             '{"quick_gelu": True}')
     for name, value in computed.items():
         if found[name] != value:
-            raise ValueError(f"{SOURCE}: {name}={found[name]!r} cannot be followed: the vision encoder of this model "
-                             f"computes {name}={value!r}")
+            raise ValueError(f"{SOURCE}: {name}={found[name]!r} is not supported: the vision encoder of this model "
+                             f"has {name}={value!r}")

@@ -1,10 +1,9 @@
-"""From the entries of another program's state dict to our parameters: names, shapes, what is missing or left over.
+"""Convert the entries of a foreign state dict to our parameters: names, shapes, and what is missing or left over.
 
-Released mPLUG-2, BERT and CLIP share their names for layers, so these tables stand here: parameter of ours -> entries
-of theirs, which are stacked along the first axis to make it. Which layers of theirs are which of ours is said in
-`released.py`, `clip.py` and `bert.py`.
+Released mPLUG-2, BERT and CLIP use the same names inside their layers. The tables here map each of our parameters to
+the entries that are stacked along the first axis to make it. `released.py`, `clip.py` and `bert.py` map the layers.
 
-Axes: d width, k frames that a patch spans, c = 3 colours, p side of a patch, h w patch rows and columns.
+Axes: d width, k frames that a patch spans, c = 3 colors, p side of a patch, h w patch rows and columns.
 """
 
 import re
@@ -20,7 +19,7 @@ Names = dict[str, tuple[str, ...]]
 
 
 def weights_and_biases(modules: Mapping[str, str | tuple[str, ...]]) -> Names:
-    """Modules of ours -> modules of theirs, to parameters of ours -> entries of theirs."""
+    """Turn a table of modules (ours -> theirs) into a table of parameters, weight and bias."""
     return {
         f"{ours}.{kind}": tuple(f"{module}.{kind}" for module in ([theirs] if isinstance(theirs, str) else theirs))
         for ours, theirs in modules.items()
@@ -51,7 +50,7 @@ BERT_EMBEDDINGS: Names = {
 BERT_HEAD: Names = {
     "bias": ("bias",), **weights_and_biases({"dense": "transform.dense", "norm": "transform.LayerNorm"}),
 }
-"""The language-model head, `cls.predictions`, without the word embedding that it is tied to."""
+"""The language-model head, `cls.predictions`, without the tied word embedding."""
 
 CLIP_VISION: Names = {
     "patch_embed.class_token": ("class_embedding",),
@@ -59,7 +58,7 @@ CLIP_VISION: Names = {
     "patch_embed.linear.weight": ("conv1.weight",),
     **weights_and_biases({"patch_embed.norm": "ln_pre", "norm": "ln_post"}),
 }
-"""CLIP's ViT in the names of its first release, without the blocks."""
+"""CLIP's ViT in OpenAI's names, without the blocks."""
 
 CLIP_BLOCK: Names = {
     "attention.qkv.weight": ("attn.in_proj_weight",),
@@ -71,50 +70,50 @@ CLIP_BLOCK: Names = {
 }
 
 LISTED = 20
-"""So many names an error lists before it only counts them."""
+"""An error message lists this many names and counts the rest."""
 
 
 def within(ours: str, table: Names, theirs: str) -> Names:
-    """The names of a table, as they stand inside the module `ours` and the module `theirs`."""
+    """The names of a table inside our module `ours` and their module `theirs`."""
     return {f"{ours}.{name}": tuple(f"{theirs}.{entry}" for entry in entries) for name, entries in table.items()}
 
 
 def alternatives(values: Iterable) -> str:
-    """A pattern that matches one of `values` and nothing else; nothing at all if there are none."""
+    """A pattern that matches exactly one of `values`. If there are none, it matches nothing."""
     return "(" + ("|".join(re.escape(str(value)) for value in values) or "(?!)") + ")"
 
 
 def entries_of(*tables: Names) -> str:
-    """A pattern that matches the entries of theirs in `tables`."""
+    """A pattern that matches all of their entries in `tables`."""
     return alternatives(entry for table in tables for entries in table.values() for entry in entries)
 
 
 def listed(names: Collection[str]) -> str:
-    """Names for an error message: the first of many."""
+    """Names for an error message, at most `LISTED` of them."""
     more = len(names) - LISTED
     return ", ".join(sorted(names)[:LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def setting(settings: Mapping, name: str, source: str):
-    """The value of a setting; ValueError if there is none."""
+    """The value of a setting. ValueError if it is missing."""
     if name not in settings:
         raise ValueError(f"{source}: the setting {name} is missing")
     return settings[name]
 
 
 def check_bert_settings(settings: Mapping, source: str) -> None:
-    """Raise ValueError for settings of BERT that our layers do not compute, by name."""
+    """Raise ValueError for a setting of BERT that our layers do not support. The message names it."""
     computed = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "position_embedding_type": "absolute",
                 "type_vocab_size": 2}
     for name, value in computed.items():
         if settings.get(name, value) != value:
-            raise ValueError(f"{source}: {name}={settings[name]!r} cannot be followed: our layers compute {value!r}")
+            raise ValueError(f"{source}: {name}={settings[name]!r} is not supported: our layers have {value!r}")
 
 
 def check_entries(state: Iterable[str], used: Collection[str], never_used: Iterable[str], source: str) -> None:
-    """Every entry of a state dict is used, or matched by a pattern of `never_used`; and every used one is there.
+    """Check that every used entry is there, and that every other entry matches a pattern of `never_used`.
 
-    Raises ValueError that lists what is missing and what is left over.
+    ValueError lists what is missing and what is left over.
     """
     names, unused = set(state), re.compile("|".join(never_used))
     missing = [name for name in used if name not in names]
@@ -128,8 +127,8 @@ def check_entries(state: Iterable[str], used: Collection[str], never_used: Itera
 def check_shape(name: str, entry: Tensor, expected: Iterable[int], source: str) -> None:
     """Raise ValueError that names the entry, its shape and the expected one."""
     if tuple(entry.shape) != tuple(expected):
-        raise ValueError(f"{source}: the entry {name} has shape {tuple(entry.shape)}, but by the settings it should "
-                         f"have {tuple(expected)}; check that settings and weights belong together")
+        raise ValueError(f"{source}: the entry {name} has shape {tuple(entry.shape)}, but the settings imply "
+                         f"{tuple(expected)}; check that settings and weights belong together")
 
 
 @torch.no_grad()
@@ -137,29 +136,28 @@ def stack_entries(
     parameters: Mapping[str, nn.Parameter], names: Names, state: Mapping[str, Tensor],
     shapes: Mapping[str, tuple[int, ...]], source: str,
 ) -> dict[str, Tensor]:
-    """New values for `parameters`, each stacked from the entries of `state` that `names` gives for it.
+    """New values for `parameters`, each stacked from the entries of `state` that `names` lists for it.
 
-    An entry has the shape of its share of the parameter, or the one in `shapes`, of as many values. The new values are
-    copies, in the dtype of the parameter, on the device of the entries. ValueError for an entry of another shape.
+    An entry has the shape of its part of the parameter, or the one in `shapes`, which has as many values. The new
+    values are copies in the dtype of the parameter, on the device of the entries. ValueError for any other shape.
     """
     values = {}
     for name, parameter in parameters.items():
         value = torch.empty(parameter.shape, dtype=parameter.dtype, device=state[names[name][0]].device)
-        for share, entry in zip(value.chunk(len(names[name])), names[name]):
-            check_shape(entry, state[entry], shapes.get(name, share.shape), source)
-            share.copy_(state[entry].reshape(share.shape))
+        for part, entry in zip(value.chunk(len(names[name])), names[name]):
+            check_shape(entry, state[entry], shapes.get(name, part.shape), source)
+            part.copy_(state[entry].reshape(part.shape))
         values[name] = value
     return values
 
 
 def resize_positions(position: Tensor, patches: int, source: str) -> Tensor:
-    """Position embeddings `1+n d` for another number of patches: their grid bilinearly, the class token as it is.
-
-    ValueError if they are not those of a class token and a square of patches.
+    """Resize position embeddings `1+n d` to another number of patches: the class token's stays, the grid of the patches
+    is interpolated bilinearly. ValueError if n is not a square.
     """
-    places = position.shape[0] - 1 if position.dim() == 2 else 0
-    side, wanted = isqrt(max(0, places)), isqrt(patches)
-    if not side or places != side**2:
+    n = position.shape[0] - 1 if position.dim() == 2 else 0
+    side, wanted = isqrt(max(0, n)), isqrt(patches)
+    if not side or n != side**2:
         raise ValueError(f"{source} has shape {tuple(position.shape)}: expected a class token and a square of patches")
     if side == wanted:
         return position
@@ -169,7 +167,7 @@ def resize_positions(position: Tensor, patches: int, source: str) -> Tensor:
 
 
 def linear_from_kernel(kernel: Tensor) -> Tensor:
-    """The patch embedding as a convolution, `d c k p p` -> as a linear layer on patches, `d (k c p p)`."""
+    """The patch embedding's convolution kernel `d c k p p` as the weight of a linear layer, `d (k c p p)`."""
     return rearrange(kernel, "d c k p p2 -> d (k c p p2)", c=3)
 
 

@@ -1,4 +1,4 @@
-"""Released mPLUG-2 checkpoints: their settings, the names of their entries, and which of these a task uses."""
+"""Released mPLUG-2 checkpoints: their settings, the names of their entries, and which entries a task uses."""
 
 import re
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ from mplug2.pretrained.entries import (
 SOURCE = "released checkpoint"
 
 CLIP_SIZES = {"ViT-B-32": (32, 12), "ViT-B-16": (16, 12), "ViT-L-14": (14, 24)}
-"""Patch size and number of blocks of CLIP's ViTs, by the `clip_name` of the run settings."""
+"""Patch size and number of blocks of CLIP's ViTs, by the `clip_name` in the run settings."""
 
 LARGE_RUN = {"clip_name": "ViT-L-14", "image_res": 224, "vision_width": 1024}
 LARGE_BERT = {
@@ -42,7 +42,7 @@ LARGE_BERT = {
     "text_encoder_layers": 24, "num_uni_layer": 2, "fusion_layers": 6, "stride_layer": 1000, "text_decode_layers": 12,
     "vocab_size": 30522, "max_position_embeddings": 512, "hidden_dropout_prob": 0.1,
 }
-"""Settings of the released large runs, as far as the model is concerned."""
+"""The settings of the released large runs that define the model."""
 
 VISION, TEXT, FUSION, DECODER = "visual_encoder.visual", "text_encoder", "fusion_encoder", "text_decoder.bert"
 HEAD = "text_decoder.cls.predictions"
@@ -52,7 +52,7 @@ REPEATED = {
     f"{HEAD}.decoder.weight": f"{DECODER}.embeddings.word_embeddings.weight",
     f"{HEAD}.decoder.bias": f"{HEAD}.bias",
 }
-"""Entries of the language-model head -> the entries that they repeat. If the two differ, the head's is used."""
+"""Entries of the language-model head -> the entries that they duplicate. If the two differ, the head's is used."""
 
 PROJECTIONS = weights_and_biases({
     "vision_projection": "visn_fc", "vision_norm": "visn_layer_norm", "universal.vision_norm": "visn_emb_norm",
@@ -67,7 +67,7 @@ PRETRAINING_HEADS = (
     r"temp|(vision_proj|text_proj|itm_head)\.(weight|bias)|(image|text|idx)_queue|queue_ptr|ptr_queue|"
     r"(text_encoder|fusion_encoder)\.cls\.predictions\.\w+(\.\w+)*"
 )
-"""Contrastive, matching and masked heads, in the usual names of mPLUG's family; only pre-training uses them."""
+"""VTC, VTM and MLM heads in the usual names of the mPLUG family. Only pre-training uses them."""
 
 
 def from_released(
@@ -75,13 +75,13 @@ def from_released(
 ) -> MPLUG2:
     """The model of `task` with the weights of a released state dict, in evaluation mode.
 
-    The state dict may stand under `model` or `module`, and its keys may carry the prefixes of pre-training;
+    The state dict may be nested under `model` or `module`, and its keys may have the prefixes of pre-training.
     `run_config` and `bert_config` are the settings of its run. The model gets copies of the entries that it uses, one
-    after the other, and no other entry is read: with a memory-mapped state dict this is all the memory that it takes.
-    Entries on the meta device give a model on the meta device.
+    at a time, and reads no others. With a memory-mapped state dict no further memory is needed. Entries on the meta
+    device give a model on the meta device.
 
-    Raises ValueError if entries are missing, left over, or of another shape than the settings say (naming them), for a
-    setting that this model cannot follow, and for a task with a head that released checkpoints do not have.
+    Raises ValueError for entries that are missing, left over, or of a shape that contradicts the settings, for a
+    setting that this model does not support, and for a task with a head that released checkpoints do not have.
     """
     state = plain_names(unnested(state_dict))
     config = released_config(run_config, bert_config, state)
@@ -89,9 +89,9 @@ def from_released(
         model = MPLUG2(config, task)
     model.released_stack = setting(bert_config, "num_hidden_layers", "BERT settings")
     if model.released_stack < config.fusion_layers:
-        raise ValueError(f"BERT settings: fusion_layers={config.fusion_layers} is more than num_hidden_layers="
-                         f"{model.released_stack}, which they are the last of")
-    names, parameters = _names(model), dict(model.named_parameters())
+        raise ValueError(f"BERT settings: fusion_layers={config.fusion_layers}: expected at most num_hidden_layers="
+                         f"{model.released_stack}")
+    names, parameters = entry_names(model), dict(model.named_parameters())
     used = {entry for entries in names.values() for entry in entries}
     check_entries(state, used.union(REPEATED.values()), never_used(model), SOURCE)
 
@@ -100,29 +100,30 @@ def from_released(
     state[KERNEL] = linear_from_kernel(state[KERNEL])
     check_shape(POSITION, state[POSITION], (*state[POSITION].shape[:1], config.vision_width), SOURCE)
     state[POSITION] = resize_positions(state[POSITION], config.patches, f"{SOURCE}: the entry {POSITION}")
-    model.load_state_dict(stack_entries(parameters, names, state, _shapes(parameters), SOURCE), assign=True)
+    model.load_state_dict(stack_entries(parameters, names, state, entry_shapes(parameters), SOURCE), assign=True)
     for kept, repeated in REPEATED.items():
         check_shape(repeated, state[repeated], state[kept].shape, SOURCE)
     return model.eval()
 
 
 def to_released(model: MPLUG2) -> dict[str, Tensor]:
-    """The inverse of `from_released` for the entries in use: copies of the parameters, under the released names.
+    """The inverse of `from_released`: copies of the parameters in the released names.
 
-    Fusion layers are numbered as in the released checkpoint that `from_released` made the model of; only it knows how.
-    Raises ValueError for a model with fusion from elsewhere, for settings that the released code does not have, and
-    for parameters that released checkpoints do not have.
+    Fusion layers are numbered as in the released checkpoint, and only a model that `from_released` has just made knows
+    these numbers. Raises ValueError for a fusion module from elsewhere, for settings that the released code does not
+    have, and for parameters that released checkpoints do not have.
     """
     if hasattr(model, "fusion") and not hasattr(model, "released_stack"):
-        raise ValueError("how many fusion layers the released checkpoint numbers is not known of a model that was not "
-                         "made by from_released just now; write it from that one")
+        raise ValueError("the released numbers of the fusion layers are unknown, because from_released did not make "
+                         "this model; call to_released on the model that it returns")
     only = {"vision_head_width": 64, "local_temporal": True, "local_temporal_groups": 0,
             "local_temporal_placement": "released", "temporal_on_images": True, "universal_readout": "released"}
     for name, value in only.items():
         if getattr(model.config, name) != value:
-            raise ValueError(f"{name}={getattr(model.config, name)!r}: released checkpoints are of {value!r} only")
+            raise ValueError(f"{name}={getattr(model.config, name)!r}: expected {value!r}, as in all released "
+                             "checkpoints")
     parameters = dict(model.named_parameters())
-    names, shapes, state = _names(model), _shapes(parameters), {}
+    names, shapes, state = entry_names(model), entry_shapes(parameters), {}
     for name, parameter in parameters.items():
         for part, entry in zip(parameter.detach().chunk(len(names[name])), names[name]):
             state[entry] = part.reshape(shapes.get(name, part.shape)).clone()
@@ -131,10 +132,10 @@ def to_released(model: MPLUG2) -> dict[str, Tensor]:
 
 
 def released_config(run_config: Mapping, bert_config: Mapping, state: Mapping[str, Tensor]) -> ModelConfig:
-    """Our settings from the two dictionaries of a released run; the number of latents stands only in the weights.
+    """Our settings from the two dictionaries of a released run. Only the weights tell the number of latents.
 
-    There is one dropout: `hidden_dropout_prob`, for attention as well.
-    Raises ValueError that names a setting which is missing, or which asks for what this model does not compute.
+    There is one dropout rate, `hidden_dropout_prob`, which applies to attention as well. Raises ValueError for a
+    setting that is missing or that this model does not support.
     """
     def run(name: str):
         return setting(run_config, name, "run settings")
@@ -152,8 +153,8 @@ def released_config(run_config: Mapping, bert_config: Mapping, state: Mapping[st
     elif run("clip_name") in CLIP_SIZES:
         patch_size, blocks = CLIP_SIZES[run("clip_name")]
     else:
-        raise ValueError(f"run settings: clip_name={run('clip_name')!r} is unknown; known are {', '.join(CLIP_SIZES)}; "
-                         "give the sizes of another one as clip_dims (vision_patch_size and vision_layers)")
+        raise ValueError(f"run settings: clip_name={run('clip_name')!r}: expected one of {', '.join(CLIP_SIZES)}; "
+                         "describe any other ViT with clip_dims (vision_patch_size and vision_layers)")
     first_universal = bert("text_encoder_layers") - bert("num_uni_layer")
     latents = state.get(LATENTS.format(first_universal))
     downsampling = run_config.get("temporal_downsampling", False)
@@ -170,17 +171,17 @@ def released_config(run_config: Mapping, bert_config: Mapping, state: Mapping[st
 
 
 def unnested(state_dict: Mapping) -> Mapping[str, Tensor]:
-    """The state dict itself, out of the `model` or `module` of a training checkpoint. ValueError if there is none."""
+    """The state dict inside the `model` or `module` of a training checkpoint. ValueError if there is none."""
     while nested := [name for name in ("model", "module") if isinstance(state_dict.get(name), Mapping)]:
         state_dict = state_dict[nested[0]]
     if others := [str(name) for name, entry in state_dict.items() if not isinstance(entry, Tensor)]:
-        raise ValueError(f"{SOURCE}: expected a state dict, or one under the key 'model' or 'module', but these "
-                         f"entries are no tensors: {listed(others)}")
+        raise ValueError(f"{SOURCE}: these entries are not tensors: {listed(others)}; expected a state dict, or one "
+                         "under the key 'model' or 'module'")
     return state_dict
 
 
 def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names without the prefixes `fusion.` and `bert.` of pre-training checkpoints, which only the decoder keeps."""
+    """Names without the prefixes `fusion.` and `bert.` of pre-training checkpoints. The decoder keeps its `bert.`."""
     plain = {}
     for name, entry in state.items():
         parts = name.split(".")
@@ -188,13 +189,13 @@ def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             parts = [part for part in parts if part not in ("fusion", "bert")]
         name = ".".join(parts)
         if name in plain:
-            raise ValueError(f"{SOURCE}: {name} is there twice, with and without the prefixes of pre-training")
+            raise ValueError(f"{SOURCE}: {name} occurs twice, with and without the prefixes of pre-training")
         plain[name] = entry
     return plain
 
 
 def never_used(model: MPLUG2) -> list[str]:
-    """Patterns of all entries that a released checkpoint may hold and that the task of `model` never uses."""
+    """Patterns of all entries that a released checkpoint may have and that the task of `model` never uses."""
     config, built, stack = model.config, model.components, model.released_stack
     universal = range(config.text_layers - config.universal_layers, config.text_layers)
     decoder = range(max(0, config.decoder_layers - config.universal_layers), config.decoder_layers)
@@ -202,10 +203,10 @@ def never_used(model: MPLUG2) -> list[str]:
     layer_with_cross = entries_of(BERT_LAYER, BERT_CROSS_ATTENTION)
     vision_feed_forward = r"(intermediate_vision\.dense|output_vision\.(dense|LayerNorm))\.(weight|bias)"
     patterns = [
-        # CLIP's text tower, and the projection that ends its vision tower
+        # CLIP's text tower, and the projection after its vision tower
         r"visual_encoder\.(positional_embedding|text_projection|logit_scale|token_embedding\.weight|visual\.proj)",
         rf"visual_encoder\.(transformer\.resblocks\.\d+\.{entries_of(CLIP_BLOCK)}|ln_final\.(weight|bias))",
-        # what universal layers are built with and never run, in the decoder too, whose last layers are built like them
+        # Universal layers have a vision feed-forward part that never runs. The decoder's last layers are built alike.
         rf"{TEXT}\.encoder\.layer\.{alternatives(universal)}\.{vision_feed_forward}",
         rf"{DECODER}\.encoder\.layer\.{alternatives(decoder)}\.{vision_feed_forward}",
         rf"{DECODER}\.encoder\.layer\.{alternatives(decoder[:1])}\.latents",
@@ -214,7 +215,7 @@ def never_used(model: MPLUG2) -> list[str]:
         MOMENTUM_COPIES,
         PRETRAINING_HEADS,
     ]
-    if "fusion" in built:  # only the last layers of the stack run, those on the joint sequence without cross-attention
+    if "fusion" in built:  # only the last layers of the stack run; connected layers run without cross-attention
         first = stack - config.fusion_layers
         connected = [first + i for i, connected in enumerate(model.fusion.connected) if connected]
         patterns += [
@@ -231,8 +232,8 @@ def never_used(model: MPLUG2) -> list[str]:
     return patterns
 
 
-def _names(model: MPLUG2) -> Names:
-    """The released entries that make each parameter. ValueError for parameters that no released checkpoint has."""
+def entry_names(model: MPLUG2) -> Names:
+    """The released entries that make each parameter. ValueError for a parameter that released checkpoints lack."""
     config = model.config
     stack = getattr(model, "released_stack", config.text_layers)
     names = {
@@ -261,13 +262,13 @@ def _names(model: MPLUG2) -> Names:
             names |= within(f"{ours}.layers.{i}", layer, f"{theirs}.encoder.layer.{first + i}")
     parameters = [name for name, _ in model.named_parameters()]
     if unknown := [name for name in parameters if name not in names]:
-        raise ValueError(f"{SOURCE}: it holds no weights for these parameters of the task {model.task!r}: "
-                         f"{listed(unknown)}; it can be loaded for captioning and question answering")
+        raise ValueError(f"{SOURCE}: no weights for these parameters of the task {model.task!r}: {listed(unknown)}; "
+                         "load it for captioning or question answering")
     return {name: names[name] for name in parameters}
 
 
-def _shapes(parameters: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Shapes of entries that differ from ours: the linear layers of local temporal modules are convolutions there."""
+def entry_shapes(parameters: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shapes of entries that differ from ours: linear layers of local temporal modules are convolutions there."""
     ones = {"down.weight": (1, 1, 1), "up.weight": (1, 1, 1), "conv.weight": (1, 1)}
     return {
         name: (*parameter.shape, *more)

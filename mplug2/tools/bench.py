@@ -1,21 +1,22 @@
-"""How fast, and how much memory: the vision encoder, captioning generation, and a captioning training step.
+"""Benchmark speed and memory of the vision encoder, caption generation, and a captioning training step.
 
     python -m mplug2.tools.bench                            # preset base on this machine
-    python -m mplug2.tools.bench --reference                # and the plain way beside it: no caches, no fused attention
+    python -m mplug2.tools.bench --reference                # also without KV caches and fused attention
     python -m mplug2.tools.bench --preset large --frames 16 --device cuda --compile --peak-tflops 989 --json bench.json
     python -m mplug2.tools.bench --data DIR                 # clips read a second, and how long training waits for them
 
-Each measurement runs in a process of its own: some runs to warm up, then the median of the repeats. In turn with them
-the rate of a large matrix product is measured, because seconds times that rate travel between machines.
+Each measurement runs in its own process: a few warmup runs, then the median of the repeats. The rate of a large matrix
+product is measured alternately with them, because seconds times that rate are comparable between machines.
 
-FLOPs are counted in one more run: 2 m n k for the product of an m x k and a k x n matrix (linear
-layers, and in attention Q K^T and the weighted sum of V); in training twice as many again for the gradients. What is
-not a matrix product (norms, activations, softmax, embeddings, the optimizer) is not counted. For N vision blocks of
-width d on t frames of n patches, the vision encoder has
+FLOPs are counted in a separate run. The product of an m x k and a k x n matrix counts as 2 m n k, in linear layers and
+in both products of attention. In training the gradients count twice as much again. Everything else is not counted:
+norms, activations, softmax, embeddings, the optimizer. For N vision blocks of width d on t frames of n patches, the
+vision encoder has
 
     t n (2 * 3 p^2 d)  +  N t ( (1+n) * 24 d^2  +  4 (1+n)^2 d  +  n * 4 d^2 )
 
-for patches, and in each block qkv, output and MLP; attention within a frame; two local temporal modules (2 d^2 each).
+FLOPs. The first term is the patch embedding. The second has, for each block, the linear layers of attention and MLP,
+attention within a frame, and two local temporal modules of 2 d^2 per patch.
 """
 
 import argparse
@@ -47,8 +48,9 @@ from mplug2.objectives.objectives import Objectives
 from mplug2.training.optim import OptimizerSettings, make_optimizer
 from mplug2.training.parallel import checkpoint_activations, compile_model
 
-BEAMS, CAPTION = 5, 20  # tokens of a caption, in generation and in training
-MATMUL = 2048  # rows and columns of the product that the machine's rate is measured by
+BEAMS = 5
+CAPTION = 20  # tokens of a caption, in generation and in training
+MATMUL = 2048  # rows and columns of the matrices whose product measures the machine's rate
 WARM_UP = 2
 DATA_STEPS = 60  # batches of each measurement of the data path
 
@@ -66,7 +68,7 @@ def encoder(model: MPLUG2, options: argparse.Namespace, device: str) -> Callable
 
 
 def generation(model: MPLUG2, options: argparse.Namespace, device: str) -> Callable[[], object]:
-    """Beam search of exactly 20 steps from V', which is made before the clock starts."""
+    """Beam search of exactly 20 steps from V', which is computed before the clock starts."""
     pixels, ids = inputs(model.eval(), options, device)
     with torch.no_grad():
         vision = model.encode_vision(pixels)
@@ -77,7 +79,7 @@ def generation(model: MPLUG2, options: argparse.Namespace, device: str) -> Calla
 
 
 def uncached_search(model: MPLUG2, vision: Tensor, ids: Tensor) -> Tensor:
-    """Beam search without caches: each step decodes the whole text again, with a copy of the memory for each beam."""
+    """Beam search without caches. Each step decodes the whole text again, with a copy of the memory for each beam."""
     vision, ids = vision.repeat_interleave(BEAMS, dim=0), ids.repeat_interleave(BEAMS, dim=0)
     total = torch.zeros(len(ids), 1, device=ids.device)
     for _ in range(CAPTION):
@@ -110,8 +112,8 @@ def train(model: MPLUG2, options: argparse.Namespace, device: str) -> Callable[[
 MEASUREMENTS = {"encoder": encoder, "generation": generation, "train": train, "train_checkpointed": train}
 
 
-def plain() -> AbstractContextManager:
-    """Attention by its formula, in place of the fused kernel."""
+def unfused_attention() -> AbstractContextManager:
+    """Attention computed by its formula instead of the fused kernel."""
     return patch.object(attention, "attention", kernels.reference_attention)
 
 
@@ -129,18 +131,18 @@ def prepare(name: str, options: argparse.Namespace) -> Callable[[], object]:
 
 def count_flops(name: str, options: argparse.Namespace) -> int:
     run = prepare(name, argparse.Namespace(**{**vars(options), "compile": False}))
-    # torch's counter does not know the fused kernel of the CPU, but the products of the formula are the same.
-    with plain() if options.device == "cpu" else nullcontext(), FlopCounterMode(display=False) as counter:
+    # torch does not count the CPU's fused kernel. The formula has the same products.
+    with unfused_attention() if options.device == "cpu" else nullcontext(), FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
-    """Median seconds, the matrix rate in turn with them in GFLOP/s, peak memory of the process in 1e9 bytes."""
+    """Median seconds, the rate of the matrix product in GFLOP/s, and the peak memory of the process in 1e9 bytes."""
     device = options.device
     run = prepare(name, options)
     if options.reference:
-        plain().start()
+        unfused_attention().start()
 
     def seconds(function: Callable[[], object]) -> float:
         if device == "cuda":
@@ -153,7 +155,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
 
     for _ in range(WARM_UP):
         run()
-    # On the CPU the peak is that of the process: taken before the large matrices come, and with at least one full step.
+    # On the CPU the peak is that of the whole process, so read it before the large matrices are allocated.
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else peak_memory()
     square = torch.randn(MATMUL, MATMUL, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
     times, rates = [], []
@@ -171,14 +173,14 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def apart(function: Callable, *arguments: object) -> object:
-    """`function(*arguments)` in a process of its own."""
+def in_new_process(function: Callable, *arguments: object) -> object:
+    """`function(*arguments)`, in a process of its own."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
         return process.submit(function, *arguments).result()
 
 
 def bench(options: argparse.Namespace) -> dict[str, float]:
-    """All measurements, printed as a table; the flat dictionary that `--json` saves."""
+    """Run all measurements, print a table, and return the flat dictionary that `--json` saves."""
     found: dict[str, float] = {}
     rates = []
     print(f"{options.preset}, {options.frames} frames, batch {options.batch_size}, {options.device}, "
@@ -186,10 +188,10 @@ def bench(options: argparse.Namespace) -> dict[str, float]:
     print(f"{'':<22}{'seconds':>9}{'samples/s':>11}{'GFLOP':>9}{'of matmul':>11}{'s x GFLOP/s':>13}{'peak GB':>9}")
     for name in MEASUREMENTS:
         for reference in [False, True] if options.reference else [False]:
-            those = argparse.Namespace(**{**vars(options), "reference": reference})
+            variant = argparse.Namespace(**{**vars(options), "reference": reference})
             if reference and name == "train_checkpointed":
                 continue
-            result, flops = apart(measure, name, those), apart(count_flops, name, those)
+            result, flops = in_new_process(measure, name, variant), in_new_process(count_flops, name, variant)
             key = {"train": "train_step"}.get(name, name) + "_reference" * reference
             prefix = name + "_reference" * reference
             found |= {f"{key}_s": result["s"], f"{prefix}_flops": flops, f"{prefix}_peak_gb": result["peak_gb"]}
@@ -258,16 +260,17 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m mplug2.tools.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--preset", default="base", choices=PRESETS)
-    parser.add_argument("--frames", type=int, default=8, help="frames of a clip (default: 8)")
-    parser.add_argument("--batch-size", type=int, default=1, help="clips at once (default: 1)")
+    parser.add_argument("--frames", type=int, default=8, help="frames of a video (default: 8)")
+    parser.add_argument("--batch-size", type=int, default=1, help="videos in a batch (default: 1)")
     parser.add_argument("--repeats", type=int, default=7, help="timed runs of each measurement (default: 7)")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda: under bfloat16 autocast")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"],
+                        help="cuda runs under bfloat16 autocast (default: cpu)")
     parser.add_argument("--compile", action="store_true", help="compile the model")
-    parser.add_argument("--reference", action="store_true", help="measure the plain, uncached way too")
-    parser.add_argument("--peak-tflops", type=float, help="dense bf16 rate of the device, for the utilisation (mfu)")
+    parser.add_argument("--reference", action="store_true", help="also measure without KV caches and fused attention")
+    parser.add_argument("--peak-tflops", type=float, help="peak rate of the device (dense bf16), to compute the MFU")
     parser.add_argument("--data", type=Path, metavar="DIR", help="measure the reading of this data set instead")
     parser.add_argument("--workers", type=int, default=0, help="with --data: processes that decode (default: 0)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="save the numbers, flat")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="save the numbers as a flat JSON object")
     options = parser.parse_args(arguments)
     for name in ("frames", "batch_size", "repeats"):
         if getattr(options, name) < 1:

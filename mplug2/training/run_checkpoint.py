@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from mplug2.checkpoint import CheckpointError, PreprocessConfig, _damaged, _sha256, save_model, verify
+from mplug2.checkpoint import CheckpointError, PreprocessConfig, save_model, verify, write_manifest
 from mplug2.data.text import Tokenizer
 from mplug2.distributed import DistInfo, full_tensor, shard_like
 from mplug2.model.mplug2 import MPLUG2
@@ -30,7 +30,7 @@ def save_checkpoint(
     try:
         save_model(aside, model, tokenizer, preprocess)
         torch.save(training, aside / "training.pt")
-        _write_manifest(aside, training["step"], score)
+        write_manifest(aside, training["step"], score)
         for path in (*aside.iterdir(), aside):
             _flush(path)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
@@ -74,18 +74,8 @@ def load_training(folder: Path) -> dict:
     if not path.is_file():
         raise CheckpointError(f"{folder} holds no training.pt: it can be evaluated, or start a new run by --init, "
                               "but not be resumed")
-    if not (folder / "manifest.json").is_file():
-        raise _damaged(folder, "there is no manifest.json")
     verify(folder, ("training.pt",))
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-
-
-def _write_manifest(folder: Path, step: int, score: float | None) -> None:
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())
-    }
-    manifest = {"step": step, "score": score, "files": files}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))  # without an end, any cut shows
 
 
 def _score(folder: Path) -> float | None:

@@ -1,8 +1,8 @@
-"""The released model of any size, written a second time: its entries, and what it computes from them, in plain torch.
+"""A second implementation of the released model in any size: its entries, and what it computes, in plain torch.
 
-It works on the released names, with convolutions, unfused projections and additive masks, and shares nothing with the
-package. `golden/` vouches for it; it vouches for the sizes that golden/ does not have. Sizes have the names of `dims`
-in golden/*/config.json, and `latents`.
+It uses the released names, convolutions, unfused projections and additive masks, and shares no code with the package.
+`golden/` has reference tensors for two variants; this file is the oracle for all other sizes. Sizes have the names of
+`dims` in golden/*/config.json, and `latents`.
 """
 
 import torch
@@ -84,7 +84,7 @@ def entries(d):
     embeddings("fusion_encoder")
     layers("fusion_encoder", d["num_hidden_layers"], True, range(0))
     embeddings("text_decoder.bert")
-    # The decoder's last layers are built like universal ones, with latents if the first of those exists.
+    # The decoder's last layers are built like universal layers, with latents if the first of them exists.
     decoder, universal = d["text_decode_layers"], d["num_uni_layer"]
     layers("text_decoder.bert", decoder, True, _last(decoder, universal))
     if universal > decoder:
@@ -102,7 +102,7 @@ def _last(count, universal):
 
 
 def random_state(d, seed=0):
-    """Random weights of a size that keeps activations apart; the repeated entries are equal."""
+    """Random weights, large enough to keep activations apart. The duplicated entries are equal."""
     generator = torch.Generator().manual_seed(seed)
     state = {
         name: torch.arange(shape[1])[None] if name.endswith("position_ids")
@@ -116,7 +116,7 @@ def random_state(d, seed=0):
 
 
 def settings(d):
-    """The run settings and the BERT settings of these sizes."""
+    """The run settings and the BERT settings for these sizes."""
     run = {
         "clip_name": "custom", "image_res": d["image_res"], "vision_width": d["vision_width"],
         "temporal_stride": d["temporal_stride"], "temporal_downsampling": d["temporal_downsampling"],
@@ -182,15 +182,15 @@ class Released:
         return self.norm("visn_emb_norm", x + stream)
 
     def temporal(self, name, x, b):
-        frames, places, v = x.shape
-        y = self.norm(f"{name}.ln", x[:, 1:], 1e-5).reshape(b, frames // b, places - 1, 1, v).permute(0, 4, 1, 2, 3)
+        frames, m, v = x.shape  # class token and patches of each frame
+        y = self.norm(f"{name}.ln", x[:, 1:], 1e-5).reshape(b, frames // b, m - 1, 1, v).permute(0, 4, 1, 2, 3)
 
         def conv(part, y, **options):
             return F.conv3d(y, self.state[f"{name}.{part}.weight"], self.state[f"{name}.{part}.bias"], **options)
 
         y = conv("conv", conv("down_proj", y), padding=(1, 0, 0), groups=v // 2)
         y = conv("up_proj", y * torch.sigmoid(1.702 * y))
-        return torch.cat([x[:, :1], x[:, 1:] + y.permute(0, 2, 3, 4, 1).reshape(frames, places - 1, v)], dim=1)
+        return torch.cat([x[:, :1], x[:, 1:] + y.permute(0, 2, 3, 4, 1).reshape(frames, m - 1, v)], dim=1)
 
     def attention(self, name, x, memory, mask):
         heads = self.d["heads"]

@@ -1,4 +1,4 @@
-"""CLIP and BERT of small random configurations: our encoders equal those of transformers, and every refusal."""
+"""CLIP and BERT in small random configurations: our encoders agree with those of transformers; and every error."""
 
 import re
 
@@ -26,8 +26,8 @@ from mplug2.pretrained import from_bert, from_clip
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
-def randomised(module, seed=0):
-    """No zeros and ones are left of the initial weights."""
+def randomized(module, seed=0):
+    """Replace all initial zeros and ones by noise."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1 + (parameter.data == 1)
@@ -44,8 +44,8 @@ def clip_model(width=64, layers=2, side=2, patch=8, vision_only=False, seed=0, *
         "max_position_embeddings": 8, "bos_token_id": 0, "eos_token_id": 1,
     }
     if vision_only:
-        return randomised(CLIPVisionModel(CLIPVisionConfig(**vision)), seed)
-    return randomised(CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)), seed)
+        return randomized(CLIPVisionModel(CLIPVisionConfig(**vision)), seed)
+    return randomized(CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)), seed)
 
 
 def vision_config(width=64, layers=2, side=2, patch=8, **changes):
@@ -55,8 +55,8 @@ def vision_config(width=64, layers=2, side=2, patch=8, **changes):
     )
 
 
-def first_names(model):
-    """The state dict of a Hugging Face CLIP under the names of CLIP's first release and of open_clip."""
+def openai_names(model):
+    """The state dict of a Hugging Face CLIP in the names of OpenAI and open_clip."""
     renamed = {}
     for name, entry in model.state_dict().items():
         if not name.startswith("vision_model."):
@@ -82,13 +82,13 @@ def first_names(model):
 
 
 def tower(clip):
-    """The vision tower: transformers 4 wraps that of a CLIPVisionModel as well."""
+    """The vision tower. In transformers 4 a CLIPVisionModel wraps it too."""
     return getattr(clip, "vision_model", clip)
 
 
 @torch.no_grad()
 def check_vision(model, clip):
-    """For an image: the last LayerNorm of CLIP on every token of its last hidden state."""
+    """For an image, our encoder is CLIP's last hidden state with its last LayerNorm on every token."""
     vision = tower(clip)
     pixels = torch.randn(2, 3, model.config.image_size, model.config.image_size)
     expected = vision.post_layernorm(vision(pixels).last_hidden_state)
@@ -98,21 +98,21 @@ def check_vision(model, clip):
 @settings(max_examples=8, deadline=None)
 @given(st.sampled_from([64, 128, 192]), st.integers(1, 3), st.integers(1, 3), st.sampled_from([4, 8]), st.booleans(),
        st.booleans(), st.integers(0, 2**16))
-def test_images_are_encoded_as_by_clip(width, layers, side, patch, vision_only, downsampling, seed):
+def test_images_are_encoded_as_in_clip(width, layers, side, patch, vision_only, downsampling, seed):
     clip = clip_model(width, layers, side, patch, vision_only, seed)
     model = MPLUG2(vision_config(width, layers, side, patch, temporal_downsampling=downsampling)).eval()
-    randomised(model.vision_encoder)  # local temporal modules as well: they become identities
+    randomized(model.vision_encoder)  # local temporal modules too: from_clip resets them to identities
     from_clip(model, clip.state_dict(), clip.config.to_dict())
     check_vision(model, clip)
 
 
-def test_all_names_and_files_of_clip_give_the_same_encoder(tmp_path):
+def test_every_naming_scheme_and_file_type_of_clip_gives_the_same_encoder(tmp_path):
     clip, config = clip_model(width=128), vision_config(width=128)
     clip.save_pretrained(tmp_path / "hf")
     vision = clip_model(width=128, vision_only=True)
     tower(vision).load_state_dict(tower(clip).state_dict())
     vision.save_pretrained(tmp_path / "hf_vision")
-    first = first_names(clip)
+    first = openai_names(clip)
     torch.save(first, tmp_path / "ViT.pt")
     prefixed = {f"vision_model.{name}": entry for name, entry in tower(clip).state_dict().items()}
     torch.save(prefixed, tmp_path / "hf" / "old.bin")
@@ -131,8 +131,8 @@ def test_all_names_and_files_of_clip_give_the_same_encoder(tmp_path):
         check_vision(model, clip)
 
 
-def test_a_video_without_motion_is_seen_as_its_frame():
-    """Identities in time, and with temporal down-sampling the kernel at the centre tap."""
+def test_a_video_without_motion_is_encoded_like_its_frame():
+    """Temporal modules are identities, and with temporal down-sampling the kernel is at the center tap."""
     clip = clip_model()
     for downsampling in (False, True):
         model = MPLUG2(vision_config(temporal_downsampling=downsampling)).eval()
@@ -153,7 +153,7 @@ def test_positions_of_clip_are_resized():
     torch.testing.assert_close(model.vision_encoder.patch_embed.position, torch.cat([given[:1], expected]))
 
 
-def test_clip_that_cannot_be_followed_is_refused_by_name():
+def test_an_unsupported_clip_is_refused_by_name():
     model, clip = MPLUG2(vision_config()), clip_model()
     state, found = clip.state_dict(), clip.config.to_dict()
     before = [parameter.clone() for parameter in model.parameters()]
@@ -161,17 +161,17 @@ def test_clip_that_cannot_be_followed_is_refused_by_name():
     def vision(**changes):
         return found | {"vision_config": found["vision_config"] | changes}
 
-    first = first_names(clip)
+    first = openai_names(clip)
     for source, given_settings, message in (
-        (state, vision(hidden_act="gelu"), "hidden_act='gelu' cannot be followed: .* hidden_act='quick_gelu'"),
-        (state, vision(num_attention_heads=2), "num_attention_heads=2 cannot be followed: .*=1"),
+        (state, vision(hidden_act="gelu"), "hidden_act='gelu' is not supported: .* hidden_act='quick_gelu'"),
+        (state, vision(num_attention_heads=2), "num_attention_heads=2 is not supported: .*=1"),
         (state, vision(layer_norm_eps=1e-6), "layer_norm_eps=1e-06"),
         (state, found | {"model_type": "siglip"}, "model_type='siglip': expected clip"),
-        (state, None, "no settings say which activation"),
-        (first, None, "no settings say which activation"),
-        (first, {"quick_gelu": False}, "quick_gelu=False cannot be followed"),
-        (first, {"model_cfg": {"vision_cfg": {"width": 64}}}, "quick_gelu=False cannot be followed"),
-        (first, {"quick_gelu": True, "vision_cfg": {"head_width": 32}}, "head_width=32 cannot be followed: .*=64"),
+        (state, None, "the activation of these weights is unknown"),
+        (first, None, "the activation of these weights is unknown"),
+        (first, {"quick_gelu": False}, "quick_gelu=False is not supported"),
+        (first, {"model_cfg": {"vision_cfg": {"width": 64}}}, "quick_gelu=False is not supported"),
+        (first, {"quick_gelu": True, "vision_cfg": {"head_width": 32}}, "head_width=32 is not supported: .*=64"),
         (first | {"visual.ls": torch.ones(1)}, {"quick_gelu": True}, "neither used nor known to be unused: visual.ls"),
         ({"visual.trunk.norm.weight": torch.ones(1)}, {"quick_gelu": True}, "no class embedding of a ViT"),
         (clip_model(layers=3).state_dict(), found, "16 entries are neither used .*layers.2.layer_norm1.bias"),
@@ -181,7 +181,7 @@ def test_clip_that_cannot_be_followed_is_refused_by_name():
     ):
         with pytest.raises(ValueError, match=message):
             from_clip(model, source, given_settings)
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters())), "a refused source left something behind"
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters())), "a refused source changed the model"
 
 
 def bert_config(width=32, heads=2, layers=4, **changes):
@@ -197,9 +197,9 @@ def text_config(width=32, heads=2, **changes):
 @settings(max_examples=8, deadline=None)
 @given(st.sampled_from([1, 2, 4]), st.sampled_from([8, 16]), st.integers(1, 4), st.integers(1, 4), st.integers(1, 9),
        st.integers(0, 2**16))
-def test_text_is_encoded_as_by_bert(heads, head_width, layers, universal, length, seed):
+def test_text_is_encoded_as_in_bert(heads, head_width, layers, universal, length, seed):
     config = bert_config(heads * head_width, heads, layers)
-    bert = randomised(BertModel(config), seed)
+    bert = randomized(BertModel(config), seed)
     model = MPLUG2(text_config(heads * head_width, heads, text_layers=layers, universal_layers=min(universal, layers),
                                fusion_layers=1, decoder_layers=1)).eval()
     from_bert(model, bert.state_dict(), config.to_dict())
@@ -210,15 +210,15 @@ def test_text_is_encoded_as_by_bert(heads, head_width, layers, universal, length
     torch.testing.assert_close(found[mask], expected[mask], **CLOSE)
 
 
-def test_decoder_and_heads_are_those_of_bert():
+def test_decoder_and_heads_agree_with_bert():
     config = bert_config()
-    bert = randomised(BertForMaskedLM(config))
+    bert = randomized(BertForMaskedLM(config))
     model = MPLUG2(text_config(decoder_layers=3)).eval()
-    randomised(model.decoder, seed=1)
+    randomized(model.decoder, seed=1)
     from_bert(model, bert.state_dict(), config.to_dict())
     causal = BertLMHeadModel(bert_config(layers=3, is_decoder=True, add_cross_attention=True)).eval()
     state = {name: entry for name, entry in bert.state_dict().items() if ".layer.3." not in name}
-    for i, layer in enumerate(model.decoder.layers):  # cross-attention is ours: BERT has none
+    for i, layer in enumerate(model.decoder.layers):  # BERT has no cross-attention: copy ours
         cross = layer.cross_attention
         values = [cross.query.weight, *cross.key_value.weight.chunk(2)]
         values += [cross.query.bias, *cross.key_value.bias.chunk(2)]
@@ -235,9 +235,9 @@ def test_decoder_and_heads_are_those_of_bert():
         torch.testing.assert_close(model.mlm_logits(model.encode_text(ids, mask)), bert(ids).logits, **CLOSE)
 
 
-def test_fusion_is_the_last_layers_of_bert_and_cross_attention_keeps_its_values():
+def test_fusion_has_the_last_layers_of_bert_and_cross_attention_keeps_its_values():
     config = bert_config()
-    bert = randomised(BertModel(config))
+    bert = randomized(BertModel(config))
     model = MPLUG2(text_config(fusion_layers=2))
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     from_bert(model, bert.state_dict(), config.to_dict())
@@ -247,16 +247,16 @@ def test_fusion_is_the_last_layers_of_bert_and_cross_attention_keeps_its_values(
         assert torch.equal(ours.self_attention.qkv.weight, torch.cat(parts))
         assert torch.equal(ours.feed_forward_norm.bias, theirs.output.LayerNorm.bias)
     kept = {name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])}
-    fresh = re.compile(
+    not_in_bert = re.compile(
         r".*\.cross_(attention|norm)\..*|vision_\w+\..*|universal\.(latents|vision_norm\..*)|contrastive_.*|"
-        r"temperature|matching_head\..*|decoder\.head\..*|masked_head\..*"  # this source comes without a head
+        r"temperature|matching_head\..*|decoder\.head\..*|masked_head\..*"  # this source has no language-model head
     )
-    assert kept == {name for name in before if fresh.fullmatch(name)}
+    assert kept == {name for name in before if not_in_bert.fullmatch(name)}
 
 
-def test_folders_and_old_names_of_bert(tmp_path):
+def test_folders_and_old_names_of_bert_are_read(tmp_path):
     config = bert_config()
-    bert = randomised(BertForMaskedLM(config))
+    bert = randomized(BertForMaskedLM(config))
     expected = MPLUG2(text_config())
     from_bert(expected, bert.state_dict(), config.to_dict())
     bert.save_pretrained(tmp_path / "new")
@@ -270,20 +270,20 @@ def test_folders_and_old_names_of_bert(tmp_path):
     (tmp_path / "old" / "config.json").write_text((tmp_path / "new" / "config.json").read_text())
     for folder in ("new", "old"):
         model = MPLUG2(text_config())
-        fresh = {name: parameter.clone() for name, parameter in model.named_parameters()}
+        initial = {name: parameter.clone() for name, parameter in model.named_parameters()}
         from_bert(model, tmp_path / folder)
         for (name, found), wanted in zip(model.named_parameters(), expected.parameters(), strict=True):
-            assert torch.equal(found, wanted) or torch.equal(found, fresh[name])
+            assert torch.equal(found, wanted) or torch.equal(found, initial[name])
         assert torch.equal(model.decoder.head.norm.weight, bert.cls.predictions.transform.LayerNorm.weight)
 
 
-def test_bert_that_cannot_be_followed_is_refused_by_name():
+def test_an_unsupported_bert_is_refused_by_name():
     model, config = MPLUG2(text_config()), bert_config()
     state, found = BertForMaskedLM(config).state_dict(), config.to_dict()
     before = [parameter.clone() for parameter in model.parameters()]
     for source, given_settings, message in (
-        (state, None, "no settings beside the weights"),
-        (state, found | {"hidden_act": "relu"}, "hidden_act='relu' cannot be followed"),
+        (state, None, "no settings next to the weights"),
+        (state, found | {"hidden_act": "relu"}, "hidden_act='relu' is not supported"),
         (state, found | {"layer_norm_eps": 1e-5}, "layer_norm_eps=1e-05"),
         (state, found | {"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key'"),
         (state, found | {"tie_word_embeddings": False}, "tie_word_embeddings=False"),
@@ -295,4 +295,4 @@ def test_bert_that_cannot_be_followed_is_refused_by_name():
     ):
         with pytest.raises(ValueError, match=message):
             from_bert(model, source, given_settings)
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters())), "a refused source left something behind"
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters())), "a refused source changed the model"

@@ -1,4 +1,4 @@
-"""Files of others: what opens, mapped and without running anything, and the command that converts them."""
+"""Files of published weights: they open memory-mapped and run no code; the command converts them."""
 
 import json
 import pickle
@@ -14,17 +14,16 @@ from transformers import BertConfig, BertForMaskedLM, CLIPVisionConfig, CLIPVisi
 
 from mplug2.checkpoint import load_model
 from mplug2.data.text import SPECIAL_TOKENS
-from mplug2.pretrained import from_released, open_weights, to_released
+from mplug2.pretrained import from_released, open_weights
 from mplug2.pretrained.__main__ import main
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "released"
 STATE = torch.load(GOLDEN / "weights.pt", weights_only=True)
 SETTINGS = json.loads((GOLDEN / "config.json").read_text())
-CAPTIONING = to_released(from_released(STATE, SETTINGS["config"], SETTINGS["bert_config"], "video_caption"))
 
 
 class Harmful:
-    """What a pickle can do: run any function when it is opened."""
+    """A pickle that runs a function when it is opened."""
 
     def __init__(self, path):
         self.path = path
@@ -41,7 +40,7 @@ def write_vocabulary(folder, count):
 
 @pytest.fixture
 def released(tmp_path):
-    """A released file as training leaves it, with everything that stands beside the weights."""
+    """A released file as training writes it, with everything that it has in addition to the weights."""
     file = tmp_path / "files" / "mplug2_caption.pth"
     write_vocabulary(file.parent, 160)
     torch.save({
@@ -52,7 +51,7 @@ def released(tmp_path):
     return file
 
 
-def test_files_open_mapped_with_all_that_stands_beside_the_weights(released, tmp_path, monkeypatch):
+def test_files_open_memory_mapped_with_all_their_contents(released, tmp_path, monkeypatch):
     options, load = {}, torch.load
     monkeypatch.setattr(torch, "load", lambda *given, **named: options.update(named) or load(*given, **named))
     contents = open_weights(released)
@@ -68,10 +67,10 @@ def test_files_open_mapped_with_all_that_stands_beside_the_weights(released, tmp
 def test_a_pickle_that_could_run_code_is_refused(tmp_path):
     trap, marker = tmp_path / "trap.pth", tmp_path / "ran"
     torch.save({"model": STATE, "config": Harmful(marker)}, trap)
-    with pytest.raises(ValueError, match="trap.pth: refused: .* holds more than tensors.*save its state dict alone"):
+    with pytest.raises(ValueError, match="trap.pth: damaged, or it contains more .*getattr.*state dict alone"):
         open_weights(trap)
     trap.write_bytes(pickle.dumps({"model": Harmful(marker)}, protocol=2))
-    with pytest.raises(ValueError, match="trap.pth: refused"):
+    with pytest.raises(ValueError, match="trap.pth: damaged, or it contains more"):
         open_weights(trap)
     assert not marker.exists()
 
@@ -79,14 +78,14 @@ def test_a_pickle_that_could_run_code_is_refused(tmp_path):
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_other_files_are_refused_by_name(tmp_path, released):
     torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)).save(tmp_path / "clip.pt")
-    with pytest.raises(ValueError, match="clip.pt: this is a TorchScript program.*state_dict"):
+    with pytest.raises(ValueError, match="clip.pt: a TorchScript program.*state_dict"):
         open_weights(tmp_path / "clip.pt")
     for size in (0, 1000, released.stat().st_size // 2):
         (tmp_path / "cut.pth").write_bytes(released.read_bytes()[:size])
-        with pytest.raises(ValueError, match="cut.pth: .*(cut off|damaged)"):
+        with pytest.raises(ValueError, match="cut.pth: .*(truncated|damaged)"):
             open_weights(tmp_path / "cut.pth")
     (tmp_path / "cut.safetensors").write_bytes(b"\x80" * 20)
-    with pytest.raises(ValueError, match="cut.safetensors: cannot be read as safetensors, it may be cut off"):
+    with pytest.raises(ValueError, match="cut.safetensors: cannot be read as safetensors, it may be truncated"):
         open_weights(tmp_path / "cut.safetensors")
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="list.pt: expected a state dict, found list"):
@@ -98,13 +97,14 @@ def test_other_files_are_refused_by_name(tmp_path, released):
 
 
 def arguments(released, tmp_path, *more, **changes):
-    """Of the command, with some run settings changed."""
+    """Arguments of the command, with changed run settings."""
     settings, out = tmp_path / "settings.json", tmp_path / "runs" / "released"
     run, bert = SETTINGS["config"] | changes, SETTINGS["bert_config"]
     settings.write_text(json.dumps({"config": run, "bert_config": bert}))
     return [str(released), "--settings", str(settings), "--out", str(out), *more]
 
 
+@pytest.mark.released
 def test_the_command_converts_a_released_file(released, tmp_path, monkeypatch, capsys):
     given = arguments(released, tmp_path, "--task", "video_caption", test_num_frames=7)
     monkeypatch.setattr(sys, "argv", ["python -m mplug2.pretrained", *given])
@@ -116,8 +116,9 @@ def test_the_command_converts_a_released_file(released, tmp_path, monkeypatch, c
         "config.json", "model.safetensors", "tokenizer.json"
     ]
     assert (model.task, len(tokenizer), preprocess.frames) == ("video_caption", 160, 7)
-    converted = to_released(model)
-    assert all(torch.equal(entry, CAPTIONING[name]) for name, entry in converted.items())
+    expected = from_released(STATE, SETTINGS["config"], SETTINGS["bert_config"], "video_caption")
+    assert model.state_dict().keys() == expected.state_dict().keys()
+    assert all(torch.equal(entry, expected.state_dict()[name]) for name, entry in model.state_dict().items())
     golden = torch.load(GOLDEN / "golden.pt", weights_only=True)
     with torch.no_grad():
         vision = model.encode_vision(golden["in.video"])
@@ -125,7 +126,8 @@ def test_the_command_converts_a_released_file(released, tmp_path, monkeypatch, c
     torch.testing.assert_close(logits, golden["caption.video.logits"], atol=1e-4, rtol=1e-4)
 
 
-def test_the_command_refuses_what_would_print_nonsense(released, tmp_path, capsys):
+@pytest.mark.released
+def test_the_command_refuses_another_prompt_end_token_or_tokenizer(released, tmp_path, capsys):
     def refused(*more, **changes):
         with pytest.raises(SystemExit) as stopped:
             main(arguments(released, tmp_path, *more, **changes))
@@ -134,14 +136,14 @@ def test_the_command_refuses_what_would_print_nonsense(released, tmp_path, capsy
         return capsys.readouterr().err
 
     message = refused(prompt="a picture of")
-    assert "prompt='a picture of', but captions of the task video_caption start with 'a video of'" in message
-    assert "prompt='a video of', but captions of the task image_caption" in refused("--task", "image_caption")
-    assert "eos='[EOS]', but our texts end in [SEP]" in refused(eos="[EOS]")
+    assert "prompt='a picture of', but video_caption starts with 'a video of'" in message
+    assert "prompt='a video of', but image_caption starts with 'a picture of'" in refused("--task", "image_caption")
+    assert "eos='[EOS]': expected [SEP]" in refused(eos="[EOS]")
     write_vocabulary(tmp_path / "other", 161)
     message = refused("--tokenizer", str(tmp_path / "other" / "vocab.txt"))
-    assert "a tokenizer of 161 tokens, but the model has 160" in message
+    assert "the tokenizer has 161 tokens, but the model 160" in message
     (released.parent / "vocab.txt").unlink()
-    assert "there is no vocab.txt or tokenizer.json beside the weights" in refused()
+    assert "no vocab.txt or tokenizer.json next to the weights" in refused()
     contents = torch.load(released, weights_only=True)
     del contents["model"]["visn_emb_norm.weight"]
     torch.save(contents, released)
@@ -153,11 +155,12 @@ def test_the_command_refuses_what_would_print_nonsense(released, tmp_path, capsy
     assert "settings.json: not a JSON file" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([str(released), "--out", str(tmp_path)])
-    assert "exists already; remove it, or choose another folder" in capsys.readouterr().err
+    assert "already exists; remove it or choose another folder" in capsys.readouterr().err
 
 
-def test_without_settings_the_file_is_that_of_a_large_run(released, tmp_path, capsys):
-    """The run's settings are taken from the file, those of BERT are the large ones: this small file does not fit."""
+@pytest.mark.released
+def test_without_settings_the_file_is_read_as_a_large_run(released, tmp_path, capsys):
+    """The run settings come from the file, those of BERT are the large model's: this small file does not fit."""
     with pytest.raises(SystemExit):
         main([str(released), "--out", str(tmp_path / "out")])
     assert "entries are missing: text_decoder.bert.encoder.layer.10." in capsys.readouterr().err
@@ -169,7 +172,7 @@ def test_without_settings_the_file_is_that_of_a_large_run(released, tmp_path, ca
     assert "prompt='shown is'" in capsys.readouterr().err
 
 
-def test_the_command_starts_pretraining_from_clip_and_bert(tmp_path, capsys):
+def test_the_command_converts_clip_and_bert(tmp_path, capsys):
     clip = CLIPVisionModel(CLIPVisionConfig(
         hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=1, image_size=16, patch_size=8
     ))
@@ -197,13 +200,14 @@ def test_the_command_starts_pretraining_from_clip_and_bert(tmp_path, capsys):
     (tmp_path / "clip" / "config.json").unlink()
     with pytest.raises(SystemExit):
         main([*given, "--out", str(tmp_path / "none")])
-    assert "no settings say which activation" in capsys.readouterr().err
+    assert "the activation of these weights is unknown" in capsys.readouterr().err
     main([*given, "--quick-gelu", "--out", str(tmp_path / "said")])
     with pytest.raises(SystemExit):
         main(["--clip", str(tmp_path / "clip"), "--out", str(tmp_path / "none")])
     assert "give either FILE, a released checkpoint, or both --clip and --bert" in capsys.readouterr().err
 
 
+@pytest.mark.released
 def test_the_command_converts_other_sizes_and_safetensors(tmp_path):
     dims = SETTINGS["dims"] | {"latents": 3, "vocab": 20, "text_encoder_layers": 3}
     run, bert = released_model.settings(dims)

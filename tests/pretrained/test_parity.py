@@ -1,6 +1,6 @@
-"""Every number of the released code: its reference tensors, losses, gradients, beams and rankings, for two variants.
+"""Parity with the released code: its reference tensors, losses, gradients, beams and rankings, for two variants.
 
-The files and the names in them are explained in golden/README.md.
+golden/README.md explains the files and the names in them.
 """
 
 import copy
@@ -20,6 +20,7 @@ from mplug2.objectives.losses import language_loss
 from mplug2.pretrained import from_released, to_released
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+pytestmark = pytest.mark.released
 SPECIAL = SpecialTokens(cls=101, sep=102, pad=0)
 BEAMS = {  # name of the settings in results.json -> beams, minimum and maximum length
     "beam5_min3_max12": (5, 3, 12), "beam5_min1_max10": (5, 1, 10), "beam5_min4_max20": (5, 4, 20),
@@ -45,7 +46,7 @@ def model_of(variant, task="video_qa"):
 
 @cache
 def computed(variant):
-    """Our tensors under the reference names, and the number of reference frames etc. needed to lay them out."""
+    """Our tensors under the reference names and in their layouts."""
     given, _, settings, _ = read(variant)
     model = copy.deepcopy(model_of(variant))
     calls = {}
@@ -81,8 +82,8 @@ def computed(variant):
                 found[f"{kind}.{name}"] = calls[name][-1]
             found[f"{kind}.v_module"] = calls[f"layer.{universal[-1]}"][-1]
             found[f"caption.{kind}.logits"] = model.decode(*caption, vision)
-            places = label_positions(caption[1], settings["prompt_length"])
-            found[f"caption.{kind}.loss"] = language_loss(model, *caption, vision, places)
+            positions = label_positions(caption[1], settings["prompt_length"])
+            found[f"caption.{kind}.loss"] = language_loss(model, *caption, vision, positions)
         found["caption.video.loss_no_prompt"] = language_loss(
             model, *caption, found["video.embeds"], label_positions(caption[1])
         )
@@ -113,7 +114,7 @@ def computed(variant):
 
 
 def answer_losses(model, given, memory, memory_mask):
-    """Logits, and the loss of each answer summed over its tokens; a question has in.qa_k answers."""
+    """Logits, and the loss of each answer summed over its tokens. A question has `in.qa_k` answers."""
     ids, mask = given["in.answer_ids"], given["in.answer_mask"].bool()
     asked = torch.repeat_interleave(torch.arange(len(memory)), given["in.qa_k"])
     logits = model.decode(ids, mask, memory[asked], memory_mask[asked])
@@ -154,7 +155,7 @@ def test_beam_search_agrees(variant, case, beams):
     hypotheses = beam_search(model, memory, start, SPECIAL, *count, memory_mask=memory_mask)
     expected = results["beam"][beams][case]
     for sample, ids, scores in zip(hypotheses, expected["ids"], expected["scores"], strict=True):
-        best = sample[: count[0]]  # the released code prints no more of them
+        best = sample[: count[0]]  # the released code returns only these
         assert [[SPECIAL.cls, *found_ids] for _, found_ids in best] == ids
         assert [score for score, _ in best] == pytest.approx(scores, abs=1e-4)
 

@@ -1,4 +1,4 @@
-"""The benchmark: what it counts and reports; and the two settings it measures, checkpointing and compilation."""
+"""The benchmark: what it counts and reports. Also activation checkpointing and compilation, which it measures."""
 
 import json
 from unittest.mock import patch
@@ -24,7 +24,7 @@ from tiny_data.writer import Sizes, write
 @settings(max_examples=10, deadline=None)
 @given(task=st.sampled_from(["pretrain", "video_qa"]), dropout=st.sampled_from([0.0, 0.3]), seed=seeds)
 def test_activation_checkpointing_changes_no_loss_and_no_gradient(task, dropout, seed):
-    """Dropout included: what is computed again draws the same numbers again."""
+    """With dropout too: the recomputation draws the same random numbers."""
     batch = make_batch("video", seed=seed)
     found = []
     for recompute in (False, True):
@@ -33,15 +33,15 @@ def test_activation_checkpointing_changes_no_loss_and_no_gradient(task, dropout,
             checkpoint_activations(model)
         torch.manual_seed(seed)
         losses = Objectives(model)(batch)
-        torch.manual_seed(seed + 1)  # the backward pass must not depend on where the generator stands
+        torch.manual_seed(seed + 1)  # the backward pass must not depend on the state of the generator
         sum(losses.values()).backward()
         found.append((losses, [parameter.grad for parameter in model.parameters()]))
     torch.testing.assert_close(*found)
 
 
-def test_activation_checkpointing_keeps_little_but_the_inputs_of_a_block():
-    def kept(recompute: bool) -> int:
-        """Numbers that the backward pass will need of three vision blocks."""
+def test_activation_checkpointing_stores_little_more_than_the_inputs_of_a_block():
+    def stored(recompute: bool) -> int:
+        """Values of three vision blocks that are stored for the backward pass."""
         model, sizes = MPLUG2(small(vision_layers=3), "video_caption").train(), []
         if recompute:
             checkpoint_activations(model)
@@ -49,7 +49,7 @@ def test_activation_checkpointing_keeps_little_but_the_inputs_of_a_block():
             model.vision_encoder(torch.zeros(2, 3, 4, 8, 8))
         return sum(sizes)
 
-    assert kept(True) < kept(False) / 4
+    assert stored(True) < stored(False) / 4
 
 
 # ---- compilation -----------------------------------------------------------------------------------------------------
@@ -62,10 +62,11 @@ def compile_eagerly(module: torch.nn.Module, **how) -> None:
     plain_compile(module, backend="eager", **how)
 
 
+@pytest.mark.slow
 @torch._dynamo.config.patch(recompile_limit=64)
 def test_a_compiled_model_trains_and_writes_the_same():
-    """The vision encoder in one graph. With a compiler that runs the graphs as they are: what is tested is that all of
-    it can be traced, at changing lengths of texts."""
+    """The vision encoder is one graph. The eager backend runs the graphs as they are, so this tests that everything can
+    be traced, at changing text lengths."""
     found = []
     for compiled in (False, True):
         model = randomised(MPLUG2(small(fusion_layers=2), "pretrain")).train()
@@ -87,7 +88,7 @@ def test_a_compiled_model_trains_and_writes_the_same():
     torch.testing.assert_close(*found)
 
 
-# ---- what it reports -------------------------------------------------------------------------------------------------
+# ---- the report ------------------------------------------------------------------------------------------------------
 
 
 def options(*more: str) -> list[str]:
@@ -102,7 +103,7 @@ def encoder_flops(config, frames: int) -> int:
 
 
 def test_the_table_and_its_numbers(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "apart", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(bench, "in_new_process", lambda function, *arguments: function(*arguments))
     monkeypatch.setattr(bench, "MATMUL", 64)
     bench.main(options("--json", str(tmp_path / "bench.json"), "--reference", "--peak-tflops", "2"))
     found, printed = json.loads((tmp_path / "bench.json").read_text()), capsys.readouterr().out
@@ -111,7 +112,7 @@ def test_the_table_and_its_numbers(tmp_path, capsys, monkeypatch):
             "mfu"} <= set(found)
     assert all(value > 0 for value in found.values())
     assert found["encoder_flops"] == encoder_flops(PRESETS["tiny"](), 2) == found["encoder_reference_flops"]
-    # Gradients of inputs and of weights: each as much again, but for the pixels, which need none.
+    # Gradients of inputs and weights cost as much again each, except that pixels need none.
     assert 2.8 < found["train_flops"] / (found["encoder_flops"] + decoding_flops()) < 3.0
     assert found["train_checkpointed_flops"] > 1.2 * found["train_flops"]
     assert found["generation_reference_flops"] > 5 * found["generation_flops"]
@@ -121,7 +122,7 @@ def test_the_table_and_its_numbers(tmp_path, capsys, monkeypatch):
 
 
 def decoding_flops() -> int:
-    """Universal layers on vision and decoder in a captioning step, from sizes: 2 frames, 20 labels."""
+    """FLOPs of universal layers and decoder in a captioning step with 2 frames and 20 labels, from the sizes."""
     config = PRESETS["tiny"]()
     d, q, v, l = config.width, config.latents, 1 + 2 * config.patches, bench.CAPTION
     def layer(x, m): return x * 2 * (4 + 2 + 8) * d**2 + 4 * x * x * d + m * 4 * d**2 + 4 * x * m * d  # noqa: E731
@@ -129,8 +130,8 @@ def decoding_flops() -> int:
     return layer(q, v) + layer(v, q) + config.decoder_layers * layer(l, v) + head
 
 
-def test_plain_search_and_cached_search_write_the_same_tokens():
-    """What `--reference` measures is the same task."""
+def test_search_with_and_without_caches_returns_the_same_tokens():
+    """So `--reference` measures the same task."""
     model = randomised(MPLUG2(small(max_positions=32), "video_caption")).eval()
     vision, start = noise(1, 5, 16), torch.full((1, 1), 1)
     with torch.no_grad():
@@ -140,7 +141,7 @@ def test_plain_search_and_cached_search_write_the_same_tokens():
     assert fast[0][0][1] == plain[0].tolist()
 
 
-def test_reading_data_is_measured_too(tmp_path, capsys, monkeypatch):
+def test_the_data_path_is_measured(tmp_path, capsys, monkeypatch):
     root = write(tmp_path / "world", sizes=Sizes(*[16] * 12, galleries=1))
     monkeypatch.setattr(bench, "DATA_STEPS", 3)
     bench.main(options("--batch-size", "4", "--data", str(root), "--json", str(tmp_path / "data.json")))
@@ -153,7 +154,7 @@ def test_reading_data_is_measured_too(tmp_path, capsys, monkeypatch):
     (["--frames", "0"], "frames=0: expected at least 1"),
     (["--data", "nowhere"], "nowhere"),
 ])
-def test_refuses_what_it_cannot_measure(arguments, message, capsys):
+def test_impossible_options_are_refused(arguments, message, capsys):
     with pytest.raises(SystemExit):
         bench.main(arguments)
     assert message in capsys.readouterr().err

@@ -39,6 +39,7 @@ print(memory("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_step_is_that_of_a_real_one_within_a_fifth():
     """The peak of a real process of its own, two steps of training on the CPU."""
     done = subprocess.run(
@@ -54,6 +55,7 @@ def test_the_memory_of_a_step_is_that_of_a_real_one_within_a_fifth():
     assert planned == pytest.approx(measured, rel=0.2), planned / measured
 
 
+@pytest.mark.slow
 def test_operations_are_those_of_a_real_step_and_checkpointing_gives_memory_for_more_of_them():
     """All matrix products; torch's counter does not know the CPU's attention, so it is told to use another."""
     work = Workload(tiny(), b=2)

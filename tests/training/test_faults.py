@@ -280,8 +280,8 @@ def test_a_damaged_checkpoint_is_refused_and_the_run_goes_on_from_the_one_before
         file.seek(100)
         file.write(b"!")
     message = refused(capsys, ["--resume", "--out", tmp_path, "--max-steps", 6])
-    assert f"{run / 'last'} (step_0000004) is damaged: training.pt is not what was saved" in message
-    assert "go on from it by --resume --resume-from step_0000002" in message
+    assert f"{run / 'last'} (step_0000004) is damaged: training.pt was changed after it was saved" in message
+    assert "continue from the one before it with --resume --resume-from step_0000002" in message
     train.main(["--resume", "--resume-from", "step_0000002", "--out", str(tmp_path)])
     assert os.readlink(run / "last") == "step_0000004" and steps(run) == [1, 2, 3, 4]
     found = load_file(run / "last" / "model.safetensors")
