@@ -7,7 +7,6 @@ Axes: b samples of this rank, B samples of all ranks.
 """
 
 import os
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,9 +52,12 @@ def choose_device(name: str, local_rank: int) -> torch.device:
     """The device called `name`. "auto" is CUDA where there is one, and "cuda" is the GPU of this local rank."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", name):
+    try:
+        device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
         raise ValueError(f"device {name!r}: expected auto, cpu, cuda, cuda:N or mps")
-    device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"device {device}: this machine or this build of torch has no CUDA; use --device cpu")

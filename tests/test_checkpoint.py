@@ -132,7 +132,7 @@ def test_an_image_model_loads_a_video_model_without_the_local_temporal_modules_t
 def test_settings_that_do_not_change_the_weights_can_be_changed(saved):
     found, _, _ = load_model(saved, changes={"dropout": 0.25})
     assert found.config == small(dropout=0.25)
-    with pytest.raises(ValueError, match="dropout=1.5: expected a share"):
+    with pytest.raises(ValueError, match="dropout=1.5: expected a fraction"):
         load_model(saved, changes={"dropout": 1.5})
 
 
