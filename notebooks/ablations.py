@@ -1,12 +1,14 @@
-"""Small ablations in the tiny world, three seeds each: does it help to share weights between text and vision, and to
-learn from clips and pictures together?
+"""Small ablations in the tiny world, with three seeds each. Does it help to share weights between text and vision, and
+to learn from videos and images together?
 
     python notebooks/ablations.py          # about 6 minutes on one core
 
-Every variant is trained from scratch by the contrastive loss alone, the one that takes both modalities through the
-universal layers, for 100 steps of 32 samples, 65 of clips and 35 of pictures; then it ranks texts and media of the
-test split. Results go to notebooks/ablations.json, run by run; those that are there already are kept. The file also has
-results of full-length runs by train.py, with the commands that made them. Notebook 06 shows both.
+Every variant is trained from scratch with the vision-text contrastive loss (VTC) alone, because this loss sends both
+modalities through the universal layers. Training takes 100 steps of 32 samples: 65 steps of videos and 35 of images.
+The model then ranks texts and media of the test split.
+
+Each run adds its results to notebooks/ablations.json; runs that are in the file are skipped. The file also has results
+of full-length runs of train.py, with the commands that made them. Notebook 06 shows both.
 """
 
 import json
@@ -32,29 +34,31 @@ from mplug2.predictor import Predictor
 from mplug2.training import optim
 
 RESULTS = Path(__file__).with_suffix(".json")
-PRETRAINED = Path(tiny_data.__file__).parent / "pretrained"  # for its vocabulary only
+PRETRAINED = Path(tiny_data.__file__).parent / "pretrained"  # only its vocabulary is used
 SEEDS = (0, 1, 2)
 BOTH = {"video": 65, "image": 35}
-VARIANTS = {  # changed settings of the model, and steps by kind of batch
+VARIANTS = {  # changed settings of the model, and steps by type of batch
     "full": ({}, BOTH),
     "no universal layers": ({"universal_layers": 0}, BOTH),
     "all text layers universal": ({"universal_layers": 4}, BOTH),
-    "clips alone": ({}, {"video": 65}),
-    "pictures alone": ({}, {"image": 35}),
+    "videos alone": ({}, {"video": 65}),
+    "images alone": ({}, {"image": 35}),
 }
 USED = ("vision_encoder", "text_encoder", "universal", "contrastive_vision", "contrastive_text", "temperature")
 
 
-def train(changes: dict, kinds: dict[str, int], seed: int) -> Predictor:
+def train(changes: dict, steps_by_type: dict[str, int], seed: int) -> Predictor:
+    """A variant after training: `changes` to the model, and the number of steps for each type of batch."""
     root, tokenizer = tiny_data.ensure(), Tokenizer.load(PRETRAINED / "tokenizer.json")
-    samples = {kind: of_kind for kind, of_kind in read_samples(root, "pretrain", "train").items() if kind in kinds}
+    samples = read_samples(root, "pretrain", "train")
+    samples = {name: samples[name] for name in samples if name in steps_by_type}
     torch.manual_seed(seed)
     model = MPLUG2(tiny(vocab_size=len(tokenizer), **changes), "video_retrieval").train()
-    steps = sum(kinds.values())
+    steps = sum(steps_by_type.values())
     settings = optim.OptimizerSettings(warmup_steps=steps // 20)
     optimizer = optim.make_optimizer(model, settings)
     dataset = Samples(samples, 32, 4, 1, model.config.max_positions, 30, seed)
-    batches = MixedBatches({kind: len(samples[kind]) for kind in kinds}, kinds, 32, steps, seed)
+    batches = MixedBatches({name: len(samples[name]) for name in steps_by_type}, steps_by_type, 32, steps, seed)
     for step, batch in enumerate(make_loader(dataset, batches, Collate(tokenizer), workers=0, pin=False)):
         optim.set_lr(optimizer, settings, step, steps)
         vision = model.project_vision(model.encode_vision(batch["pixels"]))
@@ -67,32 +71,33 @@ def train(changes: dict, kinds: dict[str, int], seed: int) -> Predictor:
 
 
 def test(predictor: Predictor) -> dict[str, float]:
-    """By medium: R@1 of 100, both directions, mean over the galleries; and classes told by captions (zero-shot): the
-    digit of a picture, the motion of a clip."""
+    """Results by modality: R@1 among 100 in both directions, averaged over the galleries, and zero-shot accuracy (the
+    digit of an image, the motion of a video)."""
     found, root = {}, tiny_data.ensure()
-    for medium in ("video", "image"):
-        records, r1 = read_records(root, f"{medium}_retrieval", "test"), {"v2t": [], "t2v": []}
+    for modality in ("video", "image"):
+        to_text, from_text = f"{modality[0]}2t", f"t2{modality[0]}"
+        records, r1 = read_records(root, f"{modality}_retrieval", "test"), {to_text: [], from_text: []}
         for gallery in sorted({record.gallery for record in records}):
-            those = [record for record in records if record.gallery == gallery]
-            texts, media = [record.captions[0] for record in those], [record.video or record.image for record in those]
+            own = [record for record in records if record.gallery == gallery]
+            texts, media = [record.captions[0] for record in own], [record.video or record.image for record in own]
             cosines = predictor.similarity(media, texts).numpy()
-            meaning = np.array([record.positive_id for record in those])
-            right = meaning[:, None] == meaning[None, :]
-            r1["v2t"].append(retrieval(cosines, right)["r1"])
-            r1["t2v"].append(retrieval(cosines.T, right)["r1"])
-        found |= {f"{medium} {direction} R@1": float(np.mean(values)) for direction, values in r1.items()}
-        task = f"{medium}_classification"
+            ids = np.array([record.positive_id for record in own])
+            positives = ids[:, None] == ids[None, :]
+            r1[to_text].append(retrieval(cosines, positives)["r1"])
+            r1[from_text].append(retrieval(cosines.T, positives)["r1"])
+        found |= {f"{modality} {direction} R@1": float(np.mean(values)) for direction, values in r1.items()}
+        task = f"{modality}_classification"
         metrics, _ = evaluate_labels(predictor, task, EvalSplit(root, "test"), EvalOptions())
-        found[f"{medium} class"] = metrics["zero_shot"]
+        found[f"{modality} class"] = metrics["zero_shot"]
     return found
 
 
 def main() -> None:
     for seed in SEEDS:
-        for variant, (changes, kinds) in VARIANTS.items():
+        for variant, (changes, steps_by_type) in VARIANTS.items():
             if str(seed) in read()[1].get(variant, {}):
                 continue
-            predictor = train(changes, kinds, seed)
+            predictor = train(changes, steps_by_type, seed)
             parameters = [p for name, p in predictor.model.named_parameters() if name.split(".")[0] in USED]
             found = {"parameters": sum(p.numel() for p in parameters),
                      **{name: round(value, 4) for name, value in test(predictor).items()}}
@@ -103,10 +108,10 @@ def main() -> None:
 
 
 def read() -> tuple[dict, dict]:
-    """All that is in the file, and of that the runs of this program."""
+    """The contents of the file, and the part with the runs of this program."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    ours = results.setdefault("contrastive, 100 steps", {"command": "python notebooks/ablations.py", "runs": {}})
-    return results, ours["runs"]
+    own = results.setdefault("contrastive, 100 steps", {"command": "python notebooks/ablations.py", "runs": {}})
+    return results, own["runs"]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The ablations of notebook 06: the committed results are of the models that the program builds today, and it runs."""
+"""The ablations of notebook 06: the committed results belong to the models that the code builds today."""
 
 import importlib.util
 import json
@@ -14,24 +14,25 @@ spec.loader.exec_module(ablations)
 
 
 def used(model: MPLUG2) -> int:
+    """The number of parameters that the contrastive loss uses."""
     return sum(p.numel() for name, p in model.named_parameters() if name.split(".")[0] in ablations.USED)
 
 
-def test_the_results_are_of_these_variants_and_sizes():
+def test_the_results_belong_to_these_variants_and_sizes():
     committed = json.loads(ablations.RESULTS.read_text())
-    for name, counted in (("full", True), ("no local temporal", False)):
-        model = MPLUG2(tiny(vocab_size=227, local_temporal=counted))
+    for name, local_temporal in (("full", True), ("no local temporal", False)):
+        model = MPLUG2(tiny(vocab_size=227, local_temporal=local_temporal))
         for found in committed["default, 1,500 steps"]["runs"][name].values():
             assert found["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     runs = committed["contrastive, 100 steps"]["runs"]
     assert set(runs) <= set(ablations.VARIANTS)
-    for variant, of_variant in runs.items():
-        assert set(of_variant) <= {str(seed) for seed in ablations.SEEDS}
+    for variant, by_seed in runs.items():
+        assert set(by_seed) <= {str(seed) for seed in ablations.SEEDS}
         model = MPLUG2(tiny(vocab_size=227, **ablations.VARIANTS[variant][0]), "video_retrieval")
-        assert {found["parameters"] for found in of_variant.values()} <= {used(model)}
+        assert {found["parameters"] for found in by_seed.values()} <= {used(model)}
 
 
-def test_a_variant_is_trained_and_only_what_the_contrastive_loss_uses_moves():
+def test_training_changes_only_the_weights_that_the_contrastive_loss_uses():
     changes, _ = ablations.VARIANTS["no universal layers"]
     trained = ablations.train(changes, {"video": 1, "image": 1}, seed=3).model
     other = ablations.train(changes, {"video": 1}, seed=3).model
