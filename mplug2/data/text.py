@@ -4,6 +4,7 @@ A word that is not in the vocabulary is split into the longest pieces that are: 
 Axes: `b` batch, `l` tokens.
 """
 
+import re
 import unicodedata
 from collections.abc import Iterable
 from functools import lru_cache
@@ -18,17 +19,34 @@ SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 FILE_NAME = "tokenizer.json"
 
 
+UNSPACED = re.compile(
+    "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
+    "\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff])"
+)
+"""Letters of scripts that write no blanks between words: Thai, Lao, Burmese, Khmer, Japanese and Chinese."""
+
+
+def split_characters(text: str) -> str:
+    """Put blanks around each letter of a script without blanks between words; other text stays as it is.
+
+    Each such letter is then a word: for the limit on words, and for metrics, which compare words. BERT's tokenizer does
+    the same with Chinese characters.
+    """
+    return text if text.isascii() else UNSPACED.sub(r" \1 ", text)
+
+
 def normalize(text: str) -> str:
     """Lower-case the text, remove accents and apostrophes, replace other punctuation and symbols by single blanks.
 
-    Accents are removed because BERT's uncased tokenizer drops them too: a model could never answer "café".
+    Letters of scripts without blanks between words become words (`split_characters`). Accents are removed because
+    BERT's uncased tokenizer drops them too: a model could never answer "café".
     """
     kept = []
     for char in unicodedata.normalize("NFD", text.lower()):
         category = unicodedata.category(char)
         if category != "Mn" and char not in "'’":
             kept.append(char if category[0] in "LMN" else " ")  # letters, their marks, numbers
-    return " ".join(unicodedata.normalize("NFC", "".join(kept)).split())
+    return " ".join(split_characters(unicodedata.normalize("NFC", "".join(kept))).split())
 
 
 @lru_cache(maxsize=100_000)  # the same texts return every epoch
@@ -154,7 +172,7 @@ class Tokenizer:
         return [len(row) for row in self._rows(texts, special=True)]
 
     def decode(self, ids: Tensor | list[list[int]]) -> list[str]:
-        """Ids, `b l` or rows of different lengths, to texts: word pieces are joined, special tokens dropped.
+        """Ids, `b l` or rows of different lengths, to texts (NFC): word pieces are joined, special tokens dropped.
 
         A row ends at its first [SEP]; the rest is ignored. Raises ValueError for an id outside the vocabulary.
         """
@@ -174,7 +192,8 @@ class Tokenizer:
                                  "use the tokenizer that the model was trained with")
             if index not in (self.pad, self.unk, self.cls, self.mask):
                 pieces.append(self._backend.id_to_token(index))
-        return " ".join(pieces).replace(" ##", "")
+        # BERT's tokenizer decomposes characters, Korean syllables into letters; texts have them composed.
+        return unicodedata.normalize("NFC", " ".join(pieces).replace(" ##", ""))
 
     def _rows(self, texts: list[str], special: bool) -> list[list[int]]:
         _check_list(texts)

@@ -11,6 +11,8 @@ from collections import Counter
 
 import numpy as np
 
+from mplug2.data.text import split_characters
+
 MAX_N = 4
 """The longest n-gram that BLEU and CIDEr-D count."""
 SIGMA = 6.0
@@ -152,8 +154,8 @@ def paper_captions(references: list[list[str]], hypotheses: list[str]) -> dict[s
     """The pipeline of the captioning papers: Penn Treebank tokens, then BLEU-1 to -4, METEOR, ROUGE-L, and CIDEr of
     `pycocoevalcap`. Fractions from 0 to 1, CIDEr from 0 to 10.
 
-    Takes raw captions, not normalized ones. The tokenizer and METEOR are Java programs. Raises ValueError as `bleu`
-    does, and if the package or Java is missing.
+    Takes raw captions, not normalized ones. Letters of scripts without blanks between words count as words. The
+    tokenizer and METEOR are Java programs. Raises ValueError as `bleu` does, and if the package or Java is missing.
     """
     check_samples(references, hypotheses)
     try:
@@ -170,13 +172,19 @@ def paper_captions(references: list[list[str]], hypotheses: list[str]) -> dict[s
         raise ValueError("--paper-captions runs Java (for its tokenizer and METEOR), and there is no `java`: install a "
                          "Java runtime, or leave the flag out")
     tokenizer = PTBTokenizer()
-    # The tokenizer's line count skips an empty caption; a full stop, which the tokenizer drops, takes its place.
-    truths = tokenizer.tokenize({i: [{"caption": text} for text in texts] for i, texts in enumerate(references)})
-    found = tokenizer.tokenize({i: [{"caption": text or "."}] for i, text in enumerate(hypotheses)})
+    truths = {i: [{"caption": _one_line(text)} for text in texts] for i, texts in enumerate(references)}
+    truths = tokenizer.tokenize(truths)
+    found = tokenizer.tokenize({i: [{"caption": _one_line(text)}] for i, text in enumerate(hypotheses)})
     scores = {f"bleu{n}": x for n, x in enumerate(Bleu(4).compute_score(truths, found, verbose=0)[0], start=1)}
     for name, metric in (("meteor", Meteor()), ("rouge_l", Rouge()), ("cider", Cider())):
         scores[name] = metric.compute_score(truths, found)[0]
     return {name: float(score) for name, score in scores.items()}
+
+
+def _one_line(text: str) -> str:
+    """A caption without line breaks of any kind: the tokenizer takes one caption per line, and would assign all that
+    follow to the wrong samples. It skips empty lines, so a full stop, which it drops, replaces an empty caption."""
+    return " ".join(split_characters(text).split()) or "."
 
 
 def _ngrams(text: str) -> Counter[Ngram]:

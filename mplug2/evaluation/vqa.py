@@ -2,7 +2,7 @@
 
 import re
 
-from mplug2.data.text import normalize
+from mplug2.data.text import normalize, split_characters
 from mplug2.evaluation.captions import check_samples
 
 VQA_NUMBERS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())}
@@ -27,17 +27,19 @@ entry for "somebody'd" is reversed, which we keep."""
 def vqa_accuracy(answers: list[list[str]], predictions: list[str]) -> float:
     """The accuracy of VQAv2, in [0, 1]: an answer counts in full if at least three of ten annotators gave it.
 
-    It is the mean of min(1, annotators that agree / 3) over all ways to leave one annotator out. As in the official
-    evaluation, predictions are normalized with `vqa_normalize`, and annotators' answers lose their punctuation if they
-    are not all the same. Source: Antol et al. 2015, "VQA: Visual Question Answering", and its evaluation code
-    (github.com/GT-Vision-Lab/VQA). Raises ValueError as `bleu` does.
+    It is the mean of min(1, annotators that agree / 3) over all ways to leave one annotator out. Prediction and answers
+    are normalized with `vqa_normalize`, unless all answers of a question are the same. Letters of scripts without
+    blanks between words count as words. Raises ValueError as `bleu` does.
+
+    Source: Antol et al. 2015, "VQA: Visual Question Answering", and its evaluation code as corrected in March 2021
+    (github.com/GT-Vision-Lab/VQA, commit a013f00). Before, only predictions were normalized in full.
     """
     check_samples(answers, predictions)
     scores = []
     for given, prediction in zip(answers, predictions):
-        prediction = vqa_normalize(prediction)
+        prediction, *given = map(_vqa_spaces, (prediction, *given))
         if len(set(given)) > 1:
-            given = [_vqa_punctuation(answer) for answer in given]
+            prediction, *given = map(vqa_normalize, (prediction, *given))
         hits = sum(answer == prediction for answer in given)
         # Without an annotator that agrees, hits - 1 are left; without one that does not, all of them.
         total = hits * min(1.0, (hits - 1) / 3) + (len(given) - hits) * min(1.0, hits / 3) if hits else 0.0
@@ -48,9 +50,15 @@ def vqa_accuracy(answers: list[list[str]], predictions: list[str]) -> float:
 def vqa_normalize(answer: str) -> str:
     """The normalization of VQAv2: lower case, no articles, no punctuation, numbers up to ten as digits, and the
     apostrophes of contractions restored."""
-    spaced = answer.replace("\n", " ").replace("\t", " ").strip()
-    words = (VQA_NUMBERS.get(word, word) for word in _vqa_punctuation(spaced).lower().split())
+    words = (VQA_NUMBERS.get(word, word) for word in _vqa_punctuation(_vqa_spaces(answer)).lower().split())
     return " ".join(VQA_CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
+
+
+def _vqa_spaces(text: str) -> str:
+    """The text without line breaks and tabs, its letters apart if their script writes no blanks between words."""
+    text = text.replace("\n", " ").replace("\t", " ").strip()
+    spaced = split_characters(text)
+    return text if spaced == text else " ".join(spaced.split())
 
 
 def _vqa_punctuation(text: str) -> str:

@@ -24,7 +24,7 @@ def evaluate_captions(
         for record, text in zip(records, written)
     ]
     references = [list(prediction.truth) for prediction in predictions if prediction.truth]
-    texts = [prediction.prediction for prediction in predictions if prediction.truth]
+    texts = [normalize(prediction.prediction) for prediction in predictions if prediction.truth]
     if not texts:
         return {}, predictions
     metrics = {

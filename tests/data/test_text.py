@@ -269,6 +269,19 @@ def test_clean():
     assert clean(" ?! ") == ""
 
 
+def test_letters_of_scripts_without_blanks_are_words():
+    assert clean("一只狗, two dogs在跑", max_words=5) == "一 只 狗 two dogs"
+    assert clean("ねこがいる", max_words=2) == "ね こ"
+    assert clean("개가 달린다", max_words=1) == "개가"  # Korean has blanks between words
+    assert normalize("Ünïted 𠀀a") == "united 𠀀 a"
+
+
+@pytest.mark.parametrize("text", ["개가 풀밭에서 달린다", "犬が走っている", "一只狗", "สุนัขวิ่ง", "éa"])
+def test_decoding_inverts_encoding_of_clean_texts_in_every_script(text):
+    tokenizer = Tokenizer.train([clean(text)], 200)
+    assert tokenizer.decode(tokenizer.encode([clean(text)])[0]) == [clean(text)]
+
+
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(), max_words=st.integers(1, 5))
 def test_clean_is_a_short_prefix_and_idempotent(text, max_words):
