@@ -183,10 +183,10 @@ def omits(model: MPLUG2, name: str) -> bool:
 # ---- manifests -------------------------------------------------------------------------------------------------------
 
 
-def write_manifest(folder: Path, step: int, score: float | None) -> None:
-    """Describe every file of `folder`, so that `verify` notices any change."""
+def write_manifest(folder: Path, step: int) -> None:
+    """Describe every file of `folder`, so that `verify` notices any change. The score follows after validation."""
     files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir())}
-    manifest = {"step": step, "score": score, "files": files}
+    manifest = {"step": step, "score": None, "files": files}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))  # no newline at the end: any cut is noticed
 
 

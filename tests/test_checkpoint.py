@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from mplug2.checkpoint import CheckpointError, PreprocessConfig, load_model, rea
 from mplug2.data.text import Tokenizer
 from mplug2.model.mplug2 import MPLUG2
 from mplug2.tasks import TASKS
-from mplug2.training.run_checkpoint import clean_partial, load_training, save_checkpoint
+from mplug2.training.run_checkpoint import clean_partial, load_training, record_score, save_checkpoint
 
 PREPROCESS = PreprocessConfig(frames=3, max_words=7)
 TOKENIZER = Tokenizer.train(["a red one", "a one"], 20)
@@ -200,7 +202,7 @@ def test_missing_files_are_named(saved, tmp_path):
     (saved / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match="tokenizer.json"):
         load_model(saved)
-    with pytest.raises(CheckpointError, match="holds no training.pt: .* not be resumed"):
+    with pytest.raises(CheckpointError, match="has no training.pt, so it cannot be resumed"):
         load_training(saved)
 
 
@@ -275,7 +277,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):
         with pytest.raises(CheckpointError) as refused:
             save(tmp_path, 2, make_model(seed=2))
     assert "step_0000002 could not be written (no space left on device)" in str(refused.value)
-    assert "The checkpoint before it: step_0000001 is whole" in str(refused.value)
+    assert "; the previous one, step_0000001, is intact. Free some disk space" in str(refused.value)
     assert names(tmp_path) == ["last", "step_0000001"]
     assert_same_weights(load_model(tmp_path / "last")[0], make_model(seed=1))
 
@@ -291,8 +293,11 @@ def test_leftovers_of_an_earlier_attempt_do_not_get_into_a_checkpoint(tmp_path):
     assert_same_weights(load_model(tmp_path / "last")[0], make_model(seed=2))
 
 
-def save_until_killed(run: Path, step: int, model: MPLUG2, moment: int) -> bool:
-    """Save in a child process that kills itself at its `moment`-th file operation. Returns whether it got that far."""
+def run_until_killed(action: Callable[[], object], moment: int) -> bool:
+    """Run `action` in a child process that kills itself at its `moment`-th file operation, if it gets that far.
+
+    Returns whether it did.
+    """
     child = os.fork()
     if child == 0:
         count, flush = 0, os.fsync
@@ -306,7 +311,7 @@ def save_until_killed(run: Path, step: int, model: MPLUG2, moment: int) -> bool:
         os.fsync = lambda handle: (count_operation(), flush(handle))
         on_file = ("open", "os.", "shutil.")
         sys.addaudithook(lambda event, _: count_operation() if event.startswith(on_file) else 0)
-        save(run, step, model, keep=1)
+        action()
         os._exit(0)
     _, status = os.waitpid(child, 0)
     assert status in (0, signal.SIGKILL)
@@ -321,7 +326,7 @@ def test_a_kill_at_any_moment_of_saving_leaves_a_complete_checkpoint(tmp_path, s
     while True:
         run = tmp_path / str(moment)
         save(run, 1, old)
-        killed = save_until_killed(run, step, new, moment)
+        killed = run_until_killed(partial(save, run, step, new, keep=1), moment)
         clean_partial(run)  # as a run does when it starts again
         found, saved = load_model(run / "last")[0], load_training(run / "last")
         is_new = found.decoder.head.bias.equal(new.decoder.head.bias)
@@ -369,13 +374,40 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_offered(tmp_path,
 def test_the_best_is_kept_as_well_as_the_newest(tmp_path):
     scores = [(1, 0.2), (2, 0.7), (3, None), (4, 0.5), (5, None)]
     for step, score in scores:
-        save_checkpoint(tmp_path, f"step_{step:07d}", make_model("video_caption", step), TOKENIZER, PREPROCESS,
-                        {"step": step}, 2, score)
+        folder = save(tmp_path, step, make_model("video_caption", step))
+        if score is not None:
+            record_score(tmp_path, folder.name, score, keep=2)
+        assert json.loads((folder / "manifest.json").read_text())["score"] == score
     assert names(tmp_path) == ["best", "last", "step_0000002", "step_0000004", "step_0000005"]
     assert os.readlink(tmp_path / "best") == "step_0000002"
     assert_same_weights(load_model(tmp_path / "best")[0], make_model("video_caption", 2))
-    save_checkpoint(tmp_path, "step_0000006", make_model("video_caption"), TOKENIZER, PREPROCESS, {"step": 6}, 1, 0.7)
+    save(tmp_path, 6, make_model("video_caption"), keep=1)
+    assert names(tmp_path) == ["best", "last", "step_0000002", "step_0000006"]  # until the new one has its score
+    record_score(tmp_path, "step_0000006", 0.7, keep=1)
     assert names(tmp_path) == ["best", "last", "step_0000006"]
+    load_training(tmp_path / "best")  # the manifest is still valid
+
+
+def test_a_kill_at_any_moment_of_scoring_leaves_a_complete_checkpoint(tmp_path):
+    moment, seen = 1, set()
+    while True:
+        run = tmp_path / str(moment)
+        for step in (1, 2):
+            folder = save(run, step, make_model("video_caption", step))
+            if step == 1:
+                record_score(run, folder.name, 0.5, keep=2)
+        killed = run_until_killed(partial(record_score, run, "step_0000002", 0.7, keep=1), moment)
+        clean_partial(run)
+        load_training(run / "last")
+        load_training(run / "best")
+        seen.add(os.readlink(run / "best"))
+        if not killed:
+            break
+        save(run, 3, make_model("video_caption"), keep=1)
+        record_score(run, "step_0000003", 0.9, keep=1)
+        assert names(run) == ["best", "last", "step_0000003"]
+        moment += 1
+    assert moment > 5 and seen == {"step_0000001", "step_0000002"}
 
 
 def test_the_training_state_is_saved_and_loaded(tmp_path):

@@ -237,7 +237,7 @@ def test_what_a_checkpoint_cannot_do_is_refused_with_the_way_to_it(capsys, pretr
         assert message in refused(capsys, evaluation.main, [*arguments, "--task", task], 1)
     message = refused(capsys, train.main, [*FAST, "--task", "video_qa", "--init", pretrained, "--data", world,
                                            "--out", tmp_path, "--freeze", "vision"], 1)
-    assert "for video_qa has no 'vision'; it has vision_encoder, " in message
+    assert "freeze='vision': the modules of a model for video_qa are vision_encoder, " in message
 
 
 def test_classes_by_captions_are_those_of_the_file_or_of_the_prompt(pretrained, world, tmp_path):

@@ -12,18 +12,16 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from safetensors.torch import load_file
 
 import eval as evaluation
 import train
-from mplug2 import distributed
 from mplug2.checkpoint import read_config
 from mplug2.tools import report
 from mplug2.training.optim import OptimizerSettings
 from mplug2.training.run_checkpoint import load_training
-from mplug2.training.settings import GROUPS, Settings
+from mplug2.training.settings import GROUPS
 from tiny_data import Sizes, write
 from tiny_data.writer import VERSION
 
@@ -172,7 +170,7 @@ def test_a_run_can_be_stopped_before_the_first_line_of_metrics(light, tmp_path, 
         process.kill()
     assert process.returncode == 0, said
     step = load_training(run / "last")["step"]
-    assert f"{number.name}: saved after step {step} of 100000; --resume goes on from {run / 'last'}" in said
+    assert f"{number.name}: saved after step {step} of 100000; continue with --resume from {run / 'last'}" in said
     assert not (run / "metrics.jsonl").exists()
     with Image.open(run / "curves.png") as picture:
         picture.load()
@@ -300,16 +298,6 @@ def test_init_and_preset_exclude_each_other_and_sizes_come_from_the_checkpoint(c
     message = refused(capsys, train.main, [*arguments, "--width", "64"], 1)
     assert "does not fit this model for pretrain" in message and "expected (64,), found (32,)" in message
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_batch_that_the_processes_cannot_share_evenly_is_refused():
-    process = distributed.DistInfo(0, 2, torch.device("cpu"))
-    for settings, message in (
-        (dict(batch_size=7), r"batch_size=7 is not divisible by 2 \(2 ranks x 1 accumulation steps\)"),
-        (dict(batch_size=8, accumulation_steps=3), r"batch_size=8 is not divisible by 6 \(2 ranks x 3 accumulation"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            train.run(Settings.from_flat(settings), process, "")
 
 
 def test_data_that_does_not_fit_is_refused_with_its_place(capsys, light, tmp_path):

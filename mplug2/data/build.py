@@ -1,10 +1,27 @@
-"""From settings to batches: the sources of the training data, and in which order their samples come."""
+"""From settings to batches: `build_data` reads the sources and yields the batches of a run in their order.
 
+A stream is the samples of one batch type from one source. It has the name of its batch type ("video"); from the second
+source on, the number of the source follows ("video@1").
+"""
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
+import tiny_data
+from mplug2.config import ModelConfig
+from mplug2.data.batches import Collate, MixedBatches
+from mplug2.data.loader import make_loader, prefetch
+from mplug2.data.samples import Sample, Samples, check_texts, read_classes, read_samples, stream_kind
+from mplug2.data.shards import ReaderState, ShardSet, is_shards, read_shards, stream_batches
+from mplug2.data.text import Tokenizer, clean
+from mplug2.data.transforms import Augmentation
+from mplug2.distributed import DistInfo, all_gather_object, run_on_main
 from mplug2.flags import check_range
-from mplug2.tasks import TASKS, batch_types, parse_tasks
+from mplug2.tasks import BATCH_TYPES, INSTRUCTIONS, PROMPTS, TASKS, batch_types, parse_tasks
 
 
 @dataclass(frozen=True)
@@ -97,3 +114,202 @@ class DataSettings:
             raise ValueError(f"batch_size={self.batch_size} is not divisible by {parts} ({world_size} ranks x "
                              f"{self.accumulation_steps} accumulation steps); change --batch-size")
         return self.batch_size // parts
+
+
+@dataclass
+class TrainingData:
+    """The data of a run. Iterating yields this rank's micro-batches, from the current step to the last one.
+
+    The position in the data belongs to the state of a run: `state_dict` and `load_state_dict`.
+    """
+
+    settings: DataSettings
+    process: DistInfo
+    seed: int
+    roots: dict[Path, float]
+    """The folders of the sources, and their weights."""
+    samples: dict[str, list[Sample]]
+    """By stream, if its source has JSONL files."""
+    shards: dict[str, ShardSet]
+    """By stream, if its source has tar shards."""
+    tokenizer: Tokenizer
+    classes: Mapping[str, tuple[str, ...]]
+    """The names of the classes of each task with labels."""
+    dataset: Samples
+    batches: MixedBatches
+
+    def __post_init__(self):
+        self.load_state_dict(0, {})
+
+    def __iter__(self) -> Iterator[dict]:
+        settings, collate = self.settings, Collate(self.tokenizer, self.classes)
+        pin = self.process.device.type == "cuda"
+        if self.shards:
+            loader = stream_batches(self.dataset, self.shards, self.batches, collate, self.readers, settings.max_words,
+                                    settings.workers, pin)
+        else:
+            loader = make_loader(self.dataset, self.batches, collate, settings.workers, pin)
+        return iter(loader) if settings.workers else prefetch(loader)
+
+    def advance(self, batch: dict) -> None:
+        """Record that a batch was trained on."""
+        self.readers.advance(batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The positions of all readers of tar shards, on all ranks. Every rank has to call it."""
+        return self.readers.collected(all_gather_object(self.readers))
+
+    def load_state_dict(self, step: int, positions: dict[str, Any]) -> None:
+        """Continue after `step` steps, with the result of `state_dict`. The number of ranks may be another one."""
+        self.batches.start = step
+        readers = self.process.world_size * max(1, self.settings.workers)
+        self.readers = ReaderState(self.shards, readers, self.settings.shuffle_buffer, self.seed, positions)
+
+    @property
+    def steps(self) -> int:
+        """Number of steps of the whole run."""
+        return len(self.batches.kinds)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of samples of each stream."""
+        return {stream: len(of_stream) for stream, of_stream in {**self.samples, **self.shards}.items()}
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of steps in which as many samples are seen as there are."""
+        return math.ceil(sum(self.sizes.values()) / self.settings.batch_size)
+
+    @property
+    def eval_root(self) -> Path | None:
+        """The folder to validate on; None if all sources are tar shards."""
+        if self.settings.eval_data:
+            return Path(self.settings.eval_data)
+        return next((root for root in self.roots if not is_shards(root)), None)
+
+    def references(self) -> list[list[str]]:
+        """The cleaned captions of each sample that a captioning batch may have."""
+        captioned = [sample for kind, of_kind in by_batch_type(self.samples).items()
+                     if "prompted" in BATCH_TYPES[kind].fields for sample in of_kind if sample.captions]
+        return [[clean(caption, self.settings.max_words) for caption in sample.captions] for sample in captioned]
+
+    def names_at(self, step: int) -> str:
+        """The samples that this rank waits for at a step, by file and line."""
+        at_step = copy.copy(self.batches)
+        at_step.start = step
+        keys = next(iter(at_step))
+        if keys[0][0] in self.shards:
+            return f"from the shards of {keys[0][0]}"
+        return ", ".join(self.samples[stream][index].source for stream, _, index in keys)
+
+
+def build_data(
+    settings: DataSettings, model: ModelConfig, process: DistInfo, seed: int, tokenizer: Tokenizer | None = None,
+    classes: Mapping[str, tuple[str, ...]] | None = None,
+) -> TrainingData:
+    """Read the sources and prepare the batches of all steps. Every rank has to call it.
+
+    `model` limits the sizes of images and texts. A run that starts from a checkpoint has its `tokenizer`, and a resumed
+    run its `classes` too; otherwise they come from the training data. Raises ValueError (RecordError for a line of a
+    file) or FileNotFoundError for data that cannot be used.
+    """
+    settings.micro_batch_size(process.world_size)  # refuse a batch that the ranks cannot share, before reading anything
+    if settings.data:
+        roots = read_sources(settings.data)
+    else:
+        if process.is_main:
+            print("data: the tiny world; on first use it is written to a cache, in seconds", flush=True)
+        run_on_main(tiny_data.ensure, process)
+        roots = {tiny_data.ensure(): 1.0}
+    samples, shards, weights = read_streams(settings, roots)
+    merged = by_batch_type(samples)
+    classes = read_classes(merged) if classes is None else classes
+    tokenizer = tokenizer or make_tokenizer(settings, samples, model.vocab_size)
+    check_texts(merged, tokenizer, model.max_positions, settings.max_words)
+    dataset = Samples(
+        samples, model.image_size, settings.frames, settings.questions_per_sample, model.max_positions,
+        settings.max_words, seed,
+        None if settings.augment == "none" else Augmentation(settings.augment, settings.hflip),
+    )
+    sizes = {stream: len(of_stream) for stream, of_stream in {**samples, **shards}.items()}
+    steps = settings.max_steps
+    if settings.epochs is not None:
+        steps = max(1, math.ceil(settings.epochs * texts_per_epoch(settings, samples, shards) / settings.batch_size))
+    batches = MixedBatches(
+        sizes, weights, settings.batch_size, steps, seed, 0, process.rank, process.world_size,
+        settings.accumulation_steps,
+    )
+    return TrainingData(settings, process, seed, roots, samples, shards, tokenizer, classes, dataset, batches)
+
+
+def read_sources(text: str) -> dict[Path, float]:
+    """The folders in `DIR=2,OTHER=1`, or in `DIR`, and their weights."""
+    sources: dict[Path, float] = {}
+    for part in text.split(","):
+        name, _, weight = part.rpartition("=") if "=" in part else (part, "", "1")
+        try:
+            sources[Path(name)] = float(weight)
+        except ValueError as error:
+            raise ValueError(f"data={text!r}: expected folders with weights, such as DIR=2,OTHER=1") from error
+    if len(sources) < len(text.split(",")) or min(sources.values()) < 0 or not sum(sources.values()):
+        raise ValueError(f"data={text!r}: expected each folder once, and at least one weight above 0")
+    return sources
+
+
+def read_streams(
+    settings: DataSettings, roots: dict[Path, float]
+) -> tuple[dict[str, list[Sample]], dict[str, ShardSet], dict[str, float]]:
+    """The samples and the shards of each stream, and its share of the steps."""
+    samples: dict[str, list[Sample]] = {}
+    shards: dict[str, ShardSet] = {}
+    weights: dict[str, float] = {}
+    shares, found = settings.batch_weights(), set()
+    for number, (root, weight) in enumerate(roots.items()):
+        if is_shards(root) and settings.task != "pretrain":
+            raise ValueError(f"{root} contains tar shards, which only pre-training can read; {settings.task} needs "
+                             "JSONL files")
+        streams = read_shards(root) if is_shards(root) else read_samples(root, settings.task, "train")
+        found |= set(streams)
+        for kind, of_stream in streams.items():
+            if weight and shares[kind]:
+                stream = f"{kind}@{number}" if number else kind
+                (shards if is_shards(root) else samples)[stream] = of_stream
+                weights[stream] = weight
+    if not weights:
+        raise ValueError(f"{', '.join(map(str, roots))}: all batch types that have training data "
+                         f"({', '.join(sorted(found))}) have weight 0; raise one of the weights")
+    for kind in {stream_kind(stream) for stream in weights}:  # divide the share of a batch type among its sources
+        sources = [stream for stream in weights if stream_kind(stream) == kind]
+        total = sum(weights[stream] for stream in sources)
+        weights |= {stream: shares[kind] * weights[stream] / total for stream in sources}
+    return samples, shards, weights
+
+
+def by_batch_type(samples: dict[str, list[Sample]]) -> dict[str, list[Sample]]:
+    """The samples of all sources, by batch type."""
+    merged: dict[str, list[Sample]] = {}
+    for stream, of_stream in samples.items():
+        merged.setdefault(stream_kind(stream), []).extend(of_stream)
+    return merged
+
+
+def texts_per_epoch(settings: DataSettings, samples: dict[str, list[Sample]], shards: dict[str, ShardSet]) -> int:
+    """Number of samples that an epoch has to draw until each caption, question or label was seen once."""
+    counts = [max(len(sample.captions), math.ceil(len(sample.qa) / max(1, settings.questions_per_sample)), 1)
+              for of_stream in samples.values() for sample in of_stream]
+    return sum(counts) + sum(map(len, shards.values()))
+
+
+def make_tokenizer(settings: DataSettings, samples: dict[str, list[Sample]], vocab_size: int) -> Tokenizer:
+    """The tokenizer of `--tokenizer`, or one with at most `vocab_size` tokens, trained on the training texts."""
+    if settings.tokenizer:
+        return Tokenizer.load(settings.tokenizer)
+    if not samples:
+        raise ValueError("tar shards: a vocabulary cannot be trained on them; add --tokenizer, or a checkpoint with "
+                         "--init")
+    every = [sample for of_stream in samples.values() for sample in of_stream]
+    texts = [text for sample in every for text in sample.captions]
+    texts += [text for sample in every for question in sample.qa for text in (question.question, *question.answers)]
+    texts += [text for sample in every for text in sample.texts]
+    texts += [*PROMPTS.values(), *INSTRUCTIONS.values()]
+    return Tokenizer.train((clean(text, settings.max_words) for text in texts), vocab_size)

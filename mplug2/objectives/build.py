@@ -4,7 +4,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from mplug2.data.build import TrainingData
 from mplug2.flags import check_range
+from mplug2.model.mplug2 import MPLUG2
+from mplug2.objectives.ema_teacher import EMATeacher
+from mplug2.objectives.objectives import Objectives
+from mplug2.objectives.self_critical import SelfCritical
 
 
 @dataclass(frozen=True)
@@ -42,3 +47,15 @@ class LossSettings:
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """The weighted sum of the losses of a batch; a loss without a weight of its own counts once."""
         return sum(getattr(self, f"{name}_weight", 1.0) * loss for name, loss in losses.items())
+
+
+def build_objectives(model: MPLUG2, settings: LossSettings, data: TrainingData) -> Objectives:
+    """The losses of a run: `model`, with an EMA teacher and self-critical training if the settings have them."""
+    ema_teacher, self_critical = None, None
+    if settings.distill_weight:
+        ema_teacher = EMATeacher(
+            model, settings.ema_decay, settings.distill_weight, data.steps_per_epoch, settings.queue_size
+        )
+    if settings.self_critical:
+        self_critical = SelfCritical(data.tokenizer, data.references())
+    return Objectives(model, ema_teacher, self_critical)

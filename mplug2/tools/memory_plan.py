@@ -11,9 +11,10 @@ Axes: b samples of a micro-batch on one device, r questions a sample, t frames, 
 import dataclasses
 import math
 import weakref
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -226,6 +227,12 @@ def workload(settings: Settings, config: ModelConfig, world_size: int) -> Worklo
     data = settings.data
     return Workload(config, data.micro_batch_size(world_size), data.frames, data.questions_per_sample, data.max_words,
                     data.task, settings.parallel.low_precision, settings.optimizer.optimizer)
+
+
+def step_flops(settings: Settings, config: ModelConfig, world_size: int) -> Callable[[str], float]:
+    """The FLOPs of a micro-batch on one device, as a function of its batch type. Each type is counted once."""
+    work = workload(settings, config, world_size)
+    return cache(lambda kind: cost(work, kind).flops)
 
 
 def format_plan(plan: PlanSettings, settings: Settings) -> str:

@@ -1,10 +1,9 @@
-"""What keeps a run from losing work: signals that ask it to stop, generators that go on where they were, and a watchdog
-for processes that hang.
+"""Fault tolerance: signals, the state of the random generators, and a watchdog for ranks that hang.
 
     with GracefulStop() as stop, Watchdog(process, timeout=600) as watchdog:
         watchdog.heartbeat(step, "waiting for data")
         ...
-        if any process has a stop.name: save, and leave the loop
+        if stop.name is set on any rank: save, and leave the loop
 """
 
 import faulthandler
@@ -27,7 +26,7 @@ from mplug2.distributed import DistInfo
 
 
 class GracefulStop:
-    """SIGTERM and SIGINT are noted instead of obeyed: `name` is that of the last one, or empty."""
+    """Within it, SIGTERM and SIGINT do not end the process: `name` is the name of the last signal, or empty."""
 
     def __init__(self):
         self.name = ""
@@ -45,11 +44,12 @@ class GracefulStop:
 
 
 class Watchdog:
-    """Ends the process with exit code 70 when it has not called `heartbeat` for `timeout` seconds, and names who hangs.
+    """Ends the process with exit code 70 after `timeout` seconds without a `heartbeat`, and names the rank that hangs.
 
-    Every process tells a shared store, from a thread of its own, where it is. Whoever waits in vain reads the store,
-    twice: a process whose word has not changed is stopped or dead; else those that are furthest behind hold up the
-    others. It also prints its own stack. `torchrun --max-restarts` then starts again from the last checkpoint.
+    A thread on every rank writes the rank's latest heartbeat to a shared store. A rank that times out reads the store
+    twice. A rank whose entry did not change has stopped or died; otherwise the ranks that are furthest behind block the
+    others. The process also prints its own stack. `torchrun --max-restarts` then restarts the run from its last
+    checkpoint.
     """
 
     EXIT_CODE = 70
@@ -57,81 +57,92 @@ class Watchdog:
     def __init__(self, process: DistInfo, timeout: float):
         self.process, self.timeout, self.interval = process, timeout, min(1.0, timeout / 4)
         self.store = None
-        if process.world_size > 1:  # a connection of its own: the group's may be what hangs
+        if process.world_size > 1:  # its own connection: the process group's connection may be what hangs
             store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
             store.set_timeout(timedelta(seconds=30))
             self.store = dist.PrefixStore(f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         self.over, self.count = threading.Event(), 0
         self.heartbeat(0, "starting")
 
-    def heartbeat(self, step: int, doing: str, patience: float = 1.0, names: Callable[[], str] = str) -> None:
-        """Something goes on: `step` is the number of steps done, `patience` a factor for what may take longer than a
-        step, `names` says, if it comes to that, which files were at work."""
-        self.position = (time.monotonic() + self.timeout * patience, step, doing, names)
+    def heartbeat(self, step: int, activity: str, patience: float = 1.0, names: Callable[[], str] = str) -> None:
+        """Report progress: `step` steps are done, and `activity` begins, which may take `patience` timeouts.
+
+        `names` returns the files in use, for the message of a rank that hangs.
+        """
+        self.latest = (time.monotonic() + self.timeout * patience, step, activity, names)
 
     def __enter__(self) -> "Watchdog":
-        self._tell()
+        self._publish()
         threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def __exit__(self, *_) -> None:
         self.over.set()
 
-    def _tell(self) -> None:
+    def _publish(self) -> None:
         self.count += 1
         if self.store:
-            _, step, doing, _ = self.position
-            self.store.set(str(self.process.rank), json.dumps([self.count, step, doing]))
+            _, step, activity, _ = self.latest
+            self.store.set(str(self.process.rank), json.dumps([self.count, step, activity]))
 
     def _watch(self) -> None:
         while not self.over.wait(self.interval):
-            late = time.monotonic() > self.position[0]
+            late = time.monotonic() > self.latest[0]
             try:
-                self._tell()
+                self._publish()
                 report = self._report() if late else ""
-            except RuntimeError as error:  # the store went with the process that had it
-                report = f"the store of all processes cannot be reached ({error})" if late else ""
-            if late and not self.over.is_set() and time.monotonic() > self.position[0]:
+            except RuntimeError as error:  # the process that served the store has ended
+                report = f"the store of the ranks cannot be reached ({error})" if late else ""
+            if late and not self.over.is_set() and time.monotonic() > self.latest[0]:
                 self._end(report)
 
     def _report(self) -> str:
-        """Who holds up whom."""
-        _, step, doing, names = self.position
+        """Which ranks block the others."""
+        _, step, activity, names = self.latest
         if not self.store:
-            return f"the process has been at the same place since step {step}: {doing} {names()}".rstrip()
+            return f"still at step {step}: {activity} {names()}".rstrip()
         keys = [str(rank) for rank in range(self.process.world_size)]
         before = [json.loads(self.store.get(key)) for key in keys]
         time.sleep(3 * self.interval)
-        self._tell()
-        now = [json.loads(self.store.get(key)) for key in keys]
+        self._publish()
+        after = [json.loads(self.store.get(key)) for key in keys]
         lines = []
-        for rank, (old, new) in enumerate(zip(before, now)):
-            line = f"process {rank} of {self.process.world_size}: {new[1]} steps done, {new[2]}"
+        for rank, (old, new) in enumerate(zip(before, after)):
+            line = f"rank {rank} of {self.process.world_size}: {new[1]} steps done, {new[2]}"
             if rank == self.process.rank:
-                line = f"{line} {names()}".rstrip() + " (this process)"
+                line = f"{line} {names()}".rstrip() + " (this rank)"
             lines.append(line + ("; NO SIGN OF LIFE: stopped, killed or cut off" if old[0] == new[0] else ""))
-        silent = [rank for rank in range(len(now)) if before[rank][0] == now[rank][0]]
-        place = [(new[1], new[2] != "waiting for data") for new in now]
-        behind = silent or [rank for rank in range(len(now)) if place[rank] == min(place)]
-        who = " and ".join(f"process {rank}" for rank in behind)
-        told = f"{who} of {len(now)} hold{'s' * (len(behind) == 1)} up the others" if len(behind) < len(now) else (
-            "all processes are at the same place")
-        return told + "\n  " + "\n  ".join(lines)
+        silent = [rank for rank in range(len(after)) if before[rank][0] == after[rank][0]]
+        progress = [(new[1], new[2] != "waiting for data") for new in after]
+        behind = silent or [rank for rank in range(len(after)) if progress[rank] == min(progress)]
+        ranks = " and ".join(f"rank {rank}" for rank in behind)
+        verdict = "all ranks are equally far" if len(behind) == len(after) else (
+            f"{ranks} of {len(after)} block{'s' * (len(behind) == 1)} the others")
+        return verdict + "\n  " + "\n  ".join(lines)
 
     def _end(self, report: str) -> None:
-        print(f"\ntrain.py: nothing went on for {self.timeout:g} seconds (--timeout): {report}\n"
-              "The run goes on from its last checkpoint by --resume. What this process is doing:",
+        print(f"\ntrain.py: no progress for {self.timeout:g} s (--timeout): {report}\n"
+              "Continue the run from its last checkpoint with --resume. The stack of this process:",
               file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr)
         sys.stderr.flush()
-        for worker in multiprocessing.active_children():  # one that hangs would not notice that nobody waits for it
+        for worker in multiprocessing.active_children():  # a worker that hangs would outlive this process
             worker.kill()
         os._exit(self.EXIT_CODE)
 
 
+def seed_generators(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
 def generator_states(device: torch.device) -> dict:
-    """All random generators of this process: Python's, NumPy's, torch's and the GPU's. (The workers of the loader have
-    none: what they draw is a function of seed, epoch and sample.)"""
+    """The states of the generators of this process: Python's, NumPy's, torch's and the GPU's.
+
+    Workers of the loader have no state: their random numbers are a function of seed, epoch and sample.
+    """
     name, keys, *rest = np.random.get_state()
     states = {
         "python": random.getstate(), "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),

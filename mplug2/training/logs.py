@@ -1,10 +1,11 @@
-"""What a run tells: metrics.jsonl always, TensorBoard if it is installed, one progress bar; by the main process."""
+"""Logging on the main process: metrics.jsonl, TensorBoard if installed, and a progress bar."""
 
 import json
 import os
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,63 +15,70 @@ from mplug2 import distributed
 from mplug2.distributed import DistInfo
 
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362, "RTX 4090": 165}
-"""Dense bfloat16 operations a second, in 10^12, by a part of the device's name. Source: NVIDIA's data sheets."""
+"""Peak dense bfloat16 TFLOP/s, by a part of the device's name. Source: NVIDIA's data sheets."""
 
 
 def peak_tflops(device: torch.device) -> float:
-    """What the device can do at most, or 0 if that is not known."""
+    """Peak TFLOP/s of the device, or 0 if its name is not known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), 0)
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most memory that this process has had: on the GPU, or, without one, of the CPU."""
+    """Peak memory of this process in GiB: on its GPU, or in CPU memory without a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 class Log:
-    """Collects what each step gives, and writes a line of means every now and then.
+    """Collects the values of each step, and writes their means as a line of metrics.jsonl.
 
-    A resumed run goes on from `first_step`: lines of later steps, which it does again, are taken out.
+    A resumed run starts at `first_step`: lines of later steps, which it repeats, are removed. `peak` is the peak
+    TFLOP/s of a device and `flops` the FLOPs of a micro-batch on it, by batch type: with them, lines have an MFU.
     """
 
-    def __init__(self, folder: Path, process: DistInfo, first_step: int, steps: int, peak: float = 0.0):
-        self.path, self.process, self.peak = folder / "metrics.jsonl", process, peak
+    def __init__(
+        self, folder: Path, process: DistInfo, first_step: int, steps: int, peak: float = 0.0,
+        flops: Callable[[str], float] = lambda kind: 0.0,
+    ):
+        self.path, self.process, self.peak, self.flops = folder / "metrics.jsonl", process, peak, flops
         self.failed: set[str] = set()
         self.failed_anywhere: set[str] = set()
-        self.files, self.allowed, self.nonfinite_steps, self.board = 0, 0.0, 0, None
+        self.files, self.allowed, self.board = 0, 0.0, None
         self.bar = tqdm(total=steps, initial=first_step, disable=not process.is_main, unit="step", mininterval=0.5)
         if process.is_main:
-            self._take_back(first_step)
+            self._remove_lines_after(first_step)
             try:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.board = SummaryWriter(folder / "tensorboard", purge_step=first_step + 1)
-            except ImportError:  # an extra: metrics.jsonl has the same numbers
+            except ImportError:  # it is optional: metrics.jsonl has the same numbers
                 self.board = None
         self._reset()
 
-    def _take_back(self, step: int) -> None:
+    def _remove_lines_after(self, step: int) -> None:
         lines = self.path.read_text().splitlines() if self.path.exists() else []
-        # The last line may be cut off, if the run was killed while it wrote.
+        # The last line may be incomplete, if the run was killed while it wrote.
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
         if kept != lines:
-            aside = self.path.with_suffix(".part")
-            aside.write_text("".join(line + "\n" for line in kept))
-            os.replace(aside, self.path)
+            part = self.path.with_suffix(".part")
+            part.write_text("".join(line + "\n" for line in kept))
+            os.replace(part, self.path)
 
     def _reset(self) -> None:
         self.values: dict[str, list[torch.Tensor]] = {}
-        self.samples, self.flops, self.waiting, self.since = 0, 0.0, 0.0, time.time()
+        self.samples, self.operations, self.waiting, self.since = 0, 0.0, 0.0, time.time()
 
     def waited(self, seconds: float) -> None:
+        """Count time that the training process waited for data."""
         self.waiting += seconds
 
-    def skipped(self, errors: list[str], files: int, allowed: float) -> None:
-        """Count files that could not be decoded, by name; too many of them stop the run: at once if one process has
-        them all, else when the next line is written."""
+    def skipped_files(self, errors: list[str], files: int, allowed: float) -> None:
+        """Count the files, of `files` in all, that could not be decoded, and print each once.
+
+        Raises ValueError if more than the fraction `allowed` failed on this rank, or in `write` on all ranks together.
+        """
         for error in sorted(set(errors) - self.failed):
             tqdm.write(f"skipped: {error}", file=sys.stderr)
         self.failed |= set(errors)
@@ -80,26 +88,35 @@ class Log:
     def _refuse_too_many(self, failed: set[str], error: type[ValueError]) -> None:
         if len(failed) > self.allowed * self.files:
             raise error(f"{len(failed)} of {self.files} media files cannot be decoded, more than max_skipped="
-                        f"{self.allowed} allows; mend the data (the files are named above), or raise --max-skipped")
+                        f"{self.allowed} allows; fix the files named above, or raise --max-skipped")
 
-    def step(self, losses: dict, norm: torch.Tensor, samples: int, flops: float) -> None:
-        """A step that was taken; `flops` of this process."""
+    def step(self, losses: dict[str, torch.Tensor], norm: torch.Tensor, samples: int, kinds: list[str]) -> None:
+        """Add a step: its losses and gradient norm, its samples on all ranks, and the batch types of its micro-batches.
+        """
         for name, value in {**losses, "grad_norm": norm}.items():
             self.values.setdefault(name, []).append(value.detach())
         self.samples += samples
-        self.flops += flops
+        if self.peak:
+            self.operations += sum(map(self.flops, kinds))
 
-    def nonfinite(self, step: int, losses: dict[str, float], norm: float, where: list[str]) -> str:
-        """A step that was not taken; `source` are the samples of the processes that saw it. Returns what was said."""
-        self.nonfinite_steps += 1
-        values = ", ".join(f"{name.removeprefix('loss/')} {value:.3g}" for name, value in losses.items())
-        message = (f"step {step} is not finite: {values}, gradient norm {norm:.3g}; the samples: {', '.join(where)}")
+    def nonfinite(
+        self, step: int, losses: dict[str, torch.Tensor], norm: torch.Tensor, sources: list[str], finite: bool
+    ) -> str:
+        """Report a step that is skipped: the losses of the first rank that is not `finite`, and the sources of the
+        samples on all such ranks. Returns the message. Every rank has to call it.
+        """
+        reports = distributed.all_gather_object(
+            (finite, sources, {name.removeprefix("loss/"): value.item() for name, value in losses.items()}))
+        culprits = [report for report in reports if not report[0]] or reports
+        values = ", ".join(f"{name} {value:.3g}" for name, value in culprits[0][2].items())
+        names = ", ".join(name for _, of_rank, _ in culprits for name in of_rank)
+        message = f"step {step} is not finite: {values}, gradient norm {norm.item():.3g}; samples: {names}"
         if self.process.is_main:
             tqdm.write(f"skipped: {message}", file=sys.stderr)
         return message
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One line: means since the last one, over all processes. All of them have to call it."""
+        """Write a line: `values`, and the means over all ranks since the previous line. Every rank has to call it."""
         seconds = time.time() - self.since
         means = {
             name: (distributed.all_reduce_sum(torch.stack(found).mean()) / self.process.world_size).item()
@@ -114,15 +131,16 @@ class Log:
         line = {
             "step": step, **means, **values, "samples_per_second": self.samples / seconds,
             "waiting_for_data": self.waiting / seconds, "skipped_files": len(self.failed_anywhere),
-            "nonfinite_steps": self.nonfinite_steps, "memory_gib": max(memory for _, memory in shared),
+            "memory_gib": max(memory for _, memory in shared),
         }
         if self.peak:
-            line["mfu"] = self.flops / seconds / (self.peak * 1e12)
+            line["mfu"] = self.operations / seconds / (self.peak * 1e12)
         self.line(line)
         self._refuse_too_many(self.failed_anywhere, distributed.AllRanksError)
         self._reset()
 
     def line(self, values: dict[str, float]) -> None:
+        """Write a line as it is."""
         if not self.process.is_main:
             return
         with open(self.path, "a") as file:

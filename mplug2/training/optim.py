@@ -10,9 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from mplug2.did_you_mean import did_you_mean
 from mplug2.distributed import full_tensor, shard_like
 from mplug2.flags import check_range
 from mplug2.model.mplug2 import MPLUG2
+from mplug2.training.parallel import split_param_groups
 
 
 @dataclass(frozen=True)
@@ -58,23 +60,27 @@ class OptimizerSettings:
 
 
 def freeze(model: MPLUG2, modules: list[str]) -> None:
-    """Take modules of the model, named as its attributes ("vision_encoder"), out of the training.
+    """Exclude modules of the model from training, by their attribute names ("vision_encoder").
 
-    Raises ValueError for a name that this model does not have, or if nothing would be left to train.
+    Raises ValueError for a module that this model does not have, or if no module would be left to train.
     """
     names = list(dict.fromkeys(name.split(".")[0] for name, _ in model.named_parameters()))
     for module in modules:
         if module not in names:
-            raise ValueError(f"freeze: a model for {model.task} has no {module!r}; it has {', '.join(names)}")
+            raise ValueError(f"freeze={module!r}{did_you_mean(module, names)}: the modules of a model for {model.task} "
+                             f"are {', '.join(names)}")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.split(".")[0] not in modules)
     if set(modules) == set(names):
-        raise ValueError(f"freeze={','.join(modules)}: nothing is left to train")
+        raise ValueError(f"freeze={','.join(modules)}: no module is left to train; freeze fewer modules")
 
 
 def depth(model: MPLUG2, name: str) -> int:
-    """How many layers of the encoders follow the parameter `name`, up to the top of its encoder: 0 for all that is
-    above them (fusion, decoder, heads), 1 for the last block of the vision encoder and the last universal layer."""
+    """Distance of the parameter `name` from the top of its encoder, in layers.
+
+    It is 1 for the last block of the vision encoder and the last universal layer, and 0 for everything above the
+    encoders (fusion, decoder, heads).
+    """
     config, parts = model.config, name.split(".")
     if parts[0] == "vision_encoder":
         if parts[1] == "blocks":
@@ -87,41 +93,43 @@ def depth(model: MPLUG2, name: str) -> int:
     return 0
 
 
-def parameter_groups(
-    model: MPLUG2, lr: float, vision_lr: float, weight_decay: float, layer_decay: float = 1.0
-) -> list[dict]:
-    """Parameters by learning rate (the vision encoder may have its own, and each layer further down in an encoder
-    `layer_decay` times that of the one above), by whether they decay, and by whether they are matrices of linear
-    layers. These and temporal convolutions decay; biases, LayerNorms, embeddings, positions, latents and the
-    temperature do not. Frozen parameters are left out."""
+def parameter_groups(model: MPLUG2, settings: OptimizerSettings) -> list[dict]:
+    """The trained parameters, grouped by learning rate, by weight decay, and by whether Muon may update them.
+
+    The vision encoder can have its own learning rate. Each layer of an encoder has `layer_decay` times the rate of the
+    layer above it. Matrices of linear layers and temporal convolutions decay; biases, LayerNorms, embeddings,
+    positions, latents and the temperature do not. Muon updates matrices of linear layers.
+    """
     matrices = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     groups: dict[tuple[float, bool, bool], list] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        rate = (vision_lr if name.startswith("vision_encoder.") else lr) * layer_decay ** depth(model, name)
+        peak = settings.vision_lr or settings.lr if name.startswith("vision_encoder.") else settings.lr
+        rate = peak * settings.layer_decay ** depth(model, name)
         is_matrix = id(parameter) in matrices
         groups.setdefault((rate, is_matrix or name.endswith("conv.weight"), is_matrix), []).append(parameter)
     return [
-        {"params": parameters, "lr": rate, "base_lr": rate, "weight_decay": weight_decay * decays, "matrices": matrices}
+        {"params": parameters, "lr": rate, "base_lr": rate, "weight_decay": settings.weight_decay * decays,
+         "matrices": matrices}
         for (rate, decays, matrices), parameters in groups.items()
     ]
 
 
 def make_optimizer(model: MPLUG2, settings: OptimizerSettings) -> torch.optim.AdamW:
     """Muon (a subclass of AdamW) or AdamW over the parameter groups of `model`, at their peak learning rates."""
-    groups = parameter_groups(
-        model, settings.lr, settings.vision_lr or settings.lr, settings.weight_decay, settings.layer_decay
-    )
-    optimizer = Muon if settings.optimizer == "muon" else torch.optim.AdamW
-    return optimizer(groups, betas=(0.9, settings.beta2), fused=True)
+    cls = Muon if settings.optimizer == "muon" else torch.optim.AdamW
+    optimizer = cls(parameter_groups(model, settings), betas=(0.9, settings.beta2), fused=True)
+    split_param_groups(optimizer)
+    return optimizer
 
 
 class Muon(torch.optim.AdamW):
-    """Muon (Jordan 2024): the step of a matrix is its momentum with all singular values set to about 1. What few
-    samples ask for is learned as fast as what all ask for. Everything that is no matrix, and embeddings, take AdamW.
+    """Muon (Jordan 2024): the update of a matrix is its momentum with all singular values set to about 1.
 
-    Steps have the root mean square of AdamW's, 0.2 lr (Moonlight, 2025), so that learning rates carry over.
+    So rare directions of the gradient are learned as fast as common ones. Embeddings and all parameters that are not
+    matrices are updated by AdamW. The updates have the root mean square of AdamW's, 0.2 lr (Moonlight, 2025), so
+    learning rates carry over.
     """
 
     momentum = 0.95
@@ -146,22 +154,24 @@ class Muon(torch.optim.AdamW):
         for (rows, columns), parameters in by_shape.items():
             gradients = [parameter.grad for parameter in parameters]
             for parameter in parameters:
-                if not self.state[parameter]:  # AdamW's code for loading looks for a step
+                if not self.state[parameter]:  # AdamW expects a step when it loads a state
                     self.state[parameter] |= {"step": torch.zeros(()), "momentum": torch.zeros_like(parameter)}
             momenta = [self.state[parameter]["momentum"] for parameter in parameters]
             torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
             ahead = torch._foreach_lerp(gradients, momenta, self.momentum)  # Nesterov
-            # A sharded matrix is put together for this, by every process: its singular values are those of the whole.
-            steps = orthogonalize(torch.stack([full_tensor(matrix)
-                                  for matrix in ahead])).to(parameters[0].dtype).unbind()
+            # The singular values of a sharded matrix are those of the full matrix, so every rank gathers it here.
+            full = torch.stack([full_tensor(matrix) for matrix in ahead])
+            steps = orthogonalize(full).to(parameters[0].dtype).unbind()
             steps = [shard_like(step, parameter) for step, parameter in zip(steps, parameters)]
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(parameters, steps, alpha=-0.2 * group["lr"] * max(rows, columns) ** 0.5)
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Matrices `n r c` with singular values of about 1 (0.7 to 1.2) in place of their own: by Newton-Schulz steps of
-    fifth order, with the coefficients of Jordan (2024)."""
+    """Matrices `n r c` with their singular values replaced by about 1 (0.7 to 1.2).
+
+    Newton-Schulz iteration of fifth order, with the coefficients of Jordan (2024).
+    """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
     x = x.to(torch.bfloat16 if x.is_cuda else torch.float32)

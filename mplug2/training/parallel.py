@@ -1,4 +1,9 @@
-"""Parallel."""
+"""Sharing a model among ranks: DDP and FSDP2 wrapping, gradient synchronization and clipping, optimizer state.
+
+    ddp     every rank has the whole model; gradients are averaged
+    fsdp    every rank has a shard of each parameter, its gradient and its optimizer state; a block's parameters are
+            gathered when it runs (FSDP2, `fully_shard`)
+"""
 
 import inspect
 from contextlib import AbstractContextManager, nullcontext
@@ -15,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mplug2.distributed import DistInfo, full_tensor, shard_like, world_size
 from mplug2.model.layers import BertLayer, Block
+from mplug2.model.mplug2 import MPLUG2
 
 
 @dataclass(frozen=True)
@@ -44,12 +50,10 @@ class ParallelSettings:
         return self.precision == "bfloat16"
 
 
-def wrap_model(
-    module: nn.Module, process: DistInfo, settings: ParallelSettings, block: type[nn.Module]
-) -> nn.Module:
+def wrap_model(module: nn.Module, process: DistInfo, settings: ParallelSettings) -> nn.Module:
     """`module` on the device of this rank, with gradients that are averaged over the ranks (DDP or FSDP2).
 
-    FSDP2 shards every module of the type `block` on its own: its parameters are gathered when it runs, in bfloat16 with
+    FSDP2 shards every transformer block separately: its parameters are gathered when it runs, in bfloat16 with
     `--precision bfloat16`. Parameters outside of blocks stay gathered for the whole step. Build the optimizer
     afterwards: FSDP2 replaces the parameters.
     """
@@ -57,7 +61,7 @@ def wrap_model(
         module.to(process.device)
         if process.world_size == 1:
             return module
-        # Buffers are the same everywhere already. (The newer name of this setting; torch 2.13 warns of the older one.)
+        # The buffers are equal on all ranks. The name of this setting depends on the version of torch.
         new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
         buffers = {"forward_sync_buffers" if new else "broadcast_buffers": False}
         return DistributedDataParallel(module, find_unused_parameters=True, gradient_as_bucket_view=True, **buffers)
@@ -68,7 +72,7 @@ def wrap_model(
         )
     sharding = {
         "mesh": init_device_mesh(process.device.type, (process.world_size,)),
-        # FSDP2 cannot share out a single number: these stay whole, see `all_reduce_replicated_grads`.
+        # FSDP2 cannot shard a scalar. Every rank keeps these parameters; see `all_reduce_replicated_grads`.
         "ignored_params": {parameter for parameter in module.parameters() if parameter.dim() == 0},
         "offload_policy": OffloadPolicy(),
     }
@@ -76,20 +80,36 @@ def wrap_model(
         sharding["offload_policy"] = CPUOffloadPolicy(pin_memory=process.device.type == "cuda")
     if settings.low_precision:
         sharding["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for part in module.modules():
-        if isinstance(part, block):
-            fully_shard(part, **sharding)
+    for block in module.modules():
+        if isinstance(block, Block):
+            fully_shard(block, **sharding)
     fully_shard(module, **sharding)
-    for part in module.modules():  # put together once, as accumulation expects of blocks that a batch passes by, too
+    # Gather everything once: gradient accumulation expects it even of blocks that a batch does not use.
+    for part in module.modules():
         if isinstance(part, FSDPModule):
             part.unshard()
             part.reshard()
     for parameter in sharding["ignored_params"]:
         parameter.data = parameter.data.to("cpu" if settings.cpu_offload else process.device)
-    for buffers in module.modules():
-        for name, buffer in buffers.named_buffers(recurse=False):
-            setattr(buffers, name, buffer.to(process.device))
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, buffer.to(process.device))
     return module
+
+
+def unsharded_copy(model: MPLUG2, process: DistInfo) -> MPLUG2 | None:
+    """A sharded model in one piece, on the CPU of the main process; None on other ranks. Every rank has to call it."""
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        full = full_tensor(tensor)
+        if process.is_main:
+            weights[name] = full.cpu()
+    if not process.is_main:
+        return None
+    with torch.device("meta"):  # this takes neither memory nor random numbers
+        copy = MPLUG2(model.config, model.task, model.classes)
+    copy.load_state_dict(weights, assign=True)
+    return copy
 
 
 def checkpoint_activations(model: nn.Module) -> None:
@@ -112,7 +132,7 @@ def compile_model(model: nn.Module) -> None:
 
 
 def no_sync(module: nn.Module, last: bool) -> AbstractContextManager:
-    """Within it, forward and backward of a micro-batch: only the `last` one of a step exchanges gradients."""
+    """A context for the passes of a micro-batch: only the `last` one of a step averages gradients over the ranks."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(last)
         module.set_is_last_backward(last)
@@ -122,7 +142,7 @@ def no_sync(module: nn.Module, last: bool) -> AbstractContextManager:
 
 
 def all_reduce_replicated_grads(module: nn.Module) -> None:
-    """After backward: the gradients that FSDP2 does not average, those of single numbers."""
+    """After the backward pass: average the gradients that FSDP2 does not, those of scalar parameters."""
     if isinstance(module, FSDPModule) and world_size() > 1:
         for parameter in module.parameters():
             if not isinstance(parameter, DTensor) and parameter.grad is not None:
@@ -131,31 +151,31 @@ def all_reduce_replicated_grads(module: nn.Module) -> None:
 
 
 def clip_grad_norm(parameters: list[nn.Parameter], limit: float) -> Tensor:
-    """Scale all gradients so that their common norm is at most `limit`; returns the norm that it was."""
+    """Scale the gradients down to a total norm of at most `limit`. Returns the norm before."""
     if not any(isinstance(parameter, DTensor) for parameter in parameters):
         return nn.utils.clip_grad_norm_(parameters, limit)
-    parts = [p.grad.to_local() for p in parameters if p.grad is not None and isinstance(p.grad, DTensor)]
-    wholes = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
-    squares = nn.utils.get_total_norm(parts).square()
+    shards = [p.grad.to_local() for p in parameters if p.grad is not None and isinstance(p.grad, DTensor)]
+    replicated = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
+    squares = nn.utils.get_total_norm(shards).square()
     dist.all_reduce(squares)
-    norm = (squares + nn.utils.get_total_norm(wholes).square().to(squares)).sqrt()
-    share = (limit / (norm + 1e-6)).clamp(max=1.0)
-    for gradient in parts + wholes:
-        gradient.mul_(share.to(gradient.device))
+    norm = (squares + nn.utils.get_total_norm(replicated).square().to(squares)).sqrt()
+    factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in shards + replicated:
+        gradient.mul_(factor.to(gradient.device))
     return norm
 
 
 def split_param_groups(optimizer: torch.optim.Optimizer) -> None:
-    """Give parameters that are whole groups of their own: an update cannot mix them with sharded ones."""
+    """Give replicated parameters a group of their own: one update cannot mix them with sharded parameters."""
     for group in list(optimizer.param_groups):
-        wholes = [parameter for parameter in group["params"] if not isinstance(parameter, DTensor)]
-        if wholes and len(wholes) < len(group["params"]):
+        replicated = [parameter for parameter in group["params"] if not isinstance(parameter, DTensor)]
+        if replicated and len(replicated) < len(group["params"]):
             group["params"] = [parameter for parameter in group["params"] if isinstance(parameter, DTensor)]
-            optimizer.add_param_group({**group, "params": wholes})
+            optimizer.add_param_group({**group, "params": replicated})
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """What the optimizer knows, by name of the parameter, put together: the same for any number of processes."""
+    """The optimizer's state by parameter name, unsharded: it is the same for any number of ranks."""
     return {
         name: {key: full_tensor(value).cpu() for key, value in optimizer.state[parameter].items()}
         for name, parameter in module.named_parameters() if parameter in optimizer.state
@@ -165,11 +185,12 @@ def optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, module: nn.Module, saved: dict[str, dict[str, Tensor]]
 ) -> None:
-    """The inverse of `optimizer_state`. ValueError for a state of other parameters."""
+    """The inverse of `optimizer_state`. ValueError for the state of parameters that are not trained here."""
     names = {parameter: name for name, parameter in module.named_parameters()}
     ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if unknown := sorted(set(saved) - {names[parameter] for parameter in ordered}):
-        raise ValueError(f"the saved optimizer state is of other parameters: {', '.join(unknown[:8])}")
+        raise ValueError(f"{', '.join(unknown[:8])}: the checkpoint has optimizer state for these parameters, but this "
+                         "run does not train them; resume with the settings that the run was started with")
     state = {
         number: {key: shard_like(value, parameter) for key, value in saved[names[parameter]].items()}
         for number, parameter in enumerate(ordered) if names[parameter] in saved

@@ -1,65 +1,94 @@
-"""Checkpoints of a run."""
+"""Checkpoints of a run: `step_0000375/`, ..., with the links `last` (the newest) and `best` (the highest score).
+
+A checkpoint is written to a hidden folder, flushed to disk and then renamed. So a folder with its proper name is
+complete, and a run that is killed while it saves keeps the checkpoint before.
+"""
 
 import json
 import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 
 from mplug2.checkpoint import CheckpointError, PreprocessConfig, save_model, verify, write_manifest
 from mplug2.data.text import Tokenizer
-from mplug2.distributed import DistInfo, full_tensor, shard_like
 from mplug2.model.mplug2 import MPLUG2
 
 
 def save_checkpoint(
-    run: Path, name: str, model: MPLUG2, tokenizer: Tokenizer, preprocess: PreprocessConfig, training: dict, keep: int,
-    score: float | None = None,
+    run: Path, name: str, model: MPLUG2, tokenizer: Tokenizer, preprocess: PreprocessConfig, training: dict[str, Any],
+    keep: int,
 ) -> Path:
-    """Write `run/name` whole or not at all, let `run/last` point to it, and remove all but the newest `keep` and the
-    best. `score`: what validation found at this step, if it was asked; higher is better.
+    """Write the checkpoint `run/name`, point `run/last` to it, and remove all except the newest `keep` and the best.
 
-    Raises CheckpointError if the disk is full or the files cannot be written; what was there before is untouched.
+    `training` is the state of the run (`TrainState.state_dict`). Raises CheckpointError if the files cannot be written,
+    on a full disk for example; older checkpoints are not touched then.
     """
-    folder, aside, old = run / name, run / f".{name}.part", run / f".{name}.old"
+    folder, part, old = run / name, run / f".{name}.part", run / f".{name}.old"
     clean_partial(run)
     try:
-        save_model(aside, model, tokenizer, preprocess)
-        torch.save(training, aside / "training.pt")
-        write_manifest(aside, training["step"], score)
-        for path in (*aside.iterdir(), aside):
+        save_model(part, model, tokenizer, preprocess)
+        torch.save(training, part / "training.pt")
+        write_manifest(part, training["step"])
+        for path in (*part.iterdir(), part):
             _flush(path)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(part, ignore_errors=True)
         last = run / "last"
-        before = f"{os.readlink(last)} is whole" if last.exists() else "there is none"
-        raise CheckpointError(f"{folder} could not be written ({error}). The checkpoint before it: {before}. Make room "
-                              "on the disk, then go on with --resume") from error
+        previous = f"the previous one, {os.readlink(last)}, is intact" if last.exists() else "there is no previous one"
+        raise CheckpointError(f"{folder} could not be written ({error}); {previous}. Free some disk space, then "
+                              "continue with --resume") from error
     if folder.exists():
         os.rename(folder, old)
-    os.rename(aside, folder)
+    os.rename(part, folder)
     update_symlink(run / "last", name)
-    if score is not None and ((best := _score(run / "best")) is None or score >= best):
-        update_symlink(run / "best", name)
     _flush(run)
-    # Never the one just written, though it may be of an earlier step than others, where a run was taken back.
-    kept = {folder, (run / "best").resolve()}
-    others = sorted((other for other in run.glob("step_*") if other != folder), reverse=True)
-    for other in [*(other for other in others[keep - 1:] if other.resolve() not in kept), old]:
-        shutil.rmtree(other, ignore_errors=other == old)
+    shutil.rmtree(old, ignore_errors=True)
+    _prune(run, folder, keep)
     return folder
 
 
+def record_score(run: Path, name: str, score: float, keep: int) -> None:
+    """Store the validation score of the checkpoint `run/name` (higher is better). `run/best` points to the highest."""
+    manifest = run / name / "manifest.json"
+    part = manifest.with_suffix(".part")
+    part.write_text(json.dumps({**json.loads(manifest.read_text()), "score": score}, indent=2))
+    _flush(part)
+    os.replace(part, manifest)
+    if (best := _score(run / "best")) is None or score >= best:
+        update_symlink(run / "best", name)
+    _prune(run, run / name, keep)
+
+
+def _score(folder: Path) -> float | None:
+    """The score in the manifest of a checkpoint, if there is one."""
+    path = folder / "manifest.json"
+    return json.loads(path.read_text())["score"] if path.is_file() else None
+
+
+def _prune(run: Path, newest: Path, keep: int) -> None:
+    """Remove all checkpoints except `newest`, the best, and as many others that `keep` remain.
+
+    `newest` was written last, but a run that went back to an older checkpoint may have others of later steps.
+    """
+    others = sorted((folder for folder in run.glob("step_*") if folder != newest), reverse=True)
+    for folder in others[keep - 1:]:
+        if folder.resolve() != (run / "best").resolve():
+            shutil.rmtree(folder)
+
+
 def clean_partial(run: Path) -> None:
-    """Clean up after a run that was killed while it saved. A checkpoint that was moved out of the way is put back,
-    if the new one did not get its name yet."""
+    """Clean up after a run that was killed while it saved.
+
+    A checkpoint that was moved aside is moved back if the new one did not get its name yet.
+    """
     for old in run.glob(".step_*.old"):
         folder = run / old.name[1: -len(".old")]
-        with suppress(FileNotFoundError):  # another process of this run was faster
+        with suppress(FileNotFoundError):  # another rank of this run was faster
             if folder.exists():
                 shutil.rmtree(old)
             else:
@@ -68,54 +97,14 @@ def clean_partial(run: Path) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def load_training(folder: Path) -> dict:
-    """What `save_checkpoint` got as `training`. CheckpointError if the folder cannot be resumed or is damaged."""
+def load_training(folder: Path) -> dict[str, Any]:
+    """The state of the run that `save_checkpoint` saved. CheckpointError if the folder has none or is damaged."""
     path = folder / "training.pt"
     if not path.is_file():
-        raise CheckpointError(f"{folder} holds no training.pt: it can be evaluated, or start a new run by --init, "
-                              "but not be resumed")
+        raise CheckpointError(f"{folder} has no training.pt, so it cannot be resumed; evaluate it, or start a new run "
+                              "from it with --init")
     verify(folder, ("training.pt",))
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-
-
-def _score(folder: Path) -> float | None:
-    """The score in the manifest of a checkpoint; none if there is no such checkpoint."""
-    path = folder / "manifest.json"
-    return json.loads(path.read_text())["score"] if path.is_file() else None
-
-
-def unsharded_copy(model: MPLUG2, process: DistInfo) -> MPLUG2 | None:
-    """A model that is sharded (FSDP2), put together on the main process, in the memory of the CPU; None on the others.
-    All of them have to call it."""
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        one_piece = full_tensor(tensor)
-        if process.is_main:
-            weights[name] = one_piece.cpu()
-    if not process.is_main:
-        return None
-    with torch.device("meta"):  # neither memory nor random numbers
-        one = MPLUG2(model.config, model.task, model.classes)
-    one.load_state_dict(weights, assign=True)
-    return one
-
-
-def extra_state(objectives: nn.Module) -> dict[str, torch.Tensor]:
-    """What is trained along with the model: momentum copies, queues. All processes have to call it."""
-    return {name: full_tensor(tensor).cpu() for name, tensor in objectives.state_dict().items() if name[:6] != "model."}
-
-
-@torch.no_grad()
-def load_extra_state(objectives: nn.Module, saved: dict[str, torch.Tensor]) -> None:
-    """The inverse of `extra_state`. CheckpointError if the run has other parts now."""
-    own = {name: tensor for name, tensor in objectives.state_dict().items() if name[:6] != "model."}
-    # Runs saved before the teacher was renamed call it "momentum".
-    saved = {name.replace("momentum.", "ema_teacher.", 1): tensor for name, tensor in saved.items()}
-    if own.keys() != saved.keys():
-        raise CheckpointError(f"the checkpoint has {', '.join(sorted(saved)) or 'nothing'} beside the model, this run "
-                              f"{', '.join(sorted(own)) or 'nothing'}: it was saved with other settings")
-    for name, tensor in own.items():
-        tensor.copy_(shard_like(saved[name], tensor))
 
 
 def _flush(path: Path) -> None:
@@ -128,8 +117,8 @@ def _flush(path: Path) -> None:
 
 
 def update_symlink(link: Path, name: str) -> None:
-    """Let the symbolic link `link` point to `name`, in one step."""
-    aside = link.with_name(f".{link.name}.part")
-    aside.unlink(missing_ok=True)
-    aside.symlink_to(name)
-    os.replace(aside, link)
+    """Point the symbolic link `link` to `name`, atomically."""
+    part = link.with_name(f".{link.name}.part")
+    part.unlink(missing_ok=True)
+    part.symlink_to(name)
+    os.replace(part, link)

@@ -6,10 +6,13 @@ Each group of settings is a dataclass in the file that uses it. `resolve_setting
 import dataclasses
 import json
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from mplug2.checkpoint import read_config
 from mplug2.config import PRESETS, ModelConfig
@@ -179,6 +182,16 @@ def settings_parser(description: str, prog: str) -> Parser:
     return parser
 
 
+def parse_settings(description: str, prog: str, arguments: list[str]) -> Settings:
+    """The settings of the run that a command line describes. A mistake ends the program with one line."""
+    parser = settings_parser(description, prog)
+    given = parser.read(arguments, default_values)
+    try:
+        return resolve_settings(run_flags(given), given[ModelConfig.__name__])
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+
+
 def run_flags(given: dict[str, dict]) -> dict[str, Any]:
     """From what `Parser.read` returns, the flags of the run in one dictionary, without those of the model."""
     return {name: value for cls, _ in GROUPS.values() for name, value in given.get(cls.__name__, {}).items()}
@@ -277,24 +290,38 @@ def read_settings(folder: Path) -> tuple[Settings, dict[str, Any]]:
     """The settings in the settings.json of a run, and those of its model. ValueError if they cannot be read."""
     file = folder / "settings.json"
     contents = _read_json(file)
+    values, model = contents.get("train"), contents.get("model")
+    if not isinstance(values, dict) or not isinstance(model, dict):
+        raise ValueError(f"{file}: expected the settings of a run, with the parts 'train' and 'model'")
+    if "warmup" in values:  # before the fields were renamed
+        values = {OLD_NAMES.get(name, name): value for name, value in values.items()}
+        values["epochs"] = values.get("epochs") or None
     try:
-        values, model = dict(contents["train"]), dict(contents["model"])
-        if "warmup" in values:  # before the fields were renamed
-            values = {OLD_NAMES.get(name, name): value for name, value in values.items()}
-            values["epochs"] = values["epochs"] or None
         return Settings.from_flat(values), model
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} does not hold the settings of a run: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
-def write_settings(settings: Settings, **more: Any) -> None:
-    """Write settings.json of the run: all settings, and whatever else (`more`) describes it."""
+def write_settings(settings: Settings, arguments: list[str], **more: Any) -> None:
+    """Write settings.json of the run: all settings, the commands so far, and whatever else (`more`) describes the run.
+    """
     file = settings.folder / "settings.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    before = _read_json(file).get("commands", []) if file.exists() else []
-    contents = {"train": settings.flat(), "launch": os.environ.get("TORCHELASTIC_RUN_ID", "none"), **more}
-    contents["commands"] = list(dict.fromkeys([*before, contents.pop("command")]))
+    commands = _read_json(file).get("commands", []) if file.exists() else []
+    contents = {
+        "train": settings.flat(), **more, "launch": os.environ.get("TORCHELASTIC_RUN_ID", "none"),
+        "torch": torch.__version__, "commands": list(dict.fromkeys([*commands, command_line(arguments)])),
+    }
     file.write_text(json.dumps(contents, indent=2) + "\n")
+
+
+def command_line(arguments: list[str]) -> str:
+    """The command that started this run, to be typed again."""
+    world, local = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    nodes = ["--nnodes", str(world // local)] if world > local else []
+    processes = ["--nproc-per-node", str(local)] if local > 1 else []
+    launcher = ["torchrun", *nodes, *processes] if "WORLD_SIZE" in os.environ else ["python"]
+    return shlex.join([*launcher, "train.py", *map(str, arguments)])
 
 
 def _read_json(file: Path) -> dict[str, Any]:

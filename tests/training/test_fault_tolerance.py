@@ -1,4 +1,4 @@
-"""Signals that are noted, generators that go on where they were, and who is told to hold up the others."""
+"""Signals, the state of the random generators, and the ranks that the watchdog names."""
 
 import os
 import random
@@ -14,7 +14,7 @@ from mplug2.training.fault_tolerance import GracefulStop, Watchdog, generator_st
 CPU = torch.device("cpu")
 
 
-def test_signals_are_noted_and_the_old_handlers_come_back():
+def test_signals_set_the_name_and_the_old_handlers_are_restored():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with GracefulStop() as stop:
         assert stop.name == ""
@@ -25,7 +25,7 @@ def test_signals_are_noted_and_the_old_handlers_come_back():
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
-def test_all_generators_go_on_where_they_were_also_through_a_file(tmp_path):
+def test_generators_continue_from_their_saved_states(tmp_path):
     def draw() -> tuple:
         return random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(3).tolist()
 
@@ -38,30 +38,30 @@ def test_all_generators_go_on_where_they_were_also_through_a_file(tmp_path):
     assert [draw() for _ in range(3)] == expected
 
 
-def test_the_watchdog_names_who_is_behind_and_who_is_silent(monkeypatch):
-    """Three of them, as three processes would have: two whose threads tell where they are, and one that asks."""
+def test_the_watchdog_names_the_ranks_that_are_behind_or_silent(monkeypatch):
+    """Three watchdogs stand for three ranks: two publish their heartbeats, and one asks for the report."""
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(server.port))
     dogs = [Watchdog(DistInfo(rank, 3, CPU), timeout=1000) for rank in range(3)]
     dogs[0].interval, dogs[1].interval, dogs[2].interval = 0.15, 0.02, 0.02
 
-    def report(*places: tuple[int, str]) -> list[str]:
-        for dog, (step, doing) in zip(dogs, places):
-            dog.heartbeat(step, doing, names=lambda: "a.jsonl:3")
-            dog._tell()
+    def report(*heartbeats: tuple[int, str]) -> list[str]:
+        for dog, (step, activity) in zip(dogs, heartbeats):
+            dog.heartbeat(step, activity, names=lambda: "a.jsonl:3")
+            dog._publish()
         return dogs[0]._report().splitlines()
 
     data, step = "waiting for data", "in a step"
     with dogs[1], dogs[2]:
-        assert report((7, step), (7, step), (6, step))[0] == "process 2 of 3 holds up the others"
+        assert report((7, step), (7, step), (6, step))[0] == "rank 2 of 3 blocks the others"
         first, *lines = report((7, step), (7, data), (7, data))
-        assert first == "process 1 and process 2 of 3 hold up the others"
+        assert first == "rank 1 and rank 2 of 3 block the others"
         assert [line.strip() for line in lines] == [
-            "process 0 of 3: 7 steps done, in a step a.jsonl:3 (this process)",
-            "process 1 of 3: 7 steps done, waiting for data", "process 2 of 3: 7 steps done, waiting for data",
+            "rank 0 of 3: 7 steps done, in a step a.jsonl:3 (this rank)",
+            "rank 1 of 3: 7 steps done, waiting for data", "rank 2 of 3: 7 steps done, waiting for data",
         ]
-        assert report((7, step), (7, step), (7, step))[0] == "all processes are at the same place"
+        assert report((7, step), (7, step), (7, step))[0] == "all ranks are equally far"
     first, *lines = report((6, data), (7, step), (7, step))
-    assert first == "process 1 and process 2 of 3 hold up the others"
+    assert first == "rank 1 and rank 2 of 3 block the others"
     assert [line.endswith("NO SIGN OF LIFE: stopped, killed or cut off") for line in lines] == [False, True, True]

@@ -1,4 +1,4 @@
-"""What can happen to a run: each fault for real, with real processes, real signals and a disk that is full."""
+"""Faults of a run, for real: processes that are killed or hang, signals, a full disk, losses that are not finite."""
 
 import json
 import os
@@ -20,14 +20,15 @@ from safetensors.torch import load_file
 from test_parallel import SMALL, lines
 
 import train
+from mplug2.objectives.objectives import Objectives
 from mplug2.training.run_checkpoint import load_training
 
-pytestmark = pytest.mark.timeout(900)  # on a machine with other work, too
+pytestmark = pytest.mark.timeout(900)  # for a busy machine
 HERE = Path(train.__file__).parent
 LONG = ["--max-steps", "100000", "--warmup-steps", "1", "--save-every", "4"]
-"""A run that nothing but a fault ends."""
+"""A run that only a fault ends."""
 PATIENCE = 250
-"""Seconds until a test that waits gives up."""
+"""Seconds after which a test stops waiting."""
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +40,8 @@ LAUNCHED: list[subprocess.Popen] = []
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left_running():
-    """Whatever became of a test, its processes end with it."""
+def end_all_processes():
+    """The processes of a test end with it, even if it fails."""
     yield
     while LAUNCHED:
         process = LAUNCHED.pop()
@@ -51,8 +52,10 @@ def nothing_is_left_running():
 
 
 def launch(*arguments, torchrun: tuple | None = None, new_session: bool = False) -> subprocess.Popen:
-    """train.py in the background, by torchrun with its own arguments if there are any. What it says goes to a file, as
-    a pipe that nobody reads would stop it when full."""
+    """train.py in the background, under torchrun if its arguments are given.
+
+    The output goes to a file: a full pipe that nobody reads would block the process.
+    """
     program = [sys.executable] if torchrun is None else [sys.executable, "-m", "torch.distributed.run", *torchrun]
     output = tempfile.TemporaryFile("w+")
     process = subprocess.Popen(
@@ -64,25 +67,25 @@ def launch(*arguments, torchrun: tuple | None = None, new_session: bool = False)
     return process
 
 
-def said_by(process: subprocess.Popen) -> str:
-    """All that a process printed until now."""
+def output_of(process: subprocess.Popen) -> str:
+    """What a process has printed so far."""
     process.output.seek(0)
     return process.output.read()
 
 
-def end_of(process: subprocess.Popen) -> str:
-    """Wait until a process has ended; what it printed."""
+def wait_until_ended(process: subprocess.Popen) -> str:
+    """Wait until a process has ended. Returns what it printed."""
     with suppress(subprocess.TimeoutExpired):
         process.wait(PATIENCE)
-    assert process.returncode is not None, said_by(process)
-    return said_by(process)
+    assert process.returncode is not None, output_of(process)
+    return output_of(process)
 
 
 def wait_for(condition: Callable, process: subprocess.Popen):
-    """What `condition` returns, as soon as it is true; fails with what was printed if the process ends before."""
+    """Wait until `condition()` is true, and return it. Fails with the output if the process ends before."""
     end = time.monotonic() + PATIENCE
     while not (found := condition()):
-        assert process.poll() is None and time.monotonic() < end, said_by(process)
+        assert process.poll() is None and time.monotonic() < end, output_of(process)
         time.sleep(0.1)
     return found
 
@@ -92,7 +95,7 @@ def steps(run: Path) -> list[int]:
 
 
 def processes_of(launcher: subprocess.Popen) -> dict[int, int]:
-    """The process ids of the training processes that a torchrun started, by rank."""
+    """The process ids of the ranks that a torchrun started."""
     found = {}
     for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
         with suppress(OSError):  # it has ended in the meantime
@@ -102,7 +105,7 @@ def processes_of(launcher: subprocess.Popen) -> dict[int, int]:
 
 
 def processes_of_session(leader: int) -> list[int]:
-    """The processes of a session that have not ended; also those whose parent is gone."""
+    """The running processes of a session, including those whose parent has ended."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -112,7 +115,7 @@ def processes_of_session(leader: int) -> list[int]:
 
 
 def refused(capsys, arguments: list) -> str:
-    """What is said when a run ends with an error, on one line."""
+    """The error message that ends a run, on one line."""
     with pytest.raises(SystemExit) as stopped:
         train.main([str(argument) for argument in arguments])
     assert stopped.value.code == 1
@@ -122,8 +125,8 @@ def refused(capsys, arguments: list) -> str:
 # ---- signals ---------------------------------------------------------------------------------------------------------
 
 
-def test_one_node_goes_on_after_sigkill_and_sigterm_to_one_process_makes_all_save_and_exit_cleanly(data, tmp_path):
-    """Then the run goes on from there, on one process."""
+def test_one_node_continues_after_sigkill_and_a_sigterm_to_one_rank_makes_all_save_and_exit(data, tmp_path):
+    """Then the run continues on one process."""
     run = tmp_path / "tiny"
     launcher = launch(*SMALL, *LONG, "--save-every", 2, "--data", data, "--out", tmp_path, torchrun=(
         "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", 2, "--max-restarts", 1,
@@ -136,41 +139,41 @@ def test_one_node_goes_on_after_sigkill_and_sigterm_to_one_process_makes_all_sav
                          launcher)
     wait_for(lambda: steps(run)[-1] > killed_at + 1, launcher)
     os.kill(processes_of(launcher)[1], signal.SIGTERM)
-    said = end_of(launcher)
+    said = wait_until_ended(launcher)
     assert launcher.returncode == 0, said
     step = steps(run)[-1]
     assert steps(run) == list(range(1, step + 1))
-    assert said.count("pretrain: ") == 2  # one process of two speaks, once each time
-    assert f"saved after step {step} of 100000; --resume goes on from {run / 'last'}" in said
+    assert said.count("pretrain: ") == 2  # one rank of two prints, once per start
+    assert f"saved after step {step} of 100000; continue with --resume from {run / 'last'}" in said
     assert os.readlink(run / "last") == f"step_{step:07d}" and load_training(run / "last")["step"] == step
     train.main(["--resume", "--out", str(tmp_path), "--max-steps", str(step + 2)])
     assert steps(run) == list(range(1, step + 3))
 
 
-def test_ctrl_c_reaches_the_loaders_workers_too_and_the_run_saves_all_the_same(data, tmp_path):
+def test_a_run_with_workers_saves_when_ctrl_c_reaches_all_its_processes(data, tmp_path):
     run = tmp_path / "tiny"
     process = launch(*SMALL, *LONG, "--workers", 1, "--data", data, "--out", tmp_path, new_session=True)
     wait_for(lambda: len(steps(run)) >= 2, process)
     os.killpg(process.pid, signal.SIGINT)
-    said = end_of(process)
+    said = wait_until_ended(process)
     assert process.returncode == 0, said
     assert f"SIGINT: saved after step {steps(run)[-1]} of 100000" in said
     assert load_training(run / "last")["step"] == steps(run)[-1]
 
 
-# ---- processes that die, and that hang -------------------------------------------------------------------------------
+# ---- processes that die or hang --------------------------------------------------------------------------------------
 
 
-def test_two_nodes_go_on_from_the_last_checkpoint_after_a_process_is_killed(data, tmp_path):
-    """Two agents of torchrun, as on two machines, meet at a port of the loopback; one of their processes is killed. In
-    the end the agents are asked to stop, and wait until their processes have saved."""
+def test_two_nodes_continue_from_the_last_checkpoint_after_a_rank_is_killed(data, tmp_path):
+    """Two agents of torchrun meet at a local port, as on two machines, and one of their ranks is killed. Later the
+    agents are asked to stop, and wait until their ranks have saved."""
     run, port = tmp_path / "tiny", free_port()
     nodes = [
         launch(*SMALL, *LONG, "--data", data, "--out", tmp_path, torchrun=(
             "--nnodes", 2, "--node-rank", node, "--nproc-per-node", 1, "--max-restarts", 2, "--rdzv-backend", "c10d",
             "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test", "--monitor-interval", "0.1",
             "--shutdown-timeout", 150,
-            "--local-addr", "127.0.0.1",  # else the nodes look for each other by a host name, which may not resolve
+            "--local-addr", "127.0.0.1",  # a host name may not resolve
         )) for node in range(2)
     ]
     wait_for(lambda: (run / "last").exists() and len(steps(run)) >= 6, nodes[0])
@@ -180,16 +183,16 @@ def test_two_nodes_go_on_from_the_last_checkpoint_after_a_process_is_killed(data
     killed_at = steps(run)[-1]
     wait_for(lambda: len(processes_of(nodes[0])) == 1 and set(processes_of(nodes[0]).values()) != {first[0]}
              and steps(run)[-1:] > [killed_at + 4], nodes[0])
-    for node in nodes:  # as Slurm does before the time is up: to torchrun itself, which passes it on
+    for node in nodes:  # as Slurm does before the time limit: torchrun forwards it
         node.send_signal(signal.SIGTERM)
-    said = [end_of(node) for node in nodes]
+    said = [wait_until_ended(node) for node in nodes]
     found = steps(run)
     assert found == list(range(1, found[-1] + 1)) and found[-1] >= killed_at + 4  # each step once
     assert "saved after step" in said[0] + said[1]
     assert load_training(run / "last")["step"] == found[-1]
 
 
-def test_a_process_that_hangs_is_named_and_the_run_ends(data, tmp_path):
+def test_a_rank_that_hangs_is_named_and_the_run_ends(data, tmp_path):
     run = tmp_path / "tiny"
     launcher = launch(*SMALL, *LONG, "--data", data, "--out", tmp_path, "--timeout", 12,
                       torchrun=("--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", 2))
@@ -199,41 +202,41 @@ def test_a_process_that_hangs_is_named_and_the_run_ends(data, tmp_path):
     waiting = processes_of(launcher)[0]
     status = Path(f"/proc/{waiting}/status")
     wait_for(lambda: not status.exists() or "State:\tZ" in status.read_text(), launcher)
-    os.kill(hanging, signal.SIGKILL)  # else torchrun waits half a minute for it to obey
-    said = end_of(launcher)
+    os.kill(hanging, signal.SIGKILL)  # a stopped process would not react to SIGTERM
+    said = wait_until_ended(launcher)
     assert launcher.returncode != 0
-    assert "nothing went on for 12 seconds (--timeout): process 1 of 2 holds up the others" in said, said
-    assert "process 1 of 2: " in said and "NO SIGN OF LIFE" in said
-    assert "train.py" in said.split("What this process is doing:")[1]  # its stack
+    assert "no progress for 12 s (--timeout): rank 1 of 2 blocks the others" in said, said
+    assert "rank 1 of 2: " in said and "NO SIGN OF LIFE" in said
+    assert "train.py" in said.split("The stack of this process:")[1]  # its stack
     assert load_training(run / "last")["step"] % 4 == 0
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_sample_that_hangs_is_named_and_nothing_is_left_of_the_run(tmp_path, workers):
-    """A clip whose decoder never comes back: here, a pipe that nobody writes to."""
+def test_a_sample_that_hangs_is_named_and_no_process_is_left(tmp_path, workers):
+    """A video whose decoder never returns: here, a pipe that nobody writes to."""
     pipe = tmp_path / "pipe.gif"
     os.mkfifo(pipe)
     (tmp_path / "video_caption.train.jsonl").write_text('{"video": "pipe.gif", "captions": ["a red three"]}\n')
     process = launch(*SMALL, "--data", tmp_path, "--out", tmp_path, "--timeout", 4, "--workers", workers,
                      new_session=True)
-    said = end_of(process)
+    said = wait_until_ended(process)
     end = time.monotonic() + PATIENCE
     while running := processes_of_session(process.pid):
         assert time.monotonic() < end, running
         time.sleep(0.1)
     assert process.returncode == 70
-    assert "nothing went on for 4 seconds (--timeout)" in said and "waiting for data" in said
+    assert "no progress for 4 s (--timeout)" in said and "waiting for data" in said
     assert f"{tmp_path / 'video_caption.train.jsonl'}:1" in said
 
 
-def test_a_run_that_is_started_again_goes_on_by_itself(data, tmp_path, monkeypatch, capsys):
-    """By torchrun after a process failed, by Slurm after a node did, or by another agent of the same launch: the same
-    command, without --resume. Before the first checkpoint it starts anew."""
+def test_a_restarted_run_continues_without_resume(data, tmp_path, monkeypatch, capsys):
+    """torchrun restarts it after a rank failed, Slurm after a node failed, and another agent of the same launch may
+    start it too: always the same command, without --resume. Before the first checkpoint it starts from scratch."""
     arguments = [str(a) for a in [*SMALL, "--data", data, "--out", tmp_path, "--max-steps", 2]]
     run = tmp_path / "tiny"
     with monkeypatch.context() as stopped:
-        stopped.setattr(train, "save_checkpoint", lambda *_: (_ for _ in ()).throw(ValueError("the end")))
-        assert "the end" in refused(capsys, arguments)
+        stopped.setattr(train, "save_checkpoint", lambda *_: (_ for _ in ()).throw(ValueError("disk gone")))
+        assert "disk gone" in refused(capsys, arguments)
     assert not (run / "last").exists() and steps(run) == [1, 2]
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "web")
     with pytest.raises(SystemExit):
@@ -253,8 +256,8 @@ def test_a_run_that_is_started_again_goes_on_by_itself(data, tmp_path, monkeypat
 # ---- the disk --------------------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_ends_in_a_message_and_the_older_checkpoint_is_whole(capsys, data, tmp_path):
-    """The system refuses to write more than a few bytes into a file, as it does when a disk or a quota is full."""
+def test_a_full_disk_ends_the_run_with_a_message_and_the_older_checkpoint_is_intact(capsys, data, tmp_path):
+    """The system refuses to write more than a few bytes to a file, as with a full disk or quota."""
     arguments = [*SMALL, "--data", data, "--out", tmp_path]
     train.main([str(argument) for argument in [*arguments, "--max-steps", 2]])
     run, before = tmp_path / "tiny", resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -265,14 +268,14 @@ def test_a_full_disk_ends_in_a_message_and_the_older_checkpoint_is_whole(capsys,
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "step_0000004 could not be written (" in message and "File too large" in message
-    assert "The checkpoint before it: step_0000002 is whole. Make room on the disk, then go on with --resume" in message
+    assert "the previous one, step_0000002, is intact. Free some disk space, then continue with --resume" in message
     assert sorted(path.name for path in run.iterdir() if "step" in path.name) == ["step_0000002"]
     assert (run / "last" / "model.safetensors").read_bytes() == weights
     train.main(["--resume", "--out", str(tmp_path), "--max-steps", "4"])
     assert load_training(run / "last")["step"] == 4
 
 
-def test_a_damaged_checkpoint_is_refused_and_the_run_goes_on_from_the_one_before_it(capsys, data, tmp_path):
+def test_a_damaged_checkpoint_is_refused_and_the_run_continues_from_the_one_before(capsys, data, tmp_path):
     run = tmp_path / "tiny"
     train.main([str(a) for a in [*SMALL, "--data", data, "--out", tmp_path, "--max-steps", 4, "--save-every", 2]])
     expected = load_file(run / "last" / "model.safetensors")
@@ -288,16 +291,16 @@ def test_a_damaged_checkpoint_is_refused_and_the_run_goes_on_from_the_one_before
     assert all(found[name].equal(tensor) for name, tensor in expected.items())
 
 
-# ---- numbers that are not finite -------------------------------------------------------------------------------------
+# ---- losses that are not finite --------------------------------------------------------------------------------------
 
 
-def spoil(monkeypatch, spoilt: set[int], gradient: bool) -> None:
-    """Make the loss, or only its gradient, infinite at some steps."""
-    forward, count = train.Objectives.forward, iter(range(1000))
+def make_nonfinite(monkeypatch, steps: set[int], gradient: bool) -> None:
+    """Make the loss, or only its gradient, infinite at these steps."""
+    forward, count = Objectives.forward, iter(range(1000))
 
-    def spoilt_forward(self, batch: dict) -> dict:
+    def nonfinite_forward(self, batch: dict) -> dict:
         losses = forward(self, batch)
-        if next(count) in spoilt:
+        if next(count) in steps:
             name = next(iter(losses))
             if gradient:
                 losses[name].register_hook(lambda _: torch.tensor(float("nan")))
@@ -305,12 +308,12 @@ def spoil(monkeypatch, spoilt: set[int], gradient: bool) -> None:
                 losses[name] = losses[name] * float("inf")
         return losses
 
-    monkeypatch.setattr(train.Objectives, "forward", spoilt_forward)
+    monkeypatch.setattr(Objectives, "forward", nonfinite_forward)
 
 
 @pytest.mark.parametrize("gradient", [False, True])
 def test_a_step_that_is_not_finite_is_skipped_counted_and_reported(capsys, data, tmp_path, monkeypatch, gradient):
-    spoil(monkeypatch, {1, 2, 4}, gradient)
+    make_nonfinite(monkeypatch, {1, 2, 4}, gradient)
     train.main([str(a) for a in [*SMALL, "--data", data, "--out", tmp_path, "--max-steps", 6, "--max-nonfinite", 3]])
     said = capsys.readouterr().err
     for step in (1, 2, 4):
@@ -322,10 +325,10 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_reported(capsys, data,
     assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
-def test_several_such_steps_in_a_row_stop_the_run(capsys, data, tmp_path, monkeypatch):
-    spoil(monkeypatch, {1, 3, 4, 5}, gradient=False)
+def test_several_steps_in_a_row_that_are_not_finite_stop_the_run(capsys, data, tmp_path, monkeypatch):
+    make_nonfinite(monkeypatch, {1, 3, 4, 5}, gradient=False)
     message = refused(capsys, [*SMALL, "--data", data, "--out", tmp_path, "--max-nonfinite", 3, "--save-every", 2])
-    assert "3 steps in a row were not finite, as many as --max-nonfinite allows; the last: step 5 is not" in message
+    assert "3 steps in a row were not finite (--max-nonfinite); the last: step 5 is not finite" in message
     assert message.count(".jsonl:") >= 6
     assert load_training(tmp_path / "tiny" / "last")["step"] == 4
     assert json.loads((tmp_path / "tiny" / "last" / "manifest.json").read_text())["step"] == 4

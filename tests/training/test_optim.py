@@ -1,4 +1,4 @@
-"""The optimizer: each parameter in one group, decay where it belongs, and the shape of the schedule."""
+"""The optimizer: parameter groups, weight decay, Muon, and the learning-rate schedule."""
 
 import copy
 
@@ -27,9 +27,9 @@ rates = st.sampled_from([1e-3, 2e-5])
 
 
 @given(config=configs(), task=st.sampled_from([*TASKS]), lr=rates, vision_lr=rates, decay=st.sampled_from([0.0, 0.02]))
-def test_each_parameter_is_in_one_group_with_its_rate_and_decay(config, task, lr, vision_lr, decay):
+def test_each_parameter_is_in_one_group_with_its_learning_rate_and_decay(config, task, lr, vision_lr, decay):
     model = MPLUG2(config, task)
-    groups = parameter_groups(model, lr, vision_lr, decay)
+    groups = parameter_groups(model, OptimizerSettings(lr=lr, vision_lr=vision_lr, weight_decay=decay))
     found = [(id(parameter), group["lr"], group["weight_decay"]) for group in groups for parameter in group["params"]]
     matrices = {id(module.weight) for module in model.modules() if isinstance(module, (nn.Linear, TemporalConv))}
     expected = [
@@ -45,9 +45,10 @@ def test_each_parameter_is_in_one_group_with_its_rate_and_decay(config, task, lr
 
 @given(config=configs(), task=st.sampled_from(["pretrain", "video_caption", "text_classification"]),
        decay=st.sampled_from([0.5, 0.75, 1.0]))
-def test_each_layer_of_an_encoder_learns_by_a_share_of_the_one_above(config, task, decay):
+def test_each_encoder_layer_has_a_fraction_of_the_learning_rate_of_the_layer_above(config, task, decay):
     model = MPLUG2(config, task)
-    rates = {id(parameter): group["lr"] for group in parameter_groups(model, 1.0, 0.5, 0.02, decay)
+    settings = OptimizerSettings(lr=1.0, vision_lr=0.5, layer_decay=decay)
+    rates = {id(parameter): group["lr"] for group in parameter_groups(model, settings)
              for parameter in group["params"]}
     found = {name: rates[id(parameter)] for name, parameter in model.named_parameters()}
     for name, rate in found.items():
@@ -66,35 +67,36 @@ def test_each_layer_of_an_encoder_learns_by_a_share_of_the_one_above(config, tas
             assert rate == 1.0, name
 
 
-def test_frozen_modules_are_left_out_and_no_others():
+def test_only_frozen_modules_are_excluded():
     model = MPLUG2(small(), "video_qa")
     freeze(model, ["vision_encoder", "universal"])
-    learning = {id(parameter) for group in parameter_groups(model, 1, 1, 0) for parameter in group["params"]}
+    groups = parameter_groups(model, OptimizerSettings())
+    learning = {id(parameter) for group in groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
         frozen = name.startswith(("vision_encoder.", "universal."))
         assert parameter.requires_grad != frozen and (id(parameter) in learning) != frozen
     freeze(model, [])
     assert all(parameter.requires_grad for parameter in model.parameters())
-    with pytest.raises(ValueError, match="for video_qa has no 'vision_encodr'; it has vision_encoder, "):
+    with pytest.raises(ValueError, match=r"freeze='vision_encodr' \(did you mean 'vision_encoder'\?\): the modules "):
         freeze(model, ["vision_encodr"])
-    with pytest.raises(ValueError, match="nothing is left to train"):
+    with pytest.raises(ValueError, match="no module is left to train"):
         freeze(MPLUG2(small(), "text_classification"), ["text_encoder", "universal", "classifier"])
 
 
 def test_biases_norms_embeddings_positions_latents_and_temperature_do_not_decay():
     model = MPLUG2(small(), "pretrain")
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    spared = {
-        names[id(parameter)] for group in parameter_groups(model, 1e-3, 1e-3, 0.1) for parameter in group["params"]
+    undecayed = {
+        names[id(parameter)] for group in parameter_groups(model, OptimizerSettings()) for parameter in group["params"]
         if group["weight_decay"] == 0
     }
     words = ("bias", "norm.weight", "embeddings.word.weight", "position", "position.weight", "token_type.weight",
              "latents", "class_token", "temperature")
-    assert spared == {name for name in names.values() if name.endswith(words)}
+    assert undecayed == {name for name in names.values() if name.endswith(words)}
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_a_step_without_gradient_only_shrinks_what_decays(name):
+def test_a_step_with_zero_gradients_only_applies_weight_decay(name):
     model = randomised(MPLUG2(small(), "pretrain"))
     optimizer = make_optimizer(model, OptimizerSettings(name, lr=0.1, vision_lr=0.01, weight_decay=0.5))
     before = {parameter: parameter.detach().clone() for parameter in model.parameters()}
@@ -111,19 +113,19 @@ def test_a_step_without_gradient_only_shrinks_what_decays(name):
 
 
 @given(n=st.integers(1, 3), rows=st.integers(1, 12), columns=st.integers(1, 12), scale=st.floats(1e-3, 1e3), seed=seeds)
-def test_orthogonal_matrices_keep_singular_vectors_and_lose_singular_values(n, rows, columns, scale, seed):
+def test_orthogonalizing_keeps_singular_vectors_and_makes_singular_values_about_one(n, rows, columns, scale, seed):
     matrices = noise(n, rows, columns, seed=seed).float() * scale
     found = orthogonalize(matrices)
     left, values, right = torch.linalg.svd(matrices.double(), full_matrices=False)
-    turned = left.mT @ found.double() @ right.mT  # diagonal where the singular vectors are the same
-    large = values > 0.02 * values.norm(dim=1, keepdim=True)  # five steps do not lift what is nearly nothing
-    diagonal = turned.diagonal(dim1=1, dim2=2)
+    rotated = left.mT @ found.double() @ right.mT  # diagonal where the singular vectors are the same
+    large = values > 0.02 * values.norm(dim=1, keepdim=True)  # five iterations do not lift tiny singular values
+    diagonal = rotated.diagonal(dim1=1, dim2=2)
     assert (diagonal[large] > 0.5).all() and (diagonal[large] < 1.3).all()
-    assert (turned - torch.diag_embed(diagonal)).abs().max() < 1e-2
+    assert (rotated - torch.diag_embed(diagonal)).abs().max() < 1e-2
 
 
-def test_muon_is_the_rule_written_out_and_adamw_for_the_rest():
-    """Three steps: momentum with Nesterov's look ahead, orthogonal, scaled to AdamW's size, decoupled decay."""
+def test_muon_equals_its_formula_and_adamw_for_the_rest():
+    """Three steps: Nesterov momentum, orthogonalized, scaled to the size of AdamW's steps, with decoupled decay."""
     model, rng = randomised(MPLUG2(small(), "pretrain")).float(), torch.Generator().manual_seed(0)
     reference = copy.deepcopy(model)
     both = [make_optimizer(each, OptimizerSettings(name, lr=0.1, vision_lr=0.01, weight_decay=0.5)) for each, name in
@@ -147,7 +149,7 @@ def test_muon_is_the_rule_written_out_and_adamw_for_the_rest():
         torch.testing.assert_close(parameter.data, expected.data, msg=name, rtol=1e-4, atol=1e-5)
 
 
-def test_muon_goes_on_from_its_saved_state():
+def test_muon_continues_from_its_saved_state():
     models = [randomised(MPLUG2(small(), "video_caption")).float() for _ in range(2)]
     first, second = (make_optimizer(model, OptimizerSettings(lr=0.1, weight_decay=0.5)) for model in models)
 
@@ -169,19 +171,19 @@ def test_muon_goes_on_from_its_saved_state():
 # ---- the schedule ----------------------------------------------------------------------------------------------------
 
 
-@given(steps=st.integers(1, 200), warmup_share=st.floats(0, 1), floor=st.floats(0, 1))
-def test_the_rate_rises_to_one_and_falls_to_the_floor(steps, warmup_share, floor):
-    warmup = round(warmup_share * (steps - 1))
-    shares = [lr_factor(step, steps, warmup, floor) for step in range(steps + 1)]
-    rising, falling = shares[:warmup], shares[warmup:]
+@given(steps=st.integers(1, 200), warmup_ratio=st.floats(0, 1), floor=st.floats(0, 1))
+def test_the_learning_rate_rises_to_the_peak_and_falls_to_the_floor(steps, warmup_ratio, floor):
+    warmup = round(warmup_ratio * (steps - 1))
+    factors = [lr_factor(step, steps, warmup, floor) for step in range(steps + 1)]
+    rising, falling = factors[:warmup], factors[warmup:]
     assert rising == pytest.approx([(step + 1) / warmup for step in range(warmup)])
     assert falling[0] == 1 and falling[-1] == pytest.approx(floor)
     assert all(later <= earlier for earlier, later in zip(falling, falling[1:]))
-    assert falling == pytest.approx([1 + floor - share for share in reversed(falling)])  # half a cosine is symmetric
+    assert falling == pytest.approx([1 + floor - factor for factor in reversed(falling)])  # half a cosine is symmetric
     assert lr_factor(steps + 10, steps, warmup, floor) == pytest.approx(floor)
 
 
-def test_a_quarter_of_the_fall_is_that_of_a_cosine():
+def test_the_fall_is_a_half_cosine():
     assert lr_factor(25, 100, 0, 0.0) == pytest.approx((1 + 2**-0.5) / 2)
     assert lr_factor(75, 100, 0, 0.2) == pytest.approx(0.2 + 0.8 * (1 - 2**-0.5) / 2)
 

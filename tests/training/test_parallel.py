@@ -22,7 +22,6 @@ from safetensors.torch import load_file
 import mplug2
 import train
 from mplug2 import distributed
-from mplug2.model.layers import Block
 from mplug2.model.mplug2 import MPLUG2
 from mplug2.objectives import losses
 from mplug2.objectives.objectives import Objectives
@@ -34,10 +33,10 @@ from mplug2.training.parallel import (
     load_optimizer_state,
     no_sync,
     optimizer_state,
-    split_param_groups,
+    unsharded_copy,
     wrap_model,
 )
-from mplug2.training.run_checkpoint import load_training, unsharded_copy
+from mplug2.training.run_checkpoint import load_training
 
 LOSSES = ("vtc", "vtm", "mlm", "caption", "answer")
 SMALL = (
@@ -93,7 +92,7 @@ def shared_gradients(kind: str, rank: int, world: int) -> dict:
         batch["positive_id"] = torch.tensor([5, 6, 5, 7, 8, 8])[: len(batch["positive_id"])]
     with patch.object(losses, "hard_negatives", neighbours):
         for way in ("ddp", "fsdp"):
-            parallel = wrap_model(Objectives(make_model()), process, ParallelSettings(parallel=way), Block)
+            parallel = wrap_model(Objectives(make_model()), process, ParallelSettings(parallel=way))
             for loss in LOSSES if kind != "text" else ("mlm",):
                 for count in (1, 2) if way == "ddp" else (2,):
                     shares = [rank_share(batch, rank, world) for batch in whole[:count]]
@@ -140,7 +139,7 @@ def task_gradients(b: int, rank: int, world: int) -> dict:
         for way in ("ddp", "fsdp") if world > 1 else ("alone",):
             model = randomised(MPLUG2(small(), task, {} if name == "number" else {task: ("a", "b", "c")}))
             settings = ParallelSettings(parallel="fsdp" if way == "fsdp" else "ddp")
-            parallel = wrap_model(Objectives(model), process, settings, Block)
+            parallel = wrap_model(Objectives(model), process, settings)
             with patch.object(losses, "hard_negatives", neighbours):
                 for loss in heads:
                     found[name, loss, way] = gradients(parallel, [batch], loss)
@@ -165,7 +164,7 @@ def test_the_losses_and_gradients_of_other_tasks_are_those_of_one_process(proces
 def exchanges(rank: int, way: str) -> list[bool]:
     """After each of two micro-batches: have the processes exchanged their gradients?"""
     process, found = distributed.DistInfo(rank, 2, torch.device("cpu")), []
-    parallel = wrap_model(Objectives(make_model()), process, ParallelSettings(parallel=way), Block)
+    parallel = wrap_model(Objectives(make_model()), process, ParallelSettings(parallel=way))
     for last in (False, True):
         with no_sync(parallel, last):
             parallel(rank_share(make_batch("text", 4, 2, 1), rank, 2))["mlm"].backward()
@@ -185,10 +184,9 @@ def clipped(rank: int, world: int, way: str, name: str) -> tuple[float, list[np.
     process = distributed.DistInfo(rank, world, torch.device("cpu"))
     module = Objectives(make_model())
     settings = ParallelSettings(parallel="ddp" if way == "ddp" else "fsdp", cpu_offload=way == "offload")
-    parallel = wrap_model(module, process, settings, Block)
+    parallel = wrap_model(module, process, settings)
     parameters = list(module.parameters())
     optimizer = make_optimizer(module.model, OptimizerSettings(name, lr=0.01, vision_lr=0.02, weight_decay=0.1))
-    split_param_groups(optimizer)
     for seed in range(3):
         batch = rank_share(make_batch("image", 6, 2, seed), rank, world)
         with patch.object(losses, "hard_negatives", neighbours):

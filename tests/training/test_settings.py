@@ -17,6 +17,7 @@ from mplug2.training.settings import (
     OWNERS,
     PRECEDENCE,
     Settings,
+    command_line,
     read_settings,
     resolve_settings,
     settings_parser,
@@ -25,8 +26,9 @@ from mplug2.training.settings import (
 )
 
 
-def write_run(settings: Settings, **more) -> None:
-    write_settings(settings, model=dataclasses.asdict(PRESETS["tiny"]()), command="python train.py", **more)
+def write_run(settings: Settings) -> None:
+    """The folder of a run with a checkpoint, as far as settings are concerned."""
+    write_settings(settings, [], model=dataclasses.asdict(PRESETS["tiny"]()))
     checkpoint = settings.folder / "step_0000001"
     checkpoint.mkdir()
     (settings.folder / "last").symlink_to(checkpoint.name)
@@ -155,9 +157,10 @@ def test_settings_of_runs_with_the_old_names_can_be_resumed(tmp_path):
 @pytest.mark.parametrize("text, message", [
     ("{", "settings.json is not a JSON file: "),
     ("[]", "settings.json: expected a JSON object"),
-    ("{}", "settings.json does not hold the settings of a run: 'train'"),
-    ('{"train": {"lrr": 1}, "model": {}}', "of a run: unknown setting 'lrr' (did you mean 'lr'?)"),
-    ('{"train": {"lr": -1}, "model": {}}', "of a run: lr=-1: expected a number of at least 0"),
+    ("{}", "settings.json: expected the settings of a run, with the parts 'train' and 'model'"),
+    ('{"train": {"lrr": 1}, "model": {}}', "settings.json: unknown setting 'lrr' (did you mean 'lr'?)"),
+    ('{"train": {"lr": -1}, "model": {}}', "settings.json: lr=-1: expected a number of at least 0"),
+    ('{"train": {"lr": "x"}, "model": {}}', "settings.json: "),
 ])
 def test_a_settings_file_that_cannot_be_read_is_refused_in_one_line(capsys, tmp_path, text, message):
     write_run(Settings.from_flat({"out": str(tmp_path)}))
@@ -173,11 +176,21 @@ def test_a_settings_file_that_cannot_be_read_is_refused_in_one_line(capsys, tmp_
 def test_the_commands_of_a_run_are_kept_and_a_restart_is_recognized(tmp_path, monkeypatch):
     settings = Settings.from_flat({"out": str(tmp_path)})
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "web")
-    for command in ("a", "b", "a"):
-        write_settings(settings, model={}, command=command)
-    assert json.loads((settings.folder / "settings.json").read_text())["commands"] == ["a", "b"]
+    for arguments in (["--name", "a b"], [], ["--name", "a b"]):
+        write_settings(settings, arguments, model={})
+    commands = json.loads((settings.folder / "settings.json").read_text())["commands"]
+    assert commands == ["python train.py --name 'a b'", "python train.py"]
     assert was_restarted(settings.folder)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "other")
     assert not was_restarted(settings.folder) and not was_restarted(tmp_path / "nowhere")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert was_restarted(settings.folder)
+
+
+def test_the_command_of_a_run_can_be_typed_again(monkeypatch):
+    assert command_line(["--data", "a b", "--max-steps", 3]) == "python train.py --data 'a b' --max-steps 3"
+    for world, local, expected in ((4, 4, "torchrun --nproc-per-node 4 train.py"), (1, 1, "torchrun train.py"),
+                                   (8, 4, "torchrun --nnodes 2 --nproc-per-node 4 train.py")):
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+        assert command_line([]) == expected

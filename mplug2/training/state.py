@@ -1,0 +1,76 @@
+"""The state of a run: all that changes while it trains, except for the weights of the model."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mplug2.checkpoint import CheckpointError
+from mplug2.data.build import TrainingData
+from mplug2.distributed import DistInfo, all_gather_object, full_tensor, shard_like
+from mplug2.objectives.objectives import Objectives
+from mplug2.training.fault_tolerance import generator_states, set_generator_states
+from mplug2.training.parallel import load_optimizer_state, optimizer_state
+
+
+class TrainState:
+    """Step, optimizer, position in the data, EMA teacher, counters and random generators.
+
+    A run that loads the state which it saved continues bit-identically. `state_dict` and `load_state_dict` are
+    collective: every rank has to call them. The number of ranks may change in between; the generators are then seeded
+    again.
+    """
+
+    def __init__(
+        self, objectives: Objectives, optimizer: torch.optim.Optimizer, data: TrainingData, process: DistInfo
+    ):
+        self.objectives, self.optimizer, self.data, self.process = objectives, optimizer, data, process
+        self.step = 0
+        """Number of steps done."""
+        self.nonfinite_steps = 0
+        """Number of steps that were skipped because a loss or gradient was not finite."""
+        self.nonfinite_in_a_row = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "optimizer": optimizer_state(self.optimizer, self.objectives.model),
+            "positions": self.data.state_dict(),
+            "objectives": extra_state(self.objectives),
+            "nonfinite_steps": self.nonfinite_steps,
+            "generators": all_gather_object(generator_states(self.process.device)),
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self.step, self.nonfinite_steps = saved["step"], saved["nonfinite_steps"]
+        load_optimizer_state(self.optimizer, self.objectives.model, saved["optimizer"])
+        load_extra_state(self.objectives, saved["objectives"])
+        self.data.load_state_dict(self.step, saved["positions"])
+        rank, states = self.process.rank, saved["generators"]
+        if len(states) == self.process.world_size:
+            set_generator_states(states[rank], self.process.device)
+        else:  # no rank continues one of the old ranks
+            torch.manual_seed(int(np.random.default_rng((self.data.seed, self.step, rank)).integers(2**63)))
+
+
+def extra_state(objectives: nn.Module) -> dict[str, Tensor]:
+    """What is trained along with the model: the weights and the queue of the EMA teacher."""
+    return {name: full_tensor(tensor).cpu() for name, tensor in _extra_tensors(objectives).items()}
+
+
+@torch.no_grad()
+def load_extra_state(objectives: nn.Module, saved: dict[str, Tensor]) -> None:
+    """The inverse of `extra_state`. CheckpointError if the run was started with other settings."""
+    own = _extra_tensors(objectives)
+    # Runs that were saved before the teacher was renamed call it "momentum".
+    saved = {name.replace("momentum.", "ema_teacher.", 1): tensor for name, tensor in saved.items()}
+    if own.keys() != saved.keys():
+        raise CheckpointError(f"{', '.join(sorted(saved.keys() ^ own.keys()))}: in the checkpoint or in this run, but "
+                              "not in both; resume with the settings that the run was started with")
+    for name, tensor in own.items():
+        tensor.copy_(shard_like(saved[name], tensor))
+
+
+def _extra_tensors(objectives: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in objectives.state_dict().items() if not name.startswith("model.")}
