@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mplug2.distributed import all_gather_with_grad
 from mplug2.model.mplug2 import MPLUG2, answer_memory
 from mplug2.model.shapes import check
-from mplug2.objectives.losses import TEMPERATURE_RANGE, decoder_logits
+from mplug2.objectives.losses import decoder_logits, scaled_similarity
 
 
 class EMATeacher(nn.Module):
@@ -119,7 +119,7 @@ def distilled_contrastive_loss(
     all ranks and from the queue. Positives share the hard part of the target evenly, as in `contrastive_loss`."""
     sizes = check(teacher_text, "b e", **check(teacher_vision, "b e", **check(text, "b e", **check(vision, "b e"))))
     check(positive_id, "b", **sizes)
-    temperature, alpha = temperature.clamp(*TEMPERATURE_RANGE), ema_teacher.alpha
+    alpha = ema_teacher.alpha
     queued_vision, queued_text, queued_id = ema_teacher.queue()
     all_ids = torch.cat([all_gather_with_grad(positive_id), queued_id])
     positive = (positive_id[:, None] == all_ids[None, :]).to(vision.dtype)
@@ -128,8 +128,8 @@ def distilled_contrastive_loss(
     for rows, teacher_rows, columns, queued in (
         (vision, teacher_vision, teacher_text, queued_text), (text, teacher_text, teacher_vision, queued_vision),
     ):
-        columns = torch.cat([all_gather_with_grad(columns), queued.to(columns.dtype)]).T
-        soft = (teacher_rows @ columns / temperature.detach()).softmax(dim=1)
-        log_probs = (rows @ columns / temperature).log_softmax(dim=1)
+        columns = torch.cat([all_gather_with_grad(columns), queued.to(columns.dtype)])
+        soft = scaled_similarity(teacher_rows, columns, temperature.detach()).softmax(dim=1)
+        log_probs = scaled_similarity(rows, columns, temperature).log_softmax(dim=1)
         losses.append(-((alpha * soft + (1 - alpha) * target) * log_probs).sum(dim=1))
     return torch.stack(losses).mean()

@@ -24,6 +24,7 @@ from mplug2.model.mplug2 import MPLUG2
 from mplug2.model.shapes import check
 
 TEMPERATURE_RANGE = (0.001, 0.5)
+"""Range of VTC's learned temperature, as in ALBEF."""
 
 
 def contrastive_loss(vision: Tensor, text: Tensor, temperature: Tensor, positive_id: Tensor) -> Tensor:
@@ -31,25 +32,36 @@ def contrastive_loss(vision: Tensor, text: Tensor, temperature: Tensor, positive
     visions. positive_id `b`, integers; several positives share the target evenly."""
     sizes = check(text, "b e", **check(vision, "b e"))
     check(positive_id, "b", **sizes)
-    temperature = temperature.clamp(*TEMPERATURE_RANGE)
     positive = (positive_id[:, None] == all_gather_with_grad(positive_id)[None, :]).to(vision.dtype)
     target = positive / positive.sum(dim=1, keepdim=True)
     losses = []
     for rows, columns in ((vision, text), (text, vision)):
-        log_probs = (rows @ all_gather_with_grad(columns).T / temperature).log_softmax(dim=1)
+        log_probs = scaled_similarity(rows, all_gather_with_grad(columns), temperature).log_softmax(dim=1)
         losses.append(-(target * log_probs).sum(dim=1))
     return torch.stack(losses).mean()
 
 
+def scaled_similarity(rows: Tensor, columns: Tensor, temperature: Tensor) -> Tensor:
+    """Unit vectors `a e` and `b e` -> cosines / temperature, `a b`, in float32 or better.
+
+    Under autocast they would be bfloat16, which rounds values near 44 to multiples of 0.25.
+    """
+    with torch.autocast(rows.device.type, enabled=False):
+        dtype = torch.promote_types(rows.dtype, torch.float32)
+        return rows.to(dtype) @ columns.to(dtype).T / temperature
+
+
 def hard_negatives(similarity: Tensor, positive_id: Tensor) -> tuple[Tensor, Tensor]:
     """For each row of `similarity` `b b`, draw a column with another positive_id, with probability
-    softmax(similarity). Returns the indices `b`, and whether the row has any negative, `b`."""
+    softmax(similarity). Returns the indices `b`, and whether the row has any negative, `b`.
+
+    argmax(p / Exp(1)) draws from p. Unlike torch.multinomial it does not raise for NaN: the training loop can then skip
+    the step and name its samples.
+    """
     negative = positive_id[:, None] != positive_id[None, :]
-    exists = negative.any(dim=1)
-    probability = similarity.softmax(dim=1) + 1e-6
-    # A row without negatives draws any column; the caller masks its loss with `exists`.
-    probability = torch.where(negative | ~exists[:, None], probability, 0.0)
-    return torch.multinomial(probability, 1)[:, 0], exists
+    draw = (similarity.softmax(dim=1) + 1e-6) / torch.empty_like(similarity).exponential_()
+    # A row without negatives draws the first column; the caller masks its loss.
+    return draw.masked_fill(~negative, -1.0).argmax(dim=1), negative.any(dim=1)
 
 
 def matching_loss(

@@ -24,12 +24,17 @@ from mplug2.objectives.losses import (
     language_loss,
     masked_loss,
     matching_loss,
+    scaled_similarity,
 )
 from mplug2.objectives.packing import pad_and_concat, split_padded
 from mplug2.objectives.self_critical import SelfCritical
 
-MASKS = {"caption": "caption_mask", "masked": "caption_mask", "question": "question_mask"}
-"""The mask of each text of a batch."""
+TEXTS = {
+    "caption": ("caption_mask", "contrastive_text", {"vtc", "vtm"}),
+    "masked": ("caption_mask", "masked_head", {"mlm"}),
+    "question": ("question_mask", "decoder", {"answer"}),
+}
+"""The texts of a batch that the text encoder reads: the mask, the module and the losses that need each."""
 
 
 class Objectives(nn.Module):
@@ -37,30 +42,32 @@ class Objectives(nn.Module):
     model and batch have what they need. A module, so that DDP and FSDP wrap one forward.
 
     `ema_teacher` gives soft targets for answers and, with a queue, for VTC. `self_critical` replaces the caption loss.
+    `skip` names losses that are not computed, because their weight is 0.
     """
 
-    def __init__(self, model: MPLUG2, ema_teacher: EMATeacher | None = None, self_critical: SelfCritical | None = None):
+    def __init__(
+        self, model: MPLUG2, ema_teacher: EMATeacher | None = None, self_critical: SelfCritical | None = None,
+        skip: frozenset[str] = frozenset(),
+    ):
         super().__init__()
-        self.model, self.ema_teacher, self.self_critical = model, ema_teacher, self_critical
+        self.model, self.ema_teacher, self.self_critical, self.skip = model, ema_teacher, self_critical, skip
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
         model, losses, vision = self.model, {}, encode_visual(self.model, batch)
-        if "masked_ids" in batch and vision is None:
-            hidden = model.encode_text(batch["masked_ids"], batch["caption_mask"])
-            losses["mlm"] = masked_loss(model, hidden, batch["caption_ids"], batch["masked_positions"])
-        text = {} if vision is None else self.encode_texts(batch)
+        text = self.encode_texts(batch)
         if "caption" in text:
             losses |= self.pair_losses(batch, vision, text["caption"])
         if "prompted_ids" in batch and self.self_critical:
             losses["reward"] = self.self_critical.loss(model, vision, batch)
-        elif "prompted_ids" in batch:
+        elif "prompted_ids" in batch and "caption" not in self.skip:
             losses["caption"] = language_loss(
                 model, batch["prompted_ids"], batch["prompted_mask"], vision, batch["prompted_positions"]
             )
-        if to_fuse := {name: text[name] for name in ("masked", "question") if name in text}:
-            fused_vision, fused = self.fuse(batch, vision, to_fuse)
+        to_fuse = {} if vision is None else {name: text[name] for name in ("masked", "question") if name in text}
+        fused_vision, fused = self.fuse(batch, vision, to_fuse) if to_fuse else ({}, {})
         if "masked" in text:
-            losses["mlm"] = masked_loss(model, fused["masked"], batch["caption_ids"], batch["masked_positions"])
+            hidden = fused.get("masked", text["masked"])
+            losses["mlm"] = masked_loss(model, hidden, batch["caption_ids"], batch["masked_positions"])
         if "question" in text:
             memory, memory_mask = answer_memory(fused_vision["question"], fused["question"], batch["question_mask"])
             soft_targets = self.ema_teacher.answer_logits(batch) if self.ema_teacher else ()
@@ -77,35 +84,40 @@ class Objectives(nn.Module):
 
     def pair_losses(self, batch: dict, vision: Tensor, text: Tensor) -> dict[str, Tensor]:
         """VTC and VTM of V' `b v d` and the captions of the batch, `b l d`."""
-        model, mask, positive_id = self.model, batch["caption_mask"], batch["positive_id"]
+        model, positive_id, losses = self.model, batch["positive_id"], {}
         unit_vision, unit_text = model.project_vision(vision), model.project_text(text)
         with torch.no_grad():
-            similarity = unit_vision @ unit_text.T / model.temperature.clamp(*TEMPERATURE_RANGE)
-        if self.ema_teacher and self.ema_teacher.has_queue:
-            vtc = self.ema_teacher.contrastive_loss(batch, unit_vision, unit_text, model.temperature, self.training)
-        else:
-            vtc = contrastive_loss(unit_vision, unit_text, model.temperature, positive_id)
-        return {"vtc": vtc, "vtm": matching_loss(model, vision, text, mask, similarity, positive_id)}
+            # Clamp the parameter itself, as ALBEF does: clamping a copy in the loss would stop its gradient for good.
+            temperature = model.temperature.clamp_(*TEMPERATURE_RANGE)
+            similarity = scaled_similarity(unit_vision, unit_text, temperature)
+        if "vtc" not in self.skip and self.ema_teacher and self.ema_teacher.has_queue:
+            losses["vtc"] = self.ema_teacher.contrastive_loss(
+                batch, unit_vision, unit_text, model.temperature, self.training
+            )
+        elif "vtc" not in self.skip:
+            losses["vtc"] = contrastive_loss(unit_vision, unit_text, model.temperature, positive_id)
+        if "vtm" not in self.skip:
+            losses["vtm"] = matching_loss(model, vision, text, batch["caption_mask"], similarity, positive_id)
+        return losses
 
     def encode_texts(self, batch: dict) -> dict[str, Tensor]:
-        """The encoded texts that the model has a use for, `(b r) l d` by name: one large pass of the text encoder is
-        faster than several small ones."""
-        model, b = self.model, len(batch["pixels"])
-        users = {"caption": "contrastive_text", "masked": "masked_head", "question": "decoder"}
-        ids = {name: batch[f"{name}_ids"] for name, user in users.items()
-               if hasattr(model, user) and f"{name}_ids" in batch}
-        if not ids:
+        """The encoded texts that the losses need, `(b r) l d` by name: one large pass of the text encoder is faster
+        than several small ones. Captions need pixels to be compared with."""
+        names = [name for name, (_, module, losses) in TEXTS.items() if f"{name}_ids" in batch
+                 and hasattr(self.model, module) and losses - self.skip and (name != "caption" or "pixels" in batch)]
+        if not names:
             return {}
-        hidden = model.encode_text(pad_and_concat([*ids.values()], b),
-                                   pad_and_concat([batch[MASKS[name]] for name in ids], b))
-        parts = split_padded(hidden, [len(rows) // b for rows in ids.values()], b)
-        return {name: part[:, : ids[name].shape[1]] for name, part in zip(ids, parts)}
+        b, ids = len(batch["positive_id"]), [batch[f"{name}_ids"] for name in names]
+        mask = pad_and_concat([batch[TEXTS[name][0]] for name in names], b)
+        hidden = self.model.encode_text(pad_and_concat(ids, b), mask)
+        parts = split_padded(hidden, [len(rows) // b for rows in ids], b)
+        return {name: part[:, : rows.shape[1]] for name, rows, part in zip(names, ids, parts)}
 
     def fuse(self, batch: dict, vision: Tensor, text: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Fuse several texts with V' `b v d` in one pass. Returns the visual tokens and the fused text, by name."""
         b, counts = len(vision), [len(rows) // len(vision) for rows in text.values()]
         vision, fused = self.model.fuse(
-            vision, pad_and_concat([*text.values()], b), pad_and_concat([batch[MASKS[name]] for name in text], b)
+            vision, pad_and_concat([*text.values()], b), pad_and_concat([batch[TEXTS[name][0]] for name in text], b)
         )
         # Connected-attention layers change the vision for each text. Otherwise all texts share it.
         visions = split_padded(vision, counts, b) if len(vision) > b else [vision] * len(text)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from contextlib import ExitStack
 from unittest.mock import patch
 
 import pytest
@@ -23,6 +24,7 @@ from mplug2.objectives.losses import (
     language_loss,
     masked_loss,
     matching_loss,
+    scaled_similarity,
 )
 from mplug2.objectives.objectives import Objectives, classification_input, encode_visual
 from mplug2.objectives.packing import pad_and_concat, split_padded
@@ -63,16 +65,30 @@ def test_the_order_of_positives_makes_no_difference(seed):
     assert abs(different[0] - different[1]) > 1e-6
 
 
-def test_the_temperature_stays_in_its_range_and_learns():
-    rng = torch.Generator().manual_seed(0)
-    vision, text, positive_id = unit(rng, 4), unit(rng, 4), torch.arange(4)
-    for outside, edge in ((1e-6, TEMPERATURE_RANGE[0]), (-1.0, TEMPERATURE_RANGE[0]), (3.0, TEMPERATURE_RANGE[1])):
-        losses = [contrastive_loss(vision, text, torch.tensor(t).double(), positive_id) for t in (outside, edge)]
-        torch.testing.assert_close(*losses)
+@pytest.mark.parametrize("start, edge", [(1e-6, TEMPERATURE_RANGE[0]), (-1.0, TEMPERATURE_RANGE[0]), (3.0, 0.5)])
+def test_the_temperature_stays_in_its_range_and_its_gradient_is_never_stuck_at_zero(start, edge):
     assert TEMPERATURE_RANGE == (0.001, 0.5)
-    temperature = torch.tensor(0.07).double().requires_grad_()
-    contrastive_loss(vision, text, temperature, positive_id).backward()
-    assert temperature.grad != 0
+    trained, batch = make_model("image_retrieval"), task_batch("image_retrieval")
+    trained.temperature.data.fill_(start)
+    # Similarities that differ by so little that the softmax is not one-hot at the lowest temperature.
+    for projection in (trained.contrastive_vision, trained.contrastive_text):
+        projection.weight.data.mul_(1e-3)
+        projection.bias.data.fill_(1.0)
+    Objectives(trained)(batch)["vtc"].backward()
+    assert trained.temperature.item() == pytest.approx(edge)
+    assert trained.temperature.grad != 0
+
+
+def test_similarities_are_float32_under_autocast():
+    rng = torch.Generator().manual_seed(0)
+    rows, columns = unit(rng, 6).float(), unit(rng, 5).float()
+    expected = rows.double() @ columns.double().T / 0.0227
+    with torch.autocast("cpu", torch.bfloat16):
+        found = scaled_similarity(rows, columns, torch.tensor(0.0227))
+        loss = contrastive_loss(rows[:5], columns, torch.tensor(0.0227), torch.arange(5))
+    assert found.dtype == loss.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(loss, contrastive_loss(rows[:5], columns, torch.tensor(0.0227), torch.arange(5)))
 
 
 def test_contrastive_loss_refuses_wrong_shapes():
@@ -142,6 +158,15 @@ def test_rows_of_the_similarity_draw_texts_and_columns_draw_visions():
         matching_loss(model, vision, text, mask, similarity, positive_id)
     by_text, by_vision = (call.args[0] for call in drawn.call_args_list)
     assert by_text.equal(similarity) and by_vision.equal(similarity.T)
+
+
+def test_nan_inside_the_encoder_gives_nan_losses_and_no_error():
+    """The training loop skips such a step and names its samples; an error would end the run."""
+    broken, batch = make_model(), make_batch("image")
+    broken.vision_encoder.blocks[0].mlp_down.bias.data[0] = float("nan")
+    losses = Objectives(broken)(batch)
+    assert losses["vtc"].isnan() and losses["vtm"].isnan()
+    sum(losses.values()).backward()
 
 
 # ---- masked ----------------------------------------------------------------------------------------------------------
@@ -219,6 +244,25 @@ def test_text_alone_trains_masked_language_modeling():
     hidden = model.encode_text(batch["masked_ids"], batch["caption_mask"])
     torch.testing.assert_close(losses["mlm"], masked_loss(
         model, hidden, batch["caption_ids"], batch["masked_positions"]))
+
+
+@pytest.mark.parametrize("skip", [{"vtc"}, {"vtm"}, {"vtc", "vtm"}, {"mlm"}, {"caption"}, {"answer"}])
+def test_a_loss_that_is_skipped_is_not_computed_and_the_others_stay(skip):
+    batch, functions = make_batch("image"), {"vtc": "contrastive_loss", "vtm": "matching_loss", "mlm": "masked_loss"}
+    torch.manual_seed(0)
+    expected = Objectives(model)(batch)
+    torch.manual_seed(0)
+    with ExitStack() as stack:
+        for name in skip & set(functions):
+            stack.enter_context(patch(f"mplug2.objectives.objectives.{functions[name]}", side_effect=AssertionError))
+        with patch.object(model, "encode_text", wraps=model.encode_text) as encoded:
+            found = Objectives(model, skip=frozenset(skip))(batch)
+    assert set(found) == set(expected) - skip
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name])
+    # 3 captions, 3 masked captions, 6 questions: only the texts that are needed are encoded.
+    texts = 3 * (not {"vtc", "vtm"} <= skip) + 3 * ("mlm" not in skip) + 6 * ("answer" not in skip)
+    assert len(encoded.call_args.args[0]) == texts
 
 
 @settings(max_examples=20, deadline=None)
