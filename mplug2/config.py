@@ -5,6 +5,7 @@ together, raise ValueError here, before anything is built.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -32,6 +33,8 @@ class ModelConfig:
     """Groups of the temporal convolution; 0: as many as channels (depth-wise, as released)."""
     local_temporal_placement: Literal["released", "figure"] = "released"
     """released: before the attention and before the MLP of each block; figure: before the attention only."""
+    class_token: Literal["released", "figure"] = "released"
+    """released: one class token per frame, averaged at the end; figure: one class token for all frames of a video."""
     temporal_on_images: bool = True
     """Run the local temporal modules on images too, as released; in Figure 2 they are for videos only."""
     width: int = 768
@@ -116,3 +119,21 @@ large = partial(ModelConfig, patch_size=14, vision_width=1024, vision_layers=24,
 """mPLUG-2 large, the released size: ViT-L/14, about 1.03 billion parameters."""
 
 PRESETS = {"tiny": tiny, "base": base, "large": large}
+
+
+def set_form(form: Literal["released", "figure"], config: ModelConfig, given: Mapping[str, object] = {}) -> ModelConfig:
+    """`config` with every choice between the released code and Figure 2 made in one way.
+
+    The figure does not give the number of groups of the temporal convolution. Here it is `local_temporal_groups` of
+    `given`, or the number of heads. Raises ValueError if a setting in `given` contradicts the form.
+    """
+    fields = dict.fromkeys(("local_temporal_placement", "class_token", "universal_readout"), form)
+    fields["temporal_on_images"] = form == "released"
+    fields["local_temporal_groups"] = 0
+    if form == "figure":
+        fields["local_temporal_groups"] = given.get("local_temporal_groups") or config.vision_heads
+    for name, value in fields.items():
+        if given.get(name, value) != value:
+            raise ValueError(f"{name}={given[name]!r} contradicts form={form!r}, which sets it to {value!r}: "
+                             "give only one of them")
+    return dataclasses.replace(config, **fields)

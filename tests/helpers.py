@@ -39,6 +39,7 @@ def configs(draw: st.DrawFn, **fixed) -> ModelConfig:
         vision_layers=draw(st.integers(1, 2)),
         temporal_downsampling=draw(st.booleans()), temporal_stride=draw(few),
         local_temporal_groups=draw(st.sampled_from([0, 1, vision_head_width // 2])),
+        class_token=draw(st.sampled_from(["released", "figure"])),
         local_temporal_placement=draw(st.sampled_from(["released", "figure"])),
         heads=heads, width=heads * draw(st.integers(4, 8)), universal_layers=universal_layers,
         text_layers=universal_layers + draw(st.integers(0, 2)), latents=draw(st.integers(2, 4)),

@@ -7,11 +7,11 @@ import pytest
 from helpers import configs, small
 from hypothesis import given
 
-from mplug2.config import MAY_BE_ZERO, PRESETS, ModelConfig
+from mplug2.config import MAY_BE_ZERO, PRESETS, ModelConfig, form_fields
 from mplug2.dataclass_tools import from_dict
 
 FIELDS = dataclasses.fields(ModelConfig)
-CHOICES = {"local_temporal_placement": ("released", "figure"), "universal_readout": ("released", "figure")}
+CHOICES = dict.fromkeys(("local_temporal_placement", "class_token", "universal_readout"), ("released", "figure"))
 
 
 def names_of(kind):
@@ -97,7 +97,7 @@ def test_published_sizes(preset, sizes):
     as_released = dict(
         image_size=224, universal_layers=2, latents=50, vocab_size=30522, max_positions=512, contrastive_width=256,
         local_temporal=True, local_temporal_groups=0, local_temporal_placement="released", temporal_on_images=True,
-        universal_readout="released", fusion_stride=0, temporal_downsampling=False, dropout=0.1,
+        class_token="released", universal_readout="released", fusion_stride=0, temporal_downsampling=False, dropout=0.1,
     )
     assert {name: getattr(config, name) for name in as_released} == as_released
 
@@ -108,6 +108,36 @@ def test_a_preset_takes_changes_and_checks_them(preset):
     assert PRESETS[preset](latents=7) == changed != PRESETS[preset]()
     with pytest.raises(ValueError, match="heads=5 does not divide width"):
         PRESETS[preset](heads=5)
+
+
+# ---- the two forms
+
+
+FIGURE = dict(local_temporal_placement="figure", temporal_on_images=False, class_token="figure",
+              universal_readout="figure")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_form_sets_its_fields_and_no_others(preset):
+    config = PRESETS[preset]()
+    assert set_form("released", config) == config
+    found = set_form("figure", config)
+    assert found == dataclasses.replace(config, local_temporal_groups=config.vision_heads, **FIGURE)
+    assert set_form("released", found) == config
+
+
+def test_a_form_takes_fields_that_agree_and_refuses_others():
+    assert set_form("figure", small(), {"local_temporal_groups": 4}).local_temporal_groups == 4
+    assert set_form("figure", small(), {**FIGURE, "heads": 2}) == set_form("figure", small())
+    released = {field.name: getattr(small(), field.name) for field in FIELDS if field.name in FIGURE}
+    for name, value in released.items():
+        with pytest.raises(ValueError, match=f"{name}={value!r} contradicts form='figure', which sets it to"):
+            set_form("figure", small(), {name: value})
+    for name, value in {**FIGURE, "local_temporal_groups": 4}.items():
+        with pytest.raises(ValueError, match=f"{name}={value!r} contradicts form='released'"):
+            set_form("released", small(), {name: value})
+    with pytest.raises(ValueError, match="local_temporal_groups=0 contradicts form='figure', which sets it to 3"):
+        set_form("figure", small(), {"local_temporal_groups": 0})
 
 
 # ---- from and to dictionaries

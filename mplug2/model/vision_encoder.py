@@ -1,6 +1,10 @@
 """The dual-vision encoder (Figure 2(b)): one ViT for images and videos, with local temporal modules (LT) for videos.
 
-Attention and MLP work within each frame, so images and videos share them. Only LT connects the frames.
+Attention and MLP work within each frame, so images and videos share them. Only LT tells a video from a set of images.
+
+The released code has one class token per frame, and averages them at the end. Figure 2(b) draws one class token for all
+frames, but not how it takes part in attention within frames. Our reading: in every frame it attends to the patches and
+they attend to it, and its change is the mean over the frames. The code stores it once per frame, with equal values.
 
 Axes: b batch, t frames, n patches per frame, f = 1 + n tokens per frame, v = 1 + t*n visual tokens, d vision width.
 """
@@ -33,7 +37,7 @@ class VisionBlock(Block):
         width = config.vision_width
         self.lt1 = LocalTemporal(config) if config.local_temporal else None
         self.lt2 = LocalTemporal(config) if self.lt1 and config.local_temporal_placement == "released" else None
-        self.temporal_on_images = config.temporal_on_images
+        self.temporal_on_images, self.one_class_token = config.temporal_on_images, config.class_token == "figure"
         self.attention_norm = nn.LayerNorm(width, eps=1e-5)
         self.attention = SelfAttention(width, config.vision_heads)
         self.mlp_norm = nn.LayerNorm(width, eps=1e-5)
@@ -48,7 +52,11 @@ class VisionBlock(Block):
         if self.lt1 is not None and temporal:
             x = self.add_to_patches(x, self.lt1)
         frames = rearrange(self.attention_norm(x), "b t f d -> (b t) f d", b=b, t=t, f=f, d=d)
-        x = x + self.drop_path(rearrange(self.attention(frames), "(b t) f d -> b t f d", b=b, t=t, f=f, d=d))
+        change = rearrange(self.attention(frames), "(b t) f d -> b t f d", b=b, t=t, f=f, d=d)
+        if self.one_class_token:
+            shared = reduce(change[:, :, :1], "b t 1 d -> b 1 1 d", "mean", b=b, t=t, d=d)
+            change = torch.cat([shared.expand(b, t, 1, d), change[:, :, 1:]], dim=2)
+        x = x + self.drop_path(change)
         if self.lt2 is not None and temporal:
             x = self.add_to_patches(x, self.lt2)
         return x + self.drop_path(quick_gelu_mlp(self.mlp_norm(x), self.mlp_up, self.mlp_down))

@@ -52,7 +52,10 @@ def test_the_block_is_its_formula(config, b, t, image, seed):
     expected = x.clone()
     expected[:, :, 1:] = x[:, :, 1:] + block.lt1(x[:, :, 1:])
     each = norm_by_hand(block.attention_norm, expected, eps=1e-5).flatten(0, 1)
-    expected = expected + attention_by_hand(block.attention, each, each).unflatten(0, (b, t))
+    change = attention_by_hand(block.attention, each, each).unflatten(0, (b, t))
+    if config.class_token == "figure":
+        change[:, :, 0] = change[:, :, 0].mean(dim=1, keepdim=True)
+    expected = expected + change
     assert block.attention.heads == d // config.vision_head_width
     if config.local_temporal_placement == "released":
         expected[:, :, 1:] += block.lt2(expected[:, :, 1:])
@@ -93,7 +96,35 @@ def test_with_local_temporal_it_can(config, t, seed):
     assert_differs(patches_of_shuffled, patches[:, order])
 
 
-@given(config=configs(local_temporal=False, **whole), t=frames, seed=seeds)
+@given(config=configs(class_token="figure"), t=frames, seed=seeds)
+def test_one_class_token_for_all_frames_is_the_same_in_every_frame(config, t, seed):
+    encoder, pixels = randomized(VisionEncoder(config), seed), pixels_for(config, 2, t, seed)
+    x = encoder.patch_embed(pixels)
+    for block in encoder.blocks:
+        x = block(x, is_image=False)
+        assert_same(x[:, :, 0], x[:, :1, 0].expand_as(x[:, :, 0]))
+    assert_same(encoder(pixels)[:, 0], norm_by_hand(encoder.norm, x[:, 0, 0], eps=1e-5))
+
+
+@given(config=configs(), seed=seeds)
+def test_for_an_image_both_kinds_of_class_tokens_are_the_same(config, seed):
+    encoder, image = randomized(VisionEncoder(config), seed), pixels_for(config, 2, 1, seed)
+    other = {"released": "figure", "figure": "released"}[config.class_token]
+    assert_same(encoder(image), other_form(encoder, config, class_token=other)(image))
+
+
+@given(config=configs(local_temporal=False, class_token="figure", **whole), t=frames, seed=seeds)
+def test_one_class_token_carries_information_between_frames_without_local_temporal(config, t, seed):
+    config = dataclasses.replace(config, vision_layers=2)
+    encoder, pixels = randomized(VisionEncoder(config), seed), pixels_for(config, 1, t, seed)
+    changed = pixels.clone()
+    changed[:, :, 0] += noise(*pixels[:, :, 0].shape, seed=seed + 1)
+    _, before = by_frames(config, encoder(pixels), t)
+    _, after = by_frames(config, encoder(changed), t)
+    assert_differs(after[:, -1], before[:, -1])
+
+
+@given(config=configs(local_temporal=False, class_token="released", **whole), t=frames, seed=seeds)
 def test_without_local_temporal_a_video_is_a_set_of_images(config, t, seed):
     encoder, pixels = randomized(VisionEncoder(config), seed), pixels_for(config, 1, t, seed)
     _, patches = by_frames(config, encoder(pixels), t)
@@ -130,7 +161,8 @@ def test_the_reach_grows_by_one_frame_per_module(placement, modules, layers, fra
             assert_same(after[:, other], before[:, other])
 
 
-@given(config=configs(local_temporal_placement="figure"), t=frames, frame=st.integers(0, 4), seed=seeds)
+@given(config=configs(local_temporal_placement="figure", class_token="released"), t=frames, frame=st.integers(0, 4),
+       seed=seeds)
 def test_class_tokens_bypass_the_local_temporal_module(config, t, frame, seed):
     frame = min(frame, t - 1)
     block = randomized(VisionBlock(config, 0.0), seed)
