@@ -80,7 +80,10 @@ def read_config(folder: Path | str) -> tuple[str, ModelConfig, PreprocessConfig]
         saved = json.loads(path.read_text())
         if saved["format"] != FORMAT:
             raise CheckpointError(f"{path}: format {saved['format']}, but this version reads format {FORMAT}")
-        config = from_dict(ModelConfig, saved["model"], str(path))
+        if "class_token" not in saved["model"] and saved["model"].get("universal_readout") == "figure":
+            raise CheckpointError(f"{path}: universal_readout='figure' of this older checkpoint has no cross-attention "
+                                  "inside the universal layers; train it again with --form figure")
+        config = from_dict(ModelConfig, {"class_token": "released", **saved["model"]}, str(path))
         preprocess = saved["preprocess" if "preprocess" in saved else "preparation"]  # the key of older checkpoints
         return saved["task"], config, from_dict(PreprocessConfig, preprocess, str(path))
     except CheckpointError:

@@ -121,11 +121,11 @@ large = partial(ModelConfig, patch_size=14, vision_width=1024, vision_layers=24,
 PRESETS = {"tiny": tiny, "base": base, "large": large}
 
 
-def set_form(form: Literal["released", "figure"], config: ModelConfig, given: Mapping[str, object] = {}) -> ModelConfig:
-    """`config` with every choice between the released code and Figure 2 made in one way.
+def form_fields(form: Literal["released", "figure"], config: ModelConfig, given: Mapping[str, object]) -> dict:
+    """The fields of `config` that choose between the released code and Figure 2, all set to one form.
 
     The figure does not give the number of groups of the temporal convolution. Here it is `local_temporal_groups` of
-    `given`, or the number of heads. Raises ValueError if a setting in `given` contradicts the form.
+    the `given` settings, or the number of heads. Raises ValueError if a given setting contradicts the form.
     """
     fields = dict.fromkeys(("local_temporal_placement", "class_token", "universal_readout"), form)
     fields["temporal_on_images"] = form == "released"
@@ -136,4 +136,4 @@ def set_form(form: Literal["released", "figure"], config: ModelConfig, given: Ma
         if given.get(name, value) != value:
             raise ValueError(f"{name}={given[name]!r} contradicts form={form!r}, which sets it to {value!r}: "
                              "give only one of them")
-    return dataclasses.replace(config, **fields)
+    return fields

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from mplug2.checkpoint import CheckpointError, PreprocessConfig, load_model, read_config, save_model
+from mplug2.config import form_fields
 from mplug2.data.text import Tokenizer
 from mplug2.model.mplug2 import MPLUG2
 from mplug2.tasks import TASKS
@@ -59,10 +60,10 @@ def change_config(folder: Path, part: str | None, **changes) -> None:
 
 @settings(max_examples=10, deadline=None)
 @given(st.sampled_from(sorted(TASKS)), seeds, st.sampled_from(["released", "figure"]), st.sampled_from([16, 24]))
-def test_loading_is_bit_identical_to_what_was_saved(tmp_path_factory, task, seed, readout, width):
-    """`vision_width` is 24: models with and without the layer that joins the two widths."""
+def test_loading_is_bit_identical_to_what_was_saved(tmp_path_factory, task, seed, form, width):
+    """In both forms. `vision_width` is 24: models with and without the layer that joins the two widths."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    model = make_model(task, seed, universal_readout=readout, width=width)
+    model = make_model(task, seed, **form_fields(form, small(), {}), width=width)
     save_model(folder, model, TOKENIZER, PREPROCESS)
     found, tokenizer, preprocess = load_model(folder)
     assert_same_weights(found, model)
@@ -71,6 +72,20 @@ def test_loading_is_bit_identical_to_what_was_saved(tmp_path_factory, task, seed
     assert not found.training
     assert read_config(folder) == (task, model.config, PREPROCESS)
     assert {file.name for file in folder.iterdir()} == {"model.safetensors", "config.json", "tokenizer.json"}
+
+
+@pytest.mark.parametrize("readout", ["released", "figure"])
+def test_a_checkpoint_from_before_the_class_token_setting_loads_unless_it_has_the_old_readout(tmp_path, readout):
+    model = make_model(universal_readout=readout)
+    save_model(tmp_path, model, TOKENIZER, PREPROCESS)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    del saved["model"]["class_token"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    if readout == "figure":
+        with pytest.raises(CheckpointError, match="has no cross-attention inside the universal layers"):
+            load_model(tmp_path)
+    else:
+        assert_same_weights(load_model(tmp_path)[0], model)
 
 
 @pytest.mark.parametrize(
@@ -209,8 +224,13 @@ def test_missing_files_are_named(saved, tmp_path):
 def test_a_config_with_an_unknown_missing_or_impossible_setting_is_refused(saved):
     original = (saved / "config.json").read_text()
     for part, changes, message in (
+<<<<<<< HEAD
         ("model", {"widht": 3}, "unknown settings widht; known are contrastive_width, "),
         ("preprocess", {"fps": 3}, "unknown settings fps; known are frames, max_words"),
+=======
+        ("model", {"widht": 3}, "unknown settings widht; known are class_token, "),
+        ("preparation", {"fps": 3}, "unknown settings fps; known are frames, max_words"),
+>>>>>>> 57eaa96 (Checkpoints: a file from before the class_token setting loads; one with the old figure read-out is refused)
         ("model", {"heads": 3}, "heads=3 does not divide width=16"),
         ("model", {"width": "16"}, "width='16': expected an integer"),
         (None, {"format": 99}, "format 99, but this version reads format 1"),
