@@ -133,10 +133,10 @@ class Parser(argparse.ArgumentParser):
 
 def value_type(field: dataclasses.Field) -> tuple[type, tuple[str, ...]]:
     """The type of a flag's value, and its choices if it has a fixed set of them."""
-    if get_origin(field.type) is Literal:
-        return str, get_args(field.type)
-    kinds = [kind for kind in get_args(field.type) if kind is not type(None)]  # of `float | None`
-    return kinds[0] if kinds else field.type, ()
+    kind = field.type
+    if get_origin(kind) is not Literal:
+        kind = next((one for one in get_args(kind) if one is not type(None)), kind)  # of `float | None`
+    return (str, get_args(kind)) if get_origin(kind) is Literal else (kind, ())
 
 
 def parse(cls: type[T], description: str, prog: str, arguments: list[str] | None = None, title: str = "flags") -> T:

@@ -224,13 +224,8 @@ def test_missing_files_are_named(saved, tmp_path):
 def test_a_config_with_an_unknown_missing_or_impossible_setting_is_refused(saved):
     original = (saved / "config.json").read_text()
     for part, changes, message in (
-<<<<<<< HEAD
-        ("model", {"widht": 3}, "unknown settings widht; known are contrastive_width, "),
-        ("preprocess", {"fps": 3}, "unknown settings fps; known are frames, max_words"),
-=======
         ("model", {"widht": 3}, "unknown settings widht; known are class_token, "),
-        ("preparation", {"fps": 3}, "unknown settings fps; known are frames, max_words"),
->>>>>>> 57eaa96 (Checkpoints: a file from before the class_token setting loads; one with the old figure read-out is refused)
+        ("preprocess", {"fps": 3}, "unknown settings fps; known are frames, max_words"),
         ("model", {"heads": 3}, "heads=3 does not divide width=16"),
         ("model", {"width": "16"}, "width='16': expected an integer"),
         (None, {"format": 99}, "format 99, but this version reads format 1"),

@@ -1,6 +1,7 @@
 """From settings to objectives: the weights of the losses, the EMA teacher and self-critical training."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -10,6 +11,10 @@ from mplug2.model.mplug2 import MPLUG2
 from mplug2.objectives.ema_teacher import EMATeacher
 from mplug2.objectives.objectives import Objectives
 from mplug2.objectives.self_critical import SelfCritical
+from mplug2.tasks import BatchType
+
+LOSSES_OF = {"caption": {"vtc", "vtm"}, "masked": {"mlm"}, "prompted": {"caption"}, "question": {"answer"}}
+"""The losses of each field of a batch (`tasks.BatchType`); those of other fields have no weight."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +25,8 @@ class LossSettings:
     """Weight of the matching loss (VTM)."""
     mlm_weight: float = 1.0
     """Weight of the masked language modeling loss (MLM)."""
+    mlm: Literal["fused", "text", "both"] = "fused"
+    """What masked captions are predicted from: the fused text, the text alone, or both (mean of the two losses)."""
     caption_weight: float = 1.0
     """Weight of the captioning loss."""
     answer_weight: float = 1.0
@@ -44,6 +51,19 @@ class LossSettings:
             raise ValueError(f"queue_size={self.queue_size}: the queue needs an EMA teacher; add "
                              "--distill-weight 0.4")
 
+    @property
+    def skipped(self) -> frozenset[str]:
+        """The losses that are not computed, because their weight is 0."""
+        return frozenset(name for name in ("vtc", "vtm", "mlm", "caption", "answer")
+                         if not getattr(self, f"{name}_weight"))
+
+    def losses_of(self, batch_type: BatchType) -> set[str]:
+        """The losses that batches of this type train. Sentences alone have MLM only."""
+        only_text = batch_type.modality == "text" and "masked" in batch_type.fields
+        fields = {"masked"} if only_text else batch_type.fields
+        losses = set().union(*(LOSSES_OF.get(field, {field}) for field in fields)) - self.skipped
+        return losses | ({"reward"} if self.self_critical and "prompted" in fields else set())
+
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """The weighted sum of the losses of a batch; a loss without a weight of its own counts once."""
         return sum(getattr(self, f"{name}_weight", 1.0) * loss for name, loss in losses.items())
@@ -58,4 +78,4 @@ def build_objectives(model: MPLUG2, settings: LossSettings, data: TrainingData) 
         )
     if settings.self_critical:
         self_critical = SelfCritical(data.tokenizer, data.references())
-    return Objectives(model, ema_teacher, self_critical)
+    return Objectives(model, ema_teacher, self_critical, settings.mlm, settings.skipped)

@@ -10,6 +10,8 @@ A batch (data/batches.py) holds pixels and several texts about them, each as `<n
 Axes: b batch of this rank, r texts per image or video, v visual tokens, l text tokens, d width.
 """
 
+from typing import Literal
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -42,15 +44,18 @@ class Objectives(nn.Module):
     model and batch have what they need. A module, so that DDP and FSDP wrap one forward.
 
     `ema_teacher` gives soft targets for answers and, with a queue, for VTC. `self_critical` replaces the caption loss.
+    `mlm` chooses what masked captions are predicted from: the fused text (ALBEF, mPLUG), the text alone (the released
+    model files), or both, with the mean of the two losses. Sentences without vision are always predicted from the text.
     `skip` names losses that are not computed, because their weight is 0.
     """
 
     def __init__(
         self, model: MPLUG2, ema_teacher: EMATeacher | None = None, self_critical: SelfCritical | None = None,
-        skip: frozenset[str] = frozenset(),
+        mlm: Literal["fused", "text", "both"] = "fused", skip: frozenset[str] = frozenset(),
     ):
         super().__init__()
-        self.model, self.ema_teacher, self.self_critical, self.skip = model, ema_teacher, self_critical, skip
+        self.model, self.ema_teacher, self.self_critical = model, ema_teacher, self_critical
+        self.mlm, self.skip = mlm, skip
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
         model, losses, vision = self.model, {}, encode_visual(self.model, batch)
@@ -63,11 +68,14 @@ class Objectives(nn.Module):
             losses["caption"] = language_loss(
                 model, batch["prompted_ids"], batch["prompted_mask"], vision, batch["prompted_positions"]
             )
-        to_fuse = {} if vision is None else {name: text[name] for name in ("masked", "question") if name in text}
+        reads_vision = () if vision is None else ("question",) if self.mlm == "text" else ("masked", "question")
+        to_fuse = {name: text[name] for name in reads_vision if name in text}
         fused_vision, fused = self.fuse(batch, vision, to_fuse) if to_fuse else ({}, {})
         if "masked" in text:
-            hidden = fused.get("masked", text["masked"])
-            losses["mlm"] = masked_loss(model, hidden, batch["caption_ids"], batch["masked_positions"])
+            hidden = [fused["masked"]] if "masked" in fused else []
+            hidden += [text["masked"]] if self.mlm == "both" or not hidden else []
+            masked = [masked_loss(model, x, batch["caption_ids"], batch["masked_positions"]) for x in hidden]
+            losses["mlm"] = sum(masked) / len(masked)
         if "question" in text:
             memory, memory_mask = answer_memory(fused_vision["question"], fused["question"], batch["question_mask"])
             soft_targets = self.ema_teacher.answer_logits(batch) if self.ema_teacher else ()

@@ -10,17 +10,17 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from mplug2.checkpoint import read_config
-from mplug2.config import PRESETS, ModelConfig
+from mplug2.config import PRESETS, ModelConfig, form_fields
 from mplug2.data.build import DataSettings
 from mplug2.did_you_mean import did_you_mean
 from mplug2.flags import Parser, check_range
 from mplug2.objectives.build import LossSettings
-from mplug2.tasks import TASKS, parse_tasks
+from mplug2.tasks import TASKS, batch_types, parse_tasks
 from mplug2.training.optim import OptimizerSettings
 from mplug2.training.parallel import ParallelSettings
 from mplug2.training.recipes import RECIPES
@@ -36,6 +36,8 @@ class RunSettings:
     """The settings of a public task, such as msrvtt_caption; flags take precedence (mplug2/training/recipes.py)."""
     preset: str = field(default="tiny", metadata={"known": tuple(PRESETS)})
     """Size of the model; the flags of the model change single values."""
+    form: Literal["released", "figure"] | None = None
+    """Set every choice between the released code and Figure 2 of the paper to one of the two."""
     init: str = ""
     """Checkpoint folder to start from: its weights, model settings and tokenizer."""
     name: str = ""
@@ -129,6 +131,13 @@ class Settings:
         if loss.distill_weight and not loss.queue_size and not answers:
             raise ValueError(f"distill_weight={loss.distill_weight} with task={task}: this task has no answers to "
                              "distill, and VTC needs --queue-size")
+        for one in tasks:
+            for kind, batch_type in batch_types(one).items():
+                weight = getattr(self.data, f"{kind}_weight") if one == "pretrain" else 1.0
+                if weight and not loss.losses_of(batch_type):
+                    raise ValueError(f"task={task}: batches of {kind} would train nothing, because the weights of all "
+                                     f"of their losses are 0; raise one of them"
+                                     + (f", or add --{kind}-weight 0" if one == "pretrain" else ""))
         if loss.self_critical and not captions:
             raise ValueError(f"self_critical with task={task}: this task does not generate captions")
         if loss.self_critical and self.parallel.parallel == "fsdp":
@@ -171,6 +180,14 @@ class Settings:
         if self.checkpoint:
             return dataclasses.replace(read_config(self.checkpoint)[1], **self.model)
         return PRESETS[self.run.preset](**self.model)
+
+
+def with_form(settings: Settings) -> Settings:
+    """The settings with the model settings that --form stands for. ValueError if a given one contradicts it."""
+    if not settings.run.form:
+        return settings
+    fields = form_fields(settings.run.form, settings.model_config(), settings.model)
+    return dataclasses.replace(settings, model={**settings.model, **fields})
 
 
 def settings_parser(description: str, prog: str) -> Parser:
@@ -221,7 +238,7 @@ def default_values(given: dict[str, Any]) -> dict[str, Any]:
     """The values that `--help` shows: those of the task, recipe, preset or checkpoint that the `given` flags name."""
     model = {one.name: given[one.name] for one in dataclasses.fields(ModelConfig) if one.name in given}
     flags = {name: value for name, value in given.items() if name in OWNERS}
-    settings = Settings.from_flat(with_defaults(flags), model)
+    settings = with_form(Settings.from_flat(with_defaults(flags), model))
     return {**settings.flat(), **dataclasses.asdict(settings.model_config())}
 
 
@@ -252,6 +269,7 @@ def resolve_settings(flags: dict[str, Any], model: dict[str, Any]) -> Settings:
     if settings.run.init and "preset" in flags:
         raise ValueError(f"preset={settings.run.preset!r} with init={settings.run.init!r}: the model's sizes come from "
                          "the checkpoint; leave --preset out")
+    settings = with_form(settings)
     settings.model_config()  # refuses impossible sizes, and a folder that is not a checkpoint
     return settings
 

@@ -246,6 +246,23 @@ def test_text_alone_trains_masked_language_modeling():
         model, hidden, batch["caption_ids"], batch["masked_positions"]))
 
 
+@pytest.mark.parametrize("stride", [0, 1])
+@pytest.mark.parametrize("mlm", ["fused", "text", "both"])
+def test_masked_captions_are_predicted_from_fused_text_or_text_or_both(mlm, stride):
+    model, batch = randomized(MPLUG2(small(fusion_stride=stride))), make_batch("video", b=2, r=3)
+    vision, mask = model.encode_vision(batch["pixels"]), batch["caption_mask"]
+    text = model.encode_text(batch["masked_ids"], mask)
+    from_text, from_fused = (masked_loss(model, hidden, batch["caption_ids"], batch["masked_positions"])
+                             for hidden in (text, model.fuse(vision, text, mask)[1]))
+    assert abs(from_text - from_fused) > 1e-3
+    expected = {"fused": from_fused, "text": from_text, "both": (from_fused + from_text) / 2}[mlm]
+    losses = Objectives(model, mlm=mlm)(batch)
+    torch.testing.assert_close(losses["mlm"], expected)
+    torch.testing.assert_close(losses["answer"], Objectives(model)(batch)["answer"])
+    torch.testing.assert_close(Objectives(model, mlm=mlm)(make_batch("text"))["mlm"],
+                               Objectives(model)(make_batch("text"))["mlm"])
+
+
 @pytest.mark.parametrize("skip", [{"vtc"}, {"vtm"}, {"vtc", "vtm"}, {"mlm"}, {"caption"}, {"answer"}])
 def test_a_loss_that_is_skipped_is_not_computed_and_the_others_stay(skip):
     batch, functions = make_batch("image"), {"vtc": "contrastive_loss", "vtm": "matching_loss", "mlm": "masked_loss"}

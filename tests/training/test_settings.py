@@ -194,3 +194,45 @@ def test_the_command_of_a_run_can_be_typed_again(monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", str(world))
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
         assert command_line([]) == expected
+
+
+# ---- form and losses -------------------------------------------------------------------------------------------------
+
+
+def test_form_sets_its_model_settings_and_leaves_others(tmp_path):
+    out = {"out": str(tmp_path)}
+    assert resolve_settings(out, {}).model_config() == PRESETS["tiny"]()
+    assert resolve_settings({**out, "form": "released"}, {"heads": 1}).model_config() == PRESETS["tiny"](heads=1)
+    figure = resolve_settings({**out, "form": "figure"}, {"latents": 3, "universal_readout": "figure"})
+    assert figure.model_config() == PRESETS["tiny"](
+        latents=3, local_temporal_placement="figure", local_temporal_groups=2, temporal_on_images=False,
+        class_token="figure", universal_readout="figure",
+    )
+    groups = resolve_settings({**out, "form": "figure"}, {"local_temporal_groups": 8})
+    assert groups.model_config().local_temporal_groups == 8
+
+
+def test_form_and_a_setting_at_odds_with_it_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--out", str(tmp_path), "--form", "figure", "--class-token", "released"])
+    assert capsys.readouterr().err == ("train.py: class_token='released' contradicts form='figure', which sets it to "
+                                       "'figure': give only one of them (help: train.py --help)\n")
+
+
+@pytest.mark.parametrize("flags, message", [
+    ({"mlm_weight": 0}, "batches of text would train nothing, .* or add --text-weight 0"),
+    ({"task": "video_caption", "caption_weight": 0}, "batches of video_caption would train nothing, .* raise one of"),
+    ({"task": "image_retrieval", "vtc_weight": 0, "vtm_weight": 0}, "batches of image_retrieval would train nothing"),
+])
+def test_batches_whose_losses_all_have_weight_0_are_refused(flags, message):
+    with pytest.raises(ValueError, match=message):
+        Settings.from_flat(flags)
+
+
+def test_losses_of_weight_0_are_skipped():
+    assert Settings().loss.skipped == frozenset()
+    assert Settings.from_flat({"mlm_weight": 0, "text_weight": 0}).loss.skipped == {"mlm"}
+    both = Settings.from_flat({"task": "image_retrieval", "vtm_weight": 0, "answer_weight": 0})
+    assert both.loss.skipped == {"vtm", "answer"}
+    captions = Settings.from_flat({"task": "video_caption", "caption_weight": 0, "self_critical": True})
+    assert captions.loss.skipped == {"caption"}
