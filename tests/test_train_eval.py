@@ -192,6 +192,30 @@ def test_the_loss_of_captions_falls_by_half_in_thirty_steps(light, tmp_path, cap
     assert "video_caption: " in printed and "samples: 96 video" in printed and "caption_exact" in printed
 
 
+@pytest.mark.parametrize("form", ["released", "figure"])
+def test_both_forms_of_the_model_train_resume_bit_for_bit_and_are_fine_tuned(form, light, tmp_path):
+    arguments = [*MODEL, *FAST, "--data", light, "--form", form, "--eval-every", 9, "--save-every", 2]
+    train.main([*arguments, "--out", tmp_path / "whole", "--max-steps", 3])
+    whole, split = tmp_path / "whole/tiny", tmp_path / "split/tiny"
+    config = read_config(whole / "last")[1]
+    assert (config.class_token, config.universal_readout, config.local_temporal_groups) == (
+        (form, form, 2 if form == "figure" else 0))
+    shutil.copytree(whole, split, symlinks=True)
+    shutil.rmtree(split / "step_0000003")
+    (split / "last").unlink()
+    (split / "last").symlink_to("step_0000002")
+    train.main(["--out", tmp_path / "split", "--resume"])
+    expected, found = (load_file(run / "step_0000003/model.safetensors") for run in (whole, split))
+    assert expected.keys() == found.keys() and all(expected[name].equal(found[name]) for name in expected)
+    train.main([*FAST, "--data", light, "--out", tmp_path, "--task", "video_qa", "--init", whole / "last",
+                "--form", form, "--max-steps", 1])
+    assert read_config(tmp_path / "video_qa/last")[1] == config
+    other = {"released": "figure", "figure": "released"}[form]
+    with pytest.raises(SystemExit):
+        train.main([*FAST, "--data", light, "--out", tmp_path / "other", "--task", "video_qa", "--init", whole / "last",
+                    "--form", other, "--max-steps", 1])
+
+
 def test_a_finished_run_can_be_resumed_to_train_longer(light, tmp_path):
     arguments = ["--out", str(tmp_path), "--task", "video_qa"]
     train.main([*MODEL, *FAST, *arguments, "--data", str(light), "--max-steps", "1"])
