@@ -72,7 +72,7 @@ def test_imports_point_one_way(folder, allowed):
 
 
 def test_the_paper_core_is_short():
-    assert sum(map(lines_of, CORE)) <= 1700
+    assert sum(map(lines_of, CORE)) <= 1900
 
 
 @pytest.mark.parametrize("name, limit", [("eval.py", 200), ("README.md", 150)])
