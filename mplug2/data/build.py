@@ -15,9 +15,10 @@ import tiny_data
 from mplug2.config import ModelConfig
 from mplug2.data.batches import Collate, MixedBatches
 from mplug2.data.loader import make_loader, prefetch
-from mplug2.data.samples import Sample, Samples, check_texts, read_classes, read_samples, stream_kind
+from mplug2.data.samples import Sample, Samples, read_classes, read_samples, stream_kind
 from mplug2.data.shards import ReaderState, ShardSet, is_shards, read_shards, stream_batches
 from mplug2.data.text import Tokenizer, clean
+from mplug2.data.text_check import check_run_texts
 from mplug2.data.transforms import Augmentation
 from mplug2.distributed import DistInfo, all_gather_object, run_on_main
 from mplug2.flags import check_range
@@ -65,6 +66,8 @@ class DataSettings:
     """Processes per rank that decode media; 0: the training process decodes in a thread."""
     shuffle_buffer: int = 256
     """Number of samples that a reader of tar shards holds in memory and shuffles."""
+    max_unknown: float = 0.2
+    """Fraction of the words of a split that may be unknown to the vocabulary ([UNK])."""
     max_skipped: float = 0.02
     """Fraction of the media files that may fail to decode before the run stops."""
 
@@ -72,7 +75,7 @@ class DataSettings:
         tasks = parse_tasks(self.task)
         check_range(self, "max_steps batch_size accumulation_steps frames max_words shuffle_buffer", 1)
         check_range(self, "questions_per_sample video_weight image_weight text_weight workers", 0)
-        check_range(self, "max_skipped", 0, 1)
+        check_range(self, "max_skipped max_unknown", 0, 1)
         if self.epochs is not None and not self.epochs > 0:
             raise ValueError(f"epochs={self.epochs}: expected a number above 0")
         if self.task_weights and len(self.shares()) != len(tasks):
@@ -183,9 +186,7 @@ class TrainingData:
     @property
     def eval_root(self) -> Path | None:
         """The folder to validate on; None if all sources are tar shards."""
-        if self.settings.eval_data:
-            return Path(self.settings.eval_data)
-        return next((root for root in self.roots if not is_shards(root)), None)
+        return eval_root(self.settings, self.roots)
 
     def references(self) -> list[list[str]]:
         """The cleaned captions of each sample that a captioning batch may have."""
@@ -225,7 +226,10 @@ def build_data(
     merged = by_batch_type(samples)
     classes = read_classes(merged) if classes is None else classes
     tokenizer = tokenizer or make_tokenizer(settings, samples, model.vocab_size)
-    check_texts(merged, tokenizer, model.max_positions, settings.max_words)
+    for line in check_run_texts(merged, eval_root(settings, roots), settings.task, tokenizer, model.max_positions,
+                                settings.max_words, settings.max_unknown, classes):
+        if process.is_main:
+            print(line)
     dataset = Samples(
         samples, model.image_size, settings.frames, settings.questions_per_sample, model.max_positions,
         settings.max_words, seed,
@@ -240,6 +244,13 @@ def build_data(
         settings.accumulation_steps,
     )
     return TrainingData(settings, process, seed, roots, samples, shards, tokenizer, classes, dataset, batches)
+
+
+def eval_root(settings: DataSettings, roots: Mapping[Path, float]) -> Path | None:
+    """The folder to validate on: the one that the settings name, or the first source that is not tar shards."""
+    if settings.eval_data:
+        return Path(settings.eval_data)
+    return next((root for root in roots if not is_shards(root)), None)
 
 
 def read_sources(text: str) -> dict[Path, float]:

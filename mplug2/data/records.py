@@ -16,7 +16,7 @@ import math
 import os
 import re
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,7 @@ Benchmarks keep the labels of their test sets on a server. Such a record can be 
 """
 
 FILE_NAME = re.compile(r"([a-z_]+)\.([A-Za-z0-9_-]+)\.jsonl")
+LISTED = 20  # problems that an error message lists before it counts the rest
 BOX_SLACK = 1e-3  # how far a box may reach outside its image, in image sizes: rounding to three digits causes this much
 
 
@@ -92,8 +93,8 @@ class Record:
 def read_records(root: Path | str, task: str, split: str) -> list[Record]:
     """Read the records of `root/<task>.<split>.jsonl`, in the order of the file. Blank lines are skipped.
 
-    Raises RecordError for a line that is not a record of the task and for a file without records, ValueError for an
-    unknown task, and FileNotFoundError, which lists the existing files, for a missing file.
+    Raises RecordError, which lists all lines that are not records of the task, or for a file without records;
+    ValueError for an unknown task; FileNotFoundError, which lists the existing files, for a missing file.
     """
     if task not in RECORD_FIELDS:
         hint = did_you_mean(task, RECORD_FIELDS)
@@ -107,20 +108,33 @@ def read_records(root: Path | str, task: str, split: str) -> list[Record]:
         )
     parsers = {unlabelled: _field_parsers(root, task, unlabelled) for unlabelled in (False, True)}
     records: list[Record] = []
+    problems: list[str] = []
     lines_by_id: dict[str, int] = {}
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
-            record = _parse_line(f"{path}:{number}", f"{path.name}:{number}", line, task, parsers)
-            if record.id in lines_by_id:
-                first = lines_by_id[record.id]
-                _fail(f"{record.source}: id", record.id, f"a unique id, but line {first} has it too")
+            try:
+                record = _parse_line(f"{path}:{number}", f"{path.name}:{number}", line, task, parsers)
+                if record.id in lines_by_id:
+                    first = lines_by_id[record.id]
+                    _fail(f"{record.source}: id", record.id, f"a unique id, but line {first} has it too")
+            except RecordError as error:
+                problems.append(str(error))
+                continue
             lines_by_id[record.id] = number
             records.append(record)
+    raise_all(problems)
     if not records:
         raise RecordError(f"{path} is empty: expected one JSON object per line; add lines, or remove the file")
     return records
+
+
+def raise_all(problems: Sequence[str]) -> None:
+    """Raise one RecordError that lists all problems, if there are any; of many, the first `LISTED`."""
+    if problems:
+        more = f"\nand {len(problems) - LISTED:,} more" if len(problems) > LISTED else ""
+        raise RecordError("\n".join(problems[:LISTED]) + more)
 
 
 def available(root: Path | str) -> dict[str, list[str]]:

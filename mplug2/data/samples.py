@@ -9,7 +9,7 @@ Axes: `t` frames, `H W` pixels.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mplug2.data.media import MediaError, read_image, read_video, to_pixels
-from mplug2.data.records import Question, Record, RecordError, available, read_records
+from mplug2.data.records import Question, Record, RecordError, available, raise_all, read_records
 from mplug2.data.text import Tokenizer, clean
 from mplug2.data.transforms import Augmentation, augment
 from mplug2.tasks import BATCH_TYPES, INSTRUCTIONS, PROMPTS, batch_types, parse_tasks
@@ -132,33 +132,40 @@ def _id_number(positive_id: str) -> int:
 
 
 def check_texts(samples: dict[str, list[Sample]], tokenizer: Tokenizer, limit: int, max_words: int) -> None:
-    """Refuse, before training starts, a text without words or with more than `limit` tokens.
+    """Refuse texts without words, or with more than `limit` tokens. The RecordError lists all of them."""
+    raise_all([problem for kind, of_kind in samples.items() for sample in of_kind
+               for problem in text_problems(sample, kind, tokenizer, limit, max_words)])
 
-    Raises RecordError with the place of the text.
-    """
-    for kind, of_kind in samples.items():
-        prompt_length = 0
-        if "prompted" in BATCH_TYPES[kind].fields and (words := PROMPTS.get(BATCH_TYPES[kind].modality)):
-            prompt_length = len(tokenizer.encode([words], special=False)[0][0])
-        for sample in of_kind:
-            texts = [(caption, prompt_length) for caption in sample.captions]
-            texts += [(text, 0) for question in sample.qa for text in (question.question, *question.answers)]
-            cleaned_texts = [(text, clean(text, max_words), extra) for text, extra in texts]
-            if sample.texts:
-                empty = next((text for text in sample.texts if not clean(text, max_words)), None)
-                pair = (" / ".join(sample.texts), join_text_pair(sample.texts, max_words), 0)
-                cleaned_texts.append(pair if empty is None else (empty, "", 0))
-            for text, cleaned, extra in cleaned_texts:
-                if not cleaned:
-                    raise RecordError(f"{sample.source}: the text {text!r} has no words; remove it")
-                # A text has at most as many tokens as letters, so a short one does not need the tokenizer.
-                if len(cleaned) + extra + 2 <= limit:
-                    continue
-                if (count := tokenizer.lengths([cleaned])[0] + extra) > limit:
-                    raise RecordError(
-                        f"{sample.source}: the text {text!r} has {count} tokens (with [CLS], [SEP] and prompt), the "
-                        f"model takes {limit}; shorten it, lower max_words ({max_words}), or raise max_positions"
-                    )
+
+def text_problems(sample: Sample, kind: str, tokenizer: Tokenizer, limit: int, max_words: int) -> Iterator[str]:
+    """An error message for each text of a sample without words, or with more than `limit` tokens."""
+    prompt_length, fields = 0, BATCH_TYPES[kind].fields
+    if sample.captions and "prompted" in fields and (words := PROMPTS.get(BATCH_TYPES[kind].modality)):
+        prompt_length = tokenizer.lengths([words])[0] - 2
+    for caption in sample.captions:
+        yield from text_problem(sample.source, caption, tokenizer, limit, max_words, prompt_length)
+    for question in sample.qa:
+        for text in (question.question, *question.answers):
+            yield from text_problem(sample.source, text, tokenizer, limit, max_words)
+    if sample.texts:
+        yield from text_problem(sample.source, sample.texts, tokenizer, limit, max_words)
+
+
+def text_problem(
+    source: str, text: str | Sequence[str], tokenizer: Tokenizer, limit: int, max_words: int, prompt_length: int = 0
+) -> Iterator[str]:
+    """An error message, if a text (or pair of texts) has no words, or more than `limit` tokens with the prompt."""
+    texts = (text,) if isinstance(text, str) else text
+    if (empty := next((one for one in texts if not clean(one, max_words)), None)) is not None:
+        yield f"{source}: the text {empty!r} has no words; remove it"
+        return
+    joined = join_text_pair(texts, max_words)
+    # A text has at most as many tokens as letters, so a short one does not need the tokenizer.
+    if len(joined) + prompt_length + 2 <= limit:
+        return
+    if (count := tokenizer.lengths([joined])[0] + prompt_length) > limit:
+        yield (f"{source}: the text {' / '.join(texts)!r} has {count} tokens (with [CLS], [SEP] and prompt), the model "
+               f"takes {limit}; shorten it, lower max_words ({max_words}), or raise max_positions")
 
 
 def join_text_pair(texts: Sequence[str], max_words: int) -> str:

@@ -171,6 +171,10 @@ class Tokenizer:
         """The number of tokens of each text, [CLS] and [SEP] included. ValueError for an empty text."""
         return [len(row) for row in self._rows(texts, special=True)]
 
+    def is_unknown(self, word: str) -> bool:
+        """Whether the vocabulary cannot spell a word, which then becomes [UNK]."""
+        return self.unk in self._row(word)
+
     def decode(self, ids: Tensor | list[list[int]]) -> list[str]:
         """Ids, `b l` or rows of different lengths, to texts (NFC): word pieces are joined, special tokens dropped.
 

@@ -1,0 +1,123 @@
+"""Check, before training starts, everything that the run will read: texts and labels of all splits, unknown words.
+
+A vocabulary spells most words with its pieces. A word with letters that it lacks becomes [UNK]: the model cannot read
+or write it.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from mplug2.data.records import Record, available, raise_all, read_records
+from mplug2.data.samples import Sample, text_problem, text_problems
+from mplug2.data.text import Tokenizer, clean
+from mplug2.tasks import BATCH_TYPES, EVALUATED, TASKS, parse_tasks
+
+EVAL_SPLITS = ("val", "test")
+EXAMPLES = 5
+"""Number of unknown words that a message shows."""
+ADVICE = "name a vocabulary that has them with --tokenizer, or a checkpoint that was trained with one"
+
+
+def check_run_texts(
+    samples: Mapping[str, Sequence[Sample]], eval_root: Path | None, task: str, tokenizer: Tokenizer, limit: int,
+    max_words: int, max_unknown: float, classes: Mapping[str, tuple[str, ...]],
+) -> list[str]:
+    """Check the training samples, by batch type, and the splits in `eval_root` that a run of `task` evaluates on.
+
+    Raises RecordError, which lists every text without words or with more than `limit` tokens, every label that is not
+    among `classes`, every answer of unknown words only, and every file with more than the fraction `max_unknown` of
+    unknown words. Returns lines that report fewer unknown words.
+    """
+    problems, reports = [], []
+    for kind, of_kind in samples.items():
+        words: Counter[str] = Counter()
+        for sample in of_kind:
+            problems += text_problems(sample, kind, tokenizer, limit, max_words)
+            problems += _label_problem(sample.source, sample.label, BATCH_TYPES[kind].task, classes)
+            answers = [answer for question in sample.qa for answer in question.answers]
+            texts = [*sample.captions, *sample.texts, *(question.question for question in sample.qa), *answers]
+            words.update(word for text in texts for word in clean(text, max_words).split())
+            problems += _unknown_answers(sample.source, answers, tokenizer, max_words)
+        _report(f"{kind}, train", words, tokenizer, max_unknown, problems, reports)
+    for name, split in _evaluated(eval_root, task):
+        words = Counter()
+        for record in read_records(eval_root, name, split):
+            problems += _record_problems(record, name, tokenizer, limit, max_words, classes)
+            words.update(word for text in record_texts(record) for word in clean(text, max_words).split())
+        _report(f"{name}, {split}", words, tokenizer, max_unknown, problems, reports)
+    raise_all(problems)
+    return reports
+
+
+def record_texts(record: Record) -> Iterator[str]:
+    """All texts of a record except the name of its class."""
+    yield from (*record.captions, *record.texts, *((record.text,) if record.text else ()))
+    for question in record.qa:
+        yield from (question.question, *question.answers)
+
+
+def unknown_words(texts: Iterable[str], tokenizer: Tokenizer, max_words: int = 30) -> Counter[str]:
+    """The words of cleaned texts that become [UNK], and how often they occur."""
+    words = Counter(word for text in texts for word in clean(text, max_words).split())
+    return Counter({word: count for word, count in words.items() if tokenizer.is_unknown(word)})
+
+
+def describe_unknown(name: str, unknown: Counter[str], total: int) -> str:
+    """One line: the fraction of unknown words, and the most frequent ones."""
+    examples = ", ".join(repr(word) for word, _ in unknown.most_common(EXAMPLES))
+    return f"{name}: {unknown.total() / total:.1%} of the words are unknown to the vocabulary, such as {examples}"
+
+
+def _evaluated(root: Path | None, task: str) -> Iterator[tuple[str, str]]:
+    """The files, as (task, split), that a run of `task` evaluates on."""
+    tasks = parse_tasks(task)
+    if "pretrain" in tasks:
+        tasks = [name for name in EVALUATED if TASKS[name].output in ("caption", "answer", "ranking")]
+    for name, splits in (available(root) if root else {}).items():
+        yield from ((name, split) for split in splits if name in tasks and split in EVAL_SPLITS)
+
+
+def _record_problems(
+    record: Record, task: str, tokenizer: Tokenizer, limit: int, max_words: int, classes: Mapping[str, tuple[str, ...]]
+) -> Iterator[str]:
+    """What is wrong with a record to evaluate. Captions and answers that are only compared may have any length."""
+    encoded = limit if TASKS[task].output == "ranking" else 10**9
+    for text, of_text in (
+        *((caption, encoded) for caption in record.captions), *((question.question, limit) for question in record.qa),
+        *((answer, 10**9) for question in record.qa for answer in question.answers),
+        *(((record.texts or record.text, limit),) if record.texts or record.text else ()),
+    ):
+        yield from text_problem(record.source, text, tokenizer, of_text, max_words)
+    yield from _unknown_answers(
+        record.source, [answer for question in record.qa for answer in question.answers], tokenizer, max_words)
+    yield from _label_problem(record.source, record.label, task, classes)
+
+
+def _label_problem(
+    source: str, label: str | float | None, task: str, classes: Mapping[str, tuple[str, ...]]
+) -> Iterator[str]:
+    names = classes.get(task)
+    if label is not None and names is not None:
+        if isinstance(label, float) == bool(names) or (names and label not in names):
+            expected = f"one of {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}" if names else "a number"
+            yield f"{source}: label {label!r}: the model expects {expected}; fix it, or train with this label"
+
+
+def _unknown_answers(source: str, answers: Sequence[str], tokenizer: Tokenizer, max_words: int) -> Iterator[str]:
+    for answer in dict.fromkeys(answers):
+        words = clean(answer, max_words).split()
+        if words and all(map(tokenizer.is_unknown, words)):
+            yield (f"{source}: the answer {answer!r} has only words that are unknown to the vocabulary; {ADVICE}")
+
+
+def _report(
+    name: str, words: Counter[str], tokenizer: Tokenizer, max_unknown: float, problems: list[str], reports: list[str]
+) -> None:
+    unknown = Counter({word: count for word, count in words.items() if tokenizer.is_unknown(word)})
+    if unknown:
+        line = describe_unknown(name, unknown, words.total())
+        if unknown.total() > max_unknown * words.total():
+            problems.append(f"{line}. At most {max_unknown:.0%} are allowed (--max-unknown); {ADVICE}")
+        else:
+            reports.append(line)
