@@ -5,10 +5,10 @@
     python eval.py --checkpoint runs/tiny/last --json results.json
     python eval.py --checkpoint CHECKPOINT --data DIR --beams 5 --paper-captions        # score as captioning papers do
     python eval.py --checkpoint CHECKPOINT --data DIR --task image_qa --splits test-dev --server vqav2
-    python eval.py --checkpoint runs/tiny/last --input clip.mp4               # caption an image, GIF, or video
-    python eval.py --checkpoint runs/tiny/last --input clip.mp4 --question "which digit is it"
-    python eval.py --checkpoint runs/tiny/last --input clip.mp4 --question "which digit is it" --attention out.png
-    python eval.py --checkpoint runs/tiny/last --input FOLDER --find "a red seven moving left"
+    python eval.py --checkpoint runs/tiny/last --input docs/examples/blue_seven_left.gif    # caption any image or video
+    python eval.py --checkpoint runs/tiny/last --input docs/examples/blue_seven_left.gif --question "which digit is it"
+    python eval.py --checkpoint runs/tiny/last --input docs/examples/blue_seven_left.gif --attention out.png
+    python eval.py --checkpoint runs/tiny/last --input docs/examples --find "a blue seven moving left"
 
 The first command prints a table and writes CHECKPOINT/eval/: metrics.json, predictions.jsonl, and report.html with
 predictions, truths, and mistakes. All flags: python eval.py --help

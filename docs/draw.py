@@ -132,10 +132,10 @@ def answers(model: mplug2.Predictor, out: Path) -> None:
     figure, grid = plt.subplots(len(rows), 9, figsize=(11, 1.35 * len(rows)),
                                 gridspec_kw={"width_ratios": [1] * 4 + [2.4] + [1] * 4, "wspace": 0.06, "hspace": 0.08})
     for row, (record, question) in zip(grid, rows):
-        written, looks = model.explain(record.video, question.question)
+        written, words = model.explain(record.video, question.question)
         shown = read_media(record.video, model.preprocess.frames)
         row[4].axis("off")
-        for axes, frame in zip([*row[:4], *row[5:]], [*shown, *overlay(shown, looks[-1])]):
+        for axes, frame in zip([*row[:4], *row[5:]], [*shown, *overlay(shown, words[-1])]):
             axes.imshow(frame, interpolation="nearest")
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_color(FAINT)  # gives black frames an edge on a dark page
@@ -146,7 +146,7 @@ def answers(model: mplug2.Predictor, out: Path) -> None:
     plt.close(figure)
 
 
-def words(model: mplug2.Predictor, out: Path) -> None:
+def attended_words(model: mplug2.Predictor, out: Path) -> None:
     """Where each word of a question about an example video, and the answer, attends."""
     video, question = HERE / "examples" / "blue_seven_left.gif", "does it move left or right"
     written, words = model.explain(video, question)
@@ -167,4 +167,4 @@ if __name__ == "__main__":
     draw_curves(HERE / "metrics.jsonl", HERE / "curves.png")
     examples(HERE / "examples")
     answers(predictor, HERE / "frames.png")
-    words(predictor, HERE / "attention.png")
+    attended_words(predictor, HERE / "attention.png")
