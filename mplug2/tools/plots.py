@@ -30,8 +30,9 @@ def draw_curves(metrics_file: Path, out: Path) -> None:
         points = [(line["step"], line[f"val/{name}"]) for line in lines if f"val/{name}" in line]
         # The strictest metric of each kind; images and videos share a color.
         if name.endswith(("exact", "_r1", "accuracy", "_zero_shot")) or "qa_" in name:
-            color = f"C{colors.setdefault(name.removeprefix('image_'), len(colors)) % 10}"
-            style = "--" if name.startswith("image_") else "-"
+            of_video = name.removeprefix("image_").replace("t2i_", "t2v_").replace("i2t_", "v2t_")
+            color = f"C{colors.setdefault(of_video, len(colors)) % 10}"
+            style = "-" if name == of_video else "--"
             right.plot(*zip(*points), style, color=color, label=name, linewidth=1.2, marker=".")
     right.set(xlabel="step", ylabel="fraction right", ylim=(0, 1.02), title="validation (dashed: images)")
     for axes in (left, right):
