@@ -226,15 +226,15 @@ LARGE_RUN = ("--init runs/start --data DIR --frames 4 --batch-size 1024 --epochs
 
 
 @pytest.mark.parametrize("text, message", [
-    ("torchrun train.py --max-step 20", "did you mean --max-steps"),
+    ("torchrun train.py --max-step 20", "did you mean '--max-steps'"),
     ("torchrun --nproc-per-node 2 train.py --wrong", "unknown argument --wrong"),
     ("torchrun --processes 2 train.py", "torchrun does not take"),
     ("torchrun --nproc-per-node 3 train.py", "not divisible by 3"),
     ("torchrun train.py --hflip", "add --augment finetune"),
     ("torchrun train.py --init runs/tinny/last", "runs/tinny/last does not exist"),
-    ("torchrun train.py --recipe msrvtt_captions --data DIR", "did you mean msrvtt_caption"),
+    ("torchrun train.py --recipe msrvtt_captions --data DIR", "did you mean 'msrvtt_caption'"),
     ("python eval.py --checkpoint runs/tiny/last --input clip.mp4", "clip.mp4 does not exist"),
-    ("python eval.py --checkpoint runs/tiny/last --beam 5", "did you mean --beams"),
+    ("python eval.py --checkpoint runs/tiny/last --beam 5", "did you mean '--beams'"),
     ("python -m mplug2.tools.memory_plan --gpus 0", "gpus=0"),
     ("python -m mplug2.data pack DIR", "OUT"),
     ("pytest -m fast", "no such marker"),
