@@ -2,7 +2,7 @@
 
     torchrun train.py                                  # or: python train.py
     torchrun train.py --max-steps 20                   # a smoke test, within a minute
-    torchrun --nproc-per-node 8 train.py --preset base --data DIR --name web
+    torchrun --nproc-per-node 2 train.py               # two ranks share each batch; docs/scaling.md has large runs
     torchrun train.py --task video_qa --init runs/tiny/last     # fine-tune on a task, in runs/video_qa/
     torchrun train.py --resume                         # continue runs/tiny/ from its newest checkpoint
 

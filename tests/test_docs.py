@@ -13,15 +13,15 @@ import sys
 from argparse import ArgumentParser
 from pathlib import Path
 
-import mplug2.flags
 import pytest
 import shown_commands
-from mplug2.training.settings import write_settings
 from shown_commands import CODE, MARKDOWN, NOTEBOOKS, PROGRAMS, REPOSITORY, Command, cells, from_markdown
 from torch.distributed.run import get_args_parser
 
 import eval as eval_program
+import mplug2.flags
 import train
+from mplug2.training.settings import write_settings
 
 STOPS = {"mplug2.tools.memory_plan": "format_plan", "mplug2.tools.report": "write_report"}
 """Modules that know their settings when they call this function."""
