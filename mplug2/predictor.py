@@ -319,8 +319,9 @@ class Predictor:
                 modality = known[0]
             else:
                 modality = kind_of(path)
-                frames = read_image(path) if modality == "image" else read_video(path, self.preprocess.frames)
-                waiting[modality][path] = to_pixels(frames, self.model.config.image_size), []
+                size = self.model.config.image_size
+                frames = read_image(path, 2 * size) if modality == "image" else read_video(path, self.preprocess.frames)
+                waiting[modality][path] = to_pixels(frames, size), []
             waiting[modality][path][1].append(i)
             if sum(len(of_file) for _, of_file in waiting[modality].values()) == self.batch_size:
                 flush(modality)

@@ -4,34 +4,38 @@ Axes: `t` frames, `H W` rows and columns, 3 colors (red, green, blue). An image 
 
     file --read_image, read_video--> uint8 (t, H, W, 3) --to_pixels--> float32 (3, t, size, size)
 
-Pillow decodes GIF, WebP and PNG, still or animated, and JPEG and BMP. FFmpeg, through imageio's PyAV plugin, decodes
-MP4, WebM, MKV, AVI and MOV. It runs in one thread, because the workers of a loader already run in parallel. Whatever is
-wrong with a file, the error is a `MediaError` that names it.
+Pillow decodes images and animations (`images.py`), FFmpeg decodes videos (`video.py`). The arrays hold what a viewer
+shows: upright, on white, in standard dynamic range. Whatever is wrong with a file, the error is a `MediaError`, which
+says what (`media_errors.py`).
 """
 
-import io
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
 import torch
-from av import FFmpegError  # imageio passes it on
 from einops import rearrange
-from imageio.core.v3_plugin_api import PluginV3
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-STILL_SUFFIXES = (".jpg", ".jpeg", ".bmp")
-ANIMATION_SUFFIXES = (".gif", ".webp", ".png")
+from mplug2.data import images, video
+from mplug2.data.frame_choice import segment_indices
+from mplug2.data.media_errors import MediaError, decoding
+
+__all__ = ["MediaError", "is_media", "kind_of", "read_image", "read_media", "read_video", "segment_indices",
+           "to_frames", "to_pixels"]
+
+STILL_SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".tif", ".tiff", ".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm",
+    ".tga", ".ico", ".pcx", ".sgi", ".qoi", ".dds", ".psd",
+)
+ANIMATION_SUFFIXES = (".gif", ".webp", ".png", ".apng", ".avif", ".avifs")
 """These may hold one frame or many. Only the file itself tells."""
-VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov")
+VIDEO_SUFFIXES = (
+    ".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".qt", ".mpg", ".mpeg", ".mpe", ".m1v", ".m2v", ".vob", ".ts",
+    ".mts", ".m2ts", ".m2t", ".tod", ".mod", ".wmv", ".asf", ".3gp", ".3g2", ".flv", ".f4v", ".ogv", ".ogm", ".divx",
+    ".rm", ".rmvb", ".mxf", ".dv", ".gifv", ".mjpeg", ".mjpg", ".h264", ".264", ".hevc", ".h265", ".265", ".y4m",
+)
 MEDIA_SUFFIXES = STILL_SUFFIXES + ANIMATION_SUFFIXES + VIDEO_SUFFIXES
-
-PILLOW_FORMATS = ("JPEG", "BMP", "GIF", "WEBP", "PNG")  # detected by content: many ".jpg" files on the web are PNG
-
-ADVICE = "it may be damaged, cut off, or not what its suffix says: download it again, or remove its record"
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -40,25 +44,24 @@ NORMALIZED = ((np.arange(256, dtype=np.float32) / 255 - np.float32(CLIP_MEAN)[:,
 """Normalized value of each of the 256 levels of red, green and blue, (3, 256). A look-up is faster than arithmetic."""
 
 
-class MediaError(ValueError):
-    """An image or video cannot be read. The message says which file, what is wrong with it, and what to do."""
-
-
 def is_media(path: Path | str) -> bool:
-    """Whether `path` has the suffix of an image or a video. The file itself is not opened."""
-    return Path(path).suffix.lower() in MEDIA_SUFFIXES
+    """Whether `path` has the suffix of an image or a video. The file itself is not opened.
+
+    macOS writes a metadata file `._NAME` next to each file NAME on some disks: these are no media.
+    """
+    return Path(path).suffix.lower() in MEDIA_SUFFIXES and not Path(path).name.startswith("._")
 
 
 def kind_of(path: Path | str) -> str:
-    """Return "image" or "video", by the suffix. A GIF, WebP or PNG is an image if it has one frame.
+    """Return "image" or "video", by the suffix. A GIF, WebP, PNG or AVIF is an image if it has one frame.
 
-    Raises MediaError for an unknown suffix, or if a GIF, WebP or PNG cannot be opened.
+    Raises MediaError for an unknown suffix, or if a file has to be opened and cannot be.
     """
-    suffix = _suffix(path)
-    if suffix in ANIMATION_SUFFIXES:
-        with _decoding(path), _open_image(path) as image:
-            return "video" if _frame_count(image) > 1 else "image"
-    return "video" if suffix in VIDEO_SUFFIXES else "image"
+    category = _category(path)
+    if category == "animation":
+        with decoding(path, "an image"), images.open_image(path) as image:
+            return "video" if images.frame_count(image) > 1 else "image"
+    return "video" if category == "video" else "image"
 
 
 def read_media(path: Path | str, frames: int | None, rng: np.random.Generator | None = None) -> np.ndarray:
@@ -66,56 +69,53 @@ def read_media(path: Path | str, frames: int | None, rng: np.random.Generator | 
     return read_image(path) if kind_of(path) == "image" else read_video(path, frames, rng)
 
 
-def read_image(path: Path | str) -> np.ndarray:
-    """Read an image, or the first frame of an animated GIF, WebP or PNG. Returns uint8 (1, H, W, 3).
+def read_image(path: Path | str, min_side: int | None = None) -> np.ndarray:
+    """Read an image, or the first frame of an animation. Returns uint8 (1, H, W, 3).
 
-    The EXIF orientation is applied, transparent parts become white, and 16 bits per color become 8. Raises MediaError.
+    The EXIF orientation is applied, transparent parts become white, and 16 bits per color become 8. With `min_side` a
+    JPEG file may be decoded at a half, a quarter or an eighth of its size, which is faster, as long as no side falls
+    below `min_side` pixels. Raises MediaError.
     """
-    if _suffix(path) in VIDEO_SUFFIXES:
+    if _category(path) == "video":
         raise MediaError(f"{path} is a video, where an image was expected; call it `video` in its record")
-    with _decoding(path), _open_image(path) as image:
-        return np.stack([_to_rgb(image)])  # a writable copy
+    with decoding(path, "an image"):
+        return images.read_first(path, min_side)[None]
 
 
 def read_video(path: Path | str, frames: int | None, rng: np.random.Generator | None = None) -> np.ndarray:
-    """Read the frames of a clip that `segment_indices` picks, or all of them for None. Returns uint8 (t, H, W, 3).
+    """Read the frames of a video that `choose_frames` picks, or all of them for None. Returns uint8 (t, H, W, 3).
 
-    Only the wanted frames are converted to RGB and kept. A GIF, WebP or PNG of one frame is a clip of one frame. Raises
-    MediaError. A video file
+    An animation is a video, and so is a GIF, WebP, PNG or AVIF of one frame. Raises MediaError. A video file
 
-    - that ends early, or is damaged on the way, is the clip up to there, if that is half of what it promised or more;
-    - that changes its size on the way has the size of its first frame;
-    - that is to be shown turned (phones film on their side) is not turned: the frames come as they are stored.
+    - is shown as its display matrix says (phones film on their side), on white, and tone-mapped if it is HDR;
+    - that ends early, or is damaged on the way, is the video up to there, if that is half of its frames or more;
+    - that changes its size on the way has the size of its first frame.
     """
     if frames is not None and frames < 1:
         raise ValueError(f"frames={frames}: expected at least 1, or None for all frames")
-    suffix = _suffix(path)
-    if suffix in STILL_SUFFIXES:
+    category = _category(path)
+    if category == "still":
         raise MediaError(f"{path} is a still image, where a video was expected; call it `image` in its record")
-    if suffix in ANIMATION_SUFFIXES:
-        with _decoding(path), _open_image(path) as image:
-            return _read_animation(image, frames, rng)
-    return _read_stream(path, frames, rng)
+    with decoding(path, "a video"):
+        return (images.read_animation if category == "animation" else video.read_frames)(path, frames, rng)
 
 
-def segment_indices(total: int, frames: int, rng: np.random.Generator | None = None) -> np.ndarray:
-    """Pick one frame from each of `frames` equal segments of a video of `total` frames. Returns int64 (frames,).
-
-    With `rng` it is a random frame of the segment (training). Without it, it is the middle frame, or the earlier one of
-    two (testing). A video with fewer frames gives all of them and repeats its last frame.
-    """
-    if total < 1 or frames < 1:
-        raise ValueError(f"{frames} of {total} frames: expected to pick at least 1 frame of at least 1")
-    if total < frames:
-        return np.minimum(np.arange(frames), total - 1)
-    bounds = np.arange(frames + 1) * total // frames  # segment i is bounds[i] <= number < bounds[i + 1]
-    if rng is None:
-        return (bounds[:-1] + bounds[1:] - 1) // 2
-    return rng.integers(bounds[:-1], bounds[1:])
-
-
-def _numbers(total: int, frames: int | None, rng: np.random.Generator | None) -> list[int]:
-    return list(range(total)) if frames is None else segment_indices(total, frames, rng).tolist()
+def _category(path: Path | str) -> str:
+    """"still", "animation" or "video", by the suffix. A file without a suffix is an animation if Pillow can open it."""
+    suffix = Path(path).suffix.lower()
+    for category, suffixes in (
+        ("still", STILL_SUFFIXES), ("animation", ANIMATION_SUFFIXES), ("video", VIDEO_SUFFIXES)
+    ):
+        if suffix in suffixes:
+            return category
+    if suffix in ("", ".") and os.path.isfile(path):
+        try:
+            with images.open_image(path):
+                return "animation"
+        except (UnidentifiedImageError, OSError):
+            return "video"
+    raise MediaError(f"{path}: suffix {suffix!r} is not that of an image or a video; "
+                     "convert the file, for example to .jpg, .png, .gif or .mp4")
 
 
 def to_pixels(frames: np.ndarray, size: int) -> torch.Tensor:
@@ -138,129 +138,3 @@ def to_frames(pixels: torch.Tensor) -> np.ndarray:
     frames = rearrange(pixels.detach().cpu().float(), "c t h w -> t h w c", c=3)
     frames = frames * torch.tensor(CLIP_STD) + torch.tensor(CLIP_MEAN)
     return (frames * 255).round().clamp(0, 255).to(torch.uint8).numpy()
-
-
-# ---- Pillow ----------------------------------------------------------------------------------------------------------
-
-
-def _open_image(path: Path | str) -> Image.Image:
-    with open(path, "rb") as file:  # one read: Pillow's many small reads and seeks are slow on network disks
-        content = io.BytesIO(file.read())
-    try:
-        return Image.open(content, formats=PILLOW_FORMATS)
-    except UnidentifiedImageError as error:  # Pillow's message holds a memory address, which differs each time
-        raise UnidentifiedImageError(f"its content is none of the formats {', '.join(PILLOW_FORMATS)}") from error
-
-
-def _frame_count(image: Image.Image) -> int:
-    return getattr(image, "n_frames", 1)
-
-
-def _read_animation(image: Image.Image, frames: int | None, rng: np.random.Generator | None) -> np.ndarray:
-    total = _frame_count(image)
-    numbers = _numbers(total, frames, rng)
-    kept: dict[int, np.ndarray] = {}
-    for number in numbers:
-        if number not in kept:
-            image.seek(number)
-            kept[number] = _to_rgb(image)
-    return np.stack([kept[number] for number in numbers])
-
-
-def _to_rgb(image: Image.Image) -> np.ndarray:
-    """The current frame, upright and on white: uint8 (H, W, 3)."""
-    if image.getexif():
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit gray: Pillow's own conversion would clip it at 255
-        return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    return np.asarray(image.convert("RGB"))
-
-
-# ---- FFmpeg ----------------------------------------------------------------------------------------------------------
-
-
-def _read_stream(path: Path | str, frames: int | None, rng: np.random.Generator | None) -> np.ndarray:
-    """Pick by the number of frames that the file promises, or, where it promises none (WebM, MKV), by a count of them.
-
-    Where fewer can be decoded, the promise was wrong: count, and pick again, of those.
-    """
-    with _decoding(path):
-        with _open_video(path) as file:
-            promised = max(0, file.properties().n_images)  # a broken header may say anything
-            total = promised or _count(path)
-            with suppress(EOFError, FFmpegError):
-                return _pick(file, total, frames, rng)
-        total = _count(path)
-        if 2 * total < promised:
-            raise MediaError(f"{path} promises {promised} frames, but only {total} could be decoded; {ADVICE}")
-        with _open_video(path) as file:
-            return _pick(file, total, frames, rng)
-
-
-def _pick(file: PluginV3, total: int, frames: int | None, rng: np.random.Generator | None) -> np.ndarray:
-    """Decode up to the last wanted frame. Raises EOFError or FFmpegError if the file ends before it."""
-    numbers = _numbers(total, frames, rng)
-    wanted = sorted(set(numbers))
-    select = "1" if frames is None else "+".join(f"eq(n,{number})" for number in wanted)
-    kept = dict(zip(wanted, _decode(file, "rgb24", select), strict=False))
-    if len(kept) < len(wanted):
-        raise EOFError(f"{len(kept)} of {len(wanted)} wanted frames were found")
-    return np.stack([kept[number] for number in numbers])
-
-
-def _count(path: Path | str) -> int:
-    """How many frames can be decoded, up to the end or to the first damage. In grey, as that costs least."""
-    total = 0
-    with _open_video(path) as file, suppress(FFmpegError):
-        for _ in _decode(file, "gray"):
-            total += 1
-    if total == 0:
-        raise MediaError(f"{path} has no frame that can be decoded; {ADVICE}")
-    return total
-
-
-def _open_video(path: Path | str) -> PluginV3:
-    return iio.imopen(Path(path), "r", plugin="pyav")  # a str might be taken for an address
-
-
-def _decode(file: PluginV3, colours: str, select: str = "1") -> Iterator[np.ndarray]:
-    """Convert only the frames, numbered `n`, for which `select`, an expression of FFmpeg's, is not 0.
-
-    The scaling is by 1. It is named because it is what converts the colours, and takes many threads unless told.
-    """
-    filters = [("select", select), ("scale", "threads=1"), ("format", colours)]
-    return file.iter(filter_sequence=filters, format=colours, thread_count=1)
-
-
-# ---- errors ----------------------------------------------------------------------------------------------------------
-
-
-def _suffix(path: Path | str) -> str:
-    suffix = Path(path).suffix.lower()
-    if suffix not in MEDIA_SUFFIXES:
-        raise MediaError(f"{path}: suffix {suffix!r} cannot be read; convert it to one of {', '.join(MEDIA_SUFFIXES)}")
-    return suffix
-
-
-@contextmanager
-def _decoding(path: Path | str) -> Iterator[None]:
-    """Turn whatever a decoder raises on broken bytes (OSError, SyntaxError, struct.error, ...) into a MediaError."""
-    try:
-        yield
-    except (MediaError, MemoryError):
-        raise
-    except Image.DecompressionBombError as error:
-        raise MediaError(f"{path} is too large: {error} Shrink it first") from error
-    except Exception as error:
-        if not os.path.exists(path):
-            problem = "does not exist; check the path in its record, and whether the media were copied"
-        elif os.path.isdir(path):
-            problem = "is a folder, where a media file was expected; check the path in its record"
-        elif os.path.getsize(path) == 0:
-            problem = f"is empty (0 bytes); {ADVICE}"
-        else:
-            problem = f"cannot be decoded ({type(error).__name__}: {error}); {ADVICE}"
-        raise MediaError(f"{path} {problem}") from error

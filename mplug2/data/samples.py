@@ -204,12 +204,16 @@ class Samples(torch.utils.data.Dataset):
     def pixels(self, sample: Sample, kind: str, rng: np.random.Generator) -> Tensor | None:
         """`3 t H W`; `2 3 1 H W` for a pair of images; None for a text."""
         if sample.images:
-            return torch.stack([self.prepare(read_image(image), "image", rng) for image in sample.images])
+            return torch.stack([self.prepare(self.read_image(image), "image", rng) for image in sample.images])
         if sample.media is None:
             return None
         modality = BATCH_TYPES[kind].modality
-        frames = read_video(sample.media, self.frames, rng) if modality == "video" else read_image(sample.media)
+        frames = read_video(sample.media, self.frames, rng) if modality == "video" else self.read_image(sample.media)
         return self.prepare(frames, modality, rng)
+
+    def read_image(self, path: Path) -> np.ndarray:
+        """uint8 (1, H, W, 3). A large photo is decoded at a reduced size that leaves enough pixels for any crop."""
+        return read_image(path, min_side=(4 if self.augmentation else 2) * self.image_size)
 
     def prepare(self, frames: np.ndarray, modality: str, rng: np.random.Generator) -> Tensor:
         """Augment and normalize: uint8 (t, H, W, 3) to float32 `3 t H W`."""

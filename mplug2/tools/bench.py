@@ -3,7 +3,8 @@
     python -m mplug2.tools.bench                            # preset base on this machine
     python -m mplug2.tools.bench --reference                # also without KV caches and fused attention
     python -m mplug2.tools.bench --preset large --frames 16 --device cuda --compile --peak-tflops 989 --json bench.json
-    python -m mplug2.tools.bench --data DIR                 # clips read a second, and how long training waits for them
+    python -m mplug2.tools.bench --data DIR                 # samples read per second, and how long training waits
+    python -m mplug2.tools.bench --media [FILE ...]         # reading of video files, against decoding in order
 
 Each measurement runs in its own process: a few warmup runs, then the median of the repeats. The rate of a large matrix
 product is measured alternately with them, because seconds times that rate are comparable between machines.
@@ -45,6 +46,7 @@ from mplug2.generation import SpecialTokens, beam_search
 from mplug2.model import attention, kernels
 from mplug2.model.mplug2 import MPLUG2
 from mplug2.objectives.objectives import Objectives
+from mplug2.tools.bench_media import bench_media
 from mplug2.training.optim import OptimizerSettings, make_optimizer
 from mplug2.training.parallel import checkpoint_activations, compile_model
 
@@ -209,7 +211,7 @@ def bench(options: argparse.Namespace) -> dict[str, float]:
 
 
 def bench_data(options: argparse.Namespace) -> dict[str, float]:
-    """Clips (or pictures) a second that the loader reads, and the share of pre-training steps spent waiting for it."""
+    """Samples that the loader reads per second, and the share of pre-training time spent waiting for it."""
     samples = read_samples(options.data, "pretrain", "train")
     samples = {kind: samples[kind] for kind in ("video", "image") if kind in samples}
     texts = [clean(caption) for of_kind in samples.values() for sample in of_kind for caption in sample.captions]
@@ -227,7 +229,7 @@ def bench_data(options: argparse.Namespace) -> dict[str, float]:
 
     main_kind = next(iter(samples))
     batches = loader({main_kind: 1.0}, DATA_STEPS)
-    next(batches)  # the workers have started
+    next(batches)  # starts the workers
     start = time.perf_counter()
     read = sum(len(batch["source"]) for batch in batches)
     rate = read / (time.perf_counter() - start)
@@ -250,8 +252,8 @@ def bench_data(options: argparse.Namespace) -> dict[str, float]:
             torch.cuda.synchronize()
         asked = time.perf_counter()
     share = waiting / (time.perf_counter() - start)
-    print(f"{options.data}: {rate:.0f} samples ({main_kind}) read a second by {options.workers} workers; pre-training "
-          f"{options.preset}, batch {options.batch_size}: {share:.1%} of the time waiting for data")
+    print(f"{options.data}: {options.workers} workers read {rate:.0f} {main_kind} samples per second; pre-training "
+          f"(preset {options.preset}, batch size {options.batch_size}) spends {share:.1%} of its time waiting for data")
     return {"read_per_second": rate, "waiting_share": share}
 
 
@@ -269,6 +271,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--reference", action="store_true", help="also measure without KV caches and fused attention")
     parser.add_argument("--peak-tflops", type=float, help="peak rate of the device (dense bf16), to compute the MFU")
     parser.add_argument("--data", type=Path, metavar="DIR", help="measure the reading of this data set instead")
+    parser.add_argument("--media", type=Path, nargs="*", metavar="FILE",
+                        help="measure the reading of these video files instead (default: files written for it)")
     parser.add_argument("--workers", type=int, default=0, help="with --data: processes that decode (default: 0)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="save the numbers as a flat JSON object")
     options = parser.parse_args(arguments)
@@ -276,7 +280,10 @@ def main(arguments: list[str] | None = None) -> None:
         if getattr(options, name) < 1:
             parser.error(f"{name}={getattr(options, name)}: expected at least 1")
     try:
-        found = bench_data(options) if options.data else bench(options)
+        if options.media is not None:
+            found = bench_media(options.media, options.repeats, in_new_process)
+        else:
+            found = bench_data(options) if options.data else bench(options)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     if options.json:

@@ -1,0 +1,65 @@
+"""What can be wrong with a media file, in words: the error that every reader of images and videos raises."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from av import FFmpegError
+from PIL import Image
+
+ADVICE = "it may be damaged, cut off, or not what its suffix says: download it again, or remove its record"
+
+
+class MediaError(ValueError):
+    """An image or video cannot be read. The message says which file, what is wrong with it, and what to do."""
+
+
+@contextmanager
+def decoding(path: Path | str, expected: str) -> Iterator[None]:
+    """Turn whatever a decoder raises on broken bytes (OSError, SyntaxError, struct.error, ...) into a MediaError.
+
+    `expected` says what the file should hold: "an image" or "a video".
+    """
+    try:
+        yield
+    except MediaError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise MediaError(f"{path} is too large: {error} Shrink it first") from error
+    except Exception as error:
+        if isinstance(error, MemoryError) and not isinstance(error, FFmpegError):  # FFmpeg's: a length that is damaged
+            raise
+        # FFmpeg's `strerror` is its message alone; str() would add an error number and the path once more.
+        reason = f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"
+        raise describe(path, expected, f"cannot be decoded ({reason}); {ADVICE}") from error
+
+
+def describe(path: Path | str, expected: str, problem: str) -> MediaError:
+    """The error of a file that cannot be read because of `problem`, unless a look at the file finds a better reason."""
+    return MediaError(f"{path} {_known_problem(path, expected) or problem}")
+
+
+def _known_problem(path: Path | str, expected: str) -> str | None:
+    """What a look at the file system and at the first bytes says. None if both look normal."""
+    if not os.path.exists(path):
+        return "does not exist; check the path in its record, and whether the media were copied"
+    if os.path.isdir(path):
+        return f"is a folder, not {expected}; check the path in its record"
+    try:
+        with open(path, "rb") as file:
+            start = file.read(512)
+    except OSError:
+        return None  # the decoder's own error says why
+    if not start:
+        return f"is empty (0 bytes); {ADVICE}"
+    if start.startswith(b"version https://git-lfs.github.com"):
+        return f"is a git-lfs pointer, not {expected}; fetch the content with `git lfs pull`"
+    if start.startswith(b"\x00\x05\x16\x07"):
+        return f"is a macOS metadata file (._*), not {expected}; remove it, and its record"
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<body", b"<script")):
+        return f"is an HTML page, not {expected}; the server sent an error or a login page: download the file again"
+    if text.startswith((b"<?xml", b"<error")):
+        return f"is an XML document, not {expected}; the server sent an error message: download the file again"
+    return None
