@@ -1,9 +1,10 @@
-"""Every notebook runs from a clean kernel without an error, and says what its committed outputs say.
+"""Every notebook runs from a clean kernel without an error, and prints what its committed outputs say.
 
-The rule: the text of each cell (printed, or the value of its last line) is the committed one, but for spaces, and for
-one unit in the last digit of a number that has a decimal point; pictures are counted, not compared. Cells tagged
-`varies` (times, addresses, output of other programs) only have to run. After a change of a notebook, write its outputs
-anew and look at them:
+The rule: the text of each cell (what it prints, or the value of its last line) equals the committed text. Differences
+in white space are allowed, and so is one unit in the last digit of a number with a decimal point. Images are counted,
+not compared. Cells tagged `varies` (times, addresses, output of other programs) only have to run.
+
+After a change to a notebook, write its outputs again and look at them:
 
     python tests/test_notebooks.py notebooks/01_tokens.ipynb
 """
@@ -21,12 +22,12 @@ from nbformat.v4 import new_code_cell, new_notebook, new_output
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
-SECONDS = 270  # for a notebook; pytest's own limit is 300
-BYTES = 400_000  # of a notebook with its pictures
+SECONDS = 270  # limit for each cell
+BYTES = 400_000  # limit for a notebook, images included
 
 
 def execute(path: Path) -> nbformat.NotebookNode:
-    """The notebook with the outputs of a clean kernel, which is started in its folder and has one thread.
+    """The notebook with the outputs of a clean kernel, which starts in its folder and has one thread.
 
     Raises nbclient's CellExecutionError at the first error.
     """
@@ -35,8 +36,9 @@ def execute(path: Path) -> nbformat.NotebookNode:
         notebook, timeout=SECONDS, kernel_name="python3", record_timing=False,
         resources={"metadata": {"path": str(path.parent)}},
     )
+    # The mplug2 of this repository, even if another one is installed.
     here = os.pathsep.join([str(FOLDER.parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    client.execute(env={**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": "1"})  # this mplug2, whatever is installed
+    client.execute(env={**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": "1"})
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
@@ -44,8 +46,8 @@ def execute(path: Path) -> nbformat.NotebookNode:
     return notebook
 
 
-def said(cell: nbformat.NotebookNode) -> str:
-    """What a cell prints and shows, in order; a picture is the word for it."""
+def text_of(cell: nbformat.NotebookNode) -> str:
+    """What a cell prints and shows, in order, with the word [image] for each image."""
     parts = []
     for output in cell.outputs:
         if output.output_type == "stream":
@@ -53,47 +55,50 @@ def said(cell: nbformat.NotebookNode) -> str:
         elif output.output_type == "error":
             parts.append(f"\n[{output.ename}]\n")
         else:
-            text = "[picture]" if any(kind.startswith("image/") for kind in output.data) else output.data["text/plain"]
+            text = "[image]" if any(kind.startswith("image/") for kind in output.data) else output.data["text/plain"]
             parts.append(f"\n{text}\n")
     return " ".join("".join(parts).split())
 
 
 def same(found: str, committed: str) -> bool:
-    """Equal, but for one unit in the last digit of numbers with a decimal point."""
+    """Whether texts are equal, up to one unit in the last digit of numbers with a decimal point."""
     if NUMBER.sub("#", found) != NUMBER.sub("#", committed):
         return False
     for a, b in zip(NUMBER.findall(found), NUMBER.findall(committed)):
-        places = len(b.partition(".")[2])
-        if len(a.partition(".")[2]) != places or abs(float(a) - float(b)) > (places > 0) * 1.01 * 10**-places:
+        digits = len(b.partition(".")[2])
+        if len(a.partition(".")[2]) != digits or abs(float(a) - float(b)) > (digits > 0) * 1.01 * 10**-digits:
             return False
     return True
 
 
 def drift(found: nbformat.NotebookNode, committed: nbformat.NotebookNode) -> list[str]:
-    """A line for each cell whose text is no longer the committed one."""
+    """One line for each cell whose text differs from the committed text."""
     lines = []
     for number, (new, old) in enumerate(zip(found.cells, committed.cells)):
-        if old.cell_type == "code" and "varies" not in old.metadata.get("tags", ()) and not same(said(new), said(old)):
-            lines.append(f"cell {number}: committed {said(old)!r}, now {said(new)!r}")
+        if old.cell_type == "code" and "varies" not in old.metadata.get("tags", ()):
+            now, committed_text = text_of(new), text_of(old)
+            if not same(now, committed_text):
+                lines.append(f"cell {number}: committed {committed_text!r}, now {now!r}")
     return lines
 
 
-@pytest.mark.timeout(900)  # seconds; some thirty each on a machine that is free
+@pytest.mark.timeout(900)  # seconds; a notebook takes about thirty on an idle machine
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_the_notebook_runs_and_says_what_is_committed(path):
+def test_the_notebook_runs_and_prints_what_is_committed(path):
     lines = drift(execute(path), nbformat.read(path, as_version=4))
-    assert not lines, "\n".join([f"{path.name} drifted; if it should, write it anew (see above)", *lines])
+    assert not lines, "\n".join([f"{path.name} drifted; if intended, write its outputs again (see above)", *lines])
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_the_notebook_is_committed_whole_and_small(path):
+def test_the_notebook_is_committed_complete_and_small(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "not run in order, from the top"
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "the cells were not run in order"
     assert path.stat().st_size < BYTES
     for cell in cells:
-        assert str(Path.home()) not in said(cell) and str(FOLDER.parent) not in said(cell), "a path of this machine"
+        text = text_of(cell)
+        assert str(Path.home()) not in text and str(FOLDER.parent) not in text, "a path of this machine"
 
 
 def shown(*outputs: nbformat.NotebookNode, tags: tuple[str, ...] = ()) -> nbformat.NotebookNode:
@@ -105,9 +110,9 @@ def printed(text: str) -> nbformat.NotebookNode:
 
 
 @pytest.mark.parametrize("old, new, drifted", [
-    ("loss 0.123, -0.00", "loss  0.124,\n0.00", False),  # rounding at the edge
+    ("loss 0.123, -0.00", "loss  0.124,\n0.00", False),  # rounding
     ("loss 0.123", "loss 0.125", True),
-    ("12 frames", "13 frames", True),  # whole numbers are exact
+    ("12 frames", "13 frames", True),  # integers are exact
     ("0.5", "0.50", True),
     ("a red seven", "a red one", True),
     ("a red seven", "", True),
@@ -117,10 +122,10 @@ def test_what_counts_as_drift(old, new, drifted):
     assert drift(shown(printed(new)), shown(printed(old), tags=("varies",))) == []
 
 
-def test_a_picture_that_is_gone_is_drift_and_another_one_is_not():
-    pictures = [new_output("display_data", data={"image/png": png, "text/plain": png}) for png in ("iVBO", "iVBP")]
-    assert drift(shown(pictures[0]), shown(pictures[1])) == []
-    assert len(drift(shown(), shown(pictures[1]))) == len(drift(shown(printed("iVBP")), shown(pictures[1]))) == 1
+def test_a_missing_image_is_drift_and_another_image_is_not():
+    images = [new_output("display_data", data={"image/png": png, "text/plain": png}) for png in ("iVBO", "iVBP")]
+    assert drift(shown(images[0]), shown(images[1])) == []
+    assert len(drift(shown(), shown(images[1]))) == len(drift(shown(printed("iVBP")), shown(images[1]))) == 1
 
 
 if __name__ == "__main__":
