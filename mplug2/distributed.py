@@ -159,6 +159,22 @@ def all_gather_object(value) -> list:
     return values
 
 
+def all_to_all(vectors: list[Tensor], sizes: list[int]) -> list[Tensor]:
+    """Send one vector to each rank. Returns the vectors from all ranks, which have these sizes."""
+    sent = torch.cat(vectors)
+    received = sent.new_empty(sum(sizes))
+    dist.all_to_all_single(received, sent, sizes, [len(vector) for vector in vectors])
+    return [*received.split(sizes)]
+
+
+def all_gather_vectors(vector: Tensor, sizes: list[int]) -> list[Tensor]:
+    """The vectors of all ranks, which have these sizes."""
+    padded = torch.nn.functional.pad(vector, (0, max(sizes) - len(vector)))
+    gathered = padded.new_empty(len(sizes) * len(padded))
+    dist.all_gather_into_tensor(gathered, padded)
+    return [part[:size] for part, size in zip(gathered.chunk(len(sizes)), sizes)]
+
+
 class AllRanksError(ValueError):
     """An error that every rank raises, so only one of them has to print it."""
 

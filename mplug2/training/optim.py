@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mplug2.did_you_mean import did_you_mean
-from mplug2.distributed import full_tensor, shard_like
 from mplug2.flags import check_range
 from mplug2.model.mplug2 import MPLUG2
+from mplug2.training.muon import Muon
 from mplug2.training.parallel import split_param_groups
 
 
@@ -122,64 +122,6 @@ def make_optimizer(model: MPLUG2, settings: OptimizerSettings) -> torch.optim.Ad
     optimizer = cls(parameter_groups(model, settings), betas=(0.9, settings.beta2), fused=True)
     split_param_groups(optimizer)
     return optimizer
-
-
-class Muon(torch.optim.AdamW):
-    """Muon (Jordan 2024): the update of a matrix is its momentum with all singular values set to about 1.
-
-    So rare directions of the gradient are learned as fast as common ones. Embeddings and all parameters that are not
-    matrices are updated by AdamW. The updates have the root mean square of AdamW's, 0.2 lr (Moonlight, 2025), so
-    learning rates carry over.
-    """
-
-    momentum = 0.95
-
-    @torch.no_grad()
-    def step(self) -> None:
-        every = self.param_groups
-        for group in every:
-            if group["matrices"]:
-                self._step_matrices(group)
-        self.param_groups = [group for group in every if not group["matrices"]]
-        try:
-            super().step()
-        finally:
-            self.param_groups = every
-
-    def _step_matrices(self, group: dict) -> None:
-        by_shape: dict[torch.Size, list] = {}
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                by_shape.setdefault(parameter.shape, []).append(parameter)
-        for (rows, columns), parameters in by_shape.items():
-            gradients = [parameter.grad for parameter in parameters]
-            for parameter in parameters:
-                if not self.state[parameter]:  # AdamW expects a step when it loads a state
-                    self.state[parameter] |= {"step": torch.zeros(()), "momentum": torch.zeros_like(parameter)}
-            momenta = [self.state[parameter]["momentum"] for parameter in parameters]
-            torch._foreach_lerp_(momenta, gradients, 1 - self.momentum)
-            ahead = torch._foreach_lerp(gradients, momenta, self.momentum)  # Nesterov
-            # The singular values of a sharded matrix are those of the full matrix, so every rank gathers it here.
-            full = torch.stack([full_tensor(matrix) for matrix in ahead])
-            steps = orthogonalize(full).to(parameters[0].dtype).unbind()
-            steps = [shard_like(step, parameter) for step, parameter in zip(steps, parameters)]
-            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(parameters, steps, alpha=-0.2 * group["lr"] * max(rows, columns) ** 0.5)
-
-
-def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Matrices `n r c` with their singular values replaced by about 1 (0.7 to 1.2).
-
-    Newton-Schulz iteration of fifth order, with the coefficients of Jordan (2024).
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
-    x = x.to(torch.bfloat16 if x.is_cuda else torch.float32)
-    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x if matrices.shape[1] <= matrices.shape[2] else x.mT
 
 
 def lr_factor(step: int, steps: int, warmup: int, floor: float) -> float:

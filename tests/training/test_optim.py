@@ -1,10 +1,8 @@
-"""The optimizer: parameter groups, weight decay, Muon, and the learning-rate schedule."""
-
-import copy
+"""The optimizer: parameter groups, weight decay, and the learning-rate schedule."""
 
 import pytest
 import torch
-from helpers import configs, noise, randomised, seeds, small
+from helpers import configs, randomised, small
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -18,7 +16,6 @@ from mplug2.training.optim import (
     freeze,
     lr_factor,
     make_optimizer,
-    orthogonalize,
     parameter_groups,
     set_lr,
 )
@@ -107,65 +104,6 @@ def test_a_step_with_zero_gradients_only_applies_weight_decay(name):
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             torch.testing.assert_close(parameter.data, before[parameter] * (1 - group["lr"] * group["weight_decay"]))
-
-
-# ---- Muon ------------------------------------------------------------------------------------------------------------
-
-
-@given(n=st.integers(1, 3), rows=st.integers(1, 12), columns=st.integers(1, 12), scale=st.floats(1e-3, 1e3), seed=seeds)
-def test_orthogonalizing_keeps_singular_vectors_and_makes_singular_values_about_one(n, rows, columns, scale, seed):
-    matrices = noise(n, rows, columns, seed=seed).float() * scale
-    found = orthogonalize(matrices)
-    left, values, right = torch.linalg.svd(matrices.double(), full_matrices=False)
-    rotated = left.mT @ found.double() @ right.mT  # diagonal where the singular vectors are the same
-    large = values > 0.02 * values.norm(dim=1, keepdim=True)  # five iterations do not lift tiny singular values
-    diagonal = rotated.diagonal(dim1=1, dim2=2)
-    assert (diagonal[large] > 0.5).all() and (diagonal[large] < 1.3).all()
-    assert (rotated - torch.diag_embed(diagonal)).abs().max() < 1e-2
-
-
-def test_muon_equals_its_formula_and_adamw_for_the_rest():
-    """Three steps: Nesterov momentum, orthogonalized, scaled to the size of AdamW's steps, with decoupled decay."""
-    model, rng = randomised(MPLUG2(small(), "pretrain")).float(), torch.Generator().manual_seed(0)
-    reference = copy.deepcopy(model)
-    both = [make_optimizer(each, OptimizerSettings(name, lr=0.1, vision_lr=0.01, weight_decay=0.5)) for each, name in
-            ((model, "muon"), (reference, "adamw"))]
-    linear = [name + ".weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    weights = {name: model.get_parameter(name).detach().clone() for name in linear}
-    momenta = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-    for _ in range(3):
-        for parameter, other in zip(model.parameters(), reference.parameters()):
-            parameter.grad = torch.randn(parameter.shape, generator=rng)
-            other.grad = parameter.grad.clone()
-        for name in linear:
-            gradient, lr = model.get_parameter(name).grad, 0.01 if name.startswith("vision_encoder") else 0.1
-            momenta[name] = 0.95 * momenta[name] + 0.05 * gradient
-            step = orthogonalize((0.95 * momenta[name] + 0.05 * gradient)[None])[0]
-            weights[name] = weights[name] * (1 - 0.5 * lr) - 0.2 * lr * max(gradient.shape) ** 0.5 * step
-        for optimizer in both:
-            optimizer.step()
-    for (name, parameter), other in zip(model.named_parameters(), reference.parameters()):
-        expected = weights[name] if name in weights else other
-        torch.testing.assert_close(parameter.data, expected.data, msg=name, rtol=1e-4, atol=1e-5)
-
-
-def test_muon_continues_from_its_saved_state():
-    models = [randomised(MPLUG2(small(), "video_caption")).float() for _ in range(2)]
-    first, second = (make_optimizer(model, OptimizerSettings(lr=0.1, weight_decay=0.5)) for model in models)
-
-    def step(model, optimizer, seed):
-        rng = torch.Generator().manual_seed(seed)
-        for parameter in model.parameters():
-            parameter.grad = torch.randn(parameter.shape, generator=rng)
-        optimizer.step()
-
-    step(models[0], first, 1)
-    models[1].load_state_dict(models[0].state_dict())
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
-    for model, optimizer in zip(models, (first, second)):
-        step(model, optimizer, 2)
-    for one, other in zip(models[0].parameters(), models[1].parameters()):
-        assert one.equal(other)
 
 
 # ---- the schedule ----------------------------------------------------------------------------------------------------
