@@ -24,7 +24,7 @@ from mplug2.data.samples import join_text_pair
 from mplug2.data.text import Tokenizer, clean
 from mplug2.generation import SpecialTokens, beam_search, best_texts, greedy, rank_answers
 from mplug2.model.mplug2 import MPLUG2, answer_memory
-from mplug2.tasks import PROMPTS
+from mplug2.tasks import INSTRUCTIONS, PROMPTS
 
 Media = str | Path | tuple[str | Path, str | Path]  # an image, a video, or two images
 Text = str | tuple[str, str]
@@ -79,20 +79,27 @@ class Predictor:
         save_model(folder, self.model, self.tokenizer, self.preprocess, dtype)
 
     def caption(
-        self, paths: Sequence[str | Path], beams: int = 1, max_length: int = 20, prompted: bool = True
+        self, paths: Sequence[str | Path], beams: int = 1, max_length: int = 20, prompted: bool = True,
+        instructed: bool = False,
     ) -> list[str]:
         """A caption of each image or video, of at most `max_length` tokens. One beam is greedy search.
 
         A caption continues the prompt of its modality, "a video of" or "a picture of". Without `prompted` it starts
-        from [CLS] alone, as in the released evaluation.
+        from [CLS] alone, as in the released evaluation. With `instructed` it is the answer to the instruction of its
+        modality, such as "what does the video describe", through text encoder and fusion, as in Figure 1.
         """
         def write(vision: Tensor, modality: str, _) -> list[str]:
-            start = self.start(len(vision), PROMPTS[modality] if prompted else "")
+            memory, memory_mask, prompt = vision, None, PROMPTS[modality] if prompted else ""
+            if instructed:
+                ids, mask = self.tokenizer.encode([INSTRUCTIONS[modality]] * len(vision))
+                memory, memory_mask = self.model.instruction_memory(vision, ids.to(self.device), mask.to(self.device))
+                prompt = ""
+            start, special = self.start(len(vision), prompt), self.special_tokens
             if beams == 1:
-                ids = greedy(self.model, vision, start, self.special_tokens, max_length)
+                ids = greedy(self.model, memory, start, special, max_length, memory_mask)
             else:
-                hypotheses = beam_search(self.model, vision, start, self.special_tokens, beams, max_length=max_length)
-                ids = best_texts(hypotheses, self.special_tokens)
+                ids = best_texts(beam_search(self.model, memory, start, special, beams, max_length=max_length,
+                                             memory_mask=memory_mask), special)
             return self.tokenizer.decode(ids)
 
         return self.on_media(paths, write)

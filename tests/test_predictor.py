@@ -28,7 +28,7 @@ from mplug2.evaluation.retrieval import evaluate_retrieval
 from mplug2.generation import beam_search, best_texts
 from mplug2.model.mplug2 import MPLUG2, answer_memory
 from mplug2.predictor import Predictor
-from mplug2.tasks import PROMPTS
+from mplug2.tasks import INSTRUCTIONS, PROMPTS
 from mplug2.tools.plots import draw_curves
 
 WORDS = ("a video of a picture of red green blue one two three moving left right which colour digit is it and "
@@ -147,6 +147,20 @@ def test_captions_can_be_searched_by_beams(predictor, media):
         start = predictor.tokenizer.encode([prompt])[0][:, :-1]
         best = beam_search(predictor.model, vision, start, predictor.special_tokens, beams=3, max_length=6)
         assert text == predictor.tokenizer.decode(best_texts(best, predictor.special_tokens))[0]
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_caption_by_instruction_is_the_answer_to_the_instruction(predictor, media, beams):
+    found = predictor.caption(media[:2], beams, max_length=6, instructed=True)
+    for path, instruction, text in zip(media, INSTRUCTIONS.values(), found, strict=False):  # a video, then an image
+        vision, (ids, mask) = torch.stack(predictor.encode_media([path])), predictor.tokenizer.encode([instruction])
+        with torch.no_grad():
+            memory, memory_mask = predictor.model.instruction_memory(vision, ids, mask)
+        best = beam_search(predictor.model, memory, predictor.start(1), predictor.special_tokens, beams, beams > 1, 6,
+                           memory_mask=memory_mask)
+        assert text == predictor.tokenizer.decode(best_texts(best, predictor.special_tokens))[0]
+    answers = predictor.answer(media[:2], [*INSTRUCTIONS.values()], max_length=6)
+    assert predictor.caption(media[:2], max_length=6, instructed=True) == answers
 
 
 @pytest.mark.parametrize("asked", [True, False])

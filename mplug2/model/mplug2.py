@@ -2,7 +2,7 @@
 
     pixels -> vision encoder -> universal layers -> V' --------------------------> decoder -> caption
                                                     \\-> fusion -> [V', fused text] -> decoder -> answer
-    ids    -> text encoder   -> universal layers -> text -/
+    ids    -> text encoder   -> universal layers -> text -/ \\-------------------> decoder -> word
 
 V' are the visual tokens that leave the universal layers. The first token of V', text and fused text is a class token.
 The heads read it: contrastive (VTC), matching (VTM) and the classifier, which reads fused text, V' or text.
@@ -108,6 +108,15 @@ class MPLUG2(nn.Module):
         """V' `b v d`, text `(b r) l d`, text_mask `(b r) l` -> V', fused text `(b r) l d`; see `Fusion`."""
         return self.require("fusion")(vision, text, text_mask)
 
+    def instruction_memory(self, vision: Tensor | None, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The memory with which the decoder follows instructions or questions, ids and mask `(b r) l`: that of an
+        answer about V' `b v d`, or without vision the encoded text alone. In Figure 1 every generative task takes
+        this path: "what does the image describe?" -> a caption, a sentence -> "positive"."""
+        text = self.encode_text(ids, mask)
+        if vision is not None:
+            vision, text = self.fuse(vision, text, mask)
+        return answer_memory(vision, text, mask)
+
     def decode(self, ids: Tensor, mask: Tensor, memory: Tensor, memory_mask: Tensor | None = None) -> Tensor:
         """ids and mask `(b r) l`, memory `b m d`, memory_mask `b m` -> logits of the next tokens, `(b r) l s`."""
         return self.require("decoder")(ids, mask, memory, memory_mask)
@@ -148,11 +157,13 @@ class MPLUG2(nn.Module):
         return head(fused[:, 0], vision[:, 1:])
 
 
-def answer_memory(vision: Tensor, text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """What the decoder attends to for an answer: [V', fused text] and the joint mask.
+def answer_memory(vision: Tensor | None, text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """What the decoder attends to for an answer: [V', fused text] and the joint mask, or the text alone.
 
     V' `b v d` or `(b r) v d`, fused text `(b r) l d`, text_mask `(b r) l` -> `(b r) (v+l) d`, `(b r) (v+l)`.
     """
+    if vision is None:
+        return text, text_mask
     vision = repeat(vision, "b v d -> (b r) v d", r=text.shape[0] // vision.shape[0])
     return torch.cat([vision, text], dim=1), nn.functional.pad(text_mask, (vision.shape[1], 0), value=True)
 

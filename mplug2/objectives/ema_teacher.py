@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mplug2.distributed import all_gather_with_grad
-from mplug2.model.mplug2 import MPLUG2, answer_memory
+from mplug2.model.mplug2 import MPLUG2
 from mplug2.model.shapes import check
 from mplug2.objectives.losses import decoder_logits, scaled_similarity
 
@@ -59,10 +59,9 @@ class EMATeacher(nn.Module):
     @torch.no_grad()
     def answer_logits(self, batch: dict) -> tuple[Tensor, float]:
         """The teacher's logits `p s` at the positions of the batch's answers, and the weight of these soft targets."""
-        teacher, mask = self.teacher, batch["question_mask"]
-        vision = teacher.encode_vision(batch["pixels"])
-        vision, fused = teacher.fuse(vision, teacher.encode_text(batch["question_ids"], mask), mask)
-        memory, memory_mask = answer_memory(vision, fused, mask)
+        teacher = self.teacher
+        vision = teacher.encode_vision(batch["pixels"]) if "pixels" in batch else None
+        memory, memory_mask = teacher.instruction_memory(vision, batch["question_ids"], batch["question_mask"])
         logits = decoder_logits(
             teacher, batch["answer_ids"], batch["answer_mask"], memory, batch["answer_positions"], memory_mask
         )

@@ -7,6 +7,8 @@ A batch (data/batches.py) holds pixels and several texts about them, each as `<n
     prompted    the caption after its prompt         question    with its answer; r questions per image or video
     text        with a label or a box
 
+Without pixels, masked words and answers are predicted from the text alone.
+
 Axes: b batch of this rank, r texts per image or video, v visual tokens, l text tokens, d width.
 """
 
@@ -77,7 +79,9 @@ class Objectives(nn.Module):
             masked = [masked_loss(model, x, batch["caption_ids"], batch["masked_positions"]) for x in hidden]
             losses["mlm"] = sum(masked) / len(masked)
         if "question" in text:
-            memory, memory_mask = answer_memory(fused_vision["question"], fused["question"], batch["question_mask"])
+            memory, memory_mask = answer_memory(
+                fused_vision.get("question"), fused.get("question", text["question"]), batch["question_mask"]
+            )
             soft_targets = self.ema_teacher.answer_logits(batch) if self.ema_teacher else ()
             losses["answer"] = language_loss(
                 model, batch["answer_ids"], batch["answer_mask"], memory, batch["answer_positions"], memory_mask,

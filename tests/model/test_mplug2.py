@@ -208,6 +208,28 @@ def test_the_memory_of_an_answer_is_vision_then_fused_text(b, r, v, l, seed):
     assert torch.equal(memory_mask[:, v:], mask)
 
 
+@given(config=configs(), r=st.integers(1, 2), seed=seeds)
+def test_an_instruction_is_followed_with_vision_and_without(config, r, seed):
+    model = randomized(MPLUG2(config, "video_qa"), seed)
+    (pixels, _, _), (_, ids, mask) = batch(config, 2, seed), batch(config, 2 * r, seed)
+    vision, text = model.encode_vision(pixels), model.encode_text(ids, mask)
+    for found, expected in zip(model.instruction_memory(vision, ids, mask),
+                               answer_memory(*model.fuse(vision, text, mask), mask)):
+        assert_same(found.double(), expected.double())
+    memory, memory_mask = model.instruction_memory(None, ids, mask)
+    assert_same(memory, text)
+    assert torch.equal(memory_mask, mask)
+
+
+def test_text_alone_needs_text_encoder_and_decoder_only():
+    model = randomized(MPLUG2(small(), "text_classification,image_caption"))
+    _, ids, mask = batch(model.config, 2, 0)
+    logits = model.decode(ids, mask, *model.instruction_memory(None, ids, mask))
+    assert logits.shape == (2, 4, model.config.vocab_size) and not hasattr(model, "fusion")
+    with pytest.raises(ValueError, match="'text_classification,image_caption' has no fusion"):
+        model.instruction_memory(model.encode_vision(batch(model.config, 2, 0)[0]), ids, mask)
+
+
 @given(config=configs(), r=st.integers(1, 3), seed=seeds)
 def test_sharing_a_video_equals_one_copy_per_question(config, r, seed):
     model, (_, ids, mask) = randomized(MPLUG2(config, "video_qa"), seed), batch(config, 2 * r, seed)

@@ -14,11 +14,14 @@ from hypothesis import strategies as st
 
 from mplug2.boxes import generalized_iou
 from mplug2.data.batches import label_positions
+from mplug2.generation import SpecialTokens, greedy
 from mplug2.model.mplug2 import MPLUG2
+from mplug2.objectives.ema_teacher import EMATeacher
 from mplug2.objectives.losses import (
     TEMPERATURE_RANGE,
     box_losses,
     contrastive_loss,
+    decoder_logits,
     hard_negatives,
     label_loss,
     language_loss,
@@ -261,6 +264,51 @@ def test_masked_captions_are_predicted_from_fused_text_or_text_or_both(mlm, stri
     torch.testing.assert_close(losses["answer"], Objectives(model)(batch)["answer"])
     torch.testing.assert_close(Objectives(model, mlm=mlm)(make_batch("text"))["mlm"],
                                Objectives(model)(make_batch("text"))["mlm"])
+
+
+def text_answers(seed: int = 0) -> dict:
+    """A batch of texts and their answers, without pixels."""
+    batch = make_batch("image", r=1, seed=seed)
+    return {name: value for name, value in batch.items() if name.startswith(("question", "answer", "positive_id"))}
+
+
+def test_answers_about_text_alone_are_read_from_the_encoded_text():
+    batch, teacher = text_answers(), EMATeacher(randomized(MPLUG2(small(), "pretrain"), 1), alpha=0.5).double()
+    memory, mask = model.encode_text(batch["question_ids"], batch["question_mask"]), batch["question_mask"]
+    arguments = batch["answer_ids"], batch["answer_mask"], memory, batch["answer_positions"], mask
+    losses = Objectives(model)(batch)
+    assert set(losses) == {"answer"}
+    torch.testing.assert_close(losses["answer"], language_loss(model, *arguments))
+    teacher.steps += 1
+    theirs = decoder_logits(teacher.teacher, *arguments[:2], teacher.teacher.encode_text(
+        batch["question_ids"], mask), *arguments[3:])
+    torch.testing.assert_close(Objectives(model, teacher)(batch)["answer"],
+                               language_loss(model, *arguments, theirs, 0.5))
+
+
+def test_a_text_is_classified_by_the_word_that_the_decoder_writes():
+    """In a hundred steps a model learns to answer a text with its last word, which greedy decoding then writes."""
+    torch.manual_seed(0)
+    trained = MPLUG2(small(vocab_size=12, dropout=0.0), "text_classification,image_caption").train()
+    optimizer, objectives = torch.optim.Adam(trained.parameters(), lr=3e-3), Objectives(trained)
+
+    def texts(b: int) -> dict:
+        words = torch.randint(5, 8, (b, 2))
+        ends = torch.tensor([[2]]).expand(b, 1), torch.tensor([[3]]).expand(b, 1)
+        question, answer = torch.cat([ends[0], words, ends[1]], 1), torch.cat([ends[0], words[:, 1:], ends[1]], 1)
+        batch = {"positive_id": torch.arange(b), "question_ids": question, "answer_ids": answer}
+        batch |= {"question_mask": question > -1, "answer_mask": answer > -1}
+        return batch | {"answer_positions": label_positions(batch["answer_mask"])}
+
+    for _ in range(100):
+        optimizer.zero_grad()
+        objectives(texts(32))["answer"].backward()
+        optimizer.step()
+    test, special = texts(64), SpecialTokens(cls=2, sep=3, pad=0)
+    memory, mask = trained.eval().instruction_memory(None, test["question_ids"], test["question_mask"])
+    written = greedy(trained, memory, test["answer_ids"][:, :1], special, 3, mask)
+    right = [row == answer[1:2].tolist() for row, answer in zip(written, test["answer_ids"])]
+    assert sum(right) / len(right) > 0.9  # chance: 1 in 3 words
 
 
 @pytest.mark.parametrize("skip", [{"vtc"}, {"vtm"}, {"vtc", "vtm"}, {"mlm"}, {"caption"}, {"answer"}])
