@@ -1,4 +1,4 @@
-"""Public data sets from the command line: check a download, and convert it to our JSONL files.
+"""Data from the command line: check a download of a public data set and convert it, check or pack your own files.
 
     python -m mplug2.data msrvtt_caption downloads/msrvtt
     python -m mplug2.data msrvtt_caption downloads/msrvtt --out data/msrvtt      # then: train.py --data data/msrvtt
@@ -10,6 +10,7 @@ download. Records with missing media are left out and counted.
 Annotations may be in another folder than the media: --annotations DIR. If several media files have the same name, they
 are counted, and --prefer chooses among them.
 
+    python -m mplug2.data check DIR              # a folder of your own JSONL files: everything that is wrong with it
     python -m mplug2.data pack DIR OUT           # pre-training records as tar shards, for train.py --data OUT
 """
 
@@ -20,13 +21,14 @@ from pathlib import Path
 from mplug2.data.adapters import ADAPTERS
 from mplug2.data.adapters.source import Files
 from mplug2.data.check import check_dataset
+from mplug2.data.check_folder import check_folder
 from mplug2.data.shards import pack
 
 
 def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        (pack_command if arguments[:1] == ["pack"] else check_command)(arguments)
+        {"pack": pack_command, "check": folder_command}.get(next(iter(arguments), ""), download_command)(arguments)
     except (ValueError, OSError) as error:
         print(f"python -m mplug2.data: {error}", file=sys.stderr)
         raise SystemExit(1) from error
@@ -43,7 +45,18 @@ def pack_command(arguments: list[str]) -> None:
     print(f"{given.out}: " + ", ".join(f"{count:,} {kind}" for kind, count in counts.items()))
 
 
-def check_command(arguments: list[str]) -> None:
+def folder_command(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m mplug2.data check", allow_abbrev=False)
+    parser.add_argument("root", metavar="DIR", type=Path, help="folder with <task>.<split>.jsonl files")
+    parser.add_argument("--decode", type=int, default=32,
+                        help="number of media files per file of records to decode; 0: all (default 32)")
+    parser.add_argument("--tokenizer", metavar="FILE", type=Path,
+                        help="vocab.txt, tokenizer.json, or checkpoint folder: report unknown words")
+    given = parser.parse_args(arguments[1:])
+    check_folder(given.root, given.decode, given.tokenizer)
+
+
+def download_command(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m mplug2.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -42,7 +42,10 @@ def check_run_texts(
         _report(f"{kind}, train", words, tokenizer, max_unknown, problems, reports)
     for name, split in _evaluated(eval_root, task):
         words = Counter()
-        for record in read_records(eval_root, name, split):
+        records = read_records(eval_root, name, split)
+        if TASKS[name].output == "ranking" and (equal := equal_captions(records)):
+            reports.append(describe_equal(f"{name}, {split}", equal))
+        for record in records:
             problems += _record_problems(record, name, tokenizer, limit, max_words, classes)
             words.update(word for text in record_texts(record) for word in clean(text, max_words).split())
         _report(f"{name}, {split}", words, tokenizer, max_unknown, problems, reports)
@@ -55,6 +58,22 @@ def record_texts(record: Record) -> Iterator[str]:
     yield from (*record.captions, *record.texts, *((record.text,) if record.text else ()))
     for question in record.qa:
         yield from (question.question, *question.answers)
+
+
+def equal_captions(records: Iterable[Record]) -> list[str]:
+    """Captions that records with different `positive_id` share, after cleaning."""
+    ids: dict[str, set[str]] = {}
+    for record in records:
+        for caption in record.captions:
+            ids.setdefault(clean(caption), set()).add(record.positive_id)
+    return [caption for caption, of_caption in ids.items() if len(of_caption) > 1]
+
+
+def describe_equal(name: str, captions: Sequence[str]) -> str:
+    """One line: how many captions different records share, and some of them."""
+    examples = ", ".join(map(repr, captions[:EXAMPLES]))
+    return (f"{name}: {len(captions):,} captions belong to several records, such as {examples}; each record counts as "
+            "wrong for the other. If they are right answers, give them the same positive_id")
 
 
 def unknown_words(texts: Iterable[str], tokenizer: Tokenizer, max_words: int = 30) -> Counter[str]:
