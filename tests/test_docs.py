@@ -171,15 +171,15 @@ def resolve_training(arguments: list[str], processes: int, elided: bool, monkeyp
     check_files(arguments, "init", "data", "eval_data", "tokenizer")
     if "resume" in given:  # a run to resume: the default one
         name = given.get("name", "tiny")
-        monkeypatch.setattr(train, "run", stop)
+        monkeypatch.setattr(train, "Trainer", stop)
         folder = tmp_path / given.get("out", "runs") / name
         settings = run(train.main, ["--name", name, "--out", given.get("out", "runs")], monkeypatch, tmp_path)
         folder.mkdir(parents=True, exist_ok=True)
-        write_settings(settings, command="train.py", model={})
+        write_settings(settings, [], model={})
         for checkpoint in ("last", given.get("resume_from")):
             if checkpoint:
                 (folder / checkpoint).symlink_to(PRETRAINED)
-    monkeypatch.setattr(train, "run", stop)
+    monkeypatch.setattr(train, "Trainer", stop)
     settings = run(train.main, arguments, monkeypatch, tmp_path)
     if elided:
         return

@@ -117,4 +117,3 @@ def test_predictions_are_written_for_the_servers_of_benchmarks(checkpoint, tmp_p
     with pytest.raises(SystemExit):
         evaluation.main(["--checkpoint", str(checkpoint), "--server", "coco"])
     assert "--server coco: expected one of vqav2, nocaps" in capsys.readouterr().err
-
