@@ -1,11 +1,11 @@
 """Recipes: the settings of each public task, by name, for `train.py --recipe NAME --init CHECKPOINT --data DIR`.
 
-A recipe is nothing but values for the flags of train.py; any of them can be given beside it, and wins. Where they are
-from: "mPLUG-2" is the paper's and its released settings for clips (16 frames, 10 epochs, 4 samples on each of 8 GPUs);
-what it does not give comes from its lineage, the published settings of mPLUG and ALBEF, and BERT's for GLUE. Where a
-source counts the batch by GPUs of an unknown number, it is 256 here for pictures and 128 for clips. Pictures stay at
-the size of the checkpoint, 224 (the lineage fine-tunes at 336 or 384); the share of warm-up is train.py's, but for
-BERT's. None of these has been run here.
+A recipe is a set of values for flags of train.py. Flags that are given next to it take precedence. Sources: "mPLUG-2"
+is the released settings for videos (16 frames, 10 epochs, 4 samples on each of 8 GPUs). Where they are silent, the
+published settings of its lineage stand in: mPLUG, ALBEF, and BERT for GLUE. Where a source gives the batch per GPU and
+no number of GPUs, the batch is 256 for images and 128 for videos. Images keep the size of the checkpoint, 224 pixels
+(the lineage fine-tunes at 336 or 384). The warmup is the default of train.py, except BERT's. None of the recipes has
+been run here.
 """
 
 from dataclasses import dataclass, field
@@ -19,23 +19,23 @@ class Recipe:
     """The data set, for `python -m mplug2.data`."""
     task: str
     metric: str
-    """What the literature reports on it."""
+    """The metric that the literature reports."""
     source: str
-    """Where the settings are from."""
+    """Where the settings come from."""
     paper: str = ""
-    """What the mPLUG-2 paper reports for its large model, where it does."""
+    """What the mPLUG-2 paper reports for its large model, if it does."""
     settings: MappingProxyType[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    """Values of train.py's settings."""
+    """Values of settings of train.py, by name."""
 
 
 def _recipe(
     data: str, task: str, metric: str, source: str, lr: float, vision_lr: float, epochs: int, batch: int,
     paper: str = "", **more: Any,
 ) -> Recipe:
-    clips, pictures = task.startswith("video"), task.startswith(("image", "visual"))
+    augmented = task.startswith(("video", "image", "visual"))
     settings = dict(
         task=task, lr=lr, vision_lr=vision_lr, min_lr_ratio=round(1e-6 / lr, 4), epochs=epochs, batch_size=batch,
-        weight_decay=0.02, beta2=0.999, augment="finetune" if clips or pictures else "none", hflip=clips or pictures,
+        weight_decay=0.02, beta2=0.999, augment="finetune" if augmented else "none", hflip=augmented,
         frames=16, precision="bfloat16", optimizer="adamw", vtc_weight=1.0,
     )
     return Recipe(data, task, metric, source, paper, MappingProxyType(settings | more))
@@ -50,8 +50,8 @@ def _glue(name: str, metric: str) -> Recipe:
     return _recipe(f"glue_{name}", task, metric, "BERT", 2e-5, 0.0, 3, 32, max_words=64, warmup_ratio=0.1)
 
 
-SETTINGS_OF_10 = "mPLUG-2's for clips"
-"""Classification: no settings are published, so that of its video fine-tuning stand in."""
+CLASSIFICATION = "mPLUG-2, for videos"
+"""The source for classification: no settings are published, so those of the video fine-tuning stand in."""
 
 RECIPES: dict[str, Recipe] = {
     "msrvtt_caption": _mplug2("msrvtt_caption", "video_caption", "CIDEr", "80.3"),
@@ -66,9 +66,9 @@ RECIPES: dict[str, Recipe] = {
         max_words=64),
     "lsmdc": _recipe(
         "lsmdc", "video_retrieval", "text-to-video R@1", "mPLUG, for MSR-VTT", 1e-5, 1e-6, 5, 128, frames=12),
-    "kinetics400": _mplug2("kinetics", "video_classification", "top-1", "87.1", SETTINGS_OF_10),
-    "ssv2": _mplug2("ssv2", "video_classification", "top-1", "", SETTINGS_OF_10, hflip=False),
-    "imagenet": _mplug2("imagenet", "image_classification", "top-1", "88.5", SETTINGS_OF_10, batch_size=1024),
+    "kinetics400": _mplug2("kinetics", "video_classification", "top-1", "87.1", CLASSIFICATION),
+    "ssv2": _mplug2("ssv2", "video_classification", "top-1", "", CLASSIFICATION, hflip=False),
+    "imagenet": _mplug2("imagenet", "image_classification", "top-1", "88.5", CLASSIFICATION, batch_size=1024),
     "coco_caption": _recipe("coco", "image_caption", "CIDEr", "mPLUG", 1e-5, 5e-6, 5, 256),
     "coco_retrieval": _recipe("coco", "image_retrieval", "R@1", "mPLUG", 1e-5, 2e-6, 8, 256),
     "flickr30k_retrieval": _recipe("flickr30k", "image_retrieval", "R@1", "mPLUG", 1e-5, 2e-6, 8, 256),

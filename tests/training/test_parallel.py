@@ -1,4 +1,4 @@
-"""Sharing the work: DDP and FSDP2 on two and three processes = one process with the whole batch; exact resume.
+"""DDP and FSDP2 on two and three ranks equal one process with the whole batch, and a resumed run an uninterrupted one.
 
 Three real processes serve the whole file.
 """
@@ -61,13 +61,13 @@ def data(tmp_path_factory) -> Path:
 # ---- gradients -------------------------------------------------------------------------------------------------------
 
 
-def neighbours(similarity: torch.Tensor, _) -> tuple[torch.Tensor, torch.Tensor]:
-    """In place of hard negatives that are drawn: samples 0 and 1 are each other's, 2 and 3, ..., on any process."""
+def fixed_negatives(similarity: torch.Tensor, _) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stands in for drawn hard negatives: samples 0 and 1 are negatives of each other, 2 and 3, ..., on any rank."""
     return torch.arange(len(similarity)) ^ 1, torch.ones(len(similarity), dtype=torch.bool)
 
 
 def gradients(parallel: torch.nn.Module, batches: list[dict], loss: str) -> tuple[float, dict[str, np.ndarray]]:
-    """One loss, averaged over micro-batches and processes, and its gradient for every parameter."""
+    """One loss, averaged over micro-batches and ranks, and its gradient for every parameter."""
     value = 0.0
     for number, batch in enumerate(batches):
         with no_sync(parallel, last=number == len(batches) - 1):
@@ -90,7 +90,7 @@ def shared_gradients(kind: str, rank: int, world: int) -> dict:
     whole = [make_batch(kind, 6 if world == 3 else 4, 2, seed) for seed in (1, 2)]
     for batch in whole:
         batch["positive_id"] = torch.tensor([5, 6, 5, 7, 8, 8])[: len(batch["positive_id"])]
-    with patch.object(losses, "hard_negatives", neighbours):
+    with patch.object(losses, "hard_negatives", fixed_negatives):
         for way in ("ddp", "fsdp"):
             parallel = wrap_model(Objectives(make_model()), process, ParallelSettings(parallel=way))
             for loss in LOSSES if kind != "text" else ("mlm",):
@@ -110,7 +110,7 @@ def test_losses_and_gradients_of_several_processes_are_those_of_one(processes, w
     for batch in whole:
         batch["positive_id"] = torch.tensor([5, 6, 5, 7, 8, 8])[: len(batch["positive_id"])]
     alone = Objectives(make_model())
-    with patch.object(losses, "hard_negatives", neighbours):
+    with patch.object(losses, "hard_negatives", fixed_negatives):
         expected = {(loss, count): gradients(alone, whole[:count], loss)
                     for loss in (LOSSES if kind != "text" else ("mlm",)) for count in (1, 2)}
     for rank in range(world):
@@ -124,7 +124,7 @@ def test_losses_and_gradients_of_several_processes_are_those_of_one(processes, w
 
 HEADS = {"text_classification": ("label",), "video_classification": ("label",), "image_pair_reasoning": ("label",),
          "number": ("label",), "grounding": ("l1", "giou"), "video_retrieval": ("vtc", "vtm")}
-"""Losses of other tasks than pre-training; "number" is a head that predicts one."""
+"""Losses of tasks other than pre-training; "number" is a regression head."""
 
 
 def task_gradients(b: int, rank: int, world: int) -> dict:
@@ -140,7 +140,7 @@ def task_gradients(b: int, rank: int, world: int) -> dict:
             model = randomised(MPLUG2(small(), task, {} if name == "number" else {task: ("a", "b", "c")}))
             settings = ParallelSettings(parallel="fsdp" if way == "fsdp" else "ddp")
             parallel = wrap_model(Objectives(model), process, settings)
-            with patch.object(losses, "hard_negatives", neighbours):
+            with patch.object(losses, "hard_negatives", fixed_negatives):
                 for loss in heads:
                     found[name, loss, way] = gradients(parallel, [batch], loss)
     return found
@@ -189,7 +189,7 @@ def clipped(rank: int, world: int, way: str, name: str) -> tuple[float, list[np.
     optimizer = make_optimizer(module.model, OptimizerSettings(name, lr=0.01, vision_lr=0.02, weight_decay=0.1))
     for seed in range(3):
         batch = rank_share(make_batch("image", 6, 2, seed), rank, world)
-        with patch.object(losses, "hard_negatives", neighbours):
+        with patch.object(losses, "hard_negatives", fixed_negatives):
             sum(parallel(batch).values()).backward()
         all_reduce_replicated_grads(parallel)
         norm = clip_grad_norm(parameters, 0.5)
@@ -225,7 +225,7 @@ def one_sided(rank: int) -> tuple:
     process = distributed.DistInfo(rank, 2, torch.device("cpu"))
 
     def fail() -> None:
-        raise OSError("no room")
+        raise OSError("disk full")
 
     try:
         distributed.run_on_main(fail, process)
@@ -233,31 +233,31 @@ def one_sided(rank: int) -> tuple:
         return distributed.any_rank(rank == 1, False), str(error)
 
 
-def spoilt(rank: int, arguments: list[str]) -> str:
-    """What a process says while it trains; the second loss of process 1 is infinite."""
+def train_with_infinite_loss(rank: int, arguments: list[str]) -> str:
+    """Train with an infinite second loss on rank 1. Returns what this rank printed."""
     forward, count = Objectives.forward, iter(range(1000))
 
-    def spoilt_forward(self, batch: dict) -> dict:
+    def infinite_forward(self, batch: dict) -> dict:
         losses, bad = forward(self, batch), next(count) == rank == 1
         return {name: loss * float("inf") if bad else loss for name, loss in losses.items()}
 
-    said = io.StringIO()
-    with patch.object(Objectives, "forward", spoilt_forward), contextlib.redirect_stderr(said):
+    printed = io.StringIO()
+    with patch.object(Objectives, "forward", infinite_forward), contextlib.redirect_stderr(printed):
         train.main(arguments)
-    return said.getvalue()
+    return printed.getvalue()
 
 
-def test_all_skip_a_step_that_one_finds_not_finite_and_its_samples_are_named(processes, data, tmp_path):
-    """By process 0 alone, which also has the only progress bar."""
+def test_all_ranks_skip_a_step_that_is_not_finite_on_one_and_its_samples_are_named(processes, data, tmp_path):
+    """Only rank 0 prints, and has the progress bar."""
     arguments = [*SMALL, "--data", str(data), "--out", str(tmp_path), "--max-steps", "3"]
-    said, nothing = processes.run(spoilt, (0, arguments), (1, arguments), joined=False)
-    (line,) = [line for line in said.splitlines() if "step 1 is not finite" in line]
-    assert line.count(".jsonl:") == 3 and "3/3" in said and nothing == ""
+    printed, nothing = processes.run(train_with_infinite_loss, (0, arguments), (1, arguments), joined=False)
+    (line,) = [line for line in printed.splitlines() if "step 1 is not finite" in line]
+    assert line.count(".jsonl:") == 3 and "3/3" in printed and nothing == ""
     assert [line["nonfinite_steps"] for line in lines(tmp_path / "tiny")] == [0, 1, 1]
 
 
-def test_what_one_process_finds_all_of_them_know(processes):
-    assert processes.run(one_sided, (0,), (1,)) == [([True, False], "no room")] * 2
+def test_flags_and_errors_of_one_rank_reach_all(processes):
+    assert processes.run(one_sided, (0,), (1,)) == [([True, False], "disk full")] * 2
     assert distributed.any_rank(True, False) == [True, False]
 
 
@@ -269,13 +269,13 @@ def lines(run: Path) -> list[dict]:
 
 
 def train_together(processes: Processes, world: int, arguments: list[str]) -> None:
-    """train.py on so many processes; on one, in this process, which may have workers of its own."""
+    """train.py on `world` ranks; a single rank is this process, which can have workers."""
     found = processes.run(train.main, *[(arguments,)] * world, joined=False) if world > 1 else [train.main(arguments)]
     assert found == [{}] * world  # there is nothing to evaluate
 
 
-def take_back(whole: Path, out: Path, step: int) -> None:
-    """A copy of a run as it was when it was killed after `step`, and a little later."""
+def copy_until(whole: Path, out: Path, step: int) -> None:
+    """Copy a run as it was when it was killed some steps after the checkpoint of `step`."""
     shutil.copytree(whole, out, symlinks=True)
     for checkpoint in out.glob("step_*"):
         if checkpoint.name > f"step_{step:07d}":
@@ -285,9 +285,9 @@ def take_back(whole: Path, out: Path, step: int) -> None:
 
 
 @pytest.mark.parametrize(("way", "world", "workers"), [("ddp", 2, 0), ("fsdp", 3, 0), ("ddp", 1, 1)])
-def test_a_resumed_run_is_the_run_that_never_stopped_to_the_bit(processes, data, tmp_path, way, world, workers):
-    """Weights, optimizer, all generators and losses; with dropout and hard negatives, which are drawn; the sharded one
-    in micro-batches and bfloat16, with activation checkpointing, momentum copy and queue."""
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(processes, data, tmp_path, way, world, workers):
+    """Weights, optimizer, generators and losses, with dropout and drawn hard negatives. The sharded run has
+    micro-batches, bfloat16, activation checkpointing, an EMA teacher and a queue."""
     arguments = [*SMALL, *f"--data {data} --max-steps 5 --save-every 2 --keep-checkpoints 9 --dropout 0.2".split(),
                  "--parallel", way,
                  *f"--accumulation-steps {2 if world == 3 else 1} --workers {workers}".split(),
@@ -296,7 +296,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped_to_the_bit(processes, data,
         arguments += "--activation-checkpointing --distill-weight 0.4 --queue-size 12".split()
     train_together(processes, world, [*arguments, "--out", str(tmp_path / "whole")])
     whole, resumed = tmp_path / "whole" / "tiny", tmp_path / "resumed" / "tiny"
-    take_back(whole, resumed, 2)
+    copy_until(whole, resumed, 2)
     train_together(processes, world, ["--resume", "--out", str(tmp_path / "resumed")])
 
     expected, found = (load_file(folder / "last" / "model.safetensors") for folder in (whole, resumed))
@@ -314,9 +314,9 @@ def test_a_resumed_run_is_the_run_that_never_stopped_to_the_bit(processes, data,
     assert steps[0] == steps[1] and len(steps[0]) == 5
 
 
-def test_a_run_goes_on_with_another_number_of_processes_and_another_way_to_share(processes, data, tmp_path):
-    """From two processes with sharded models to one, and to three: the same gradients as if nothing had changed. The
-    matching loss is left out: each process draws its own negatives."""
+def test_a_run_continues_with_another_number_of_ranks_and_another_parallelism(processes, data, tmp_path):
+    """From two ranks with a sharded model to one rank, and to three: the gradients stay the same. The matching loss is
+    left out, because each rank draws its own negatives."""
     arguments = [*SMALL, *f"--data {data} --max-steps 6 --save-every 3 --keep-checkpoints 9 --vtm-weight 0".split()]
     arguments += ["--dropout", "0", "--lr", "1e-3"]
     train_together(processes, 2, [*arguments, "--parallel", "fsdp", "--out", str(tmp_path / "two")])
@@ -324,7 +324,7 @@ def test_a_run_goes_on_with_another_number_of_processes_and_another_way_to_share
     assert model.model.task == "pretrain"
     expected = [line["grad_norm"] for line in lines(tmp_path / "two" / "tiny")]
     for world in (1, 3):
-        take_back(tmp_path / "two" / "tiny", tmp_path / str(world) / "tiny", 3)
+        copy_until(tmp_path / "two" / "tiny", tmp_path / str(world) / "tiny", 3)
         way = "ddp" if world == 1 else "fsdp"
         train_together(processes, world, ["--resume", "--parallel", way, "--out", str(tmp_path / str(world))])
         found = lines(tmp_path / str(world) / "tiny")

@@ -1,4 +1,4 @@
-"""Recipes: settings that train.py takes, data that there is, and what wins when a flag is given too."""
+"""Recipes: settings that fit together, data sets that exist, and flags that take precedence."""
 
 import dataclasses
 from pathlib import Path
@@ -13,7 +13,7 @@ from mplug2.training.settings import Settings, resolve_settings, with_defaults
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_is_settings_that_train_takes(name):
+def test_the_settings_of_a_recipe_fit_together(name):
     recipe = RECIPES[name]
     assert recipe.data in ADAPTERS and recipe.task in RECORD_FIELDS and recipe.task == recipe.settings["task"]
     settings = Settings.from_flat(with_defaults({"recipe": name, "init": "c", "data": "d"}))
@@ -24,7 +24,7 @@ def test_a_recipe_is_settings_that_train_takes(name):
 
 
 def test_the_paper_s_numbers_and_settings():
-    """Section 10 of the description of the model: these numbers and no others."""
+    """The numbers that the paper and papers that cite it report, and no others."""
     papers = {name: recipe.paper for name, recipe in RECIPES.items() if recipe.paper}
     assert papers == {
         "msrvtt_qa": "48.0", "msvd_qa": "58.1", "msrvtt_caption": "80.3", "msvd_caption": "165.8", "imagenet": "88.5",
@@ -44,7 +44,7 @@ def test_recipes_cannot_be_changed():
         RECIPES["msrvtt_qa"].task = "x"
 
 
-def test_a_flag_wins_over_the_recipe():
+def test_flags_take_precedence_over_the_recipe():
     given = {"recipe": "msrvtt_qa", "init": "c", "data": "d", "lr": 0.5}
     assert with_defaults(given)["lr"] == 0.5 and with_defaults(given)["epochs"] == 10
     assert "epochs" not in with_defaults({**given, "max_steps": 7})
@@ -56,7 +56,7 @@ def test_a_flag_wins_over_the_recipe():
     ({"recipe": "msrvtt_qa", "init": "c"}, "python -m mplug2.data msrvtt_qa"),
     ({"recipe": "msrvtt_qa", "data": "d"}, "add --init CHECKPOINT"),
 ])
-def test_what_a_recipe_needs(tmp_path, given, message):
+def test_a_recipe_names_what_it_needs(tmp_path, given, message):
     with pytest.raises(ValueError, match=message.replace("?", r"\?")):
         resolve_settings({**given, "out": str(tmp_path)}, {})
 
