@@ -6,7 +6,7 @@ the samples of each batch, the outputs of `tiny_data/pretrained`, and the names 
 Values are compared bit by bit on the machine signature that they were recorded on. On any other, floats may differ
 slightly, as the order of summation does; texts, names, integers and orders must still be equal.
 
-Record `golden/run.json` anew, after a deliberate change of behavior only:
+Record `golden/run.json` again only after a deliberate change of behavior:
 
     MPLUG2_RECORD_GOLDEN=1 pytest -n 0 tests/test_golden_run.py
 """

@@ -69,7 +69,7 @@ def light(cache, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def run(cache, tmp_path_factory) -> Path:
-    """The folder of a run by default settings but for its size: pre-training on the tiny world of the cache."""
+    """The folder of a run with default settings except for its size: pre-training on the tiny world of the cache."""
     out = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MPLUG2_CACHE", str(cache))

@@ -137,7 +137,7 @@ def test_a_run_whose_folder_was_moved_continues_where_it_is(tmp_path):
 
 
 def test_settings_of_runs_with_the_old_names_can_be_resumed(tmp_path):
-    """As they were written before the flags were renamed, when --min-lr and --warmup were fractions."""
+    """As they were written before the flags were renamed, when min_lr and warmup were fractions."""
     settings = Settings.from_flat({"out": str(tmp_path), "task": "pretrain,video_qa", "name": "old"})
     write_run(settings)
     file = settings.folder / "settings.json"
