@@ -451,7 +451,7 @@ def test_eval_runs_from_the_command_line(run, own_files):
     ("--checkpoint {run} --beams 0", 2, "--beams 0: expected at least 1"),
     ("--checkpoint {run} --dta x", 2, "unknown argument --dta (did you mean '--data'?)"),
     ("--checkpoint {own}", 1, "is not a checkpoint: it does not contain config.json"),
-    ("--checkpoint {run} --input {own}/note.txt", 1, "note.txt: suffix '.txt' cannot be read"),
+    ("--checkpoint {run} --input {own}/note.txt", 1, "note.txt: suffix '.txt' is not that of an image or a video"),
     ("--checkpoint {run} --input {empty} --find red", 1, "contains no image, GIF, or video"),
     ("--checkpoint {run} --splits dev", 1, "has none of the splits dev; it has combos, test, train, val"),
     ("--checkpoint {run} --data {own}", 1, "has no data: expected files named <task>.<split>.jsonl"),
