@@ -5,6 +5,7 @@
             gathered when it runs (FSDP2, `fully_shard`)
 """
 
+import dataclasses
 import inspect
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -83,6 +84,8 @@ def wrap_model(module: nn.Module, process: DistInfo, settings: ParallelSettings)
     for block in module.modules():
         if isinstance(block, Block):
             fully_shard(block, **sharding)
+    if settings.low_precision:  # the root sees the batch, whose labels and boxes would be rounded: 1987 becomes 1984
+        sharding["mp_policy"] = dataclasses.replace(sharding["mp_policy"], cast_forward_inputs=False)
     fully_shard(module, **sharding)
     # Gather everything once: gradient accumulation expects it even of blocks that a batch does not use.
     for part in module.modules():

@@ -221,6 +221,33 @@ def test_clipped_updates_of_sharded_models_are_those_of_one_process(processes, n
                 np.testing.assert_allclose(moments[parameter], value, rtol=1e-4, atol=1e-6, err_msg=parameter)
 
 
+def seen_batch(rank: int) -> tuple[dict[str, bool], bool]:
+    """Which tensors of a batch reach the losses of a sharded bfloat16 model unchanged; and are all gradients finite?"""
+    model = randomised(MPLUG2(small(), "grounding")).float()
+    objectives, seen, forward = Objectives(model), {}, Objectives.forward
+    settings = ParallelSettings(parallel="fsdp", precision="bfloat16")
+    parallel = wrap_model(objectives, distributed.DistInfo(rank, 2, torch.device("cpu")), settings)
+    batch = {name: value.float() if torch.is_tensor(value) and value.is_floating_point() else value
+             for name, value in task_batch("grounding", b=2).items()} | {"year": torch.tensor([1987.0, 0.123456])}
+
+    def watched_forward(self, batch: dict) -> dict:
+        seen.update({name: value for name, value in batch.items() if torch.is_tensor(value)})
+        return forward(self, batch)
+
+    with patch.object(Objectives, "forward", watched_forward), torch.autocast("cpu", torch.bfloat16):
+        losses = parallel(batch)
+    sum(losses.values()).backward()
+    equal = {name: value.dtype == batch[name].dtype and value.equal(batch[name]) for name, value in seen.items()}
+    return equal, all(p.grad.full_tensor().isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_a_sharded_bfloat16_model_does_not_round_labels_and_boxes(processes):
+    """1987 would become 1984."""
+    for equal, finite in processes.run(seen_batch, (0,), (1,)):
+        assert {"box", "year", "pixels"} <= set(equal) and all(equal.values()), equal
+        assert finite
+
+
 def one_sided(rank: int) -> tuple:
     process = distributed.DistInfo(rank, 2, torch.device("cpu"))
 
