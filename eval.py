@@ -1,199 +1,182 @@
 """Evaluate a checkpoint, or try it on your own files.
 
     python eval.py --checkpoint runs/tiny/last                                # all tasks, splits test and combos
+    torchrun --nproc-per-node 8 eval.py --checkpoint CHECKPOINT --precision bfloat16 --workers 4
     python eval.py --checkpoint runs/tiny/last --task video_qa --answers train          # rank a list of answers
-    python eval.py --checkpoint runs/tiny/last --json results.json
-    python eval.py --checkpoint CHECKPOINT --data DIR --beams 5 --paper-captions        # score as captioning papers do
+    python eval.py --checkpoint CHECKPOINT --data DIR --protocol released --paper-captions
     python eval.py --checkpoint CHECKPOINT --data DIR --task image_qa --splits test-dev --server vqav2
     python eval.py --checkpoint runs/tiny/last --input docs/examples/blue_seven_left.gif    # caption any image or video
     python eval.py --checkpoint runs/tiny/last --input docs/examples/blue_seven_left.gif --question "which digit is it"
-    python eval.py --checkpoint runs/tiny/last --input docs/examples/blue_seven_left.gif --attention out.png
+    python eval.py --checkpoint runs/tiny/last --input docs/examples    # caption all files: captions.jsonl
     python eval.py --checkpoint runs/tiny/last --input docs/examples --find "a blue seven moving left"
 
 The first command prints a table and writes CHECKPOINT/eval/: metrics.json, predictions.jsonl, and report.html with
 predictions, truths, and mistakes. All flags: python eval.py --help
 """
 
-import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import tiny_data
-from mplug2.data.media import is_media
-from mplug2.data.records import available, read_records
-from mplug2.data.text import clean
-from mplug2.evaluation import submissions
+from mplug2 import distributed
+from mplug2.checkpoint import read_config, read_data
+from mplug2.data.records import available
+from mplug2.evaluation import own_files, submissions
 from mplug2.evaluation.chance import chance_level
-from mplug2.evaluation.data import EvalOptions, EvalSplit
+from mplug2.evaluation.data import EvalOptions, EvalSplit, find_data, read_answer_list
 from mplug2.evaluation.evaluate import evaluate
-from mplug2.evaluation.metric_names import format_table
-from mplug2.flags import Parser
+from mplug2.evaluation.own_files import InputSettings
+from mplug2.evaluation.results import describe, describe_skipped, flat_metrics, write_metrics, write_predictions
+from mplug2.evaluation.settings import RuntimeSettings, WritingSettings
+from mplug2.flags import Parser, check_range, warning_only
+from mplug2.inference import Inference, Stopped
 from mplug2.predictor import Predictor, load
-from mplug2.tasks import TASKS
 from mplug2.tools.plots import draw_attention
 from mplug2.tools.report import write_evaluation_report
+from mplug2.training.fault_tolerance import GracefulStop
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalSettings:
     checkpoint: str = ""
     """Checkpoint folder, such as runs/tiny/last."""
     task: str = "all"
     """Tasks to evaluate, separated by commas; all: every task that the checkpoint has the modules for."""
     data: str = ""
-    """Folder with <task>.<split>.jsonl files; without it the tiny world."""
+    """Folder with <task>.<split>.jsonl files. Default: the data that the checkpoint was trained on."""
     splits: str = "test,combos"
     """Splits to evaluate, separated by commas; splits that the data does not have are skipped."""
-    json: str = ""
-    """File for the metrics, with flat keys such as test/caption_exact; without it CHECKPOINT/eval/metrics.json."""
     limit: int = 0
-    """Evaluate only the first records of each task; 0: all of them."""
+    """Evaluate a random sample of this many records of each task, always the same one; galleries stay whole."""
+    max_skipped: float = 0.02
+    """Fail if more than this fraction of the records has an image or video that cannot be read."""
     answers: str = ""
-    """Rank a list of answers instead of writing them: a file with one answer per line, or `train` for the answers of
-    the training questions."""
-    beams: int = 1
-    """Beams of the search for captions; 1 is greedy, the papers use 5."""
-    paper_captions: bool = False
-    """Also score captions with the pipeline of the papers (Penn Treebank, METEOR); needs the extra `eval`, and Java."""
+    """Rank answers instead of writing them: a file with one answer per line, or `train` for the training answers."""
     all_captions: bool = False
     """In retrieval, every caption of a record is a query, as in COCO and Flickr30k, not only the first."""
+    paper_captions: bool = False
+    """Also score captions with the pipeline of the papers (Penn Treebank, METEOR); needs the extra `eval`, and Java."""
+    json: str = ""
+    """File for the metrics, with flat keys such as test/caption_exact. Default: CHECKPOINT/eval/metrics.json."""
     server: str = ""
     """Also write the predictions for the evaluation server of a benchmark: vqav2, nocaps, glue_cola, ..."""
-    device: str = "cpu"
-    """cpu, cuda, mps."""
 
     def __post_init__(self):
         if not self.checkpoint:
             raise ValueError("no checkpoint: name its folder with --checkpoint, such as runs/tiny/last")
         if self.answers not in ("", "train") and not Path(self.answers).is_file():
-            raise ValueError(f"--answers {self.answers}: no such file; expected one answer per line, or the word train")
+            raise ValueError(f"answers={self.answers!r}: no such file; expected one answer per line, or the word train")
         if self.server and self.server not in submissions.BENCHMARKS:
-            raise ValueError(f"--server {self.server}: expected one of {', '.join(submissions.BENCHMARKS)}")
-        if self.limit < 0:
-            raise ValueError(f"--limit {self.limit}: expected at least 0")
-        if self.beams < 1:
-            raise ValueError(f"--beams {self.beams}: expected at least 1")
+            raise ValueError(f"server={self.server!r}: expected one of {', '.join(submissions.BENCHMARKS)}")
+        check_range(self, "limit", 0)
+        check_range(self, "max_skipped", 0, 1)
 
 
-@dataclass(frozen=True)
-class InputConfig:
-    input: str = ""
-    """An image, GIF, or video to caption or to ask about; or a folder to search with --find."""
-    question: str = ""
-    """A question about --input."""
-    find: str = ""
-    """A text: list the files of the folder --input that match it best."""
-    attention: str = ""
-    """Image file, such as out.png, for the attention of the words of --question and of the written text."""
-    prompted: bool = True
-    """Captions of --input continue the prompt "a video of"; otherwise they start from [CLS] alone, as released."""
-
-    def __post_init__(self):
-        if (self.question or self.find or self.attention) and not self.input:
-            raise ValueError("--question, --find, and --attention need a file or folder: name it with --input")
-        if self.find and (self.question or self.attention):
-            raise ValueError("--find searches a folder, --question and --attention are about one file: give only one "
-                             "of them")
-        if self.input and not Path(self.input).exists():
-            raise ValueError(f"--input {self.input}: no such file or folder")
-        if self.input and bool(self.find) != Path(self.input).is_dir():
-            raise ValueError(f"--input {self.input}: expected a folder with --find, and one file without it")
+GROUPS = {EvalSettings: "evaluation", InputSettings: "your own files", WritingSettings: "captions and answers",
+          RuntimeSettings: "device and speed"}
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser = Parser(__doc__, "eval.py")
-    parser.add(EvalConfig, "evaluation")
-    parser.add(InputConfig, "your own files")
+    for cls, title in GROUPS.items():
+        parser.add(cls, title)
     given = parser.read(arguments)
     try:
-        config, files = EvalConfig(**given["EvalConfig"]), InputConfig(**given["InputConfig"])
+        config, files, writing, runtime = (cls(**given[cls.__name__]) for cls in GROUPS)
+        read_config(config.checkpoint)
+        process = distributed.init_distributed(runtime.device)
     except ValueError as error:
         parser.error(str(error))
+    say = print if process.is_main else (lambda *_, **__: None)
     try:
-        predictor = load(config.checkpoint, config.device)
-        if files.input:
-            describe(predictor, files, config.beams)
-            return {}
-        return score(predictor, config)
+        with GracefulStop() as stop:
+            predictor = load(config.checkpoint, process.device)
+            many = not files.input or files.many
+            predictor.inference = runtime.inference(
+                process, skip_unreadable=many, progress=True, on_batch=lambda: bool(stop.name))
+            if files.input:
+                use_files(predictor, config.checkpoint, files, writing, say)
+                return {}
+            return score(predictor, config, writing, process, say)
+    except Stopped as error:
+        print(f"eval.py: stopped by {stop.name}; the evaluation is not written", file=sys.stderr)
+        raise SystemExit(130) from error
     except (ValueError, OSError) as error:
-        print(f"eval.py: {error}", file=sys.stderr)
+        if process.is_main or not isinstance(error, distributed.AllRanksError):
+            print(f"eval.py: {error}", file=sys.stderr)
         raise SystemExit(1) from error
+    finally:
+        distributed.shutdown()
 
 
-def describe(predictor: Predictor, files: InputConfig, beams: int) -> None:
-    """Print the caption of a file, the answer to a question about it, or the files of a folder that match a text."""
-    if files.attention:
-        written, words = predictor.explain(files.input, files.question)
+def use_files(
+    predictor: Predictor, checkpoint: str, files: InputSettings, writing: WritingSettings, say: Callable
+) -> None:
+    """Caption one file or many, answer a question about them, or search them."""
+    output, (first, *_) = "answer" if files.question else "caption", files.files
+    how = writing.generation(output)
+    if files.find:
+        for value, file in own_files.find(predictor, files.files, files.find)[:10]:
+            say(f"{value:6.3f}  {file}")
+    elif files.many:
+        out = Path(files.output or f"{output}s.jsonl")
+        own_files.write(predictor, files.files, files.question, how, out, str(Path(checkpoint).resolve()), say)
+    elif files.attention:
+        written, words = predictor.explain(first, files.question)
         title = f"{files.question}?\n{written}" if files.question else written
-        draw_attention(files.input, predictor.preprocess.frames, words, title, Path(files.attention))
-        print(f"{written}\nattention: {files.attention}")
-    elif files.find:
-        media = sorted(path for path in Path(files.input).rglob("*") if is_media(path))
-        if not media:
-            raise ValueError(f"{files.input} contains no image, GIF, or video")
-        scores = predictor.similarity(media, [files.find])[:, 0]
-        for i in scores.argsort(descending=True)[:10].tolist():
-            print(f"{scores[i]:6.3f}  {media[i]}")
+        draw_attention(first, predictor.preprocess.frames, words, title, Path(files.attention))
+        say(f"{written}\nattention: {files.attention}")
     elif files.question:
-        print(predictor.answer([files.input], [files.question])[0])
+        say(predictor.answer([first], [files.question], **vars(how))[0])
     else:
-        print(predictor.caption([files.input], beams, prompted=files.prompted)[0])
+        say(predictor.caption([first], **vars(how))[0])
 
 
-def score(predictor: Predictor, config: EvalConfig) -> dict[str, float]:
+def score(
+    predictor: Predictor, config: EvalSettings, writing: WritingSettings, process: distributed.DistInfo, say: Callable
+) -> dict[str, float]:
     """Evaluate the splits, print the table, and write metrics, predictions, and a report."""
-    root = Path(config.data) if config.data else tiny_data.ensure()
+    root, why = find_data(config.data, read_data(config.checkpoint), config.splits.split(","))
+    if root is None:
+        distributed.run_on_main(tiny_data.ensure, process)
+        root = tiny_data.ensure()
+    say(f"data: {root} ({why})", flush=True)
     there = {split for splits in available(root).values() for split in splits}
     splits = [EvalSplit(root, split, config.limit) for split in config.splits.split(",") if split in there]
     if not splits:
         raise ValueError(f"{root} has none of the splits {config.splits}; it has {', '.join(sorted(there))}")
     tasks = None if config.task == "all" else config.task.split(",")
-    options = EvalOptions(
-        read_answer_list(config.answers, root), config.beams, config.paper_captions, config.all_captions)
-    folder = Path(config.checkpoint) / "eval"
-    folder.mkdir(exist_ok=True)
-    by_split, lines = {}, []
-    for data in splits:
-        by_split[data.split], predictions = evaluate(predictor, data, tasks, options)
-        lines += [json.dumps(prediction.line(data.split)) + "\n" for prediction in predictions]
-        if config.server:
-            pairs = [(p.id, str(p.prediction)) for p in predictions if p.task == submissions.BENCHMARKS[config.server]]
-            file = submissions.write_submission(config.server, folder, data.split, pairs)
-            print(f"for the server of {config.server}: {file}")
-    flat = {f"{split}/{name}": value for split, metrics in by_split.items() for name, value in metrics.items()}
-    if not lines:
+    answer_list = read_answer_list(config.answers, root) if config.answers else None
+    options = EvalOptions(writing.generation("caption"), writing.generation("answer"), answer_list,
+                          config.paper_captions, config.all_captions)
+    results = {data.split: evaluate(predictor, data, tasks, options) for data in splits}
+    records = sum(result.records for result in results.values())
+    skipped = sum(len(result.skipped) for result in results.values())
+    if not records:
         raise ValueError(f"{root} has no records, in the splits {config.splits}, of a task that this checkpoint can do "
                          f"(--task {config.task}; it was trained for {predictor.model.task})")
-    (folder / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
-    file = Path(config.json) if config.json else folder / "metrics.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(flat, indent=2) + "\n")
-    chance = {name: value for name, value in chance_level(splits[0]).items() if name in by_split[splits[0].split]}
-    print(format_table({**by_split, "chance": chance}))
-    if any("caption_" in name for name in flat):
-        print("caption metrics: this repository, on lower-case words without punctuation"
-              + ("; caption_paper_*: pycocoevalcap, on Penn Treebank tokens" if config.paper_captions else ""))
-    report = write_evaluation_report(folder, by_split, chance, predictor)
-    print(f"metrics: {file}; predictions: {folder / 'predictions.jsonl'}; on one page: {report}")
-    return flat
-
-
-def read_answer_list(answers: str, root: Path) -> tuple[str, ...] | None:
-    """The different answers, in the order of their first occurrence."""
-    if not answers:
-        return None
-    if answers != "train":
-        found = Path(answers).read_text(encoding="utf-8").splitlines()
-    else:
-        tasks = [task for task, splits in available(root).items()
-                 if "train" in splits and task in TASKS and TASKS[task].output == "answer"]
-        found = [answer for task in tasks for record in read_records(root, task, "train")
-                 for question in record.qa for answer in question.answers]
-    unique = tuple(dict.fromkeys(cleaned for answer in found if (cleaned := clean(answer))))
-    if not unique:
-        raise ValueError(f"--answers {answers}: found no answers there; expected at least one")
-    return unique
+    if process.is_main:
+        folder = Path(config.checkpoint) / "eval"
+        folder.mkdir(exist_ok=True)
+        file, predictions = Path(config.json or folder / "metrics.json"), folder / "predictions.jsonl"
+        write_metrics(file, results)
+        write_predictions(predictions, results)
+        if config.server:
+            for split, result in results.items():
+                sent = submissions.write_submission(config.server, folder, split, result.predictions)
+                print(f"for the server of {config.server}: {sent}")
+        chance = chance_level(splits[0])
+        print("\n".join(filter(None, [describe(results, chance), describe_skipped(results)])))
+        print(f"metrics: {file}; predictions: {predictions}")
+        with warning_only("the report"):
+            predictor.inference = Inference()  # of this process alone
+            print(f"on one page: {write_evaluation_report(folder, results, chance, predictor)}")
+    if skipped > config.max_skipped * records:
+        raise distributed.AllRanksError(f"{skipped:,} of {records:,} records were skipped, more than max_skipped="
+                                        f"{config.max_skipped} allows; repair the files above, or raise --max-skipped")
+    return flat_metrics(results)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ evaluates every split.
 """
 
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +32,8 @@ from mplug2.distributed import DistInfo
 from mplug2.evaluation.data import EvalSplit
 from mplug2.evaluation.evaluate import evaluate
 from mplug2.evaluation.metric_names import format_table, mean_score
+from mplug2.evaluation.results import describe_skipped, flat_metrics, write_predictions
+from mplug2.inference import Inference
 from mplug2.model.mplug2 import MPLUG2
 from mplug2.objectives.build import build_objectives
 from mplug2.predictor import Predictor
@@ -200,14 +201,17 @@ class Trainer:
         self.watchdog.heartbeat(self.state.step, "validating", patience=10)
         model, metrics, tasks = self.unsharded(), {}, parse_tasks(self.settings.data.task)
         if self.process.is_main:
-            predictor = Predictor(model.to(self.process.device).eval(), self.data.tokenizer, self.preprocess)
+            predictor = Predictor(model.to(self.process.device).eval(), self.data.tokenizer, self.preprocess,
+                                  Inference(skip_unreadable=True))
             generator = torch.get_rng_state()
-            metrics, predictions = evaluate(
-                predictor, EvalSplit(self.data.eval_root, split, limit), None if "pretrain" in tasks else tasks)
+            results = {split: evaluate(predictor, EvalSplit(self.data.eval_root, split, limit),
+                                       None if "pretrain" in tasks else tasks)}
+            metrics = results[split].metrics
             if metrics:
-                self.log.line({"step": self.state.step, **{f"{split}/{name}": metrics[name] for name in metrics}})
-                lines = "".join(json.dumps(prediction.line(split)) + "\n" for prediction in predictions)
-                (self.folder / "predictions.jsonl").write_text(lines, encoding="utf-8")
+                self.log.line({"step": self.state.step, **flat_metrics(results)})
+                write_predictions(self.folder / "predictions.jsonl", results)
+            if skipped := describe_skipped(results):
+                print(skipped, file=sys.stderr)
             attempt(write_report, self.folder, predictor)
             torch.set_rng_state(generator)
             model.train()

@@ -15,7 +15,9 @@ A folder without a manifest is loaded as it is. With a manifest, every file is v
 import dataclasses
 import hashlib
 import json
+import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,13 +53,18 @@ class PreprocessConfig:
     """Frames sampled from each video."""
     max_words: int = 30
     """Longest text in words; the rest is cut off."""
+    max_length: int = 0
+    """Tokens of the longest caption or answer in the training data; 0: not known."""
 
 
 def save_model(
     folder: Path | str, model: MPLUG2, tokenizer: Tokenizer, preprocess: PreprocessConfig,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None, data: Sequence[Path | str] | None = None,
 ) -> None:
-    """Write the three files of a model folder, creating `folder`. The weights are saved as `dtype` if one is given."""
+    """Write the three files of a model folder, creating `folder`. The weights are saved as `dtype` if one is given.
+
+    `data` are the folders that the model was trained on, none for the tiny world; None leaves them unrecorded.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
@@ -66,6 +73,8 @@ def save_model(
         "format": FORMAT, "task": model.task, "model": dataclasses.asdict(model.config),
         "preprocess": dataclasses.asdict(preprocess), "classes": model.classes,
     }
+    if data is not None:
+        config["data"] = [os.path.abspath(folder) for folder in data]
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save(folder / "tokenizer.json")
 
@@ -85,6 +94,7 @@ def read_config(folder: Path | str) -> tuple[str, ModelConfig, PreprocessConfig]
                                   "inside the universal layers; train it again with --form figure")
         config = from_dict(ModelConfig, {"class_token": "released", **saved["model"]}, str(path))
         preprocess = saved["preprocess" if "preprocess" in saved else "preparation"]  # the key of older checkpoints
+        preprocess = {"max_length": 0, **preprocess}  # older checkpoints do not know it
         return saved["task"], config, from_dict(PreprocessConfig, preprocess, str(path))
     except CheckpointError:
         raise
@@ -96,6 +106,12 @@ def read_classes(folder: Path | str) -> dict[str, tuple[str, ...]]:
     """The class names that a model was trained with, by task."""
     saved = json.loads((Path(folder) / "config.json").read_text())
     return {task: tuple(names) for task, names in saved.get("classes", {}).items()}
+
+
+def read_data(folder: Path | str) -> list[Path] | None:
+    """The folders that a model was trained on; none for the tiny world, and None if they were not recorded."""
+    saved = json.loads((Path(folder) / "config.json").read_text())
+    return [Path(root) for root in saved["data"]] if "data" in saved else None
 
 
 def load_model(

@@ -160,6 +160,15 @@ def one_line_errors(prog: str) -> Iterator[None]:
         raise SystemExit(1) from error
 
 
+@contextmanager
+def warning_only(what: str) -> Iterator[None]:
+    """Within it, any error becomes a warning on stderr: for reports and plots, which must not cost a result."""
+    try:
+        yield
+    except Exception as error:
+        print(f"warning: {what} failed: {type(error).__name__}: {error}", file=sys.stderr)
+
+
 def check_range(settings: Any, names: str, least: float = -math.inf, most: float = math.inf) -> None:
     """ValueError for the first of these fields (`names`, with blanks between) that lies outside `least` to `most`."""
     for name in names.split():

@@ -6,10 +6,10 @@
     model.similarity(["clip.mp4"], ["a red seven"])      # tensor of cosines, media by texts
     model.classify("visual_entailment", ["a.jpg"], ["a dog runs"])     # ["neutral"], after fine-tuning
 
-Axes: b inputs, v visual tokens, l text tokens, e contrastive width, y classes.
+Axes: b media, r inputs (questions, texts) about each, v visual tokens, l text tokens, e contrastive width, y classes.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,16 +18,13 @@ from einops import rearrange
 from torch import Tensor
 
 from mplug2.attention_maps import attention_maps
-from mplug2.checkpoint import PreprocessConfig, load_model, save_model
-from mplug2.data.media import is_media, kind_of, read_image, read_video, to_pixels
-from mplug2.data.samples import join_text_pair
-from mplug2.data.text import Tokenizer, clean
-from mplug2.generation import SpecialTokens, beam_search, best_texts, greedy, rank_answers
-from mplug2.model.mplug2 import MPLUG2, answer_memory
+from mplug2.checkpoint import load_model, save_model
+from mplug2.data.text import clean
+from mplug2.generation import beam_search, best_texts, greedy, rank_answers
+from mplug2.inference import BatchRunner, Media, Text, repeat_to, require_list
+from mplug2.model.mplug2 import answer_memory
 from mplug2.tasks import INSTRUCTIONS, PROMPTS
 
-Media = str | Path | tuple[str | Path, str | Path]  # an image, a video, or two images
-Text = str | tuple[str, str]
 CANDIDATES = 32
 """Answers of a list that are scored whole."""
 
@@ -38,10 +35,20 @@ def load(checkpoint: str | Path, device: str = "cpu", task: str | None = None) -
     return Predictor(model.to(device), tokenizer, preprocess)
 
 
-def require_list(inputs: Sequence[str | Path]) -> None:
-    """Raise TypeError for a single path or text: a string is a sequence of letters, and would be taken for a list."""
-    if isinstance(inputs, (str, Path)):
-        raise TypeError(f"found the single {str(inputs)!r}: expected a list of paths or texts")
+@dataclass(frozen=True)
+class Generation:
+    """How the decoder writes a text."""
+
+    beams: int = 1
+    """Beams of the search; 1 is greedy."""
+    min_length: int = 0
+    """Smallest number of tokens. Beam search writes at least one."""
+    max_length: int = 0
+    """Largest number of tokens; 0: that of the checkpoint, which covers the longest training text."""
+    prompted: bool = True
+    """Captions continue the prompt of their modality, "a video of"; otherwise they start from [CLS] alone."""
+    instructed: bool = False
+    """Captions answer the instruction of their modality, "what does the video describe", as in Figure 1."""
 
 
 @dataclass(frozen=True)
@@ -55,19 +62,11 @@ class WordAttention:
     """`t h w`. It sums to the fraction of the attention that is on patches; the rest is on the class token and text."""
 
 
-class Predictor:
+class Predictor(BatchRunner):
     """A model with its tokenizer and preprocessing.
 
     Methods raise ValueError if the model does not have the modules, and MediaError for a file that cannot be read.
     """
-
-    def __init__(self, model: MPLUG2, tokenizer: Tokenizer, preprocess: PreprocessConfig, batch_size: int = 64):
-        self.model, self.tokenizer, self.preprocess, self.batch_size = model, tokenizer, preprocess, batch_size
-        self.special_tokens = SpecialTokens(tokenizer.cls, tokenizer.sep, tokenizer.pad)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float16) -> None:
         """Export the model to a new folder, without what only training needs, and by default in half precision.
@@ -78,45 +77,33 @@ class Predictor:
             raise FileExistsError(f"{folder} is not empty: choose a new folder for the exported model")
         save_model(folder, self.model, self.tokenizer, self.preprocess, dtype)
 
-    def caption(
-        self, paths: Sequence[str | Path], beams: int = 1, max_length: int = 20, prompted: bool = True,
-        instructed: bool = False,
-    ) -> list[str]:
-        """A caption of each image or video, of at most `max_length` tokens. One beam is greedy search.
+    def caption(self, media: Sequence[Media], **settings) -> list[str]:
+        """A caption of each image or video. `settings` are fields of `Generation`, such as beams=5."""
+        how = Generation(**settings)
 
-        A caption continues the prompt of its modality, "a video of" or "a picture of". Without `prompted` it starts
-        from [CLS] alone, as in the released evaluation. With `instructed` it is the answer to the instruction of its
-        modality, such as "what does the video describe", through text encoder and fusion, as in Figure 1.
-        """
-        def write(vision: Tensor, modality: str, _) -> list[str]:
-            memory, memory_mask, prompt = vision, None, PROMPTS[modality] if prompted else ""
-            if instructed:
-                ids, mask = self.tokenizer.encode([INSTRUCTIONS[modality]] * len(vision))
-                memory, memory_mask = self.model.instruction_memory(vision, ids.to(self.device), mask.to(self.device))
-                prompt = ""
-            start, special = self.start(len(vision), prompt), self.special_tokens
-            if beams == 1:
-                ids = greedy(self.model, memory, start, special, max_length, memory_mask)
-            else:
-                ids = best_texts(beam_search(self.model, memory, start, special, beams, max_length=max_length,
-                                             memory_mask=memory_mask), special)
-            return self.tokenizer.decode(ids)
+        def write(vision: Tensor, modality: str, indices: list[int]) -> list[str]:
+            memory, memory_mask = vision, None
+            if how.instructed:
+                memory, memory_mask = self._instructed(vision, len(indices), modality)
+            prompt = self.start(len(indices), PROMPTS[modality] if how.prompted and not how.instructed else "")
+            max_length = how.max_length or self.preprocess.max_length or 20
+            return self._write(memory, prompt, how, max_length, memory_mask)
 
-        return self.on_media(paths, write)
+        return self.on_media(media, write)
 
     def answer(
-        self, paths: Sequence[str | Path], questions: Sequence[str], max_length: int = 10,
-        answer_list: Sequence[str] | None = None,
+        self, media: Sequence[Media], questions: Sequence[str], answer_list: Sequence[str] | None = None, **settings
     ) -> list[str]:
         """The answer to each question about the image or video at the same index.
 
-        The decoder writes it, or, with an `answer_list`, ranks the list: the CANDIDATES answers whose first token is
-        most likely are scored whole.
+        The decoder writes it (`settings` are fields of `Generation`), or, with an `answer_list`, ranks the list: the
+        CANDIDATES answers whose first token is most likely are scored whole.
         """
-        require_list(paths)
+        how = Generation(**settings)
+        require_list(media)
         require_list(questions)
-        if len(paths) != len(questions):
-            raise ValueError(f"{len(paths)} paths, but {len(questions)} questions: expected one question per path")
+        if len(media) != len(questions):
+            raise ValueError(f"{len(media)} media, but {len(questions)} questions: expected one question per medium")
         if answer_list is not None:
             require_list(answer_list)
             cleaned = [clean(text, self.preprocess.max_words) for text in answer_list]
@@ -129,20 +116,37 @@ class Predictor:
             if answer_list is not None:
                 best = rank_answers(self.model, memory, *answers, CANDIDATES, memory_mask)[0][:, 0]
                 return [answer_list[number] for number in best.tolist()]
-            start = self.start(len(vision))
-            return self.tokenizer.decode(
-                greedy(self.model, memory, start, self.special_tokens, max_length, memory_mask)
-            )
+            max_length = how.max_length or self.preprocess.max_length or 10
+            return self._write(memory, self.start(len(indices)), how, max_length, memory_mask)
 
-        return self.on_media(paths, write)
+        return self.on_media(media, write)
+
+    def _instructed(self, vision: Tensor, count: int, modality: str) -> tuple[Tensor, Tensor]:
+        """The memory of the decoder, and its mask, for `count` captions that answer the instruction."""
+        ids, mask = self.tokenizer.encode([INSTRUCTIONS[modality]] * count)
+        return self.model.instruction_memory(vision, ids.to(self.device), mask.to(self.device))
+
+    def _write(
+        self, memory: Tensor, prompt: Tensor, how: Generation, max_length: int, memory_mask: Tensor | None = None
+    ) -> list[str]:
+        """Texts that continue the prompts `(b r) l`, about the memory `b m d`."""
+        if how.beams == 1 and not how.min_length:
+            ids = greedy(self.model, memory, prompt, self.special_tokens, max_length, memory_mask)
+        else:
+            hypotheses = beam_search(
+                self.model, repeat_to(memory, len(prompt)), prompt, self.special_tokens, how.beams,
+                how.min_length or 1, max_length, memory_mask=memory_mask,
+            )
+            ids = best_texts(hypotheses, self.special_tokens)
+        return self.tokenizer.decode(ids)
 
     def likelihood(
-        self, paths: Sequence[str | Path], texts: Sequence[str], questions: Sequence[str] | None = None
+        self, media: Sequence[Media], texts: Sequence[str], questions: Sequence[str] | None = None
     ) -> list[float]:
         """The probability that the decoder writes each text, [SEP] included, about the image or video at the same
         index: as the answer to the question at that index, or, without questions, as a caption."""
         def score(vision: Tensor, modality: str, indices: list[int]) -> list[float]:
-            memory, memory_mask, start = vision, None, self.start(len(vision), "" if questions else PROMPTS[modality])
+            memory, memory_mask, start = vision, None, self.start(len(indices), "" if questions else PROMPTS[modality])
             if questions:
                 text, mask = self.encode_text([questions[i] for i in indices])
                 vision, fused = self.model.fuse(vision, text, mask)
@@ -157,7 +161,7 @@ class Predictor:
             written = (log_probs * mask[:, 1:])[:, start.shape[1] - 1:]
             return written.sum(dim=1).exp().tolist()
 
-        return self.on_media(paths, score)
+        return self.on_media(media, score)
 
     def classify(
         self, task: str, media: Sequence[Media] | None = None, texts: Sequence[Text] | None = None
@@ -166,47 +170,36 @@ class Predictor:
         (a path, or a pair of paths), a text (or a pair of texts), or both."""
         classes = self.model.classes.get(task)
         outputs = self.read(media, texts, lambda hidden, _: self.model.classify(hidden, task))
-        if not classes:
-            return outputs[:, 0].tolist()
-        return [classes[number] for number in outputs.argmax(dim=1).tolist()]
+        return [classes[int(output.argmax())] if classes else output.item() for output in outputs]
 
-    def predict_boxes(self, paths: Sequence[str | Path], texts: Sequence[str]) -> Tensor:
-        """The box in each image that the text at the same index describes: `b 4` (center x, center y, width, height,
-        as fractions of the image)."""
-        return self.read(paths, texts, self.model.predict_box)
+    def predict_boxes(self, images: Sequence[Media], texts: Sequence[str]) -> list[Tensor]:
+        """The box in each image that the text at the same index describes: (center x, center y, width, height), as
+        fractions of the image."""
+        return self.read(images, texts, self.model.predict_box)
 
-    @torch.no_grad()
     def read(
         self, media: Sequence[Media] | None, texts: Sequence[Text] | None,
         head: Callable[[Tensor, Tensor | None], Tensor],
-    ) -> Tensor:
-        """`head(hidden, V')` of each input, `b ...`. hidden is the text `b l d`, V' `b v d`, or, with both, the fused
-        text. V' is None without media."""
-        if media is not None and texts is not None and len(media) != len(texts):
+    ) -> list[Tensor]:
+        """`head(hidden, V')` of each input. hidden is the text `b l d`, V' `b v d`, or, with both, the fused text. V'
+        is None without media."""
+        if media is None:
+            return self.on_texts(texts, lambda text, mask: head(text, None))
+        if texts is not None and len(media) != len(texts):
             raise ValueError(f"{len(media)} media, but {len(texts)} texts: expected one text per medium")
 
         def on_vision(vision: Tensor, _, indices: list[int]) -> Tensor:
             if texts is None:
+                vision = repeat_to(vision, len(indices))
                 return head(vision, vision)
             text, mask = self.encode_text([texts[i] for i in indices])
             vision, fused = self.model.fuse(vision, text, mask)
-            return head(fused, vision)
+            return head(fused, repeat_to(vision, len(indices)))
 
-        if media is not None and not any(isinstance(item, tuple) for item in media):
-            return torch.stack(self.on_media(media, on_vision))
-        count, rows = len(texts if media is None else media), []
-        for first in range(0, count, self.batch_size):
-            indices = list(range(first, min(first + self.batch_size, count)))
-            if media is None:
-                rows.append(head(self.encode_text([texts[i] for i in indices])[0], None))
-            else:
-                paths = [path for i in indices for path in media[i]]
-                vision = rearrange(torch.stack(self.encode_media(paths)), "(b two) v d -> b two v d", two=2)
-                rows.append(on_vision(self.model.concat_pair(vision), "image", indices))
-        return torch.cat(rows)
+        return self.on_media(media, on_vision)
 
     @torch.no_grad()
-    def explain(self, path: str | Path, question: str = "") -> tuple[str, list[WordAttention]]:
+    def explain(self, medium: Media, question: str = "") -> tuple[str, list[WordAttention]]:
         """The answer to a question, or a caption, and the attention of every word, averaged over the heads.
 
         Words of the question come from the last cross-attention of fusion, written words from that of the decoder. A
@@ -214,7 +207,7 @@ class Predictor:
         """
         words: list[WordAttention] = []
         writes = "decoder" in self.model.components
-        written = "" if not writes else self.answer([path], [question])[0] if question else self.caption([path])[0]
+        written = "" if not writes else self.answer([medium], [question])[0] if question else self.caption([medium])[0]
         config = self.model.config
 
         def collect(maps: dict[str, Tensor], component: str, ids: list[int], v: int) -> None:
@@ -245,31 +238,30 @@ class Predictor:
             collect(maps, "decoder", new[0].tolist(), vision.shape[1])
             return [None]
 
-        self.on_media([path], record)
+        self.on_media([medium], record)
         return written, words
 
     def embed(self, inputs: Sequence[str | Path]) -> Tensor:
-        """Unit vectors `b e` of media and texts, which may be mixed. A `Path`, or a string that ends like a media file
-        (.gif, .mp4, .png, ...), is opened; any other string is a text."""
+        """Unit vectors `b e` of media and texts, which may be mixed: a `Path` is opened, a string is a text."""
         require_list(inputs)
-        media = [i for i, item in enumerate(inputs) if isinstance(item, Path) or is_media(item)]
-        texts = [i for i in range(len(inputs)) if i not in set(media)]
-        vectors: dict[int, Tensor] = {}
-        if media:
-            found = self.on_media([inputs[i] for i in media], lambda vision, *_: self.model.project_vision(vision))
-            vectors |= zip(media, found)
-        for first in range(0, len(texts), self.batch_size):
-            indices = texts[first: first + self.batch_size]
-            with torch.no_grad():
-                text, _ = self.encode_text([str(inputs[i]) for i in indices])
-                vectors |= zip(indices, self.model.project_text(text))
+        media = [i for i, item in enumerate(inputs) if not isinstance(item, str)]
+        texts = [i for i, item in enumerate(inputs) if isinstance(item, str)]
+        vectors = dict(zip(media, self.embed_media([inputs[i] for i in media])))
+        vectors |= zip(texts, self.embed_texts([inputs[i] for i in texts]))
         return torch.stack([vectors[i] for i in range(len(inputs))])
 
-    def similarity(self, media: Sequence[str | Path], texts: Sequence[str]) -> Tensor:
+    def embed_media(self, media: Sequence[Media]) -> list[Tensor]:
+        """A unit vector `e` of each image or video."""
+        return self.on_media(
+            media, lambda vision, _, indices: repeat_to(self.model.project_vision(vision), len(indices)))
+
+    def embed_texts(self, texts: Sequence[str]) -> list[Tensor]:
+        """A unit vector `e` of each text."""
+        return self.on_texts(texts, lambda text, mask: self.model.project_text(text))
+
+    def similarity(self, media: Sequence[Media], texts: Sequence[str]) -> Tensor:
         """Cosines between media and texts, (medium, text)."""
-        require_list(media)
-        require_list(texts)
-        return self.embed([Path(path) for path in media]) @ self.embed(list(texts)).T
+        return torch.stack(self.embed_media(media)) @ torch.stack(self.embed_texts(texts)).T
 
     @torch.no_grad()
     def match_probability(self, vision: Tensor, texts: Sequence[str]) -> Tensor:
@@ -281,58 +273,6 @@ class Predictor:
         _, fused = self.model.fuse(vision, text, mask)
         return self.model.itm_logits(fused).softmax(dim=-1)[:, 1]
 
-    def encode_media(self, paths: Sequence[str | Path]) -> list[Tensor]:
+    def encode_media(self, media: Sequence[Media]) -> list[Tensor]:
         """V' of each image or video, `v d`."""
-        return self.on_media(paths, lambda vision, *_: list(vision))
-
-    def encode_text(self, texts: list[Text]) -> tuple[Tensor, Tensor]:
-        """Texts, or pairs of texts, to `b l d` and their mask `b l`."""
-        cleaned = [
-            join_text_pair((text,) if isinstance(text, str) else text, self.preprocess.max_words) for text in texts
-        ]
-        ids, mask = (x.to(self.device) for x in self.tokenizer.encode(cleaned, self.model.config.max_positions))
-        return self.model.encode_text(ids, mask), mask
-
-    def start(self, b: int, prompt: str = "") -> Tensor:
-        """Token ids of [CLS] and the prompt, repeated: `b l`."""
-        ids = torch.full((1, 1), self.tokenizer.cls)
-        if prompt:
-            ids = torch.cat([ids, self.tokenizer.encode([prompt], special=False)[0]], dim=1)
-        return ids.expand(b, -1).to(self.device)
-
-    @torch.no_grad()
-    def on_media(self, paths: Sequence[str | Path], function: Callable[[Tensor, str, list[int]], Iterable]) -> list:
-        """Decode and encode media in batches of one modality, and call `function(V', modality, indices)` on each batch.
-
-        indices are those of the inputs in `paths`. The results of `function` come back in the order of `paths`.
-        """
-        require_list(paths)
-        # Files that wait for their batch, by modality: the pixels, and the indices of the inputs that ask for them. A
-        # video with several questions is decoded and encoded once.
-        waiting: dict[str, dict[str, tuple[Tensor, list[int]]]] = {"image": {}, "video": {}}
-        results: dict[int, object] = {}
-
-        def flush(modality: str) -> None:
-            pixels, indices = zip(*waiting[modality].values())
-            waiting[modality].clear()
-            vision = self.model.encode_vision(torch.stack(pixels).to(self.device))
-            rows = torch.tensor([row for row, of_file in enumerate(indices) for _ in of_file], device=self.device)
-            asked = [i for of_file in indices for i in of_file]
-            results.update(zip(asked, function(vision[rows], modality, asked), strict=True))
-
-        for i, path in enumerate(map(str, paths)):
-            known = [modality for modality in waiting if path in waiting[modality]]
-            if known:
-                modality = known[0]
-            else:
-                modality = kind_of(path)
-                size = self.model.config.image_size
-                frames = read_image(path, 2 * size) if modality == "image" else read_video(path, self.preprocess.frames)
-                waiting[modality][path] = to_pixels(frames, size), []
-            waiting[modality][path][1].append(i)
-            if sum(len(of_file) for _, of_file in waiting[modality].values()) == self.batch_size:
-                flush(modality)
-        for modality in waiting:
-            if waiting[modality]:
-                flush(modality)
-        return [results[i] for i in range(len(paths))]
+        return self.on_media(media, lambda vision, _, indices: repeat_to(vision, len(indices)))

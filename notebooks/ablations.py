@@ -27,7 +27,7 @@ from mplug2.data.samples import Samples, read_samples
 from mplug2.data.text import Tokenizer
 from mplug2.evaluation.data import EvalOptions, EvalSplit
 from mplug2.evaluation.labels import evaluate_labels
-from mplug2.evaluation.ranking import retrieval
+from mplug2.evaluation.ranking import ranks
 from mplug2.model.mplug2 import MPLUG2
 from mplug2.objectives.losses import contrastive_loss
 from mplug2.predictor import Predictor
@@ -83,12 +83,12 @@ def test(predictor: Predictor) -> dict[str, float]:
             cosines = predictor.similarity(media, texts).numpy()
             ids = np.array([record.positive_id for record in own])
             positives = ids[:, None] == ids[None, :]
-            r1[to_text].append(retrieval(cosines, positives)["r1"])
-            r1[from_text].append(retrieval(cosines.T, positives)["r1"])
+            r1[to_text].append((ranks(cosines, positives) == 1).mean())
+            r1[from_text].append((ranks(cosines.T, positives) == 1).mean())
         found |= {f"{modality} {direction} R@1": float(np.mean(values)) for direction, values in r1.items()}
         task = f"{modality}_classification"
         metrics, _ = evaluate_labels(predictor, task, EvalSplit(root, "test"), EvalOptions())
-        found[f"{modality} class"] = metrics["zero_shot"]
+        found[f"{modality} class"] = metrics["zero_shot"].value
     return found
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval import EvalConfig, InputConfig
+from eval import GROUPS as EVALUATION
 from mplug2.config import ModelConfig
 from mplug2.dataclass_tools import field_docs
 from mplug2.did_you_mean import did_you_mean
@@ -81,7 +81,7 @@ def help_of(capsys, parser, arguments=(), defaults=None):
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("cls", [ModelConfig, EvalConfig, InputConfig, *TRAINING])
+@pytest.mark.parametrize("cls", [ModelConfig, *EVALUATION, *TRAINING])
 def test_every_setting_has_a_flag_and_a_help_text(cls):
     docs, parser = field_docs(cls), parser_of(cls)
     help_text = strip(parser.format_help())

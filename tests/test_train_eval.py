@@ -34,7 +34,7 @@ MODEL = (
 FAST = "--batch-size 8 --log-every 1 --eval-limit 4 --workers 0 --device cpu".split()
 KEYS = (
     ["caption_exact", "caption_cider", "caption_bleu4", "caption_rouge_l"]
-    + [f"qa_{kind}" for kind in ("order", "colour", "digit", "count", "yesno", "binding")]
+    + [f"qa_{kind}" for kind in ("accuracy", "order", "colour", "digit", "count", "yesno", "binding")]
     + [f"{way}_{key}" for way in ("t2v", "v2t") for key in ("r1", "r5", "r10", "median_rank", "r1_rerank")]
 )
 """The metrics of videos. Those of images have a prefix, except in retrieval, and there are no questions about order."""
@@ -69,7 +69,7 @@ def light(cache, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def run(cache, tmp_path_factory) -> Path:
-    """The folder of a run with default settings except for its size: pre-training on the tiny world of the cache."""
+    """The folder of a run by default settings but for its size: pre-training on the tiny world of the cache."""
     out = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MPLUG2_CACHE", str(cache))
@@ -263,7 +263,7 @@ def test_two_processes_of_torchrun_train_like_one(light, tmp_path):
 
 def test_every_setting_is_explained(capsys):
     training = [cls for cls, _ in GROUPS.values()]
-    for main, classes in ((train.main, training), (evaluation.main, [evaluation.EvalConfig])):
+    for main, classes in ((train.main, training), (evaluation.main, evaluation.GROUPS)):
         with pytest.raises(SystemExit) as stopped:
             main(["--help"])
         assert stopped.value.code == 0
@@ -378,7 +378,7 @@ def test_evaluation_reports_every_metric_of_both_splits_and_writes_a_report(run,
     expected |= {f"{split}/{kind}_classification_zero_shot" for split in ("test", "combos")
                  for kind in ("image", "video")}
     assert set(found) == expected
-    assert json.loads((tmp_path / "results" / "all.json").read_text()) == found
+    assert json.loads((tmp_path / "results" / "all.json").read_text()).items() >= found.items()
     for key, value in found.items():
         assert value >= 0 and (value <= 1 or key.endswith(("cider", "median_rank"))), key
     page = (run / "last" / "eval" / "report.html").read_text()
@@ -386,12 +386,15 @@ def test_evaluation_reports_every_metric_of_both_splits_and_writes_a_report(run,
         assert part in page, part
     assert "Curves" not in page and page.count("data:image/webp") >= 16
     printed = capsys.readouterr().out
-    assert "test    combos" in printed and "i2t_r1_rerank" in printed and "on one page:" in printed
+    for part in ("(the tiny world; the checkpoint does not record", "i2t_r1_rerank", "±", "chance", "on one page:"):
+        assert part in printed, part
 
 
 def test_evaluation_of_one_split_is_written_into_the_checkpoint(run, light):
     found = evaluation.main(f"--checkpoint {run / 'last'} --data {light} --splits val,test --limit 4".split())
-    assert json.loads((run / "last" / "eval" / "metrics.json").read_text()) == found
+    written = json.loads((run / "last" / "eval" / "metrics.json").read_text())
+    assert written.items() >= found.items() and written["records"] == {"val": {"scored": 16, "total": 16}}
+    assert set(written["standard_errors"]) == set(found)
     assert {key.split("/")[0] for key in found} == {"val"} and "val/caption_exact" in found
 
 
@@ -431,6 +434,81 @@ def test_a_folder_is_searched_for_the_best_matches(run, own_files, capsys):
     assert [float(score) for score, _ in found] == pytest.approx(sorted(scores, reverse=True), abs=1e-3)
 
 
+def test_all_files_of_a_folder_are_captioned_or_asked_about_and_a_second_call_continues(
+    run, own_files, tmp_path, capsys
+):
+    folder, out = tmp_path / "files", tmp_path / "found.jsonl"
+    shutil.copytree(own_files, folder)
+    (folder / "broken.png").write_bytes(b"no image")
+    arguments = ["--checkpoint", str(run / "last"), "--input", str(folder), "--output", str(out)]
+    evaluation.main(arguments)
+    printed = capsys.readouterr().out
+    assert "skipped:" in printed and "broken.png cannot be decoded" in printed and "jsonl: 3 of 4 files" in printed
+    model = evaluation.load(run / "last")
+    found = {line["file"]: line["caption"] for line in map(json.loads, out.read_text().splitlines())}
+    files = [folder / name for name in ("clip.gif", "clip.mp4", "more/picture.png")]
+    assert found == {str(file): caption for file, caption in zip(files, model.caption(files))}
+    first = out.read_text()
+    shutil.copy(folder / "clip.gif", folder / "new.gif")
+    out.write_text(first[:-30])  # the last line was cut off
+    evaluation.main(arguments)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["file"] for line in lines] == list(map(str, [*files, folder / "new.gif"]))
+    evaluation.main([*arguments, "--question", "which digit is it"])  # other questions have answers of their own
+    evaluation.main(["--checkpoint", str(run / "last"), "--input", str(folder / "*.gif"), "--output", str(out)])
+    assert "2 of 2 files" in capsys.readouterr().out.splitlines()[-1]
+    answers = [json.loads(line) for line in out.read_text().splitlines()][4:]
+    assert len(answers) == 4 and all(set(line) == {"file", "question", "answer", "checkpoint"} for line in answers)
+
+
+def test_too_many_unreadable_files_fail_an_evaluation_after_its_results(run, light, tmp_path, capsys):
+    shutil.copytree(light, tmp_path / "data", symlinks=True)
+    records = [json.loads(line) for line in (light / "video_caption.val.jsonl").read_text().splitlines()]
+    records[1]["video"] = "media/none.gif"
+    (tmp_path / "data/video_caption.val.jsonl").write_text("".join(json.dumps(line) + "\n" for line in records))
+    arguments = ["--checkpoint", str(run / "last"), "--data", str(tmp_path / "data"), "--splits", "val", "--task",
+                 "video_caption"]
+    with pytest.raises(SystemExit) as stopped:
+        evaluation.main(arguments)
+    said = capsys.readouterr()
+    assert stopped.value.code == 1 and "1 of 16 records were skipped, more than max_skipped=0.02" in said.err
+    assert "caption_exact" in said.out and "video_caption.val.jsonl:2" in said.out and "does not exist" in said.out
+    assert "val: scored 15 of 16 records" in said.out
+    assert evaluation.main([*arguments, "--max-skipped", "0.1"])["val/caption_exact"] >= 0
+
+
+def test_two_processes_of_torchrun_evaluate_like_one_and_write_each_file_once(run, light, tmp_path):
+    arguments = f"--checkpoint {run / 'last'} --data {light} --splits val --limit 12 --device cpu".split()
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
+         "--nproc-per-node", "2", str(HERE / "eval.py"), *arguments, "--json", str(tmp_path / "two.json")],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("caption_exact") == 2 and done.stdout.count("data: ") == 1  # of videos and of images
+    two = (run / "last" / "eval" / "predictions.jsonl").read_text()
+    found = evaluation.main([*arguments, "--json", str(tmp_path / "one.json")])
+    assert (run / "last" / "eval" / "predictions.jsonl").read_text() == two
+    assert json.loads((tmp_path / "two.json").read_text()) == json.loads((tmp_path / "one.json").read_text())
+    assert len(found) > 10
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_an_evaluation_can_be_stopped(run, cache, number):
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / "eval.py"), "--checkpoint", str(run / "last"), "--batch-size", "1"], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}, bufsize=1,
+    )
+    try:
+        assert process.stdout.readline().startswith("data: ")
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert f"eval.py: stopped by {number.name}" in said and "Traceback" not in said
+
+
 def test_eval_runs_from_the_command_line(run, own_files):
     arguments = ["--checkpoint", str(run / "last"), "--input", str(own_files / "clip.mp4")]
     done = subprocess.run(
@@ -443,16 +521,18 @@ def test_eval_runs_from_the_command_line(run, own_files):
 
 @pytest.mark.parametrize(("arguments", "code", "message"), [
     ("", 2, "no checkpoint: name its folder with --checkpoint"),
-    ("--checkpoint {run} --question why", 2, "--question, --find, and --attention need a file or folder"),
-    ("--checkpoint {run} --input {own}/clip.gif --question a --find b", 2, "give only one of them"),
-    ("--checkpoint {run} --input {own}/missing.gif", 2, "missing.gif: no such file or folder"),
-    ("--checkpoint {run} --input {own}", 2, "expected a folder with --find"),
-    ("--checkpoint {run} --input {own}/clip.gif --find red", 2, "expected a folder with --find"),
-    ("--checkpoint {run} --beams 0", 2, "--beams 0: expected at least 1"),
+    ("--checkpoint {run} --question why", 2, "question='why': name the file or folder with --input"),
+    ("--checkpoint {run} --input {own}/clip.gif --question a --find b", 2, "find searches a folder; question, "),
+    ("--checkpoint {run} --input {own}/missing.gif", 2, "missing.gif': found no image, GIF, or video there"),
+    ("--checkpoint {run} --input {own} --attention a.png", 2, "attention='a.png': expected one file as --input"),
+    ("--checkpoint {run} --beams 0", 2, "beams=0: expected a number of at least 1"),
+    ("--checkpoint {run} --max-skipped 2", 2, "max_skipped=2.0: expected a number from 0 to 1"),
+    ("--checkpoint {run} --answers {own}/none.txt", 2, "none.txt': no such file"),
+    ("--checkpoint {run} --device tpu", 2, "device 'tpu'"),
     ("--checkpoint {run} --dta x", 2, "unknown argument --dta (did you mean '--data'?)"),
-    ("--checkpoint {own}", 1, "is not a checkpoint: it does not contain config.json"),
-    ("--checkpoint {run} --input {own}/note.txt", 1, "note.txt: suffix '.txt' is not that of an image or a video"),
-    ("--checkpoint {run} --input {empty} --find red", 1, "contains no image, GIF, or video"),
+    ("--checkpoint {own}", 2, "is not a checkpoint: it does not contain config.json"),
+    ("--checkpoint {run} --input {own}/note.txt", 1, "note.txt: suffix '.txt' cannot be read"),
+    ("--checkpoint {run} --input {empty} --find red", 2, "found no image, GIF, or video there"),
     ("--checkpoint {run} --splits dev", 1, "has none of the splits dev; it has combos, test, train, val"),
     ("--checkpoint {run} --data {own}", 1, "has no data: expected files named <task>.<split>.jsonl"),
     ("--checkpoint {run} --input {own}/clip.gif --question ?", 1, "text 0 of 1 is empty"),

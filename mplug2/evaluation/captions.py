@@ -21,37 +21,41 @@ SIGMA = 6.0
 Ngram = tuple[str, ...]
 
 
-def bleu(references: list[list[str]], hypotheses: list[str]) -> list[float]:
-    """Corpus BLEU-1 to BLEU-4, each in [0, 1] (Papineni et al. 2002, "BLEU: a Method for Automatic Evaluation ...").
+def bleu_counts(references: list[list[str]], hypotheses: list[str]) -> np.ndarray:
+    """What BLEU counts in each sample, to be summed over a corpus: int (sample, 2 + 2 * MAX_N).
 
-    BLEU-n is the geometric mean of the clipped precisions of 1- to n-grams over the whole corpus, times the brevity
-    penalty against the reference closest in length (the shorter of two equally close ones). Tiny constants replace
-    counts of zero, as in the COCO caption evaluation.
+    The columns are the lengths of the hypothesis and of the reference closest to it (the shorter of two equally close
+    ones), the clipped matches of 1- to 4-grams, and the number of 1- to 4-grams of the hypothesis.
 
     Raises ValueError if the lists are empty or differ in length, and for a sample without references (with its index).
     """
     check_samples(references, hypotheses)
-    found, possible = [0] * MAX_N, [0] * MAX_N
-    hypothesis_length = reference_length = 0
-    for texts, hypothesis in zip(references, hypotheses):
+    counts = np.zeros((len(hypotheses), 2 + 2 * MAX_N), int)
+    for row, texts, hypothesis in zip(counts, references, hypotheses):
         length = len(hypothesis.split())
-        hypothesis_length += length
-        reference_length += min((len(text.split()) for text in texts), key=lambda other: (abs(other - length), other))
+        row[0] = length
+        row[1] = min((len(text.split()) for text in texts), key=lambda other: (abs(other - length), other))
         most = Counter()
         for text in texts:
             most |= _ngrams(text)
         for ngram, count in _ngrams(hypothesis).items():
-            found[len(ngram) - 1] += min(count, most[ngram])
-        for n in range(MAX_N):
-            possible[n] += max(0, length - n)
+            row[1 + len(ngram)] += min(count, most[ngram])
+        row[2 + MAX_N:] = [max(0, length - n) for n in range(MAX_N)]
+    return counts
 
-    ratio = (hypothesis_length + 1e-15) / (reference_length + 1e-9)
-    brevity = math.exp(min(0.0, 1 - 1 / ratio))
-    scores, product = [], 1.0
-    for n in range(MAX_N):
-        product *= (found[n] + 1e-15) / (possible[n] + 1e-9)
-        scores.append(brevity * product ** (1 / (n + 1)))
-    return scores
+
+def bleu(counts: np.ndarray) -> np.ndarray:
+    """Corpus BLEU-1 to BLEU-4, each in [0, 1], from summed `bleu_counts` (..., k): (..., 4).
+
+    BLEU-n is the geometric mean of the clipped precisions of 1- to n-grams over the whole corpus, times the brevity
+    penalty. Tiny constants replace counts of zero, as in the COCO caption evaluation. Source: Papineni et al. 2002,
+    "BLEU: a Method for Automatic Evaluation of Machine Translation".
+    """
+    counts = np.asarray(counts, float)
+    precisions = (counts[..., 2: 2 + MAX_N] + 1e-15) / (counts[..., 2 + MAX_N:] + 1e-9)
+    ratio = (counts[..., 0] + 1e-15) / (counts[..., 1] + 1e-9)
+    brevity = np.exp(np.minimum(0.0, 1 - 1 / ratio))
+    return brevity[..., None] * np.exp(np.log(precisions).cumsum(axis=-1) / np.arange(1, MAX_N + 1))
 
 
 class CiderD:
@@ -66,7 +70,7 @@ class CiderD:
     """
 
     def __init__(self, references: list[list[str]]):
-        """references: a list of captions for each sample. Raises ValueError as `bleu` does."""
+        """references: a list of captions for each sample. Raises ValueError as `bleu_counts` does."""
         check_samples(references, references)
         documents = Counter()
         for texts in references:
@@ -77,7 +81,7 @@ class CiderD:
     def scores(self, references: list[list[str]], hypotheses: list[str]) -> np.ndarray:
         """The score of each hypothesis against its references, in [0, 10]: float64 array (sample,).
 
-        Any samples may be scored, for instance one batch of the corpus. Raises ValueError as `bleu` does.
+        Any samples may be scored, for instance one batch of the corpus. Raises ValueError as `bleu_counts` does.
         """
         check_samples(references, hypotheses)
         return np.array([self._score(texts, hypothesis) for texts, hypothesis in zip(references, hypotheses)])
@@ -105,24 +109,23 @@ class CiderD:
         return weights, [math.sqrt(square) for square in squares], len(text.split())
 
 
-def cider_d(references: list[list[str]], hypotheses: list[str]) -> tuple[float, np.ndarray]:
-    """CIDEr-D with the document frequencies of these references: the mean, and the score of each sample.
+def cider_d(references: list[list[str]], hypotheses: list[str]) -> np.ndarray:
+    """CIDEr-D of each sample, with the document frequencies of these references.
 
-    Raises ValueError as `bleu` does.
+    Raises ValueError as `bleu_counts` does.
     """
-    scores = CiderD(references).scores(references, hypotheses)
-    return float(scores.mean()), scores
+    return CiderD(references).scores(references, hypotheses)
 
 
 ROUGE_BETA = 1.2
 """Weight of recall relative to precision in ROUGE-L, as in the COCO caption evaluation."""
 
 
-def rouge_l(references: list[list[str]], hypotheses: list[str]) -> float:
-    """ROUGE-L in [0, 1], the mean over the samples (Lin 2004, "ROUGE: A Package for Automatic Evaluation ...").
+def rouge_l(references: list[list[str]], hypotheses: list[str]) -> list[float]:
+    """ROUGE-L of each sample, in [0, 1] (Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries").
 
     As in the COCO caption evaluation, precision and recall of the longest common subsequence of words are each the
-    best over the references, and are combined in an F-measure with beta 1.2. Raises ValueError as `bleu` does.
+    best over the references, and are combined in an F-measure with beta 1.2. Raises ValueError as `bleu_counts` does.
     """
     check_samples(references, hypotheses)
     scores = []
@@ -135,7 +138,7 @@ def rouge_l(references: list[list[str]], hypotheses: list[str]) -> float:
             scores.append((1 + ROUGE_BETA**2) * precision * recall / (recall + ROUGE_BETA**2 * precision))
         else:
             scores.append(0.0)
-    return sum(scores) / len(scores)
+    return scores
 
 
 def _common(first: list[str], second: list[str]) -> int:

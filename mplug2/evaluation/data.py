@@ -1,12 +1,18 @@
 """What is evaluated, and how: a split of a data set, and the options of an evaluation."""
 
 import json
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 
-from mplug2.data.records import Record, available, read_records
-from mplug2.tasks import EVALUATED
+import numpy as np
+
+from mplug2.data.records import Record, RecordError, available, read_records
+from mplug2.data.samples import join_text_pair
+from mplug2.data.text import Tokenizer, clean, normalize
+from mplug2.predictor import Generation
+from mplug2.tasks import EVALUATED, TASKS
 
 
 @dataclass(frozen=True)
@@ -15,7 +21,8 @@ class EvalSplit:
     """Folder with <task>.<split>.jsonl files."""
     split: str
     limit: int = 0
-    """Evaluate only the first records of each task; 0: all of them."""
+    """Evaluate a random sample of this many records of each task, always the same one; 0: all records. Galleries stay
+    whole, so a retrieval task may have more records."""
 
     @cached_property
     def tasks(self) -> list[str]:
@@ -24,22 +31,99 @@ class EvalSplit:
         return [task for task in EVALUATED if self.split in there.get(task, ())]
 
     def records(self, task: str) -> list[Record]:
-        return read_records(self.root, task, self.split)[: self.limit or None]
+        records = read_records(self.root, task, self.split)
+        if not self.limit or len(records) <= self.limit:
+            return records
+        rng = np.random.default_rng((0, *task.encode()))
+        if TASKS[task].output != "ranking":
+            return [records[i] for i in sorted(rng.choice(len(records), self.limit, replace=False))]
+        chosen: set[str] = set()
+        for gallery in rng.permutation(sorted({record.gallery for record in records})):
+            if sum(record.gallery in chosen for record in records) < self.limit:
+                chosen.add(str(gallery))
+        return [record for record in records if record.gallery in chosen]
+
+    def training_records(self, task: str) -> list[Record]:
+        """The records of the training split; empty if there is none."""
+        return _training_records(self.root, task)
 
     def class_captions(self, task: str) -> dict[str, list[str]]:
         """Captions that describe each class, from `<task>.captions.json`; empty without such a file."""
         file = self.root / f"{task}.captions.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
+    def class_names(self, task: str) -> list[str]:
+        """The names of the classes in the training split."""
+        return sorted({str(record.label) for record in self.training_records(task) if not record.unlabelled})
+
+
+@lru_cache(maxsize=4)  # the records of a training run do not change
+def _training_records(root: Path, task: str) -> list[Record]:
+    return read_records(root, task, "train") if "train" in available(root).get(task, ()) else []
+
+
+def read_answer_list(source: str, root: Path) -> tuple[str, ...]:
+    """The different answers of a file with one per line, or, for the word `train`, of the training questions in `root`.
+
+    They are cleaned, and come in the order of their first occurrence. Raises ValueError if there are none.
+    """
+    if source == "train":
+        tasks = [task for task in EVALUATED if TASKS[task].output == "answer"]
+        found = [answer for task in tasks for record in _training_records(root, task)
+                 for question in record.qa for answer in question.answers]
+    else:
+        found = Path(source).read_text(encoding="utf-8").splitlines()
+    unique = tuple(dict.fromkeys(cleaned for answer in found if (cleaned := clean(answer))))
+    if not unique:
+        raise ValueError(f"answers={source!r}: found no answers there; expected at least one")
+    return unique
+
+
+def find_data(given: str, recorded: list[Path] | None, splits: Sequence[str]) -> tuple[Path | None, str]:
+    """The folder to evaluate on, None for the tiny world, and why: the `given` one, or the training data of the model.
+
+    `recorded` are the folders that the checkpoint names; none for the tiny world, and None in a checkpoint that does
+    not record its data. Raises ValueError if none of the folders has one of these splits.
+    """
+    if given:
+        return Path(given), "--data"
+    if not recorded:
+        return None, "the tiny world" if recorded == [] else "the tiny world; the checkpoint does not record its data"
+    for root in filter(Path.is_dir, recorded):
+        if any(any(root.glob(f"*.{split}.jsonl")) for split in splits):
+            return root, "the training data of the checkpoint"
+    raise ValueError(f"{', '.join(map(str, recorded))}: the training data of the checkpoint is gone, or has no split "
+                     f"{' or '.join(splits)}; name a folder with --data, or other --splits")
+
+
+def check_records(data: EvalSplit, tasks: Iterable[str], tokenizer: Tokenizer, max_words: int, limit: int) -> None:
+    """Read all records of a split, and refuse a text that the model will read but that is empty or too long.
+
+    `limit` is the number of positions of the model. Raises RecordError with the place of the text.
+    """
+    for task in set(data.tasks) & set(tasks):
+        for record in replace(data, limit=0).records(task):
+            read = [(question.question,) for question in record.qa] + [record.texts or (record.text,)]
+            read += [(caption,) for caption in record.captions if TASKS[task].output == "ranking"]
+            for texts in read:
+                if not all(texts):
+                    continue
+                if empty := [text for text in texts if not normalize(text)]:
+                    raise RecordError(f"{record.source}: the text {empty[0]!r} has no words; remove it")
+                cleaned = join_text_pair(texts, max_words)
+                if len(cleaned) + 2 > limit and (count := tokenizer.lengths([cleaned])[0]) > limit:
+                    raise RecordError(f"{record.source}: the text {' / '.join(texts)!r} has {count} tokens, the model "
+                                      f"has {limit} positions; shorten it")
+
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """How the model is asked, and what is scored."""
+    """How the model writes, and what is scored."""
 
+    caption: Generation = Generation()
+    answer: Generation = Generation()
     answer_list: tuple[str, ...] | None = None
     """Answers to rank; None: the model writes its answers."""
-    beams: int = 1
-    """Beams of the search for captions; 1 is greedy."""
     paper_captions: bool = False
     """Also score captions with the pipeline of the captioning papers."""
     all_captions: bool = False

@@ -1,12 +1,17 @@
 """Evaluate a model on one split of a data set. The table of tasks decides how: `TASKS[task].output` names the function.
 
-Metric names are listed in `metric_names.py`.
+All ranks call `evaluate`. They share the images and videos, and the main rank scores. Metric names are listed in
+`metric_names.py`.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
+from mplug2.data.media_batches import Medium
+from mplug2.distributed import AllRanksError, all_gather_object
+from mplug2.evaluation.bootstrap import Score
 from mplug2.evaluation.data import EvalOptions, EvalSplit
-from mplug2.evaluation.labels import evaluate_boxes, evaluate_labels
+from mplug2.evaluation.labels import UnknownClasses, evaluate_boxes, evaluate_labels, media_of
 from mplug2.evaluation.metric_names import metric_prefix
 from mplug2.evaluation.predictions import Prediction
 from mplug2.evaluation.retrieval import evaluate_retrieval
@@ -19,31 +24,87 @@ EVALUATORS = {
     "caption": evaluate_captions, "answer": evaluate_answers, "ranking": evaluate_retrieval, "label": evaluate_labels,
     "box": evaluate_boxes,
 }
-"""The evaluation of each kind of output: (predictor, task, data, options) -> metrics without prefix, predictions."""
+"""The evaluation of each kind of output: (predictor, task, data, options) -> scores without prefix, predictions."""
+
+
+@dataclass
+class EvalResult:
+    scores: dict[str, Score] = field(default_factory=dict)
+    """Every metric with its standard error; on the main rank only."""
+    predictions: list[Prediction] = field(default_factory=list)
+    records: int = 0
+    """Records of the evaluated tasks, unreadable ones included."""
+    skipped: dict[str, str] = field(default_factory=dict)
+    """The error of each record whose image or video could not be read, by the place of the record."""
+    notes: list[str] = field(default_factory=list)
+    """Tasks that could not be evaluated, and why."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return {name: score.value for name, score in self.scores.items()}
+
+    @property
+    def errors(self) -> dict[str, float]:
+        return {name: score.error for name, score in self.scores.items()}
 
 
 def evaluate(
     predictor: Predictor, data: EvalSplit, tasks: Sequence[str] | None = None, options: EvalOptions | None = None
-) -> tuple[dict[str, float], list[Prediction]]:
-    """Metrics and predictions of every task that the model has the modules for and the split has records of, or of
-    these `tasks` only. Unlabelled records are predicted, but not scored.
+) -> EvalResult:
+    """Evaluate every task that the model has the modules for and the split has records of, or these `tasks` only.
 
-    Raises ValueError for a task among `tasks` that is unknown, or that the model does not have the modules for.
+    Unlabelled records are predicted, but not scored. A file that cannot be read is skipped if `predictor.inference`
+    says so. Raises ValueError for a task among `tasks` that is unknown or whose modules the model does not have.
     """
-    for task in tasks or ():
+    check_tasks(predictor.model, tasks or ())
+    result = EvalResult()
+    for task in data.tasks:
+        if not supports(predictor.model, task) or (tasks and task not in tasks):
+            continue
+        predictor.description = f"{data.split} {task}"
+        try:
+            scores, predictions = evaluate_task(predictor, task, data, options or EvalOptions())
+        except UnknownClasses as error:
+            if tasks:
+                raise
+            result.notes.append(str(error))
+            continue
+        result.scores |= {metric_prefix(task) + name: score for name, score in scores.items()}
+        result.predictions += predictions
+        records = data.records(task)
+        result.records += len(records)
+        for record in records:
+            if media_of(record) and (error := predictor.unreadable.get(Medium.of_record(record))):
+                result.skipped[record.source] = error
+    return result
+
+
+def evaluate_task(
+    predictor: Predictor, task: str, data: EvalSplit, options: EvalOptions
+) -> tuple[dict[str, Score], list[Prediction]]:
+    """Scores and predictions of one task. An error on one rank is raised on all of them."""
+    scores, predictions, problem = {}, [], ""
+    try:
+        scores, predictions = EVALUATORS[TASKS[task].output](predictor, task, data, options)
+    except (AllRanksError, UnknownClasses):  # raised on every rank
+        raise
+    except ValueError as error:
+        if predictor.inference.world_size == 1:
+            raise
+        problem = str(error)
+    if predictor.inference.world_size > 1 and any(problems := all_gather_object(problem)):
+        raise AllRanksError(next(filter(None, problems)))
+    return scores, predictions
+
+
+def check_tasks(model: MPLUG2, tasks: Sequence[str]) -> None:
+    """Raise ValueError for a task that is unknown, or that the model does not have the modules for."""
+    for task in tasks:
         if task not in EVALUATED:
             raise ValueError(f"task {task!r} cannot be evaluated; expected one of {', '.join(EVALUATED)}")
-        if not supports(predictor.model, task):
-            raise ValueError(f"a model for {predictor.model.task} does not have the modules for {task}; "
+        if not supports(model, task):
+            raise ValueError(f"a model for {model.task} does not have the modules for {task}; "
                              f"fine-tune it with train.py --task {task} --init")
-    metrics: dict[str, float] = {}
-    predictions: list[Prediction] = []
-    for task in data.tasks:
-        if supports(predictor.model, task) and (not tasks or task in tasks):
-            found, of_task = EVALUATORS[TASKS[task].output](predictor, task, data, options or EvalOptions())
-            metrics |= {metric_prefix(task) + name: value for name, value in found.items()}
-            predictions += of_task
-    return metrics, predictions
 
 
 def supports(model: MPLUG2, task: str) -> bool:

@@ -4,7 +4,7 @@
     caption_exact         image_caption_exact      fraction of captions that equal a reference; also _bleu4, _rouge_l
     caption_cider         image_caption_cider      CIDEr-D, from 0 to 10
     caption_paper_...     image_caption_paper_...  the captioning papers' pipeline
-    qa_<kind>             image_qa_<kind>          fraction of right answers, for each kind of question
+    qa_accuracy           image_qa_accuracy        fraction of right answers; also qa_<kind> for each kind of question
     vqa_accuracy          image_vqa_accuracy       where each question has ten answers
     t2v_..., v2t_...      t2i_..., i2t_...         retrieval from text and to text: r1, r5, r10, median_rank, r1_rerank
 
@@ -69,13 +69,18 @@ def format_value(name: str, value: float) -> str:
     return f"{value:.3f}" if name.endswith("cider") else f"{value:.1f}"
 
 
-def format_table(by_split: dict[str, dict[str, float]]) -> str:
-    """One row per metric and one column per split, formatted by `format_value`."""
+def format_table(by_split: dict[str, dict[str, float]], errors: dict[str, dict[str, float]] | None = None) -> str:
+    """One row per metric and one column per split, formatted by `format_value`; with standard errors after a ±."""
+    def cell(split: str, name: str) -> str:
+        if name not in by_split[split]:
+            return ""
+        error = (errors or {}).get(split, {}).get(name, 0.0)
+        return format_value(name, by_split[split][name]) + (f" ±{format_value(name, error):>4}" if error else "")
+
     names = list(dict.fromkeys(name for metrics in by_split.values() for name in metrics))
+    rows = [[cell(split, name) for split in by_split] for name in names]
     width = max([23, *map(len, names)]) + 1
-    column = max([8, *map(len, by_split)]) + 2
+    column = max([8, *map(len, by_split), *(len(text) for row in rows for text in row)]) + 2
     lines = [f"{'':<{width}}" + "".join(f"{split:>{column}}" for split in by_split)]
-    for name in names:
-        cells = [format_value(name, metrics[name]) if name in metrics else "" for metrics in by_split.values()]
-        lines.append(f"{name:<{width}}" + "".join(f"{cell:>{column}}" for cell in cells))
+    lines += [f"{name:<{width}}" + "".join(f"{text:>{column}}" for text in row) for name, row in zip(names, rows)]
     return "\n".join(lines)

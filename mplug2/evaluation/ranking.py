@@ -1,19 +1,19 @@
-"""Metrics of rankings, classes, numbers, and boxes: arrays in, numbers out."""
+"""Metrics of rankings, classes, numbers, and boxes: arrays in, values per sample or a `Statistic` out."""
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from mplug2.boxes import generalized_iou
+from mplug2.evaluation.bootstrap import Statistic, correlation, mean, median, ratio_of_sums
 
 MIN_IOU = 0.5
 """A predicted box is right if its intersection over union with the true box is at least this."""
 
 
-def retrieval(similarity: np.ndarray, positives: np.ndarray) -> dict[str, float]:
-    """Recall at 1, 5, and 10 (fractions), and the median rank (1 is best) of each query's best positive item.
+def ranks(similarity: np.ndarray, positives: np.ndarray) -> np.ndarray:
+    """The rank of each query's best positive item, from 1: int (query,).
 
     similarity: (query, item), higher is closer; positives: (query, item), bool. A negative item that ties with the
     best positive counts before it, so a model that cannot tell items apart gets a bad score. The other positives of a
@@ -34,13 +34,17 @@ def retrieval(similarity: np.ndarray, positives: np.ndarray) -> dict[str, float]
     if lonely.any():
         raise ValueError(f"query {lonely.argmax()} has no positive item: remove it, or add its item to the gallery")
     best = np.where(positives, similarity, -np.inf).max(axis=1, keepdims=True)
-    ranks = 1 + ((similarity >= best) & ~positives).sum(axis=1)
-    recall = {f"r{k}": float((ranks <= k).mean()) for k in (1, 5, 10)}
-    return recall | {"median_rank": float(np.median(ranks))}
+    return 1 + ((similarity >= best) & ~positives).sum(axis=1)
 
 
-def top_k(scores: np.ndarray, labels: Sequence[int], k: int) -> float:
-    """Fraction of samples whose label is among the k classes with the highest scores; scores (sample, class).
+def retrieval(ranks: np.ndarray, records: Sequence[int] | None = None) -> dict[str, Statistic]:
+    """Recall at 1, 5, and 10 (fractions), and the median rank; `records` as for `bootstrap.mean`."""
+    recalls = {f"r{k}": mean(ranks <= k, records) for k in (1, 5, 10)}
+    return {**recalls, "median_rank": median(ranks, records)}
+
+
+def in_top_k(scores: np.ndarray, labels: Sequence[int], k: int) -> np.ndarray:
+    """Whether the label of each sample is among the k classes with the highest scores; scores (sample, class).
 
     A class that ties with the right one counts before it. Raises ValueError for shapes that do not fit, for labels out
     of range (with the sample), and for scores of NaN.
@@ -57,30 +61,34 @@ def top_k(scores: np.ndarray, labels: Sequence[int], k: int) -> float:
         raise ValueError(f"sample {outside.argmax()}: label {labels[outside.argmax()]} is not one of the "
                          f"{scores.shape[1]} classes, numbered from 0")
     right = scores[np.arange(len(labels)), labels]
-    better = (scores >= right[:, None]).sum(axis=1) - 1
-    return float((better < k).mean())
+    return (scores >= right[:, None]).sum(axis=1) <= k
 
 
-def matthews(truths: Sequence[bool], predictions: Sequence[bool]) -> float:
+def matthews(truths: Sequence[bool], predictions: Sequence[bool]) -> Statistic:
     """Matthews correlation coefficient of two classes, in [-1, 1] (CoLA); 0 if either side has only one class."""
-    return _correlation(*_two_classes(truths, predictions))
+    return correlation(*_two_classes(truths, predictions))
 
 
-def f1(truths: Sequence[bool], predictions: Sequence[bool]) -> float:
+def f1(truths: Sequence[bool], predictions: Sequence[bool]) -> Statistic:
     """F1 of the class "true", in [0, 1] (MRPC, QQP); 0 if nothing is true on either side."""
     truths, predictions = _two_classes(truths, predictions)
-    hits, total = float((truths * predictions).sum()), float(truths.sum() + predictions.sum())
-    return 2 * hits / total if total else 0.0
+
+    def of(sums: np.ndarray) -> np.ndarray:
+        hits, total = np.moveaxis(sums, -1, 0)
+        return np.where(total > 0, 2 * hits / np.maximum(total, 1), 0.0)
+
+    return ratio_of_sums(np.stack([truths * predictions, truths + predictions], axis=1), of)
 
 
-def pearson(truths: Sequence[float], predictions: Sequence[float]) -> float:
+def pearson(truths: Sequence[float], predictions: Sequence[float]) -> Statistic:
     """Correlation of the values, in [-1, 1] (STS-B); 0 if either side is constant."""
-    return _correlation(*_pairs(truths, predictions))
+    return correlation(*_pairs(truths, predictions))
 
 
-def spearman(truths: Sequence[float], predictions: Sequence[float]) -> float:
-    """Correlation of the ranks, in [-1, 1] (STS-B). Equal values share the mean of their ranks."""
-    return _correlation(*(_mean_ranks(values) for values in _pairs(truths, predictions)))
+def spearman(truths: Sequence[float], predictions: Sequence[float]) -> Statistic:
+    """Correlation of the ranks, in [-1, 1] (STS-B). Equal values share the mean of their ranks. The standard error
+    keeps the ranks of the whole data set."""
+    return correlation(*(_mean_ranks(values) for values in _pairs(truths, predictions)))
 
 
 def box_iou(truths: Sequence, predictions: Sequence) -> np.ndarray:
@@ -93,11 +101,6 @@ def box_iou(truths: Sequence, predictions: Sequence) -> np.ndarray:
         raise ValueError(f"found boxes of shapes {tuple(truths.shape)} and {tuple(predictions.shape)}: expected two "
                          "arrays (sample, 4)")
     return generalized_iou(truths, predictions)[0].numpy()
-
-
-def grounding_accuracy(truths: Sequence, predictions: Sequence) -> float:
-    """Fraction of boxes (sample, 4) whose IoU with the true box is at least 0.5 (RefCOCO)."""
-    return float((box_iou(truths, predictions) >= MIN_IOU).mean())
 
 
 def _two_classes(truths: Sequence[bool], predictions: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
@@ -115,13 +118,6 @@ def _pairs(truths: Sequence[float], predictions: Sequence[float]) -> tuple[np.nd
     if not (np.isfinite(truths).all() and np.isfinite(predictions).all()):
         raise ValueError("truths or predictions contain values that are not finite: check the weights of the model")
     return truths, predictions
-
-
-def _correlation(first: np.ndarray, second: np.ndarray) -> float:
-    if np.ptp(first) == 0 or np.ptp(second) == 0:
-        return 0.0
-    first, second = first - first.mean(), second - second.mean()
-    return float((first * second).sum() / math.sqrt((first**2).sum() * (second**2).sum()))
 
 
 def _mean_ranks(values: np.ndarray) -> np.ndarray:

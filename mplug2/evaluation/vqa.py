@@ -5,6 +5,8 @@ import re
 from mplug2.data.text import normalize, split_characters
 from mplug2.evaluation.captions import check_samples
 
+VOTES = 10
+"""Answers per question in VQAv2."""
 VQA_NUMBERS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())}
 VQA_NUMBERS["none"] = "0"
 VQA_PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
@@ -24,12 +26,12 @@ VQA_CONTRACTIONS = {
 entry for "somebody'd" is reversed, which we keep."""
 
 
-def vqa_accuracy(answers: list[list[str]], predictions: list[str]) -> float:
-    """The accuracy of VQAv2, in [0, 1]: an answer counts in full if at least three of ten annotators gave it.
+def vqa_accuracy(answers: list[list[str]], predictions: list[str]) -> list[float]:
+    """The VQAv2 accuracy of each answer, in [0, 1]: an answer counts in full if three of ten annotators gave it.
 
     It is the mean of min(1, annotators that agree / 3) over all ways to leave one annotator out. Prediction and answers
     are normalized with `vqa_normalize`, unless all answers of a question are the same. Letters of scripts without
-    blanks between words count as words. Raises ValueError as `bleu` does.
+    blanks between words count as words. Raises ValueError as `bleu_counts` does.
 
     Source: Antol et al. 2015, "VQA: Visual Question Answering", and its evaluation code as corrected in March 2021
     (github.com/GT-Vision-Lab/VQA, commit a013f00). Before, only predictions were normalized in full.
@@ -44,7 +46,7 @@ def vqa_accuracy(answers: list[list[str]], predictions: list[str]) -> float:
         # Without an annotator that agrees, hits - 1 are left; without one that does not, all of them.
         total = hits * min(1.0, (hits - 1) / 3) + (len(given) - hits) * min(1.0, hits / 3) if hits else 0.0
         scores.append(total / len(given))
-    return sum(scores) / len(scores)
+    return scores
 
 
 def vqa_normalize(answer: str) -> str:
@@ -72,11 +74,10 @@ def _vqa_punctuation(text: str) -> str:
     return re.sub(r"\.(?!\d)", "", cleaned)
 
 
-def exact_match(answers: list[list[str]], predictions: list[str]) -> float:
-    """Fraction of predictions that equal one of their accepted answers after `normalize`.
+def exact_match(answers: list[list[str]], predictions: list[str]) -> list[bool]:
+    """Whether each prediction equals one of its accepted answers after `normalize`.
 
-    Raises ValueError as `bleu` does.
+    Raises ValueError as `bleu_counts` does.
     """
     check_samples(answers, predictions)
-    hits = [normalize(prediction) in map(normalize, accepted) for accepted, prediction in zip(answers, predictions)]
-    return sum(hits) / len(hits)
+    return [normalize(prediction) in map(normalize, accepted) for accepted, prediction in zip(answers, predictions)]

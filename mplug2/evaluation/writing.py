@@ -2,59 +2,78 @@
 
 from collections import defaultdict
 
+from mplug2.data.media_batches import Medium
 from mplug2.data.text import normalize
-from mplug2.evaluation.captions import bleu, cider_d, paper_captions, rouge_l
+from mplug2.evaluation.bootstrap import Score, Statistic, mean, ratio_of_sums, with_errors
+from mplug2.evaluation.captions import bleu, bleu_counts, cider_d, paper_captions, rouge_l
 from mplug2.evaluation.data import EvalOptions, EvalSplit
 from mplug2.evaluation.predictions import Prediction
-from mplug2.evaluation.vqa import exact_match, vqa_accuracy
+from mplug2.evaluation.vqa import VOTES, exact_match, vqa_accuracy
 from mplug2.predictor import Predictor
-
-VOTES = 10
-"""Answers per question in VQAv2."""
+from mplug2.tasks import PROMPTS, TASKS
 
 
 def evaluate_captions(
     predictor: Predictor, task: str, data: EvalSplit, options: EvalOptions
-) -> tuple[dict[str, float], list[Prediction]]:
-    """Captions are compared with all captions of the record, both normalized; the papers' pipeline takes them raw."""
+) -> tuple[dict[str, Score], list[Prediction]]:
+    """Captions are compared with all captions of the record, both normalized; the papers' pipeline takes them raw.
+
+    A caption that was written without a prompt loses everything up to the prompt, if the model wrote that itself.
+    """
     records = data.records(task)
-    written = predictor.caption([record.video or record.image for record in records], options.beams)
+    media = [Medium.of_record(record) for record in records]
+    written = list(zip(records, media, predictor.caption(media, **vars(options.caption))))
+    written = [(record, medium, text) for record, medium, text in written if text is not None]  # None: not readable
+    if not options.caption.prompted:
+        prompt = PROMPTS[TASKS[task].modality]
+        written = [(record, medium, text.rpartition(f"{prompt} ")[2]) for record, medium, text in written]
     predictions = [
-        Prediction(task, (record.video or record.image,), "", text, tuple(map(normalize, record.captions)), record.id)
-        for record, text in zip(records, written)
+        Prediction(task, medium.paths, "", text, tuple(map(normalize, record.captions)), record.id)
+        for record, medium, text in written
     ]
     references = [list(prediction.truth) for prediction in predictions if prediction.truth]
     texts = [normalize(prediction.prediction) for prediction in predictions if prediction.truth]
-    if not texts:
+    if not texts or not predictor.is_main:
         return {}, predictions
-    metrics = {
-        "caption_exact": exact_match(references, texts),
-        "caption_cider": cider_d(references, texts)[0],
-        "caption_bleu4": bleu(references, texts)[3],
-        "caption_rouge_l": rouge_l(references, texts),
-    }
+    scores = with_errors({
+        "caption_exact": mean(exact_match(references, texts)),
+        "caption_cider": mean(cider_d(references, texts)),
+        "caption_bleu4": ratio_of_sums(bleu_counts(references, texts), lambda sums: bleu(sums)[..., 3]),
+        "caption_rouge_l": mean(rouge_l(references, texts)),
+    })
     if options.paper_captions:
-        raw = [list(record.captions) for record in records if record.captions]
-        metrics |= {f"caption_paper_{name}": value for name, value in paper_captions(raw, texts).items()}
-    return metrics, predictions
+        raw = [list(record.captions) for record, _, _ in written if record.captions]
+        scores |= {f"caption_paper_{name}": Score(value, 0.0) for name, value in paper_captions(raw, texts).items()}
+    return scores, predictions
 
 
 def evaluate_answers(
     predictor: Predictor, task: str, data: EvalSplit, options: EvalOptions
-) -> tuple[dict[str, float], list[Prediction]]:
-    """Answers are scored for each kind of question, and, where every question has ten answers, as VQAv2 does."""
+) -> tuple[dict[str, Score], list[Prediction]]:
+    """Answers are scored in total, for each kind of question, and as in VQAv2 if every question has ten answers."""
     asked = [(record, question) for record in data.records(task) for question in record.qa]
-    media = [record.video or record.image for record, _ in asked]
-    written = predictor.answer(media, [question.question for _, question in asked], answer_list=options.answer_list)
-    by_kind = defaultdict(list)
-    for (_, question), text in zip(asked, written):
-        if question.answers:
-            by_kind[question.kind or "all"].append((list(question.answers), text))
-    metrics = {f"qa_{kind}": exact_match(*map(list, zip(*pairs))) for kind, pairs in sorted(by_kind.items())}
-    scored = [pair for pairs in by_kind.values() for pair in pairs]
-    if scored and all(len(answers) == VOTES for answers, _ in scored):
-        metrics["vqa_accuracy"] = vqa_accuracy(*map(list, zip(*scored)))
-    return metrics, [
-        Prediction(task, (path,), question.question, text, tuple(map(normalize, question.answers)), record.id)
-        for path, (record, question), text in zip(media, asked, written)
+    media = [Medium.of_record(record) for record, _ in asked]
+    settings = {**vars(options.answer), "answer_list": options.answer_list}
+    written = predictor.answer(media, [question.question for _, question in asked], **settings)
+    answered = [(record, question, text) for (record, question), text in zip(asked, written) if text is not None]
+    predictions = [
+        Prediction(task, Medium.of_record(record).paths, question.question, text,
+                   tuple(map(normalize, question.answers)), record.id)
+        for record, question, text in answered
     ]
+    if not predictor.is_main:
+        return {}, predictions
+    statistics: dict[str, Statistic] = {}
+    groups: dict[str, list[tuple]] = defaultdict(list)
+    for record, question, text in answered:
+        if question.answers:
+            row = (record.id, list(question.answers), text)
+            groups["accuracy"].append(row)
+            if question.kind:
+                groups[question.kind].append(row)
+    for kind in sorted(groups):
+        records, truths, texts = map(list, zip(*groups[kind]))
+        statistics[f"qa_{kind}"] = mean(exact_match(truths, texts), records)
+        if kind == "accuracy" and all(len(answers) == VOTES for answers in truths):
+            statistics["vqa_accuracy"] = mean(vqa_accuracy(truths, texts), records)
+    return with_errors(statistics), predictions

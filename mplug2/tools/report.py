@@ -19,7 +19,7 @@ import os
 import random
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from html import escape
 from pathlib import Path
@@ -27,9 +27,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mplug2.data.media import MediaError, read_media
+from mplug2.data.media import MediaError, read_image, read_video
+from mplug2.data.media_batches import Medium
 from mplug2.evaluation.chance import chance_level
 from mplug2.evaluation.data import EvalSplit
+from mplug2.evaluation.evaluate import EvalResult
 from mplug2.evaluation.metric_names import by_heading, format_value, is_fraction
 from mplug2.evaluation.predictions import is_right
 from mplug2.evaluation.ranking import box_iou
@@ -113,13 +115,13 @@ def write_report(run: Path, predictor: Predictor | None = None) -> Path:
     predictions = read_lines(newest) if newest else []
     if predictions and predictor is None and (run / "last").exists():
         predictor = load(run / "last")
-    by_split = latest(metrics)
+    by_split, errors = latest(metrics)
     if newest and newest.parent.name == "eval" and (newest.parent / "metrics.json").is_file():
-        by_split = group_by_split(json.loads((newest.parent / "metrics.json").read_text(encoding="utf-8")))
+        by_split, errors = latest([json.loads((newest.parent / "metrics.json").read_text(encoding="utf-8"))])
     name = f"{run.resolve().name}: {settings['train'].get('task', '')}"
     return write_page(run / "report.html", name, [
         header(name, settings, metrics),
-        section("Results", results(by_split, chance_of_run(settings, by_split))),
+        section("Results", metric_tables(by_split, errors, chance_of_run(settings, by_split))),
         section("Curves", curve_charts(metrics)),
         *prediction_sections(predictions, predictor),
         section("Settings", "<div class=grid>" + "".join(
@@ -129,13 +131,15 @@ def write_report(run: Path, predictor: Predictor | None = None) -> Path:
 
 
 def write_evaluation_report(
-    folder: Path, by_split: dict[str, dict[str, float]], chance: dict[str, float], predictor: Predictor
+    folder: Path, results: Mapping[str, EvalResult], chance: dict[str, float], predictor: Predictor
 ) -> Path:
     """Write `folder`/report.html about an evaluation whose predictions are in that folder, and return its path."""
+    by_split = {split: result.metrics for split, result in results.items()}
+    errors = {split: result.errors for split, result in results.items()}
     name = f"{folder.resolve().parent.name}: {predictor.model.task}"
     predictions = read_lines(folder / "predictions.jsonl")
     return write_page(folder / "report.html", name, [
-        f"<h1>{escape(name)}</h1>", section("Results", results(by_split, chance)),
+        f"<h1>{escape(name)}</h1>", section("Results", metric_tables(by_split, errors, chance)),
         *prediction_sections(predictions, predictor),
     ])
 
@@ -171,10 +175,11 @@ def group_by_split(flat: dict[str, float]) -> dict[str, dict[str, float]]:
     return dict(by_split)
 
 
-def latest(metrics: list[dict]) -> dict[str, dict[str, float]]:
-    """The newest value of each metric, by split."""
+def latest(metrics: list[dict]) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+    """The newest value of each metric and its standard error, by split."""
     flat = {key: value for line in metrics for key, value in line.items() if "/" in key and not key.startswith("loss/")}
-    return group_by_split(flat)
+    errors = {key: value for line in metrics for key, value in line.get("standard_errors", {}).items()}
+    return group_by_split(flat), group_by_split(errors)
 
 
 def chance_of_run(settings: dict, by_split: dict) -> dict[str, float]:
@@ -193,6 +198,16 @@ def right(line: dict) -> bool | None:
     return is_right(line["task"], line["prediction"], line["truth"])  # a file from before the field existed
 
 
+def medium_of(line: dict) -> Medium:
+    """The image or video of a prediction; the task decides which of them it is."""
+    return Medium(tuple(map(Path, line["media"])), TASKS[line["task"]].modality)
+
+
+def read_frames(path: str, modality: str, frames: int) -> np.ndarray:
+    """uint8 `t H W 3`, with t = 1 for an image."""
+    return read_image(path) if modality == "image" else read_video(path, frames)
+
+
 def add_confidence(predictor: Predictor | None, lines: list[dict]) -> list[dict]:
     """Lines of one task with a `confidence` by which mistakes are ranked: the probability of the prediction, 0 if it is
     unknown; of a box, one minus its IoU; of a number, its error."""
@@ -207,7 +222,7 @@ def add_confidence(predictor: Predictor | None, lines: list[dict]) -> list[dict]
             questions = [line["question"] for line in lines] if TASKS[task].output == "answer" else None
             with suppress(MediaError):  # a file that was damaged after the evaluation
                 values = predictor.likelihood(
-                    [line["media"][0] for line in lines], [line["prediction"] for line in lines], questions)
+                    list(map(medium_of, lines)), [line["prediction"] for line in lines], questions)
     return [{**line, "confidence": float(value)} for line, value in zip(lines, values)]
 
 
@@ -242,26 +257,29 @@ def settings_table(values: dict) -> str:
         f"<tr><td>{escape(str(key))}<td>{escape(str(value))}" for key, value in values.items()) + "</table>"
 
 
-def results(by_split: dict[str, dict[str, float]], chance: dict[str, float]) -> str:
+def metric_tables(
+    by_split: dict[str, dict[str, float]], errors: dict[str, dict[str, float]], chance: dict[str, float]
+) -> str:
     """A table under each heading: one row per metric, one column per split, and the chance level."""
-    def cell(name: str, value: float | None) -> str:
+    def cell(split: str, name: str) -> str:
+        value, error = columns[split].get(name), errors.get(split, {}).get(name)
         if value is None:
             return "<td class=number>"
+        text = format_value(name, value) + (f" &plusmn; {format_value(name, error)}" if error else "")
         if not is_fraction(name) or not math.isfinite(value):
-            return f"<td class=number>{format_value(name, value)}"
-        bar = f"<i style='width: {max(0.0, min(1.0, value)):.1%}'></i>"
-        return f"<td class=number>{format_value(name, value)} %{bar}"
+            return f"<td class=number>{text}"
+        return f"<td class=number>{text} %<i style='width: {max(0.0, min(1.0, value)):.1%}'></i>"
 
     columns = {**by_split, **({"chance": chance} if chance else {})}
     tables = []
     for title, names in by_heading(name for values in by_split.values() for name in values).items():
         rows = "".join(
-            f"<tr><td>{escape(name)}" + "".join(cell(name, values.get(name)) for values in columns.values())
-            for name in names
+            f"<tr><td>{escape(name)}" + "".join(cell(split, name) for split in columns) for name in names
         )
         heads = "".join(f"<th>{escape(column)}" for column in columns)
         tables.append(f"<div><h3>{title}</h3><table><tr><th>{heads}{rows}</table></div>")
-    about = "<p>Chance: the most common answer or label, a random ranking, the mean box.</p>" if chance else ""
+    about = "<p>&plusmn;: standard error, from a bootstrap over records. Chance: without looking at the image or " \
+            "video.</p>" if chance else ""
     return f"{about}<div class=packed>{''.join(tables)}</div>" if tables else ""
 
 
@@ -374,7 +392,7 @@ def format_output(value: str | float | list) -> str:
 def medium(path: str, line: dict) -> str:
     """A moving video, or an image; with boxes, the true one in white and the predicted one in orange."""
     try:
-        frames = scale_down(read_media(path, FRAMES))
+        frames = scale_down(read_frames(path, TASKS[line["task"]].modality, FRAMES))
     except (MediaError, OSError) as error:
         return f"<p class=wrong>{escape(str(error))}</p>"
     if TASKS[line["task"]].output == "box":
@@ -395,8 +413,8 @@ def attention_rows(lines: list[dict], predictor: Predictor | None) -> str:
     if "decoder" in built and not writes or not built & {"fusion", "decoder"}:
         return ""
     try:
-        written, words = predictor.explain(line["media"][0], line["question"])
-        frames = read_media(line["media"][0], predictor.preprocess.frames)
+        written, words = predictor.explain(medium_of(line), line["question"])
+        frames = read_frames(line["media"][0], TASKS[line["task"]].modality, predictor.preprocess.frames)
     except MediaError:  # damaged after the evaluation; `medium` says so
         return ""
     if not words:

@@ -13,9 +13,9 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
 from mplug2.data.text import Tokenizer, clean, normalize
-from mplug2.evaluation.captions import CiderD, bleu, cider_d, paper_captions, rouge_l
+from mplug2.evaluation.captions import CiderD, bleu, bleu_counts, cider_d, paper_captions, rouge_l
 from mplug2.evaluation.metric_names import format_table, heading, is_fraction, mean_score, metric_prefix
-from mplug2.evaluation.ranking import box_iou, f1, grounding_accuracy, matthews, pearson, retrieval, spearman, top_k
+from mplug2.evaluation.ranking import box_iou, f1, in_top_k, matthews, pearson, ranks, retrieval, spearman
 from mplug2.evaluation.vqa import exact_match, vqa_accuracy, vqa_normalize
 from mplug2.tasks import EVALUATED, TASKS
 
@@ -39,16 +39,16 @@ def as_coco(references, hypotheses):
 @given(corpora())
 def test_bleu_equals_the_coco_evaluation(corpus):
     expected, _ = Bleu(4).compute_score(*as_coco(*corpus), verbose=0)
-    np.testing.assert_allclose(bleu(*corpus), expected, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(bleu(bleu_counts(*corpus).sum(axis=0)), expected, rtol=0, atol=1e-9)
 
 
 @settings(max_examples=100, deadline=None)
 @given(corpora())
 def test_cider_d_equals_the_coco_evaluation(corpus):
     expected_mean, expected = Cider().compute_score(*as_coco(*corpus))
-    mean, scores = cider_d(*corpus)
+    scores = cider_d(*corpus)
     np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-9)
-    assert mean == pytest.approx(expected_mean, abs=1e-9)
+    assert scores.mean() == pytest.approx(expected_mean, abs=1e-9)
 
 
 @settings(max_examples=100, deadline=None)
@@ -59,12 +59,12 @@ def test_rouge_l_equals_the_coco_evaluation(corpus):
     references = [[" ".join(text.split()) for text in texts if text.strip()] or ["a"] for texts in references]
     hypotheses = [" ".join(text.split()) or "x" for text in hypotheses]
     expected, _ = Rouge().compute_score(*as_coco(references, hypotheses))
-    assert rouge_l(references, hypotheses) == pytest.approx(expected, abs=1e-12)
+    assert np.mean(rouge_l(references, hypotheses)) == pytest.approx(expected, abs=1e-12)
 
 
 def test_rouge_l_by_hand():
-    assert rouge_l([["a red seven moves"]], ["a seven moves"]) == pytest.approx(2.44 * 0.75 / (0.75 + 1.44))
-    assert rouge_l([["a red seven"]], [""]) == 0
+    assert rouge_l([["a red seven moves"]], ["a seven moves"]) == pytest.approx([2.44 * 0.75 / (0.75 + 1.44)])
+    assert rouge_l([["a red seven"]], [""]) == [0]
 
 
 CAPTIONS = (
@@ -82,9 +82,9 @@ def test_the_pipeline_of_the_papers():
     assert set(found) == {"bleu1", "bleu2", "bleu3", "bleu4", "meteor", "rouge_l", "cider"}
     # The tokenizer lower-cases and drops punctuation: the rest is scored like with the functions above.
     tokens = [["a man is riding a horse", "man rides horse"], ["two dogs run fast"]], CAPTIONS[1]
-    assert found["cider"] == pytest.approx(cider_d(*tokens)[0], abs=1e-9)
-    assert found["bleu4"] == pytest.approx(bleu(*tokens)[3], abs=1e-9)
-    assert found["rouge_l"] == pytest.approx(rouge_l(*tokens), abs=1e-9)
+    assert found["cider"] == pytest.approx(cider_d(*tokens).mean(), abs=1e-9)
+    assert found["bleu4"] == pytest.approx(bleu(bleu_counts(*tokens).sum(axis=0))[3], abs=1e-9)
+    assert found["rouge_l"] == pytest.approx(np.mean(rouge_l(*tokens)), abs=1e-9)
     assert 0.2 < found["meteor"] < 0.7
 
 
@@ -134,19 +134,19 @@ def test_cider_d_keeps_the_document_frequencies_of_its_corpus(corpus, data):
     references, hypotheses = corpus
     batch = data.draw(st.lists(st.integers(0, len(references) - 1), min_size=1, max_size=8))
     scores = CiderD(references).scores([references[i] for i in batch], [hypotheses[i] for i in batch])
-    np.testing.assert_array_equal(scores, cider_d(references, hypotheses)[1][batch])
+    np.testing.assert_array_equal(scores, cider_d(references, hypotheses)[batch])
 
 
 def test_caption_metrics_of_perfect_and_hopeless_captions():
     references = [["a red seven moves left"], ["the blue two grows very slowly"]]
     perfect, hopeless = [texts[0] for texts in references], ["x y z v w", "x y z v w"]
-    assert bleu(references, perfect) == pytest.approx([1, 1, 1, 1])
-    assert cider_d(references, perfect)[0] == pytest.approx(10)
-    assert bleu(references, hopeless) == pytest.approx([0, 0, 0, 0], abs=1e-6)
-    assert cider_d(references, hopeless)[0] == 0
+    assert bleu(bleu_counts(references, perfect).sum(axis=0)) == pytest.approx([1, 1, 1, 1])
+    assert cider_d(references, perfect) == pytest.approx([10, 10])
+    assert bleu(bleu_counts(references, hopeless).sum(axis=0)) == pytest.approx([0, 0, 0, 0], abs=1e-6)
+    assert cider_d(references, hopeless).tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("metric", [bleu, cider_d, rouge_l, exact_match, vqa_accuracy, paper_captions])
+@pytest.mark.parametrize("metric", [bleu_counts, cider_d, rouge_l, exact_match, vqa_accuracy, paper_captions])
 def test_lists_that_do_not_fit_are_refused(metric):
     with pytest.raises(ValueError, match="2 lists of references but 1 predictions"):
         metric([["a"], ["b"]], ["a"])
@@ -179,25 +179,30 @@ def test_normalize_is_idempotent(text):
 
 def test_exact_match():
     answers = [["yes"], ["seven", "The number 7!"], ["left"], ["it's red"]]
-    assert exact_match(answers, [" Yes.", "the number 7", "right", "its red"]) == 0.75
-    assert exact_match(answers, ["yes no", "number 7", "", "red"]) == 0
+    assert exact_match(answers, [" Yes.", "the number 7", "right", "its red"]) == [True, True, False, True]
+    assert exact_match(answers, ["yes no", "number 7", "", "red"]) == [False] * 4
+
+
+def retrieval_values(similarity, positives) -> dict[str, float]:
+    return {name: statistic.value for name, statistic in retrieval(ranks(similarity, positives)).items()}
 
 
 def test_retrieval_by_hand():
     similarity = np.array([[0.9, 0.1, 0.5, 0.4], [0.1, 0.2, 0.3, 0.4], [0.7, 0.8, 0.8, 0.1]])
     positives = np.zeros((3, 4), bool)
-    positives[0, 0] = positives[1, 1] = positives[2, 2] = True  # ranks 1, 3, and 2 (a tie)
-    assert retrieval(similarity, positives) == {"r1": pytest.approx(1 / 3), "r5": 1, "r10": 1, "median_rank": 2}
+    positives[0, 0] = positives[1, 1] = positives[2, 2] = True
+    assert ranks(similarity, positives).tolist() == [1, 3, 2]  # the last one is a tie
+    assert retrieval_values(similarity, positives) == {"r1": pytest.approx(1 / 3), "r5": 1, "r10": 1, "median_rank": 2}
     positives[1, 3] = True  # now the better of two positives has rank 1
-    assert retrieval(similarity, positives) == {"r1": pytest.approx(2 / 3), "r5": 1, "r10": 1, "median_rank": 1}
+    assert ranks(similarity, positives).tolist() == [1, 1, 2]
     positives[2, 1] = True  # and the tie is between two positives
-    assert retrieval(similarity, positives)["r1"] == 1
+    assert ranks(similarity, positives).tolist() == [1, 1, 1]
 
 
 def test_retrieval_counts_the_top_one_five_and_ten():
     similarity = np.tile(-np.arange(12.0), (12, 1))  # the positive of query i has rank i + 1
     expected = {"r1": 1 / 12, "r5": 5 / 12, "r10": 10 / 12, "median_rank": 6.5}
-    assert retrieval(similarity, np.eye(12, dtype=bool)) == pytest.approx(expected)
+    assert retrieval_values(similarity, np.eye(12, dtype=bool)) == pytest.approx(expected)
 
 
 @st.composite
@@ -215,35 +220,36 @@ def galleries(draw):
 @given(galleries(), st.randoms(use_true_random=False))
 def test_properties_of_retrieval(gallery, random):
     similarity, positives = gallery
-    scores = retrieval(similarity, positives)
+    scores = retrieval_values(similarity, positives)
     assert 0 <= scores["r1"] <= scores["r5"] <= scores["r10"] <= 1
     assert 1 <= scores["median_rank"] <= similarity.shape[1]
+    assert scores["median_rank"] == np.median(ranks(similarity, positives))
     rows, columns = (random.sample(range(size), size) for size in similarity.shape)
-    assert retrieval(similarity[rows][:, columns], positives[rows][:, columns]) == scores  # the order does not matter
-    assert retrieval(similarity * 2 + 1, positives) == scores  # only the ranking counts
-    lifted = retrieval(similarity + 10 * positives, positives)
-    assert lifted == {"r1": 1, "r5": 1, "r10": 1, "median_rank": 1}
+    # The order does not matter.
+    assert retrieval_values(similarity[rows][:, columns], positives[rows][:, columns]) == pytest.approx(scores)
+    assert retrieval_values(similarity * 2 + 1, positives) == scores  # only the ranking counts
+    assert ranks(similarity + 10 * positives, positives).tolist() == [1] * len(similarity)
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(11, 40), st.floats(-1, 1))
 def test_a_constant_similarity_finds_nothing(size, value):
-    scores = retrieval(np.full((size, size), value), np.eye(size, dtype=bool))
+    scores = retrieval_values(np.full((size, size), value), np.eye(size, dtype=bool))
     assert scores == {"r1": 0, "r5": 0, "r10": 0, "median_rank": size}
 
 
 def test_retrieval_errors():
     square = np.eye(3)
     with pytest.raises(ValueError, match=r"similarity \(3, 3\) and positives \(3, 2\)"):
-        retrieval(square, np.ones((3, 2), bool))
+        ranks(square, np.ones((3, 2), bool))
     with pytest.raises(ValueError, match="non-empty"):
-        retrieval(np.zeros((0, 3)), np.zeros((0, 3), bool))
+        ranks(np.zeros((0, 3)), np.zeros((0, 3), bool))
     with pytest.raises(ValueError, match="found positives of type float64: expected bool"):
-        retrieval(square, square)
+        ranks(square, square)
     with pytest.raises(ValueError, match="query 2 has no positive item"):
-        retrieval(square, np.diag([True, True, False]))
+        ranks(square, np.diag([True, True, False]))
     with pytest.raises(ValueError, match="query 1 contain NaN"):
-        retrieval(np.diag([0, np.nan, 0]), square.astype(bool))
+        ranks(np.diag([0, np.nan, 0]), square.astype(bool))
 
 
 def test_vqa_accuracy_by_hand():
@@ -251,19 +257,19 @@ def test_vqa_accuracy_by_hand():
     by_hits = {0: 0, 1: 0.3, 2: 0.6, 3: 0.9, 4: 1, 9: 1, 10: 1}
     for hits, expected in by_hits.items():
         answers = ["yes"] * hits + [f"no {k}" for k in range(10 - hits)]
-        assert vqa_accuracy([answers], ["yes"]) == pytest.approx(expected), hits
-    assert vqa_accuracy([["yes"] * 10, ["no"] * 10], ["yes", "yes"]) == 0.5
+        assert vqa_accuracy([answers], ["yes"]) == pytest.approx([expected]), hits
+    assert vqa_accuracy([["yes"] * 10, ["no"] * 10], ["yes", "yes"]) == [1, 0]
 
 
 def test_vqa_accuracy_normalizes_as_the_official_evaluation():
     """Since March 2021: both sides in full, unless all annotators agree; then neither side."""
-    assert vqa_accuracy([["2"] * 4 + ["dont know"] * 6], [" Two\n"]) == 1
-    assert vqa_accuracy([["two"] * 4 + ["a cat"] * 6], ["2"]) == 1
-    assert vqa_accuracy([["don't know"] * 5 + ["no"] * 5], ["Dont know"]) == 1
-    assert vqa_accuracy([["the dog"] * 5 + ["a dog."] * 5], ["dog"]) == 1
-    assert vqa_accuracy([["a dog"] * 10], ["a dog"]) == vqa_accuracy([["t-shirt"] * 10], [" t-shirt\n"]) == 1
-    assert vqa_accuracy([["2"] * 10], ["two"]) == vqa_accuracy([["a dog"] * 10], ["dog"]) == 0
-    assert vqa_accuracy([["t-shirt"] * 9 + ["shirt"]], ["t-shirt"]) == 1
+    assert vqa_accuracy([["2"] * 4 + ["dont know"] * 6], [" Two\n"]) == [1]
+    assert vqa_accuracy([["two"] * 4 + ["a cat"] * 6], ["2"]) == [1]
+    assert vqa_accuracy([["don't know"] * 5 + ["no"] * 5], ["Dont know"]) == [1]
+    assert vqa_accuracy([["the dog"] * 5 + ["a dog."] * 5], ["dog"]) == [1]
+    assert vqa_accuracy([["a dog"] * 10], ["a dog"]) == vqa_accuracy([["t-shirt"] * 10], [" t-shirt\n"]) == [1]
+    assert vqa_accuracy([["2"] * 10], ["two"]) == vqa_accuracy([["a dog"] * 10], ["dog"]) == [0]
+    assert vqa_accuracy([["t-shirt"] * 9 + ["shirt"]], ["t-shirt"]) == [1]
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -291,16 +297,16 @@ def test_vqa_normalize(text, expected):
 
 def test_top_k():
     scores = np.array([[0.1, 0.9, 0.5, 0.0], [0.3, 0.3, 0.2, 0.1], [0.4, 0.3, 0.2, 0.1]])
-    assert top_k(scores, [2, 0, 3], 1) == 0  # the second sample ties with a wrong class
-    assert top_k(scores, [2, 0, 3], 2) == pytest.approx(2 / 3)
-    assert top_k(scores, [2, 0, 3], 4) == 1
-    assert top_k(scores, [1, 0, 0], 1) == pytest.approx(2 / 3)
+    assert in_top_k(scores, [2, 0, 3], 1).tolist() == [False] * 3  # the second sample ties with a wrong class
+    assert in_top_k(scores, [2, 0, 3], 2).tolist() == [True, True, False]
+    assert in_top_k(scores, [2, 0, 3], 4).all()
+    assert in_top_k(scores, [1, 0, 0], 1).tolist() == [True, False, True]
     with pytest.raises(ValueError, match="sample 1: label 4 is not one of the 4 classes"):
-        top_k(scores, [0, 4, 0], 1)
+        in_top_k(scores, [0, 4, 0], 1)
     with pytest.raises(ValueError, match=r"found scores \(3, 4\) and labels \(2,\)"):
-        top_k(scores, [0, 1], 1)
+        in_top_k(scores, [0, 1], 1)
     with pytest.raises(ValueError, match="sample 2 contain NaN"):
-        top_k(np.array([[0.0], [0.0], [np.nan]]), [0, 0, 0], 1)
+        in_top_k(np.array([[0.0], [0.0], [np.nan]]), [0, 0, 0], 1)
 
 
 two_classes = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=30)
@@ -313,10 +319,10 @@ def test_matthews_and_f1_by_their_definitions(pairs):
     tp, tn = sum(t and p for t, p in pairs), sum(not t and not p for t, p in pairs)
     fp, fn = sum(p and not t for t, p in pairs), sum(t and not p for t, p in pairs)
     below = ((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)) ** 0.5
-    assert matthews(truths, found) == pytest.approx((tp * tn - fp * fn) / below if below else 0, abs=1e-12)
+    assert matthews(truths, found).value == pytest.approx((tp * tn - fp * fn) / below if below else 0, abs=1e-12)
     precision, recall = tp / (tp + fp) if tp + fp else 0, tp / (tp + fn) if tp + fn else 0
     expected = 2 * precision * recall / (precision + recall) if precision + recall else 0
-    assert f1(truths, found) == pytest.approx(expected, abs=1e-12)
+    assert f1(truths, found).value == pytest.approx(expected, abs=1e-12)
 
 
 def test_more_than_two_classes_are_refused():
@@ -335,10 +341,11 @@ def test_pearson_and_spearman_by_their_definitions(pairs):
         return np.array([(values < value).sum() + ((values == value).sum() + 1) / 2 for value in values])
 
     constant = np.ptp(first) == 0 or np.ptp(second) == 0
-    assert pearson(first, second) == pytest.approx(0 if constant else np.corrcoef(first, second)[0, 1], abs=1e-9)
+    assert pearson(first, second).value == pytest.approx(0 if constant else np.corrcoef(first, second)[0, 1], abs=1e-9)
     expected = 0 if constant else np.corrcoef(ranks(first), ranks(second))[0, 1]
-    assert spearman(first, second) == pytest.approx(expected, abs=1e-9)
-    assert spearman(first, second) == pytest.approx(spearman(first**3, second * 2 + 1), abs=1e-9)
+    assert spearman(first, second).value == pytest.approx(expected, abs=1e-9)
+    monotone = spearman(first**3, second * 2 + 1)
+    assert spearman(first, second).value == pytest.approx(monotone.value, abs=1e-9)
 
 
 def test_correlations_refuse_unequal_lengths_and_nan():
@@ -356,11 +363,8 @@ def test_boxes_by_hand():
     ]
     truths, found, expected = zip(*pairs)
     assert box_iou(truths, found) == pytest.approx(expected)
-    truths = [box] * 4
-    found = [box, [0.5, 0.5, 0.25, 0.4], [0.7, 0.5, 0.4, 0.4], [0.1, 0.1, 0.1, 0.1]]
-    assert grounding_accuracy(truths, found) == 0.5
-    with pytest.raises(ValueError, match=r"shapes \(4, 4\) and \(3, 4\): expected two arrays"):
-        grounding_accuracy(truths, found[:3])
+    with pytest.raises(ValueError, match=r"shapes \(5, 4\) and \(3, 4\): expected two arrays"):
+        box_iou(truths, found[:3])
 
 
 def test_fractions_are_all_metrics_except_cider_and_ranks():

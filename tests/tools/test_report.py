@@ -171,7 +171,7 @@ def test_the_newer_evaluation_is_shown(media, tmp_path):
 
 def test_the_results_have_a_chance_level_if_the_data_are_there(tmp_path):
     """The second folder has the records; the first has other files, such as shards."""
-    run = write_run(tmp_path / "mine", [], [{"step": 1, "test/qa_all": 0.5}])
+    run = write_run(tmp_path / "mine", [], [{"step": 1, "test/qa_accuracy": 0.5}])
     settings = json.loads((run / "settings.json").read_text())
     for name, there in (("shards", False), ("data", True)):
         (tmp_path / name).mkdir()

@@ -1,0 +1,57 @@
+"""The results of an evaluation as files and as text."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from mplug2.evaluation.evaluate import EvalResult
+from mplug2.evaluation.metric_names import format_table
+
+
+def flat_metrics(results: Mapping[str, EvalResult]) -> dict[str, float]:
+    """{"test/qa_order": 0.5, ...} from the results by split."""
+    return {f"{split}/{name}": value for split, result in results.items() for name, value in result.metrics.items()}
+
+
+def write_metrics(file: Path, results: Mapping[str, EvalResult]) -> None:
+    """Write the flat metrics and, under keys of their own, their standard errors and the number of scored records."""
+    contents = {
+        **flat_metrics(results),
+        "standard_errors": {f"{split}/{name}": error for split, result in results.items()
+                            for name, error in result.errors.items()},
+        "records": {split: {"scored": result.records - len(result.skipped), "total": result.records}
+                    for split, result in results.items()},
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+
+
+def write_predictions(file: Path, results: Mapping[str, EvalResult]) -> None:
+    """Write one line per prediction."""
+    lines = [json.dumps(prediction.line(split)) + "\n" for split, result in results.items()
+             for prediction in result.predictions]
+    file.write_text("".join(lines), encoding="utf-8")
+
+
+def describe_skipped(results: Mapping[str, EvalResult]) -> str:
+    """A line for each skipped record, for each note, and for each split that is not complete; empty if all is well."""
+    lines = []
+    for split, result in results.items():
+        lines += [f"skipped: {source}: {error}" for source, error in result.skipped.items()]
+        lines += [f"{split}: {note}" for note in result.notes]
+        if result.skipped:
+            lines.append(f"{split}: scored {result.records - len(result.skipped):,} of {result.records:,} records")
+    return "\n".join(lines)
+
+
+def describe(results: Mapping[str, EvalResult], chance: dict[str, float]) -> str:
+    """The table of the metrics with their standard errors and the chance level, and what the numbers mean."""
+    names = {name for result in results.values() for name in result.scores}
+    columns = {split: result.metrics for split, result in results.items()}
+    errors = {split: result.errors for split, result in results.items()}
+    text = format_table({**columns, "chance": {name: value for name, value in chance.items() if name in names}}, errors)
+    text += "\n±: standard error, from a bootstrap over records. chance: without looking at the image or video."
+    if any("caption_" in name for name in names):
+        text += "\ncaption metrics: this repository, on lower-case words without punctuation"
+        text += "; caption_paper_*: pycocoevalcap" if any("caption_paper" in name for name in names) else ""
+    return text
