@@ -60,9 +60,6 @@ def randomized(module: Module, seed: int = 0) -> Module:
     return module.eval()
 
 
-randomised = randomized  # the old spelling, until all tests use the new one
-
-
 def noise(*shape: int, seed: int = 0) -> Tensor:
     """Normal noise."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.double)

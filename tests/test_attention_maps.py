@@ -1,7 +1,7 @@
 """Attention maps: the weights follow the formula, and recording them changes nothing."""
 
 import torch
-from helpers import assert_same, configs, noise, random_ids, random_mask, randomised, seeds, small
+from helpers import assert_same, configs, noise, random_ids, random_mask, randomized, seeds, small
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,7 +12,7 @@ from mplug2.model.mplug2 import MPLUG2
 
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), seeds)
 def test_the_weights_are_those_with_which_the_module_mixes_its_values(b, r, l, m, seed):
-    module = randomised(CrossAttention(12, 3), seed)
+    module = randomized(CrossAttention(12, 3), seed)
     x, memory = noise(b * r, l, 12, seed=seed), noise(b, m, 12, seed=seed + 1)
     mask = random_mask(b, m, seed)[:, None, None, :]
     weights = attention_weights(module, x, memory, mask)
@@ -26,7 +26,7 @@ def test_the_weights_are_those_with_which_the_module_mixes_its_values(b, r, l, m
 
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), seeds)
 def test_so_are_the_weights_of_self_attention_also_one_token_at_a_time(b, l, p, seed):
-    module, x = randomised(SelfAttention(12, 3), seed), noise(b, p + l, 12, seed=seed)
+    module, x = randomized(SelfAttention(12, 3), seed), noise(b, p + l, 12, seed=seed)
     mask = causal_mask(random_mask(b, p + l, seed))
     weights = self_attention_weights(module, x, mask)
     values = module.qkv(x).chunk(3, dim=-1)[2]
@@ -40,7 +40,7 @@ def test_so_are_the_weights_of_self_attention_also_one_token_at_a_time(b, l, p, 
 
 @given(config=configs(fusion_stride=0), seed=seeds)
 def test_every_cross_attention_is_recorded_inside_the_context_and_nothing_changes(config, seed):
-    model = randomised(MPLUG2(config, "video_qa"), seed)
+    model = randomized(MPLUG2(config, "video_qa"), seed)
     vision, ids, mask = noise(2, 3, config.width, seed=seed), random_ids(2, 4, seed), random_mask(2, 4, seed)
 
     def run() -> torch.Tensor:
@@ -62,7 +62,7 @@ def test_every_cross_attention_is_recorded_inside_the_context_and_nothing_change
 
 @given(config=configs(), t=st.integers(1, 3), seed=seeds)
 def test_the_vision_encoder_has_maps_of_each_frame_and_generation_of_each_step(config, t, seed):
-    model = randomised(MPLUG2(config, "video_caption"), seed)
+    model = randomized(MPLUG2(config, "video_caption"), seed)
     pixels = noise(2, 3, t, config.image_size, config.image_size, seed=seed)
     with attention_maps(model, SelfAttention) as maps:
         vision = model.encode_vision(pixels)
@@ -82,7 +82,7 @@ def test_the_vision_encoder_has_maps_of_each_frame_and_generation_of_each_step(c
 
 def test_a_compiled_model_is_recorded_too():
     """Its layers were compiled before the hooks existed, here with a backend that runs the graphs as they are."""
-    model = randomised(MPLUG2(small(), "video_qa"))
+    model = randomized(MPLUG2(small(), "video_qa"))
     ids, mask, memory = random_ids(2, 4), random_mask(2, 4), noise(2, 3, 16)
     with attention_maps(model) as expected:
         model.decode(ids, mask, memory)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import randomised, seeds, small
+from helpers import randomized, seeds, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -28,7 +28,7 @@ TOKENIZER = Tokenizer.train(["a red one", "a one"], 20)
 
 def make_model(task: str = "pretrain", seed: int = 0, **changes) -> MPLUG2:
     """Float32, the type that is saved."""
-    return randomised(MPLUG2(small(**changes), task), seed).float()
+    return randomized(MPLUG2(small(**changes), task), seed).float()
 
 
 def assert_same_weights(found: MPLUG2, expected: MPLUG2) -> None:

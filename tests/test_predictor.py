@@ -9,7 +9,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-from helpers import randomised, small
+from helpers import randomized, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -47,7 +47,7 @@ def make_predictor(
 ) -> Predictor:
     """An untrained model whose outputs depend on all of its inputs."""
     tokenizer = Tokenizer.train([WORDS], 120)
-    model = randomised(MPLUG2(small(vocab_size=len(tokenizer), max_positions=24), task, classes or {})).float()
+    model = randomized(MPLUG2(small(vocab_size=len(tokenizer), max_positions=24), task, classes or {})).float()
     for name, parameter in model.named_parameters():
         if name.endswith(("qkv.weight", "query.weight", "key_value.weight")):
             parameter.data.mul_(4)  # attention that is not uniform

@@ -1,4 +1,4 @@
-"""The fusion module: text attends to vision (Figure 2(d)). Connected-attention layers come from mPLUG (Li et al. 2022).
+"""The fusion module: text attends to vision (Figure 2). Connected-attention layers come from mPLUG (Li et al. 2022).
 
 Axes: b batch, r texts per image or video, v visual tokens, l text tokens, d width.
 """

@@ -1,4 +1,4 @@
-"""MPLUG2 (Figure 2(a)): the modules that a task needs, and how they are connected.
+"""MPLUG2 (Figure 2): the modules that a task needs, and how they are connected.
 
     pixels -> vision encoder -> universal layers -> V' --------------------------> decoder -> caption
                                                     \\-> fusion -> [V', fused text] -> decoder -> answer

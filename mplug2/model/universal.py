@@ -9,7 +9,9 @@ has. It connects V, the v tokens of the vision encoder, with q learned latents. 
                S - 1 times: stream = layer(stream, V)               S times: stream = stream + layer(stream, V)
                stream = last layer(V, stream)                       stream = CA(V, stream)
                V' = LN(V + stream)                                  V' = LN(V + stream)
-               W' = layers(W)                                       W' = LN(W + stream), with a stream as above, from W
+    text       stream = W                                           stream = W
+               S times: stream = layer(stream)                      S times: stream = stream + layer(stream)
+               W' = stream                                          W' = LN(W + stream)
 
 layer(x, memory) is self-attention, cross-attention to the memory (vision only) and feed-forward. CA(x, memory) is a
 cross-attention outside the layers: x are the queries. The figure draws the last one like the first, with an arrow from

@@ -1,6 +1,6 @@
 """The dual-vision encoder (Figure 2(b)): one ViT for images and videos, with local temporal modules (LT) for videos.
 
-Attention and MLP work within each frame, so images and videos share them. Only LT tells a video from a set of images.
+Attention and MLP work within each frame, so images and videos share them. Only LT sees the order of the frames.
 
 The released code has one class token per frame, and averages them at the end. Figure 2(b) draws one class token for all
 frames, but not how it takes part in attention within frames. Our reading: in every frame it attends to the patches and

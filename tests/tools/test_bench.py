@@ -6,7 +6,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from batches import make_batch
-from helpers import noise, randomised, seeds, small
+from helpers import noise, randomized, seeds, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,7 +28,7 @@ def test_activation_checkpointing_changes_no_loss_and_no_gradient(task, dropout,
     batch = make_batch("video", seed=seed)
     found = []
     for recompute in (False, True):
-        model = randomised(MPLUG2(small(dropout=dropout, drop_path=dropout), task), seed).train()
+        model = randomized(MPLUG2(small(dropout=dropout, drop_path=dropout), task), seed).train()
         if recompute:
             checkpoint_activations(model)
         torch.manual_seed(seed)
@@ -69,7 +69,7 @@ def test_a_compiled_model_trains_and_writes_the_same():
     be traced, at changing text lengths."""
     found = []
     for compiled in (False, True):
-        model = randomised(MPLUG2(small(fusion_layers=2), "pretrain")).train()
+        model = randomized(MPLUG2(small(fusion_layers=2), "pretrain")).train()
         if compiled:
             with patch.object(torch.nn.Module, "compile", compile_eagerly):
                 compile_model(model)
@@ -132,7 +132,7 @@ def decoding_flops() -> int:
 
 def test_search_with_and_without_caches_returns_the_same_tokens():
     """So `--reference` measures the same task."""
-    model = randomised(MPLUG2(small(max_positions=32), "video_caption")).eval()
+    model = randomized(MPLUG2(small(max_positions=32), "video_caption")).eval()
     vision, start = noise(1, 5, 16), torch.full((1, 1), 1)
     with torch.no_grad():
         model.decoder.head.bias.data[2] = -1e9  # [SEP], which the cached search forbids

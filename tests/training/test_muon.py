@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from helpers import noise, randomised, seeds, small
+from helpers import noise, randomized, seeds, small
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import Processes
@@ -46,7 +46,7 @@ def test_orthogonalizing_keeps_singular_vectors_and_makes_singular_values_about_
 
 def test_muon_equals_its_formula_and_adamw_for_the_rest():
     """Three steps: Nesterov momentum, orthogonalized, scaled to AdamW's size, with decoupled weight decay."""
-    model, rng = randomised(MPLUG2(small(), "pretrain")).float(), torch.Generator().manual_seed(0)
+    model, rng = randomized(MPLUG2(small(), "pretrain")).float(), torch.Generator().manual_seed(0)
     reference = copy.deepcopy(model)
     both = [make_optimizer(each, OptimizerSettings(name, lr=0.1, vision_lr=0.01, weight_decay=0.5)) for each, name in
             ((model, "muon"), (reference, "adamw"))]
@@ -70,7 +70,7 @@ def test_muon_equals_its_formula_and_adamw_for_the_rest():
 
 
 def test_muon_continues_from_its_saved_state():
-    models = [randomised(MPLUG2(small(), "video_caption")).float() for _ in range(2)]
+    models = [randomized(MPLUG2(small(), "video_caption")).float() for _ in range(2)]
     first, second = (make_optimizer(model, OptimizerSettings(lr=0.1, weight_decay=0.5)) for model in models)
 
     def step(model, optimizer, seed):
@@ -94,7 +94,7 @@ def test_muon_continues_from_its_saved_state():
 def three_steps(rank: int, world: int, way: str) -> tuple[dict[str, np.ndarray], dict[str, int], int]:
     """Weights in float64 after three steps with random gradients; the second has gradients for some modules only. And
     the collectives and FLOPs of the last step."""
-    model = randomised(MPLUG2(small(), "pretrain"))
+    model = randomized(MPLUG2(small(), "pretrain"))
     module = Objectives(model)
     wrap_model(module, distributed.DistInfo(rank, world, torch.device("cpu")), ParallelSettings(parallel=way))
     optimizer = make_optimizer(model, OptimizerSettings("muon", lr=0.1, vision_lr=0.05, weight_decay=0.3))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import configs, randomised, small
+from helpers import configs, randomized, small
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -94,7 +94,7 @@ def test_biases_norms_embeddings_positions_latents_and_temperature_do_not_decay(
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_step_with_zero_gradients_only_applies_weight_decay(name):
-    model = randomised(MPLUG2(small(), "pretrain"))
+    model = randomized(MPLUG2(small(), "pretrain"))
     optimizer = make_optimizer(model, OptimizerSettings(name, lr=0.1, vision_lr=0.01, weight_decay=0.5))
     before = {parameter: parameter.detach().clone() for parameter in model.parameters()}
     for parameter in model.parameters():

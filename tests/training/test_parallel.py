@@ -15,7 +15,7 @@ import pytest
 import torch
 from batches import make_batch, make_model, rank_share, task_batch
 from data_helpers import write_data
-from helpers import randomised, small
+from helpers import randomized, small
 from processes import Processes
 from safetensors.torch import load_file
 
@@ -137,7 +137,7 @@ def task_gradients(b: int, rank: int, world: int) -> dict:
             batch["label"] = batch["label"].double()
         batch = {key: value.chunk(world)[rank] if torch.is_tensor(value) else value for key, value in batch.items()}
         for way in ("ddp", "fsdp") if world > 1 else ("alone",):
-            model = randomised(MPLUG2(small(), task, {} if name == "number" else {task: ("a", "b", "c")}))
+            model = randomized(MPLUG2(small(), task, {} if name == "number" else {task: ("a", "b", "c")}))
             settings = ParallelSettings(parallel="fsdp" if way == "fsdp" else "ddp")
             parallel = wrap_model(Objectives(model), process, settings)
             with patch.object(losses, "hard_negatives", fixed_negatives):
