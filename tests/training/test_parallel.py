@@ -223,7 +223,7 @@ def test_clipped_updates_of_sharded_models_are_those_of_one_process(processes, n
 
 def seen_batch(rank: int) -> tuple[dict[str, bool], bool]:
     """Which tensors of a batch reach the losses of a sharded bfloat16 model unchanged; and are all gradients finite?"""
-    model = randomised(MPLUG2(small(), "grounding")).float()
+    model = randomized(MPLUG2(small(), "grounding")).float()
     objectives, seen, forward = Objectives(model), {}, Objectives.forward
     settings = ParallelSettings(parallel="fsdp", precision="bfloat16")
     parallel = wrap_model(objectives, distributed.DistInfo(rank, 2, torch.device("cpu")), settings)
