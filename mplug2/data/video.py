@@ -70,7 +70,8 @@ def read_frames(path: Path | str, frames: int | None, rng: np.random.Generator |
         with _open(path) as (container, stream):
             timeline = read_timeline(path, container, stream)
             if timeline.starts:
-                _check_length(path, len(timeline.starts), _promised(container, stream))
+                if 2 * len(timeline.starts) < stream.frames:  # a hint, to be checked
+                    _check_length(path, len(timeline.starts), _promised(container, stream))
                 numbers = choose_frames(timeline.durations(), frames, rng)
                 with suppress(Doubt, av.FFmpegError):
                     return _decode_by_seeking(container, stream, timeline, numbers)
@@ -136,12 +137,13 @@ def _timeline_of_index(path: Path | str, stream: VideoStream, first: av.Packet, 
     The index holds decoding times. At a constant rate they are the presentation times, except for a constant delay.
     None if the rate varies or the file ends early.
     """
-    entries = list(stream.index_entries)
-    times = [entry.timestamp for entry in entries]
+    entries = [(entry.timestamp, entry.size, entry.pos, entry.is_keyframe, entry.is_discard)
+               for entry in stream.index_entries]
+    times = [time for time, *_ in entries]
     steps = {later - earlier for earlier, later in pairwise(times)}
-    if len(steps) != 1 or any(entry.is_discard for entry in entries):
+    if len(steps) != 1 or any(is_discard for *_, is_discard in entries):
         return None
-    if max(entry.pos + entry.size for entry in entries) > os.path.getsize(path):
+    if max(position + size for _, size, position, _, _ in entries) > os.path.getsize(path):
         return None
     if None in (first.pts, second.pts) or not first.is_keyframe or first.dts != times[0]:
         return None
@@ -149,8 +151,8 @@ def _timeline_of_index(path: Path | str, stream: VideoStream, first: av.Packet, 
     if step <= 0 or second.pts <= first.pts:  # earlier frames after the first key frame cannot be decoded
         return None
     delay = first.pts - first.dts
-    keys = [(time + delay, time, i) for i, (time, entry) in enumerate(zip(times, entries)) if entry.is_keyframe]
-    return Timeline([time + delay for time in times], [(None, entry.size) for entry in entries], keys)
+    keys = [(time + delay, time, i) for i, (time, _, _, is_key, _) in enumerate(entries) if is_key]
+    return Timeline([time + delay for time in times], [(None, size) for _, size, *_ in entries], keys)
 
 
 def _is_fragmented(path: Path | str) -> bool:
@@ -175,8 +177,11 @@ def _timeline_of_packets(stream: VideoStream, packets: Iterable[av.Packet]) -> T
     codec = codec_of(stream)
     rows = [(packet.pts, packet.dts, packet.size, packet.is_keyframe, packet.is_corrupt, _is_shown(packet, codec))
             for packet in packets if packet.size]
+    if rows and rows[-1][4]:  # the file ends within this packet
+        rows.pop()
     shown = [pts for pts, _, _, _, _, is_shown in rows if is_shown]
-    if None in shown or len(set(shown)) < len(shown):
+    in_order = _ascends([dts for _, dts, *_ in rows if dts is not None])  # no: two recordings in one file, for example
+    if None in shown or len(set(shown)) < len(shown) or not in_order:
         return Timeline(list(range(len(shown))))
     keys = [(pts, pts if dts is None else dts, i) for i, (pts, dts, _, is_key, _, _) in enumerate(rows) if is_key]
     key_times = [pts for pts, _, _ in keys]
@@ -185,7 +190,6 @@ def _timeline_of_packets(stream: VideoStream, packets: Iterable[av.Packet]) -> T
     certain = (
         codec in SEEKABLE and not _has_alpha(stream) and not any(is_corrupt for _, _, _, _, is_corrupt, _ in rows)
         and not (stream.codec_context.has_b_frames and len(delays) == 1)
-        and _ascends([dts for _, dts, *_ in rows if dts is not None])
         and bool(keys) and None not in key_times and _ascends(key_times)
         and keys[0][2] == 0 and min(shown) >= key_times[0]  # frames before the first key frame cannot be decoded
     )
@@ -204,7 +208,7 @@ def codec_of(stream: VideoStream) -> str:
 def _is_shown(packet: av.Packet, codec: str) -> bool:
     """Whether the packet becomes a frame. MP4 edits hide frames; VP8 has hidden reference frames (bit 4 of byte 0)."""
     hidden = codec == "vp8" and not memoryview(packet)[0] & 0x10
-    return not (packet.is_discard or packet.is_corrupt or hidden)
+    return not (packet.is_discard or hidden)
 
 
 def _has_alpha(stream: VideoStream) -> bool:
@@ -221,12 +225,12 @@ def _decode_by_seeking(
     context = stream.codec_context
     converter = Converter(stream, (context.width, context.height))
     kept: dict[int, np.ndarray] = {}
-    times = sorted({timeline.starts[number] for number in numbers})
+    times, known = sorted({timeline.starts[number] for number in numbers}), set(timeline.starts)
     while times:
         key = bisect_right(timeline.keys, times[0], key=lambda key: key[0]) - 1
         after = timeline.keys[key + 1][0] if key + 1 < len(timeline.keys) else times[-1] + 1
         group = [times[0], *(time for time in times[1:] if time < after)]
-        for frame in _decode_group(container, stream, timeline, key, group):
+        for frame in _decode_group(container, stream, timeline, known, key, group):
             if (frame.width, frame.height) != (context.width, context.height) or frame.is_corrupt:
                 raise Doubt
             kept[frame.pts] = converter(frame)
@@ -235,13 +239,13 @@ def _decode_by_seeking(
 
 
 def _decode_group(
-    container: InputContainer, stream: VideoStream, timeline: Timeline, key: int, times: list[int]
+    container: InputContainer, stream: VideoStream, timeline: Timeline, known: set[int], key: int, times: list[int]
 ) -> Iterator[av.VideoFrame]:
     """The frames that are shown at `times`, decoded from key frame number `key`, or one before it.
 
-    Doubt if the packets are not those of the timeline, or if a frame does not come.
+    Doubt if the packets are not those of the timeline, if their times are not `known`, or if a frame does not come.
     """
-    context, codec, missing, known = stream.codec_context, codec_of(stream), set(times), set(timeline.starts)
+    context, codec, missing = stream.codec_context, codec_of(stream), set(times)
     packets, packet, position = _packets_from_key(container, stream, timeline.keys[: key + 1], times[0])
     while True:
         is_frame = packet.size and _is_shown(packet, codec)

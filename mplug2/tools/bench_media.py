@@ -3,8 +3,9 @@
     python -m mplug2.tools.bench --media                # files that it writes: 30 s and 4 min of H.264, and a photo
     python -m mplug2.tools.bench --media a.mp4 b.mkv    # your files
 
-Each file has its own process, where both readers take turns. Its garbage collector is frozen, as in a worker of the
-loader, because imageio collects garbage whenever it closes a file.
+Each file has its own process, where both readers take turns. They read frames as in training: a random one of each
+segment, the same for both. The garbage collector is frozen, as in a worker of the loader, because imageio collects
+garbage whenever it closes a file.
 """
 
 import gc
@@ -23,13 +24,12 @@ from imageio.core.v3_plugin_api import PluginV3
 from PIL import Image
 
 from mplug2.data.frame_choice import segment_indices
-from mplug2.data.images import read_first
 from mplug2.data.media import read_image, read_video, to_pixels
 
 FRAMES, SIZE = 4, 224
 
 
-def read_in_order(path: Path, frames: int | None) -> np.ndarray:
+def read_in_order(path: Path, frames: int | None, rng: np.random.Generator | None = None) -> np.ndarray:
     """Decode from the start to the last chosen frame, as `read_video` did before it could seek: (t, H, W, 3).
 
     The number of frames is that of the header, or else all frames are counted first.
@@ -43,35 +43,41 @@ def read_in_order(path: Path, frames: int | None) -> np.ndarray:
         if total <= 0:
             with iio.imopen(Path(path), "r", plugin="pyav") as counted:
                 total = sum(1 for _ in decode(counted, "gray", "1"))
-        numbers = list(range(total)) if frames is None else segment_indices(total, frames).tolist()
+        numbers = list(range(total)) if frames is None else segment_indices(total, frames, rng).tolist()
         wanted = sorted(set(numbers))
         select = "1" if frames is None else "+".join(f"eq(n,{number})" for number in wanted)
         kept = dict(zip(wanted, decode(file, "rgb24", select)))
     return np.stack([kept[number] for number in numbers])
 
 
-def seconds(function: Callable[[], object]) -> float:
-    start = time.process_time()
-    function()
-    return time.process_time() - start
-
-
 def measure_video(path: Path, frames: int | None, repeats: int) -> dict[str, float]:
-    """Median CPU seconds of both readers, and whether they give the same frames."""
+    """Median CPU seconds of both readers, and whether they give the same frames. Raises MediaError, or ValueError."""
     gc.freeze()
-    same = np.array_equal(read_in_order(path, frames), read_video(path, frames))
-    reference, ours = [], []
-    for _ in range(repeats):
-        reference.append(seconds(lambda: read_in_order(path, frames)))
-        ours.append(seconds(lambda: read_video(path, frames)))
-    return {"reference_s": statistics.median(reference), "s": statistics.median(ours), "same": same}
+    found = read_video(path, frames)
+    try:
+        same = np.array_equal(read_in_order(path, frames), found)
+    except (OSError, KeyError) as error:  # among them: fewer frames than its header says
+        raise ValueError(f"{path} cannot be read by imageio ({error!r}): nothing to compare with") from error
+    times = {read_in_order: [], read_video: []}
+    for seed in range(repeats):
+        for read, measured in times.items():
+            rng = np.random.default_rng(seed)
+            start = time.process_time()
+            read(path, frames, rng)
+            measured.append(time.process_time() - start)
+    return {"reference_s": statistics.median(times[read_in_order]), "s": statistics.median(times[read_video]),
+            "same": same}
 
 
 def measure_photo(path: Path, repeats: int) -> dict[str, float]:
     """Median CPU seconds from a photo to pixels, decoded whole and at a reduced size."""
-    whole = [seconds(lambda: to_pixels(read_first(path, None)[None], SIZE)) for _ in range(repeats)]
-    reduced = [seconds(lambda: to_pixels(read_image(path, 2 * SIZE), SIZE)) for _ in range(repeats)]
-    return {"reference_s": statistics.median(whole), "s": statistics.median(reduced)}
+    times: dict[int | None, list[float]] = {None: [], 2 * SIZE: []}
+    for _ in range(repeats):
+        for min_side, measured in times.items():
+            start = time.process_time()
+            to_pixels(read_image(path, min_side), SIZE)
+            measured.append(time.process_time() - start)
+    return {"reference_s": statistics.median(times[None]), "s": statistics.median(times[2 * SIZE])}
 
 
 def write_h264(path: Path, length: int, rate: int, keys: int | None) -> Path:
