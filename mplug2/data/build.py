@@ -5,8 +5,9 @@ source on, the number of the source follows ("video@1").
 """
 
 import copy
+import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ import tiny_data
 from mplug2.config import ModelConfig
 from mplug2.data.batches import Collate, MixedBatches
 from mplug2.data.loader import make_loader, prefetch
-from mplug2.data.samples import Sample, Samples, read_classes, read_samples, stream_kind
+from mplug2.data.samples import Joined, Sample, Samples, read_classes, read_samples, stream_kind
 from mplug2.data.shards import ReaderState, ShardSet, is_shards, read_shards, stream_batches
 from mplug2.data.text import Tokenizer, clean
 from mplug2.data.text_check import check_run_texts
@@ -131,7 +132,7 @@ class TrainingData:
     seed: int
     roots: dict[Path, float]
     """The folders of the sources, and their weights."""
-    samples: dict[str, list[Sample]]
+    samples: dict[str, Sequence[Sample]]
     """By stream, if its source has JSONL files."""
     shards: dict[str, ShardSet]
     """By stream, if its source has tar shards."""
@@ -226,7 +227,7 @@ def build_data(
     merged = by_batch_type(samples)
     classes = read_classes(merged) if classes is None else classes
     tokenizer = tokenizer or make_tokenizer(settings, samples, model.vocab_size)
-    for line in check_run_texts(merged, eval_root(settings, roots), settings.task, tokenizer, model.max_positions,
+    for line in check_run_texts(samples, eval_root(settings, roots), settings.task, tokenizer, model.max_positions,
                                 settings.max_words, settings.max_unknown, classes):
         if process.is_main:
             print(line)
@@ -269,9 +270,9 @@ def read_sources(text: str) -> dict[Path, float]:
 
 def read_streams(
     settings: DataSettings, roots: dict[Path, float]
-) -> tuple[dict[str, list[Sample]], dict[str, ShardSet], dict[str, float]]:
+) -> tuple[dict[str, Sequence[Sample]], dict[str, ShardSet], dict[str, float]]:
     """The samples and the shards of each stream, and its share of the steps."""
-    samples: dict[str, list[Sample]] = {}
+    samples: dict[str, Sequence[Sample]] = {}
     shards: dict[str, ShardSet] = {}
     weights: dict[str, float] = {}
     shares, found = settings.batch_weights(), set()
@@ -296,31 +297,32 @@ def read_streams(
     return samples, shards, weights
 
 
-def by_batch_type(samples: dict[str, list[Sample]]) -> dict[str, list[Sample]]:
+def by_batch_type(samples: dict[str, Sequence[Sample]]) -> dict[str, Sequence[Sample]]:
     """The samples of all sources, by batch type."""
-    merged: dict[str, list[Sample]] = {}
+    parts: dict[str, list[Sequence[Sample]]] = {}
     for stream, of_stream in samples.items():
-        merged.setdefault(stream_kind(stream), []).extend(of_stream)
-    return merged
+        parts.setdefault(stream_kind(stream), []).append(of_stream)
+    return {kind: Joined(of_kind) for kind, of_kind in parts.items()}
 
 
-def texts_per_epoch(settings: DataSettings, samples: dict[str, list[Sample]], shards: dict[str, ShardSet]) -> int:
+def texts_per_epoch(settings: DataSettings, samples: dict[str, Sequence[Sample]], shards: dict[str, ShardSet]) -> int:
     """Number of samples that an epoch has to draw until each caption, question or label was seen once."""
-    counts = [max(len(sample.captions), math.ceil(len(sample.qa) / max(1, settings.questions_per_sample)), 1)
-              for of_stream in samples.values() for sample in of_stream]
+    counts = (max(len(sample.captions), math.ceil(len(sample.qa) / max(1, settings.questions_per_sample)), 1)
+              for of_stream in samples.values() for sample in of_stream)
     return sum(counts) + sum(map(len, shards.values()))
 
 
-def make_tokenizer(settings: DataSettings, samples: dict[str, list[Sample]], vocab_size: int) -> Tokenizer:
+def make_tokenizer(settings: DataSettings, samples: dict[str, Sequence[Sample]], vocab_size: int) -> Tokenizer:
     """The tokenizer of `--tokenizer`, or one with at most `vocab_size` tokens, trained on the training texts."""
     if settings.tokenizer:
         return Tokenizer.load(settings.tokenizer)
     if not samples:
         raise ValueError("tar shards: a vocabulary cannot be trained on them; add --tokenizer, or a checkpoint with "
                          "--init")
-    every = [sample for of_stream in samples.values() for sample in of_stream]
-    texts = [text for sample in every for text in sample.captions]
-    texts += [text for sample in every for question in sample.qa for text in (question.question, *question.answers)]
-    texts += [text for sample in every for text in sample.texts]
-    texts += [*PROMPTS.values(), *INSTRUCTIONS.values()]
+    texts = (
+        text for of_stream in samples.values() for sample in of_stream for text in (
+            *sample.captions, *sample.texts,
+            *(text for question in sample.qa for text in (question.question, *question.answers)))
+    )
+    texts = itertools.chain(texts, PROMPTS.values(), INSTRUCTIONS.values())
     return Tokenizer.train((clean(text, settings.max_words) for text in texts), vocab_size)

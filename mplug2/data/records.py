@@ -16,11 +16,14 @@ import math
 import os
 import re
 import reprlib
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
+
+import numpy as np
 
 from mplug2.did_you_mean import did_you_mean
 from mplug2.tasks import RECORD_FIELDS, TASKS
@@ -90,7 +93,183 @@ class Record:
     """Whether the label, captions, box or answers are left out."""
 
 
-def read_records(root: Path | str, task: str, split: str) -> list[Record]:
+class Records(Sequence[Record]):
+    """The records of one file, in its order. A record is parsed when it is used.
+
+    Only the positions of the lines are in memory: 8 bytes per record, in arrays that the workers of a loader share. The
+    lines stay in the file, and all ranks share the system's cache of it. Raises RecordError, which lists all lines that
+    are not records of the task.
+    """
+
+    def __init__(self, root: Path, task: str, path: Path):
+        self.root, self.task, self.path = root, task, path
+        self.parsers = {unlabelled: _field_parsers(root, task, unlabelled) for unlabelled in (False, True)}
+        self.required = frozenset(RECORD_FIELDS[task])
+        self.numbers: np.ndarray | None = None
+        """Line numbers, from 1, if the file has blank lines."""
+        self.unlabelled: int | None = None
+        """Index of the first unlabelled record."""
+        self._file = None
+        self._scan()
+
+    def _scan(self) -> None:
+        """Check every line, and note its position, its media file and its id."""
+        offsets, numbers, media, ids, owners = (array("q") for _ in range(5))
+        problems, like_defaults, offset = [], [], 0
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                start, offset = offset, offset + len(line)
+                if line.isspace():
+                    continue
+                try:
+                    fields = self._plain(line) or self._parse(number, line)
+                except RecordError as error:
+                    problems.append((number, str(error)))
+                    continue
+                if isinstance(fields, Record):
+                    record_id = None if fields.id == f"{self.path.name}:{number}" else fields.id
+                    name = fields.video or fields.image
+                    name = name and str(name)[len(str(self.root)) + 1:]
+                    if fields.unlabelled and self.unlabelled is None:
+                        self.unlabelled = len(offsets)
+                else:
+                    record_id, name = fields.get("id"), fields.get("video") or fields.get("image")
+                if record_id is not None:
+                    ids.append(hash(record_id))
+                    owners.append(len(offsets))
+                    if record_id.startswith(f"{self.path.name}:"):
+                        like_defaults.append(record_id)
+                offsets.append(start)
+                numbers.append(number)
+                media.append(hash(name or (self.path, number)))
+        self.offsets = np.append(np.frombuffer(offsets, np.int64), offset)
+        if len(numbers) and numbers[-1] != len(numbers):
+            self.numbers = np.frombuffer(numbers, np.int64)
+        self.media_hashes = np.frombuffer(media, np.int64)
+        problems += self._duplicates(np.frombuffer(ids, np.int64), np.frombuffer(owners, np.int64), like_defaults)
+        raise_all([message for _, message in sorted(problems)])
+
+    def _duplicates(
+        self, hashes: np.ndarray, owners: np.ndarray, like_defaults: list[str]
+    ) -> list[tuple[int, str]]:
+        """A message for each record whose id an earlier one has. Few records have equal hashes; these are parsed.
+
+        `like_defaults` are ids that may also be the default id of a record without one.
+        """
+        if like_defaults:
+            owners, hashes = np.arange(len(self)), np.array([hash(record.id) for record in self])
+        _, inverse, counts = np.unique(hashes, return_inverse=True, return_counts=True)
+        first: dict[str, int] = {}
+        problems = []
+        for index in owners[counts[inverse] > 1].tolist():
+            record = self[index]
+            number = self._number(index)
+            if first.setdefault(record.id, number) != number:
+                expected = f"a unique id, but line {first[record.id]} has it too"
+                problems.append((number, f"{record.source}: id: found {_short(record.id)}; expected {expected}"))
+        return problems
+
+    def _number(self, index: int) -> int:
+        return index + 1 if self.numbers is None else int(self.numbers[index])
+
+    def _plain(self, line: bytes) -> dict | None:
+        """The fields of an ordinary line, which needs no further check; None for a line that needs one."""
+        try:
+            fields = json.loads(line.decode())
+        except (ValueError, RecursionError):
+            return None
+        if type(fields) is not dict or not self.required <= fields.keys() or not fields.keys() <= PLAIN.keys():
+            return None
+        if len(fields) > len(self.required) and not fields.keys() - self.required <= {"id", "positive_id"}:
+            return None
+        return fields if all([PLAIN[name](value) for name, value in fields.items()]) else None
+
+    def _parse(self, number: int, line: bytes) -> Record:
+        return _parse_line(f"{self.path}:{number}", f"{self.path.name}:{number}", line, self.task, self.parsers)
+
+    def _record(self, index: int, line: bytes) -> Record:
+        number, line = self._number(index), line.partition(b"\n")[0]  # without blank lines that follow
+        if (fields := self._plain(line)) is None:
+            try:
+                return self._parse(number, line)
+            except RecordError as error:
+                raise RecordError(f"{self.path} changed while it was in use; start again ({error})") from error
+        record_id = fields.pop("id", None) or f"{self.path.name}:{number}"
+        fields.setdefault("positive_id", record_id)
+        for name in ("image", "video"):
+            if name in fields:
+                fields[name] = self.root / fields[name]
+        if "captions" in fields:
+            fields["captions"] = tuple(fields["captions"])
+        if "qa" in fields:
+            fields["qa"] = tuple(
+                Question(q["question"], tuple(q["answers"]), q.get("kind")) for q in fields["qa"])
+        if has_gallery(self.task):
+            fields["gallery"] = "all"
+        return Record(id=record_id, source=f"{self.path}:{number}", **fields)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        index %= len(self)
+        if self._file is None:
+            self._file = self.path.open("rb", buffering=0)
+        start, stop = self.offsets[index: index + 2].tolist()
+        return self._record(index, os.pread(self._file.fileno(), stop - start, start))
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self._record(index, line) for index, line in self._lines())
+
+    def _lines(self) -> Iterator[tuple[int, bytes]]:
+        with self.path.open("rb") as file:
+            file.seek(int(self.offsets[0]) if len(self) else 0)
+            for index, size in enumerate(np.diff(self.offsets).tolist()):
+                yield index, file.read(size)
+
+    def texts(self) -> Iterator[tuple[int, list[str], list[str]]]:
+        """(index, texts, answers) of each record, faster than from the records: captions, texts and questions."""
+        for index, line in self._lines():
+            fields = json.loads(line.decode().removeprefix("\ufeff"))
+            texts = fields.get("captions") or fields.get("texts") or ([fields["text"]] if "text" in fields else [])
+            questions = fields.get("qa", ())
+            yield (index, texts + [question["question"] for question in questions],
+                   [answer for question in questions for answer in question.get("answers", ())])
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_file": None}  # a process that gets a copy opens the file itself
+
+
+def _plain_text(value: Any) -> bool:
+    return type(value) is str and value.isprintable() and value != "" and not value.isspace()
+
+
+def _plain_path(value: Any) -> bool:
+    return _plain_text(value) and value[0] not in "/." and value[-1] != "/" and "//" not in value and "/." not in value
+
+
+def _plain_captions(value: Any) -> bool:
+    return type(value) is list and len(value) > 0 and all([_plain_text(text) for text in value])
+
+
+def _plain_questions(value: Any) -> bool:
+    return type(value) is list and len(value) > 0 and all([
+        type(each) is dict and each.keys() <= {"question", "answers", "kind"} and _plain_text(each.get("question"))
+        and _plain_captions(each.get("answers")) and _plain_text(each.get("kind", "-")) for each in value])
+
+
+PLAIN: dict[str, Callable[[Any], bool]] = {
+    "id": _plain_text, "positive_id": _plain_text, "image": _plain_path, "video": _plain_path, "text": _plain_text,
+    "captions": _plain_captions, "qa": _plain_questions,
+}
+"""Whether the value of a field is ordinary and surely valid. This is quick; all other values get the full check."""
+
+
+def read_records(root: Path | str, task: str, split: str) -> Records:
     """Read the records of `root/<task>.<split>.jsonl`, in the order of the file. Blank lines are skipped.
 
     Raises RecordError, which lists all lines that are not records of the task, or for a file without records;
@@ -106,25 +285,7 @@ def read_records(root: Path | str, task: str, split: str) -> list[Record]:
             f"{path} does not exist: no split {split!r} of task {task!r}. The folder has:\n"
             + "\n".join(f"  {t}.{s}.jsonl" for t, splits in available(root).items() for s in splits)
         )
-    parsers = {unlabelled: _field_parsers(root, task, unlabelled) for unlabelled in (False, True)}
-    records: list[Record] = []
-    problems: list[str] = []
-    lines_by_id: dict[str, int] = {}
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = _parse_line(f"{path}:{number}", f"{path.name}:{number}", line, task, parsers)
-                if record.id in lines_by_id:
-                    first = lines_by_id[record.id]
-                    _fail(f"{record.source}: id", record.id, f"a unique id, but line {first} has it too")
-            except RecordError as error:
-                problems.append(str(error))
-                continue
-            lines_by_id[record.id] = number
-            records.append(record)
-    raise_all(problems)
+    records = Records(root, task, path)
     if not records:
         raise RecordError(f"{path} is empty: expected one JSON object per line; add lines, or remove the file")
     return records

@@ -9,7 +9,7 @@ Axes: `t` frames, `H W` pixels.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from mplug2.data.media import MediaError, read_image, read_video, to_pixels
-from mplug2.data.records import Question, Record, RecordError, available, raise_all, read_records
+from mplug2.data.records import Question, Record, RecordError, Records, available, raise_all, read_records
 from mplug2.data.text import Tokenizer, clean
 from mplug2.data.transforms import Augmentation, augment
-from mplug2.tasks import BATCH_TYPES, INSTRUCTIONS, PROMPTS, batch_types, parse_tasks
+from mplug2.tasks import BATCH_TYPES, INSTRUCTIONS, PROMPTS, RECORD_FIELDS, batch_types, parse_tasks
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,78 @@ class Sample:
     box: tuple[float, float, float, float] | None = None
 
 
-def read_samples(root: Path, tasks: str, split: str) -> dict[str, list[Sample]]:
+class SampleList(Sequence[Sample]):
+    """The samples of one batch type from the files of one folder. A sample is made when it is used.
+
+    In memory are 16 bytes per record: which records belong to which sample (see also `Records`).
+    """
+
+    def __init__(self, files: list[Records], joined: bool):
+        """joined: all records about a media file make one sample; otherwise each record is a sample."""
+        self.files, self.joined = files, joined
+        self.ends = np.cumsum([len(file) for file in files])
+        hashes = np.concatenate([file.media_hashes for file in files])
+        self.order = np.arange(len(hashes))
+        self.starts = np.arange(len(hashes) + 1)
+        if joined:
+            _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+            sample_of = np.empty(len(first), np.int64)  # samples are numbered by their first record
+            sample_of[np.argsort(first)] = np.arange(len(first))
+            self.order = np.argsort(sample_of[inverse], kind="stable")
+            self.starts = np.append(0, np.cumsum(np.bincount(sample_of[inverse])))
+        for file in files:
+            file.media_hashes = None
+
+    def without_captions(self, captioned: list[bool]) -> int | None:
+        """The first sample without a record of the files that are `captioned`."""
+        has = np.repeat(captioned, [len(file) for file in self.files])[self.order]
+        lacking = np.flatnonzero(~np.logical_or.reduceat(has, self.starts[:-1]))
+        return int(lacking[0]) if len(lacking) else None
+
+    def _record(self, number: int) -> Record:
+        file = int(np.searchsorted(self.ends, number, side="right"))
+        return self.files[file][int(number) - (int(self.ends[file - 1]) if file else 0)]
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        index %= len(self)
+        records = [self._record(number) for number in self.order[self.starts[index]: self.starts[index + 1]]]
+        return _merge(records) if self.joined else _labelled(records[0])
+
+    def __iter__(self) -> Iterator[Sample]:
+        if len(self.files) == 1 and len(self) == len(self.order):  # in the order of the file, which is faster to read
+            yield from (_merge([record]) if self.joined else _labelled(record) for record in self.files[0])
+        else:
+            yield from (self[index] for index in range(len(self)))
+
+
+class Joined(Sequence[Sample]):
+    """Several sequences of samples, one after the other."""
+
+    def __init__(self, parts: Sequence[Sequence[Sample]]):
+        self.parts = parts
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def __getitem__(self, index: int) -> Sample:
+        for part in self.parts:
+            if index < len(part):
+                return part[index]
+            index -= len(part)
+        raise IndexError(index)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (sample for part in self.parts for sample in part)
+
+
+def read_samples(root: Path, tasks: str, split: str) -> dict[str, SampleList]:
     """Read the samples of one task, or of several ("video_caption,video_qa"), by batch type.
 
     The questions about a video are joined with its captions. Batch types of pre-training without a file are left out.
@@ -56,16 +127,17 @@ def read_samples(root: Path, tasks: str, split: str) -> dict[str, list[Sample]]:
     for task in parse_tasks(tasks):
         of_task = {}
         for name, batch_type in batch_types(task).items():
-            records = [record for file in batch_type.files if split in splits.get(file, ())
-                       for record in read_records(root, file, split)]
-            if unlabelled := next((record for record in records if record.unlabelled), None):
-                raise RecordError(f"{unlabelled.source}: this record is unlabelled and cannot be trained on; "
-                                  "add its label, or move it to a split of its own")
-            if records:
-                has_label = batch_type.fields & {"label", "box"}
-                of_task[name] = [_labelled(record) for record in records] if has_label else _merge(records)
-            for sample in of_task.get(name, ()):
-                if task == "pretrain" and not sample.captions:
+            files = [read_records(root, file, split) for file in batch_type.files if split in splits.get(file, ())]
+            for records in files:
+                if records.unlabelled is not None:
+                    raise RecordError(f"{records[records.unlabelled].source}: this record is unlabelled and cannot be "
+                                      "trained on; add its label, or move it to a split of its own")
+            if files:
+                of_task[name] = SampleList(files, joined=not batch_type.fields & {"label", "box"})
+                captioned = [not {"captions", "text"}.isdisjoint(RECORD_FIELDS[records.task]) for records in files]
+                lacking = of_task[name].without_captions(captioned) if task == "pretrain" else None
+                if lacking is not None:
+                    sample = of_task[name][lacking]
                     raise RecordError(
                         f"{sample.source}: {sample.media} has questions but no captions, and pre-training needs both; "
                         f"add captions to {name}_caption.{split}.jsonl, remove this line, or train --task {name}_qa"
@@ -77,7 +149,7 @@ def read_samples(root: Path, tasks: str, split: str) -> dict[str, list[Sample]]:
     return samples
 
 
-def read_classes(samples: dict[str, list[Sample]]) -> dict[str, tuple[str, ...]]:
+def read_classes(samples: Mapping[str, Sequence[Sample]]) -> dict[str, tuple[str, ...]]:
     """The class names that the labels use, sorted, by task. A task with numbers as labels (regression) has none.
 
     Raises RecordError for a mixture of names and numbers, and for labels that are all equal: nothing can be learned.
@@ -86,15 +158,24 @@ def read_classes(samples: dict[str, list[Sample]]) -> dict[str, tuple[str, ...]]
     for kind, of_kind in samples.items():
         if "label" not in BATCH_TYPES[kind].fields:
             continue
-        numbers = [sample for sample in of_kind if isinstance(sample.label, float)]
-        if numbers and len(numbers) < len(of_kind):
-            raise RecordError(f"{numbers[0].source}: the label {numbers[0].label} is a number, others are names of "
+        first: dict[str | float, str] = {}  # the place of the first sample with each label
+        for sample in of_kind:
+            first.setdefault(sample.label, sample.source)
+        numbers = [label for label in first if isinstance(label, float)]
+        if numbers and len(numbers) < len(first):
+            raise RecordError(f"{first[numbers[0]]}: the label {numbers[0]} is a number, others are names of "
                               "classes; quote the numbers, or use numbers only")
-        if len({sample.label for sample in of_kind}) == 1:
-            raise RecordError(f"{of_kind[0].source}: every label is {of_kind[0].label!r}, here and everywhere else; "
+        if len(first) == 1:
+            (label, source), = first.items()
+            raise RecordError(f"{source}: every label is {label!r}, here and everywhere else; "
                               "expected at least two classes")
-        classes[BATCH_TYPES[kind].task] = () if numbers else tuple(sorted({sample.label for sample in of_kind}))
+        classes[BATCH_TYPES[kind].task] = () if numbers else tuple(sorted(first))
     return classes
+
+
+def sample_of(record: Record) -> Sample:
+    """The sample of one record."""
+    return _labelled(record) if record.label is not None or record.box else _merge([record])
 
 
 def _labelled(record: Record) -> Sample:
@@ -110,20 +191,14 @@ def stream_kind(stream: str) -> str:
     return stream.partition("@")[0]
 
 
-def _merge(records: list[Record]) -> list[Sample]:
-    """One sample per media file, or per record without media."""
-    by_media: dict[Path | str, list[Record]] = {}
-    for record in records:
-        by_media.setdefault(record.video or record.image or record.source, []).append(record)
-    return [
-        Sample(
-            source=group[0].source, positive_id=_id_number(group[0].positive_id),
-            media=group[0].video or group[0].image,
-            captions=sum((record.captions or (record.text,) for record in group if record.captions or record.text), ()),
-            qa=sum((record.qa for record in group), ()),
-        )
-        for group in by_media.values()
-    ]
+def _merge(records: list[Record]) -> Sample:
+    """The sample of all records about the same media file."""
+    return Sample(
+        source=records[0].source, positive_id=_id_number(records[0].positive_id),
+        media=records[0].video or records[0].image,
+        captions=tuple(text for record in records for text in record.captions or (record.text,) if text),
+        qa=tuple(question for record in records for question in record.qa),
+    )
 
 
 def _id_number(positive_id: str) -> int:
@@ -131,7 +206,7 @@ def _id_number(positive_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(positive_id.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def check_texts(samples: dict[str, list[Sample]], tokenizer: Tokenizer, limit: int, max_words: int) -> None:
+def check_texts(samples: Mapping[str, Sequence[Sample]], tokenizer: Tokenizer, limit: int, max_words: int) -> None:
     """Refuse texts without words, or with more than `limit` tokens. The RecordError lists all of them."""
     raise_all([problem for kind, of_kind in samples.items() for sample in of_kind
                for problem in text_problems(sample, kind, tokenizer, limit, max_words)])
@@ -180,7 +255,7 @@ class Samples(torch.utils.data.Dataset):
     """
 
     def __init__(
-        self, samples: dict[str, list[Sample]], image_size: int, frames: int, questions: int, max_positions: int,
+        self, samples: Mapping[str, Sequence[Sample]], image_size: int, frames: int, questions: int, max_positions: int,
         max_words: int, seed: int, augmentation: Augmentation | None = None,
     ):
         self.samples, self.seed, self.augmentation = samples, seed, augmentation

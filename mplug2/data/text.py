@@ -35,12 +35,18 @@ def split_characters(text: str) -> str:
     return text if text.isascii() else UNSPACED.sub(r" \1 ", text)
 
 
+ASCII_LETTERS = {code: None if chr(code) == "'" else chr(code) if chr(code).isalnum() else " " for code in range(128)}
+"""What `normalize` makes of lower-case ASCII characters."""
+
+
 def normalize(text: str) -> str:
     """Lower-case the text, remove accents and apostrophes, replace other punctuation and symbols by single blanks.
 
     Letters of scripts without blanks between words become words (`split_characters`). Accents are removed because
     BERT's uncased tokenizer drops them too: a model could never answer "café".
     """
+    if text.isascii():  # the same, about ten times as fast
+        return " ".join(text.lower().translate(ASCII_LETTERS).split())
     kept = []
     for char in unicodedata.normalize("NFD", text.lower()):
         category = unicodedata.category(char)

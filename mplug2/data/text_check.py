@@ -9,13 +9,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from mplug2.data.records import Record, available, raise_all, read_records
-from mplug2.data.samples import Sample, text_problem, text_problems
-from mplug2.data.text import Tokenizer, clean
-from mplug2.tasks import BATCH_TYPES, EVALUATED, TASKS, parse_tasks
+from mplug2.data.samples import Sample, SampleList, sample_of, stream_kind, text_problem, text_problems
+from mplug2.data.text import Tokenizer, clean, normalize
+from mplug2.tasks import BATCH_TYPES, EVALUATED, RECORD_FIELDS, TASKS, parse_tasks
 
 EVAL_SPLITS = ("val", "test")
 EXAMPLES = 5
 """Number of unknown words that a message shows."""
+PROMPT_TOKENS = 8
+"""At least as many as a prompt has."""
 ADVICE = "name a vocabulary that has them with --tokenizer, or a checkpoint that was trained with one"
 
 
@@ -23,23 +25,21 @@ def check_run_texts(
     samples: Mapping[str, Sequence[Sample]], eval_root: Path | None, task: str, tokenizer: Tokenizer, limit: int,
     max_words: int, max_unknown: float, classes: Mapping[str, tuple[str, ...]],
 ) -> list[str]:
-    """Check the training samples, by batch type, and the splits in `eval_root` that a run of `task` evaluates on.
+    """Check the training samples, by stream, and the splits in `eval_root` that a run of `task` evaluates on.
 
     Raises RecordError, which lists every text without words or with more than `limit` tokens, every label that is not
     among `classes`, every answer of unknown words only, and every file with more than the fraction `max_unknown` of
     unknown words. Returns lines that report fewer unknown words.
     """
     problems, reports = [], []
-    for kind, of_kind in samples.items():
+    for stream, of_stream in samples.items():
         words: Counter[str] = Counter()
-        for sample in of_kind:
-            problems += text_problems(sample, kind, tokenizer, limit, max_words)
-            problems += _label_problem(sample.source, sample.label, BATCH_TYPES[kind].task, classes)
+        for sample in _suspicious(of_stream, words, tokenizer, limit, max_words):
+            problems += text_problems(sample, stream_kind(stream), tokenizer, limit, max_words)
+            problems += _label_problem(sample.source, sample.label, BATCH_TYPES[stream_kind(stream)].task, classes)
             answers = [answer for question in sample.qa for answer in question.answers]
-            texts = [*sample.captions, *sample.texts, *(question.question for question in sample.qa), *answers]
-            words.update(word for text in texts for word in clean(text, max_words).split())
             problems += _unknown_answers(sample.source, answers, tokenizer, max_words)
-        _report(f"{kind}, train", words, tokenizer, max_unknown, problems, reports)
+        _report(f"{stream}, train", words, tokenizer, max_unknown, problems, reports)
     for name, split in _evaluated(eval_root, task):
         words = Counter()
         records = read_records(eval_root, name, split)
@@ -51,6 +51,53 @@ def check_run_texts(
         _report(f"{name}, {split}", words, tokenizer, max_unknown, problems, reports)
     raise_all(problems)
     return reports
+
+
+class _TokenCounts(dict[str, int]):
+    """The number of tokens of each word, found when it is first asked for."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+
+    def __missing__(self, word: str) -> int:
+        self[word] = self.tokenizer.lengths([word])[0] - 2
+        return self[word]
+
+
+def _suspicious(
+    samples: Sequence[Sample], words: Counter[str], tokenizer: Tokenizer, limit: int, max_words: int
+) -> Iterator[Sample]:
+    """The samples that need a close look: a text that may be too long or empty, an answer of unknown words, or a label.
+
+    Counts the words of all samples on the way. Most texts are short and have words, which is quick to see.
+    """
+    short = limit - 2 - PROMPT_TOKENS
+    tokens = _TokenCounts(tokenizer)
+    known: set[str] = set()  # answers with a known word
+
+    def looks_fine(text: str) -> bool:
+        cleaned = normalize(text).split()[:max_words]
+        words.update(cleaned)
+        return 0 < sum(map(tokens.__getitem__, cleaned)) <= short
+
+    def is_known(answer: str) -> bool:
+        if answer not in known and not all(map(tokenizer.is_unknown, normalize(answer).split()[:max_words])):
+            known.add(answer)
+        return answer in known
+
+    if not isinstance(samples, SampleList):
+        for sample in samples:
+            answers = [answer for question in sample.qa for answer in question.answers]
+            texts = [*sample.captions, *sample.texts, *(question.question for question in sample.qa), *answers]
+            words.update(word for text in texts for word in normalize(text).split()[:max_words])
+            yield sample
+        return
+    for records in samples.files:
+        labels = "label" in RECORD_FIELDS[records.task]
+        for index, texts, answers in records.texts():
+            fine = all([looks_fine(text) for text in texts]) and all([looks_fine(answer) for answer in answers])
+            if labels or not fine or not all(map(is_known, answers)):
+                yield sample_of(records[index])
 
 
 def record_texts(record: Record) -> Iterator[str]:

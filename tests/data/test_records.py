@@ -1,6 +1,7 @@
 """Records: what is written is what is read, and every kind of bad line is reported with file, line and field."""
 
 import json
+import pickle
 import string
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from mplug2.data.records import (
     OPTIONAL_FIELDS,
+    PLAIN,
     RECORD_FIELDS,
     Question,
     Record,
@@ -125,6 +127,55 @@ def test_blank_lines_and_a_byte_order_mark_are_skipped_but_counted(tmp_path):
 def test_the_old_name_of_positive_id_is_still_read(tmp_path):
     write(tmp_path, "text_only", {"text": "a", "meaning": "old"}, {"text": "b", "meaning": "x", "positive_id": "new"})
     assert [record.positive_id for record in read_records(tmp_path, "text_only", "train")] == ["old", "new"]
+
+
+def test_records_are_a_sequence_that_keeps_its_lines_in_the_file(tmp_path):
+    lines = [{"text": f"text {number}"} for number in range(5)]
+    third = b"\xef\xbb\xbf" + json.dumps(lines[2]).encode()
+    path = write(tmp_path, "text_only", b"", *lines[:2], b" ", third, *lines[3:])
+    records = read_records(tmp_path, "text_only", "train")
+    assert [record.text for record in records] == [line["text"] for line in lines]
+    assert [records[index].text for index in (-1, 2, -5)] == ["text 4", "text 2", "text 0"]
+    assert [record.source.rpartition(":")[2] for record in records[1:4]] == ["3", "5", "6"]
+    assert [texts for _, texts, _ in records.texts()] == [[line["text"]] for line in lines]
+    for index in (5, -6):
+        with pytest.raises(IndexError):
+            records[index]
+    assert pickle.loads(pickle.dumps(records))[3] == records[3]
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(RecordError, match="text_only.train.jsonl changed while it was in use; start again"):
+        records[4]
+
+
+@settings(max_examples=60, deadline=None)
+@given(task_and_lines())
+def test_the_quick_path_gives_what_the_full_check_gives(tmp_path_factory, drawn):
+    task, lines = drawn
+    root = tmp_path_factory.mktemp("data")
+    write(root, task, *lines)
+    quick = list(read_records(root, task, "train"))
+    slow = read_records(root, task, "train")
+    slow._plain = lambda line: None
+    assert quick == list(slow) == [slow[index] for index in range(len(slow))]
+
+
+@pytest.mark.parametrize("value", ["a/../b.png", "./a.png", "/a.png", "a//b.png", "a/./b.png", "a/", "..", " ", "a\nb"])
+def test_unusual_paths_get_the_full_check(value):
+    assert not PLAIN["image"](value) and PLAIN["image"]("images/00/a b.png")
+
+
+def test_duplicate_ids_are_listed_together_with_other_bad_lines(tmp_path):
+    write(tmp_path, "text_only", {"text": "a", "id": "x"}, b"{", {"text": "b", "id": "x"})
+    with pytest.raises(RecordError, match=r"jsonl:2: found .*\n.*jsonl:3: id: found 'x'"):
+        read_records(tmp_path, "text_only", "train")
+
+
+@pytest.mark.parametrize("ids", [["a", "b", "a"], [None, "text_only.train.jsonl:1"],
+                                 ["text_only.train.jsonl:2", None]])
+def test_ids_are_unique_also_among_the_defaults(tmp_path, ids):
+    write(tmp_path, "text_only", *({"text": "a", **({"id": one} if one else {})} for one in ids))
+    with pytest.raises(RecordError, match="expected a unique id, but line 1 has it too"):
+        read_records(tmp_path, "text_only", "train")
 
 
 BAD = [  # task, changes to the good line (None removes a field), parts of the message

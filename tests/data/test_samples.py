@@ -1,5 +1,6 @@
 """Samples: records of several files joined; texts that are checked, cleaned and drawn; files that cannot be decoded."""
 
+import tracemalloc
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 from mplug2.data.batches import Collate
 from mplug2.data.media import read_image, read_video, to_pixels
 from mplug2.data.records import Question, RecordError
-from mplug2.data.samples import Sample, check_texts, read_samples
+from mplug2.data.samples import Joined, Sample, check_texts, read_samples
 from mplug2.tasks import INSTRUCTIONS
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -66,6 +67,32 @@ def test_several_tasks_have_separate_batch_types(labelled):
     assert [len(of_kind) for of_kind in samples.values()] == [2, 6, 6, 5, 7]
     with pytest.raises(FileNotFoundError, match="no data for image_retrieval"):
         read_samples(labelled, "grounding,image_retrieval", "train")
+
+
+def test_samples_are_a_sequence_in_the_order_of_their_first_records(tmp_path):
+    write_records(tmp_path, "video_caption.train", [
+        {"video": f"{name}.gif", "captions": [f"{name} {number}"]} for number, name in enumerate("badacb")])
+    write_records(tmp_path, "video_qa.train", [
+        {"video": f"./{name}.gif", "qa": [{"question": name, "answers": ["yes"]}]} for name in "cd"])
+    samples = read_samples(tmp_path, "pretrain", "train")["video"]
+    assert [sample.captions for sample in samples] == [
+        ("b 0", "b 5"), ("a 1", "a 3"), ("d 2",), ("c 4",)] == [samples[index].captions for index in range(4)]
+    assert [len(sample.qa) for sample in samples] == [0, 0, 1, 1]
+    assert samples[-1] == samples[3] and samples[1:3] == [samples[1], samples[2]] and len(samples) == 4
+    assert list(Joined([samples, samples])) == 2 * list(samples) and Joined([samples, samples])[5] == samples[1]
+
+
+def test_a_record_costs_little_memory(tmp_path):
+    """The texts stay in the file: 1.3 kB per record became less than 100 bytes."""
+    write_records(tmp_path, "image_caption.train", [
+        {"image": f"images/{number // 100:04d}/{number:09d}.jpg", "captions": [f"a photo of thing number {number}"]}
+        for number in range(5000)])
+    read_samples(tmp_path, "image_caption", "train")  # imports, and caches of the standard library
+    tracemalloc.start()
+    samples = read_samples(tmp_path, "image_caption", "train")
+    used, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert used / 5000 < 100 and samples["image_caption"][4999].captions == ("a photo of thing number 4999",)
 
 
 # ---- texts -----------------------------------------------------------------------------------------------------------
