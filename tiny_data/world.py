@@ -44,9 +44,9 @@ Script = tuple[Pose, ...]  # one pose per frame
 _STAY: Script = (Pose(),) * FRAMES
 _RIGHT: Script = tuple(Pose(x=STEP * t) for t in range(FRAMES))
 _DOWN: Script = tuple(Pose(y=STEP * t) for t in range(FRAMES))
-_GROW: Script = (Pose(4), Pose(8), Pose(12), Pose(16))  # the upper left corner stays in place
+_GROW: Script = tuple(Pose(round(4 + 12 * t / (FRAMES - 1))) for t in range(FRAMES))  # 4 to 16 pixels from one corner
 _APPEAR: Script = tuple(Pose(light=(t + 1) / FRAMES) for t in range(FRAMES))
-_FIRST: Script = (Pose(light=1.0), Pose(light=0.5), Pose(light=0.0), Pose(light=0.0))
+_FIRST: Script = tuple(Pose(light=max(0.0, 1 - 2 * t / FRAMES)) for t in range(FRAMES))  # fades out by the middle
 
 # Kind of scene -> one script for each of its digits. "image" and "large" are images; "pair" can be a clip or an image.
 SCRIPTS: dict[str, tuple[Script, ...]] = {

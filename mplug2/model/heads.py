@@ -35,6 +35,8 @@ class BoxHead(nn.Module):
         weights = rearrange(scores.softmax(dim=1), "b (h w) -> b h w", h=self.side, w=self.side)
         centers = (torch.arange(self.side, device=weights.device, dtype=weights.dtype) + 0.5) / self.side
         # Sums of products instead of matrix products, which autocast would round to bfloat16.
-        x, y = ((weights.sum(dim=other) * centers).sum(dim=1) for other in (1, 2))
+        x = (weights.sum(dim=1) * centers).sum(dim=1)  # summed over the rows, one weight per column is left
+        y = (weights.sum(dim=2) * centers).sum(dim=1)
         center = torch.stack([x, y], dim=1)
+        # The correction is added before the sigmoid, so that every number stays between 0 and 1.
         return (torch.cat([center.logit(), torch.zeros_like(center)], dim=1) + self.correct(token)).sigmoid()

@@ -1,4 +1,4 @@
-"""The local temporal module: the only place in the vision encoder where frames exchange information.
+"""The local temporal module: by default the only place in the vision encoder where frames exchange information.
 
     LT(x) = U( quick_gelu( G( D( LN(x) ) ) ) )
 

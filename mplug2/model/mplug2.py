@@ -132,7 +132,7 @@ class MPLUG2(nn.Module):
         return nn.functional.normalize(self.require("contrastive_text")(text[:, 0]), dim=-1)
 
     def itm_logits(self, fused: Tensor) -> Tensor:
-        """Fused text `b l d` -> logits `b 2`: (no match, match)."""
+        """Fused text `b l d` -> logits `b 2` of image-text or video-text matching (ITM, VTM): (no match, match)."""
         check(fused, "b l d", d=self.config.width)
         return self.require("matching_head")(fused[:, 0])
 

@@ -2,7 +2,7 @@
 
     tokens = LN([class token, linear(patches)] + positions)
 
-Nothing here tells the frames apart: all of them have the same class token and the same positions.
+Without temporal down-sampling nothing here tells the frames apart: they have the same class token and positions.
 
 Axes: as in shapes.py, and p: height and width of a patch in pixels. Here k counts the frames that a patch spans.
 """
@@ -51,7 +51,7 @@ class PatchEmbed(nn.Module):
         self.span, self.stride = (3, config.temporal_stride) if config.temporal_downsampling else (1, 1)
         width, self.positions = config.vision_width, 1 + config.patches
         self.linear = nn.Linear(self.span * 3 * self.patch**2, width, bias=False)
-        self.class_token = nn.Parameter(torch.zeros(width))
+        self.class_token = nn.Parameter(torch.zeros(width))  # drawn by `init_weights` in mplug2.py, like `position`
         self.position = nn.Parameter(torch.zeros(self.positions, width))
         self.norm = nn.LayerNorm(width, eps=1e-5)
 

@@ -39,7 +39,7 @@ class UniversalLayers(nn.Module):
         self.width, self.figure = config.width, config.universal_readout == "figure"
         self.layers = nn.ModuleList(BertLayer(config, cross=for_vision) for _ in range(config.universal_layers))
         if for_vision and self.layers:
-            self.latents = nn.Parameter(torch.zeros(config.latents, config.width))
+            self.latents = nn.Parameter(torch.zeros(config.latents, config.width))  # drawn by `init_weights`
             self.vision_norm = nn.LayerNorm(config.width, eps=EPS)
             self.dropout = nn.Dropout(config.dropout)
             if self.figure:

@@ -1,6 +1,6 @@
 """From settings to objectives: the weights of the losses, the EMA teacher and self-critical training."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from torch import Tensor
@@ -42,7 +42,7 @@ class LossSettings:
     """Train captions for their CIDEr-D (self-critical sequence training), to refine a captioner given with --init."""
 
     def __post_init__(self):
-        check_range(self, "vtc_weight vtm_weight mlm_weight caption_weight answer_weight queue_size", 0)
+        check_range(self, " ".join([f"{name}_weight" for name in self.weighted] + ["queue_size"]), 0)
         check_range(self, "distill_weight", 0, 1)
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay}: expected a number of at least 0 and below 1; with 1 the "
@@ -52,17 +52,22 @@ class LossSettings:
                              "--distill-weight 0.4")
 
     @property
+    def weighted(self) -> list[str]:
+        """The losses that have a weight: one for each field `NAME_weight`, except that of the soft targets."""
+        names = [field.name.removesuffix("_weight") for field in fields(self) if field.name.endswith("_weight")]
+        return [name for name in names if name != "distill"]
+
+    @property
     def skipped(self) -> frozenset[str]:
         """The losses that are not computed, because their weight is 0."""
-        return frozenset(name for name in ("vtc", "vtm", "mlm", "caption", "answer")
-                         if not getattr(self, f"{name}_weight"))
+        return frozenset(name for name in self.weighted if not getattr(self, f"{name}_weight"))
 
     def losses_of(self, batch_type: BatchType) -> set[str]:
         """The losses that batches of this type train. Sentences alone have MLM only."""
         only_text = batch_type.modality == "text" and "masked" in batch_type.fields
-        fields = {"masked"} if only_text else batch_type.fields
-        losses = set().union(*(LOSSES_OF.get(field, {field}) for field in fields)) - self.skipped
-        return losses | ({"reward"} if self.self_critical and "prompted" in fields else set())
+        parts = {"masked"} if only_text else batch_type.fields
+        losses = set().union(*(LOSSES_OF.get(field, {field}) for field in parts)) - self.skipped
+        return losses | ({"reward"} if self.self_critical and "prompted" in parts else set())
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """The weighted sum of the losses of a batch; a loss without a weight of its own counts once."""
