@@ -1,4 +1,4 @@
-"""Every task for real: from a pre-training checkpoint through train.py, a step or two, to eval.py and its files."""
+"""Every task end to end: from a pre-training checkpoint, through some steps of train.py, to eval.py and its files."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ KEYS = {"caption": "caption_exact", "qa": "qa_digit", "retrieval": "t2v_r1", "gr
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """All tasks, two of the splits, and the retrieval of a single gallery."""
+    """All tasks, with two of the splits and a single retrieval gallery."""
     folder = write(tmp_path_factory.mktemp("tasks") / "world", seed=0, sizes=SIZES)
     for file in folder.glob("*.combos.jsonl"):
         file.unlink()
@@ -61,14 +61,14 @@ def test_every_task_is_fine_tuned_and_evaluated(task, pretrained, world, tmp_pat
     key = f"image_{key}" if task.startswith("image") and what in KEYS else key
     key = key.replace("image_t2v", "t2i")
     assert -1 <= results[f"test/{key}"] <= 1
-    said = capsys.readouterr().out
-    assert ("and therefore trained from scratch" in said) == bool(TASKS[task].components & {"classifier", "box"})
+    printed = capsys.readouterr().out
+    assert ("so trained from scratch" in printed) == bool(TASKS[task].components & {"classifier", "box"})
 
     found = evaluation.main(["--checkpoint", str(run / "last"), "--data", str(world), "--task", task])
     trained = {name: value for name, value in results.items() if name != "step"}
     assert found == pytest.approx(trained)
-    said = capsys.readouterr().out
-    assert "chance" in said.splitlines()[1]
+    printed = capsys.readouterr().out
+    assert "chance" in printed.splitlines()[1]
     records = read_records(world, task, "test")
     written = [json.loads(line) for line in (run / "last" / "eval" / "predictions.jsonl").read_text().splitlines()]
     expected = {"retrieval": 2 * len(records), "qa": sum(len(record.qa) for record in records)}.get(what, len(records))
@@ -99,7 +99,7 @@ def test_several_tasks_share_the_steps_by_their_weights(pretrained, world, tmp_p
     assert all(tensor.equal(before[name]) for name, tensor in after.items())
 
 
-def test_fine_tuning_has_defaults_of_its_own_that_flags_win_over(tmp_path):
+def test_fine_tuning_has_its_own_defaults_and_flags_take_precedence(tmp_path):
     assert all(TASKS[task].steps for task in FINE_TUNED)
 
     def settings(**given) -> tuple[str, int, float]:
@@ -113,7 +113,7 @@ def test_fine_tuning_has_defaults_of_its_own_that_flags_win_over(tmp_path):
     assert settings(task="pretrain,video_qa")[1:] == (1500, 4e-3)
 
 
-def test_a_checkpoint_is_tested_by_all_that_it_has_the_modules_for(pretrained, world):
+def test_a_checkpoint_is_evaluated_on_every_task_that_it_has_the_modules_for(pretrained, world):
     found = evaluation.main(["--checkpoint", str(pretrained), "--data", str(world), "--limit", "16"])
     tasks = {"caption_exact", "qa_digit", "t2v_r1", "image_caption_exact", "image_qa_digit", "t2i_r1",
              "image_classification_zero_shot", "video_classification_zero_shot"}
@@ -121,7 +121,7 @@ def test_a_checkpoint_is_tested_by_all_that_it_has_the_modules_for(pretrained, w
     assert not any("classification_accuracy" in key or "entailment" in key for key in found)
 
 
-def test_a_resumed_run_has_the_ema_teacher_and_the_queue_of_the_run_that_never_stopped(world, pretrained, tmp_path):
+def test_a_resumed_run_has_the_ema_teacher_and_the_queue_of_an_uninterrupted_run(world, pretrained, tmp_path):
     arguments = ["--data", str(world), "--init", str(pretrained), "--name", "m", "--task", "video_retrieval,video_qa",
                  *FAST, *"--distill-weight 0.4 --queue-size 20 --ema-decay 0.9 --save-every 2".split(),
                  *"--keep-checkpoints 9 --max-steps 4".split()]
@@ -151,7 +151,7 @@ def test_a_resumed_run_has_the_ema_teacher_and_the_queue_of_the_run_that_never_s
     assert any(not copy[f"ema_teacher.teacher.{name}"].equal(tensor) for name, tensor in expected.items())
 
 
-def test_captions_are_refined_by_their_reward_with_frozen_modules_as_they_were(pretrained, world, tmp_path):
+def test_self_critical_training_changes_only_the_modules_that_are_not_frozen(pretrained, world, tmp_path):
     run = fine_tune("video_caption", pretrained, world, tmp_path, "--self-critical", "--freeze",
                     "vision_encoder,universal", "--max-steps", "2")
     losses = {key for line in lines(run) for key in line if key.startswith("loss/")}
@@ -161,7 +161,7 @@ def test_captions_are_refined_by_their_reward_with_frozen_modules_as_they_were(p
     assert changed <= {"decoder"}
 
 
-def test_numbers_are_learned_as_numbers(world, tmp_path):
+def test_number_labels_are_learned_by_regression(world, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
     for split in ("train", "test"):
@@ -227,11 +227,11 @@ def test_answers_are_chosen_from_a_list(pretrained, world, tmp_path, capsys):
     ("--task video_qa --self-critical", "task=video_qa: this task does not generate captions"),
     ("--layer-decay 1.5", "layer_decay=1.5: expected a number from 0 to 1"),
 ])
-def test_settings_of_tasks_that_do_not_fit_are_refused(capsys, tmp_path, arguments, message):
+def test_settings_that_do_not_fit_the_task_are_refused(capsys, tmp_path, arguments, message):
     assert message in refused(capsys, train.main, [*arguments.split(), "--out", tmp_path], 2)
 
 
-def test_what_a_checkpoint_cannot_do_is_refused_with_the_way_to_it(capsys, pretrained, world, tmp_path):
+def test_tasks_that_a_checkpoint_cannot_do_are_refused_with_advice(capsys, pretrained, world, tmp_path):
     arguments = ["--checkpoint", pretrained, "--data", world]
     for task, message in (("grounding", "does not have the modules for grounding; fine-tune it with train.py"),
                           ("pretrain", "task 'pretrain' cannot be evaluated")):
@@ -241,7 +241,7 @@ def test_what_a_checkpoint_cannot_do_is_refused_with_the_way_to_it(capsys, pretr
     assert "freeze='vision': the modules of a model for video_qa are vision_encoder, " in message
 
 
-def test_classes_by_captions_are_those_of_the_file_or_of_the_prompt(pretrained, world, tmp_path):
+def test_zero_shot_classes_are_described_by_a_file_or_by_the_prompt(pretrained, world, tmp_path):
     model, task = evaluation.load(pretrained), "image_classification"
     records = read_records(world, task, "test")
     images = torch.stack(model.embed_media([record.image for record in records]))

@@ -1,4 +1,4 @@
-"""train.py and eval.py for real: a few steps on a small tiny world, on one process and on two, and what they refuse."""
+"""train.py and eval.py end to end: a few steps on a small tiny world, on one rank and on two, and their errors."""
 
 import json
 import os
@@ -42,7 +42,7 @@ KEYS = (
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory) -> Path:
-    """A cache that holds a small tiny world where the default one is looked for."""
+    """A cache with a small tiny world in the place of the default one."""
     folder = tmp_path_factory.mktemp("cache")
     write(folder / f"tiny-v{VERSION}-seed0", seed=0, sizes=SIZES)
     return folder
@@ -50,14 +50,14 @@ def cache(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_world_by_default(cache, monkeypatch):
-    """No test of this file writes the default world, or anything else, outside of its temporary folders."""
+    """Keep the tests of this file from writing outside of their temporary folders."""
     monkeypatch.setenv("MPLUG2_CACHE", str(cache))
     monkeypatch.chdir(cache)
 
 
 @pytest.fixture(scope="session")
 def light(cache, tmp_path_factory) -> Path:
-    """The same world without test splits, whose evaluation takes longer than a few steps of training."""
+    """The same world without test splits: evaluating them takes longer than a few steps of training."""
     folder, world = tmp_path_factory.mktemp("light"), cache / f"tiny-v{VERSION}-seed0"
     (folder / "media").symlink_to(world / "media")
     for name in (f"{medium}_{task}" for medium in ("video", "image") for task in ("caption", "qa")):
@@ -69,7 +69,7 @@ def light(cache, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def run(cache, tmp_path_factory) -> Path:
-    """The folder of a run by default settings but for its size: pre-training on the tiny world of the cache."""
+    """The folder of a small run with otherwise default settings: pre-training on the tiny world of the cache."""
     out = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MPLUG2_CACHE", str(cache))
@@ -83,7 +83,7 @@ def lines(run: Path) -> list[dict]:
 
 
 def refused(capsys, main, arguments: list[str], code: int) -> str:
-    """What is said when `main` refuses `arguments`, on one line."""
+    """The message with which `main` refuses `arguments`, on one line."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         main([str(argument) for argument in arguments])
@@ -120,8 +120,8 @@ def test_a_run_writes_settings_metrics_a_curve_and_checkpoints(run):
         picture.load()
 
 
-def test_the_report_can_be_written_anew_from_the_files_of_the_run(run):
-    """The same page as the one that train.py wrote at the end, with the model that it had in memory."""
+def test_the_report_can_be_written_again_from_the_files_of_the_run(run):
+    """It equals the page that train.py wrote at the end, with the model in memory."""
     page = (run / "report.html").read_text()
     for part in ("Results", "Curves", "Samples", "Hardest mistakes", "Settings", "Attention of the words"):
         assert part in page
@@ -130,7 +130,7 @@ def test_the_report_can_be_written_anew_from_the_files_of_the_run(run):
     assert (run / "report.html").read_text() == page
 
 
-def test_metrics_have_a_line_a_step_the_validation_and_the_results(run):
+def test_metrics_have_a_line_per_step_the_validations_and_the_results(run):
     found = lines(run)
     steps = [line for line in found if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
@@ -151,6 +151,41 @@ def test_a_run_can_save_before_the_first_line_of_metrics(light, tmp_path):
     assert [line["step"] for line in lines(run) if "loss" in line] == [4]  # the last step is always logged
 
 
+def test_a_run_saves_before_it_validates_and_survives_a_plot_that_fails(light, tmp_path, monkeypatch, capsys):
+    def fail(*_) -> None:
+        raise RuntimeError("no fonts")
+
+    saved = []
+    evaluate = train.evaluate
+    monkeypatch.setattr(train, "draw_curves", fail)
+    monkeypatch.setattr(train, "write_report", fail)
+    run = tmp_path / "tiny"
+
+    def note_and_evaluate(*given):
+        saved.append(os.readlink(run / "last"))
+        return evaluate(*given)
+
+    monkeypatch.setattr(train, "evaluate", note_and_evaluate)
+    train.main([*MODEL, *FAST, *f"--data {light} --out {tmp_path} --max-steps 2 --save-every 1 --eval-every 1".split()])
+    assert saved[:2] == ["step_0000001", "step_0000002"]
+    assert "warning: fail failed (RuntimeError: no fonts)" in capsys.readouterr().err
+    assert not (run / "curves.png").exists() and (run / "best").exists()
+    with monkeypatch.context() as broken:
+        broken.setattr(train, "evaluate", fail)
+        with pytest.raises(RuntimeError):  # a broken evaluation costs no training
+            train.main([*MODEL, *FAST, *f"--data {light} --out {tmp_path} --name broken --max-steps 1".split(),
+                        "--eval-every", "1"])
+    assert load_training(tmp_path / "broken" / "last")["step"] == 1
+
+
+@pytest.mark.parametrize("device, message", [
+    ("tpu", "device 'tpu': expected auto, cpu, cuda, cuda:N or mps"), ("cuda:99", "device cuda:99: this machine"),
+])
+def test_a_missing_device_is_one_line(capsys, tmp_path, device, message):
+    error = refused(capsys, train.main, ["--device", device, "--out", tmp_path], 1)
+    assert error.startswith(f"train.py: {message}") and "Traceback" not in error
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_a_run_can_be_stopped_before_the_first_line_of_metrics(light, tmp_path, number):
     """It saves and exits normally, the report can be written, and the run can be resumed."""
@@ -165,12 +200,12 @@ def test_a_run_can_be_stopped_before_the_first_line_of_metrics(light, tmp_path, 
         while not (run / "last").exists() and process.poll() is None and time.monotonic() < limit:
             time.sleep(0.05)
         process.send_signal(number)
-        said, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 0, said
+    assert process.returncode == 0, output
     step = load_training(run / "last")["step"]
-    assert f"{number.name}: saved after step {step} of 100000; continue with --resume from {run / 'last'}" in said
+    assert f"{number.name}: saved after step {step} of 100000; continue with --resume from {run / 'last'}" in output
     assert not (run / "metrics.jsonl").exists()
     with Image.open(run / "curves.png") as picture:
         picture.load()
@@ -237,9 +272,9 @@ def test_another_task_starts_from_the_weights_of_a_checkpoint(run, light, tmp_pa
     assert (folder / "tokenizer.json").read_text() == (run / "last" / "tokenizer.json").read_text()
 
 
-def test_two_processes_of_torchrun_train_like_one(light, tmp_path):
-    """The same gradients at every step, of all kinds of batches, and one set of files. Without the matching loss, for
-    which every process draws negatives of its own."""
+def test_two_ranks_train_like_one(light, tmp_path):
+    """The same gradients at every step and for every batch type, and one set of files. Without the matching loss,
+    because each rank draws its own negatives."""
     arguments = [*MODEL, *FAST, *f"--data {light} --max-steps 4 --vtm-weight 0 --text-weight 0.3".split()]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
@@ -248,7 +283,7 @@ def test_two_processes_of_torchrun_train_like_one(light, tmp_path):
         capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("pretrain: ") == 1  # only one of them speaks
+    assert done.stdout.count("pretrain: ") == 1  # only one of them prints
     train.main([*arguments, "--out", str(tmp_path / "one")])
     one, two = ([line for line in lines(tmp_path / name / "tiny") if "loss" in line] for name in ("one", "two"))
     assert [line["step"] for line in two] == [1, 2, 3, 4]
@@ -297,7 +332,7 @@ def test_every_setting_is_explained(capsys):
     ("--warmup-steps 2 --warmup-ratio 0", "warmup_steps=2 and warmup_ratio=0.0: give one of the two"),
     ("--resume", "tiny has no checkpoint to resume from; start it without --resume"),
 ])
-def test_impossible_settings_are_refused_with_the_reason(capsys, tmp_path, arguments, message):
+def test_impossible_settings_are_refused_and_the_message_names_the_reason(capsys, tmp_path, arguments, message):
     assert message in refused(capsys, train.main, [*arguments.split(), "--out", tmp_path], 2)
     assert list(tmp_path.iterdir()) == []
 
@@ -324,7 +359,7 @@ def test_init_and_preset_exclude_each_other_and_sizes_come_from_the_checkpoint(c
     assert list(tmp_path.iterdir()) == []
 
 
-def test_data_that_does_not_fit_is_refused_with_its_place(capsys, light, tmp_path):
+def test_data_that_does_not_fit_is_refused_and_the_message_names_file_and_line(capsys, light, tmp_path):
     arguments = ["--out", tmp_path / "runs", *MODEL, *FAST]
     message = refused(capsys, train.main, [*arguments, "--data", tmp_path / "nowhere"], 1)
     assert "nowhere is not a folder: expected one with files named <task>.<split>.jsonl" in message
@@ -343,15 +378,15 @@ def test_data_that_does_not_fit_is_refused_with_its_place(capsys, light, tmp_pat
     assert not (tmp_path / "runs").exists()
 
 
-def test_corrupt_clips_are_skipped_and_counted_and_too_many_stop_the_run(capsys, light, tmp_path):
+def test_corrupt_videos_are_skipped_and_counted_and_too_many_stop_the_run(capsys, light, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
-    clips = [json.loads(line) for line in (light / "video_caption.train.jsonl").read_text().splitlines()[:16]]
-    for i, clip in enumerate(clips):
-        shutil.copy(light / clip["video"], data / f"{i}.gif")
-        clip["video"] = f"{i}.gif"
-    (data / "video_caption.train.jsonl").write_text("".join(json.dumps(clip) + "\n" for clip in clips))
-    (data / "video_caption.val.jsonl").write_text(json.dumps(clips[0]) + "\n")
+    videos = [json.loads(line) for line in (light / "video_caption.train.jsonl").read_text().splitlines()[:16]]
+    for i, video in enumerate(videos):
+        shutil.copy(light / video["video"], data / f"{i}.gif")
+        video["video"] = f"{i}.gif"
+    (data / "video_caption.train.jsonl").write_text("".join(json.dumps(video) + "\n" for video in videos))
+    (data / "video_caption.val.jsonl").write_text(json.dumps(videos[0]) + "\n")
     for i in (3, 9):
         (data / f"{i}.gif").write_bytes(b"GIF89a")
     arguments = [*MODEL, *FAST, *f"--data {data} --task video_caption --max-steps 4".split()]
@@ -359,10 +394,10 @@ def test_corrupt_clips_are_skipped_and_counted_and_too_many_stop_the_run(capsys,
     assert "of 16 media files cannot be decoded, more than max_skipped=0.02 allows" in message
     assert "or raise --max-skipped" in message
     train.main([*arguments, "--out", str(tmp_path / "lenient"), "--max-skipped", "0.2"])
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     assert lines(tmp_path / "lenient" / "video_caption")[3]["skipped_files"] == 2
     for i in (3, 9):  # two epochs, but each is reported once
-        assert said.count(f"video_caption.train.jsonl:{i + 1}: {data / f'{i}.gif'} cannot be decoded") == 1
+        assert printed.count(f"video_caption.train.jsonl:{i + 1}: {data / f'{i}.gif'} cannot be decoded") == 1
 
 
 # ---- eval.py ---------------------------------------------------------------------------------------------------------
@@ -531,7 +566,7 @@ def test_eval_runs_from_the_command_line(run, own_files):
     ("--checkpoint {run} --device tpu", 2, "device 'tpu'"),
     ("--checkpoint {run} --dta x", 2, "unknown argument --dta (did you mean '--data'?)"),
     ("--checkpoint {own}", 2, "is not a checkpoint: it does not contain config.json"),
-    ("--checkpoint {run} --input {own}/note.txt", 1, "note.txt: suffix '.txt' cannot be read"),
+    ("--checkpoint {run} --input {own}/note.txt", 1, "note.txt: suffix '.txt' is not that of an image or a video"),
     ("--checkpoint {run} --input {empty} --find red", 2, "found no image, GIF, or video there"),
     ("--checkpoint {run} --splits dev", 1, "has none of the splits dev; it has combos, test, train, val"),
     ("--checkpoint {run} --data {own}", 1, "has no data: expected files named <task>.<split>.jsonl"),

@@ -10,7 +10,6 @@ from typing import Literal
 import torch
 from torch import nn
 
-from mplug2.did_you_mean import did_you_mean
 from mplug2.flags import check_range
 from mplug2.model.mplug2 import MPLUG2
 from mplug2.training.muon import Muon
@@ -67,7 +66,7 @@ def freeze(model: MPLUG2, modules: list[str]) -> None:
     names = list(dict.fromkeys(name.split(".")[0] for name, _ in model.named_parameters()))
     for module in modules:
         if module not in names:
-            raise ValueError(f"freeze={module!r}{did_you_mean(module, names)}: the modules of a model for {model.task} "
+            raise ValueError(f"freeze={module!r}: the modules of a model for {model.task} "
                              f"are {', '.join(names)}")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.split(".")[0] not in modules)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -128,12 +129,13 @@ def test_a_run_that_went_back_to_a_checkpoint_does_not_go_back_to_it_again(tmp_p
     assert resumed.run.resume_from == "" and resumed.checkpoint == tmp_path / "tiny" / "last"
 
 
-def test_a_run_whose_folder_was_moved_continues_where_it_is(tmp_path):
-    write_run(Settings.from_flat({"out": str(tmp_path / "a"), "name": "mine"}))
-    (tmp_path / "a").rename(tmp_path / "b")
-    (tmp_path / "b" / "mine").rename(tmp_path / "b" / "yours")
-    resumed = resolve_settings({"out": str(tmp_path / "b"), "name": "yours", "resume": True}, {})
-    assert resumed.folder == tmp_path / "b" / "yours"
+def test_a_run_whose_folder_was_moved_continues_where_it_is(tmp_path, monkeypatch):
+    """Into the default folder, where the command to resume it needs neither --out nor --name."""
+    monkeypatch.chdir(tmp_path)
+    write_run(Settings.from_flat({"out": "elsewhere", "name": "mine"}))
+    Path("elsewhere").rename("runs")
+    Path("runs/mine").rename("runs/tiny")
+    assert resolve_settings({"resume": True}, {}).folder == Path("runs/tiny")
 
 
 def test_settings_of_runs_with_the_old_names_can_be_resumed(tmp_path):
