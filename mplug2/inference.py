@@ -91,7 +91,7 @@ class BatchRunner:
         ids, mask = (x.to(self.device) for x in self.tokenizer.encode(cleaned, self.model.config.max_positions))
         return self.model.encode_text(ids, mask), mask
 
-    def encode_pixels(self, pixels: Tensor) -> Tensor:
+    def vision_tokens(self, pixels: Tensor) -> Tensor:
         """Pixels `b n 3 t H W` to V' `b v d`, or `b (2 v) d` of pairs of images."""
         n = pixels.shape[1]
         vision = self.model.encode_vision(pixels.flatten(0, 1).to(self.device))
@@ -137,7 +137,7 @@ class BatchRunner:
                 if errors and not self.inference.skip_unreadable:
                     raise MediaError(next(iter(errors.values())))
                 if batch:
-                    vision = self.encode_pixels(pixels)
+                    vision = self.vision_tokens(pixels)
                     indices = [i for of_medium in batch.indices for i in of_medium]
                     size = max(len(batch.media), self.inference.batch_size)  # one medium may have more inputs than fit
                     for first in range(0, len(indices), size):

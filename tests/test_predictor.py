@@ -154,7 +154,7 @@ def test_captions_can_be_searched_by_beams(predictor, media):
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_a_caption_by_instruction_is_the_answer_to_the_instruction(predictor, media, beams):
-    found = predictor.caption(media[:2], beams, max_length=6, instructed=True)
+    found = predictor.caption(media[:2], beams=beams, max_length=6, instructed=True)
     for path, instruction, text in zip(media, INSTRUCTIONS.values(), found, strict=False):  # a video, then an image
         vision, (ids, mask) = torch.stack(predictor.encode_media([path])), predictor.tokenizer.encode([instruction])
         with torch.no_grad():
@@ -244,7 +244,7 @@ def test_inputs_that_do_not_fit_are_refused(predictor, media, tmp_path):
         predictor.answer(media[:2], ["which colour"])
     with pytest.raises(MediaError, match="nowhere.gif does not exist"):
         predictor.caption([tmp_path / "nowhere.gif"])
-    with pytest.raises(MediaError, match="notes.txt: suffix '.txt' cannot be read; convert it to one of .jpg"):
+    with pytest.raises(MediaError, match="notes.txt: suffix '.txt' is not that of an image or a video"):
         predictor.caption([tmp_path / "notes.txt"])
     (tmp_path / "broken.png").write_bytes(b"no picture")
     with pytest.raises(MediaError, match="broken.png cannot be decoded"):

@@ -242,7 +242,7 @@ def test_settings_of_the_search_reach_captions_and_answers(root, monkeypatch):
     writing = WritingSettings(beams=3, min_length=2, max_length=7, prompted=False)
     options = EvalOptions(writing.generation("caption"), writing.generation("answer"))
     evaluate(predictor, EvalSplit(root, "test"), ["video_caption", "image_qa"], options)
-    expected = {"beams": 3, "min_length": 2, "max_length": 7, "prompted": False}
+    expected = {"beams": 3, "min_length": 2, "max_length": 7, "prompted": False, "instructed": False}
     assert asked == {"caption": expected, "answer": {**expected, "answer_list": None}}
 
 
