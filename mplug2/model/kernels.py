@@ -34,7 +34,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     With only a few rows (one decoding step) a CPU computes (W xᵀ)ᵀ twice as fast as x Wᵀ: the cost is reading W once.
     """
     rows = x.numel() // x.shape[-1]
-    if rows > FEW_ROWS or x.device.type != "cpu" or torch.is_grad_enabled():
+    if torch.is_grad_enabled() or x.device.type != "cpu" or rows > FEW_ROWS:  # sizes last, for compilation
         return F.linear(x, weight, bias)
     out = (weight @ x.reshape(rows, -1).T).T.contiguous().view(*x.shape[:-1], -1)
     return out if bias is None else out + bias

@@ -23,6 +23,9 @@ from mplug2.distributed import DistInfo, full_tensor, shard_like, world_size
 from mplug2.model.layers import BertLayer, Block
 from mplug2.model.mplug2 import MPLUG2
 
+COMPILED_VERSIONS = 32
+"""Versions of a block that Dynamo may compile. The 12 or so uses of a text layer need more than its default of 8."""
+
 
 @dataclass(frozen=True)
 class ParallelSettings:
@@ -37,13 +40,11 @@ class ParallelSettings:
     activation_checkpointing: bool = False
     """Keep only the input of each block and recompute the rest in the backward pass: less memory, more time."""
     compile: bool = False
-    """Compile the model (torch.compile); the first steps take minutes."""
+    """Compile every block of the model (torch.compile); the first steps take minutes."""
 
     def __post_init__(self):
         if self.cpu_offload and self.parallel != "fsdp":
             raise ValueError(f"cpu_offload with parallel={self.parallel}: only FSDP2 can offload; add --parallel fsdp")
-        if self.compile and self.parallel == "fsdp":
-            raise ValueError("compile with parallel=fsdp: a sharded model cannot be compiled here; use one of the two")
 
     @property
     def low_precision(self) -> bool:
@@ -123,15 +124,15 @@ def checkpoint_activations(model: nn.Module) -> None:
 
 
 def compile_model(model: nn.Module) -> None:
-    """Compile the vision encoder as one graph, and every other block for texts of any length.
+    """Compile every block as one graph, those of texts for any length. In place: parameters keep their names.
 
-    In place: parameters keep their names.
+    Call it before `wrap_model`. All blocks of a class share their compiled code, and Dynamo keeps one version for each
+    use of it: with and without a memory, a mask, gradients. It must not run out of versions.
     """
-    if hasattr(model, "vision_encoder"):
-        model.vision_encoder.compile(fullgraph=True)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_VERSIONS)
     for module in model.modules():
-        if isinstance(module, BertLayer):
-            module.compile(dynamic=True)
+        if isinstance(module, Block):
+            module.compile(fullgraph=True, dynamic=True if isinstance(module, BertLayer) else None)
 
 
 def no_sync(module: nn.Module, last: bool) -> AbstractContextManager:

@@ -10,12 +10,13 @@ from helpers import noise, randomized, seeds, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mplug2 import distributed
 from mplug2.config import PRESETS
 from mplug2.generation import SpecialTokens, beam_search
 from mplug2.model.mplug2 import MPLUG2
 from mplug2.objectives.objectives import Objectives
 from mplug2.tools import bench
-from mplug2.training.parallel import checkpoint_activations, compile_model
+from mplug2.training.parallel import ParallelSettings, checkpoint_activations, compile_model, wrap_model
 from tiny_data.writer import Sizes, write
 
 # ---- activation checkpointing ----------------------------------------------------------------------------------------
@@ -63,28 +64,39 @@ def compile_eagerly(module: torch.nn.Module, **how) -> None:
 
 
 @pytest.mark.slow
-@torch._dynamo.config.patch(recompile_limit=64)
-def test_a_compiled_model_trains_and_writes_the_same():
-    """The vision encoder is one graph. The eager backend runs the graphs as they are, so this tests that everything can
-    be traced, at changing text lengths."""
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True)  # the defaults, and an error
+def test_a_compiled_model_trains_and_writes_the_same(way):
+    """On one rank, for all batch types, two batch sizes and changing text lengths. The eager backend runs the graphs as
+    they are, so this tests that every block is one graph, and that Dynamo does not run out of versions."""
     found = []
-    for compiled in (False, True):
-        model = randomized(MPLUG2(small(fusion_layers=2), "pretrain")).train()
-        if compiled:
-            with patch.object(torch.nn.Module, "compile", compile_eagerly):
-                compile_model(model)
-        losses = []
-        for seed in range(2):
-            torch.manual_seed(seed)
-            parts = Objectives(model)(make_batch("video", seed=seed))
-            sum(parts.values()).backward()
-            losses.append(parts)
-        state = model.decoder.init_state(noise(2, 3, 16))
-        with torch.no_grad():
-            memory = [model.decoder.step(torch.full((2, l), 7), state) for l in (3, 1, 1)]
-        found.append((losses, [parameter.grad for parameter in model.parameters()], memory))
-        names = list(model.state_dict())
-        assert not any("_orig_mod" in name for name in names)
+    try:
+        for compiled in (False, True):
+            torch._dynamo.reset()
+            torch._dynamo.utils.counters.clear()
+            model = randomized(MPLUG2(small(fusion_layers=2), "pretrain")).train()
+            if compiled:
+                with patch.object(torch.nn.Module, "compile", compile_eagerly):
+                    compile_model(model)
+            objectives = wrap_model(Objectives(model), distributed.DistInfo(0, 1, torch.device("cpu")),
+                                    ParallelSettings(parallel=way))
+            losses = []
+            for seed, kind in enumerate(("video", "image", "text", "video")):
+                torch.manual_seed(seed)
+                parts = objectives(make_batch(kind, b=2 + seed // 3, seed=seed))
+                sum(parts.values()).backward()
+                losses.append(parts)
+            written = []
+            if way == "ddp":
+                state = model.decoder.init_state(noise(2, 3, 16))
+                with torch.no_grad():
+                    written = [model.decoder.step(torch.full((2, l), 7), state) for l in (3, 1, 1)]
+            found.append((losses, [distributed.full_tensor(p.grad) for p in model.parameters()], written))
+            assert not any("_orig_mod" in name for name in model.state_dict())
+            assert bool(torch._dynamo.utils.counters["stats"]["unique_graphs"]) == compiled
+        assert not torch._dynamo.utils.counters["graph_break"]
+    finally:
+        distributed.shutdown()
     torch.testing.assert_close(*found)
 
 
