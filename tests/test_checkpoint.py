@@ -225,7 +225,7 @@ def test_a_config_with_an_unknown_missing_or_impossible_setting_is_refused(saved
     original = (saved / "config.json").read_text()
     for part, changes, message in (
         ("model", {"widht": 3}, "unknown settings widht; known are class_token, "),
-        ("preprocess", {"fps": 3}, "unknown settings fps; known are frames, max_words"),
+        ("preprocess", {"fps": 3}, "unknown settings fps; known are frames, max_length, max_words"),
         ("model", {"heads": 3}, "heads=3 does not divide width=16"),
         ("model", {"width": "16"}, "width='16': expected an integer"),
         (None, {"format": 99}, "format 99, but this version reads format 1"),
