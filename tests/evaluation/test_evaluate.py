@@ -293,7 +293,7 @@ def test_a_limit_is_a_sample_that_is_the_same_in_every_run_and_keeps_galleries_w
     assert len(galleries) == 1
     sizes = {gallery: sum(record.gallery == gallery for record in whole.records("video_retrieval")) for gallery in "ab"}
     assert len(some.records("video_retrieval")) == sizes[galleries.pop()]
-    assert EvalSplit(root, "test", limit=100).records("video_qa") == whole.records("video_qa")
+    assert list(EvalSplit(root, "test", limit=100).records("video_qa")) == list(whole.records("video_qa"))
 
 
 def test_classes_without_a_head_come_from_the_training_split(root, tmp_path):
