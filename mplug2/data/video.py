@@ -156,7 +156,7 @@ def _timeline_of_index(path: Path | str, stream: VideoStream, first: av.Packet, 
 
 
 def _is_fragmented(path: Path | str) -> bool:
-    """Whether an MP4 file has fragments ("moof"), whose frames the index at its head does not list."""
+    """Whether an MP4 file has fragments ("moof"), whose frames the index may lack: FFmpeg need not read them all."""
     position = 0
     with open(path, "rb") as file:
         while len(head := file.read(16)) >= 8:

@@ -2,7 +2,9 @@
 
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -126,6 +128,16 @@ def test_a_jpeg_file_that_ends_early(tmp_path):
     (tmp_path / "a.jpg").write_bytes(content[: len(content) * 2 // 3])
     with pytest.raises(MediaError, match=r"a\.jpg cannot be decoded \(OSError: .*truncated.*\); it may be damaged"):
         read_image(tmp_path / "a.jpg")
+
+
+def test_a_damaged_length_is_the_fault_of_the_file_but_a_lack_of_memory_is_not(tmp_path, monkeypatch):
+    (tmp_path / "a.mp4").write_bytes(bytes(100))
+    for raised, expected in ((av.error.MemoryError(12, "Cannot allocate memory"), MediaError),
+                             (MemoryError(), MemoryError)):
+        monkeypatch.setattr(av, "open", Mock(side_effect=raised))
+        with pytest.raises(expected) as caught:
+            read_video(tmp_path / "a.mp4", 4)
+        assert type(caught.value) is expected
 
 
 DAMAGED = (".jpg", ".bmp", ".tif", ".gif", ".webp", ".png", ".avif", ".mp4", ".mov", ".mkv", ".webm", ".avi", ".ts",
