@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         parser.error(str(error))
     say = print if process.is_main else (lambda *_, **__: None)
     try:
-        with GracefulStop() as stop:
+        with GracefulStop("stopping after this batch") as stop:
             predictor = load(config.checkpoint, process.device)
             many = not files.input or files.many
             predictor.inference = runtime.inference(

@@ -189,6 +189,30 @@ class TrainingData:
         """The folder to validate on; None if all sources are tar shards."""
         return eval_root(self.settings, self.roots)
 
+    def longest_text(self) -> int:
+        """Tokens of the longest caption or answer, [SEP] included; the decoder has to be able to write it.
+
+        0 if the run writes no text. Texts of tar shards are not read: twice the number of words is assumed.
+        """
+        writes = {"prompted", "question"}
+        writing = [stream for stream in self.sizes if writes & BATCH_TYPES[stream_kind(stream)].fields]
+        longest, lengths = 2 * self.settings.max_words if set(writing) & set(self.shards) else 0, {}
+        for sample in itertools.chain(*(self.samples[stream] for stream in writing if stream in self.samples)):
+            for text in (*sample.captions, *(answer for question in sample.qa for answer in question.answers)):
+                words = clean(text, self.settings.max_words).split()
+                for word in words:
+                    if word not in lengths:
+                        lengths[word] = self.tokenizer.lengths([word])[0] - 2
+                longest = max(longest, 1 + sum(lengths[word] for word in words))
+        return longest
+
+    @property
+    def recorded_roots(self) -> list[Path]:
+        """The folders that a checkpoint records as its data, the one to validate on first; none for the tiny world."""
+        if not self.settings.data:
+            return [self.eval_root] if self.settings.eval_data else []
+        return list(dict.fromkeys([*([self.eval_root] if self.eval_root else []), *self.roots]))
+
     def references(self) -> list[list[str]]:
         """The cleaned captions of each sample that a captioning batch may have."""
         captioned = [sample for kind, of_kind in by_batch_type(self.samples).items()

@@ -1,16 +1,16 @@
 """What is evaluated, and how: a split of a data set, and the options of an evaluation."""
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from mplug2.data.records import Record, RecordError, available, read_records
-from mplug2.data.samples import join_text_pair
-from mplug2.data.text import Tokenizer, clean, normalize
+from mplug2.data.records import Record, available, read_records
+from mplug2.data.text import clean
 from mplug2.predictor import Generation
 from mplug2.tasks import EVALUATED, TASKS
 
@@ -31,16 +31,17 @@ class EvalSplit:
         return [task for task in EVALUATED if self.split in there.get(task, ())]
 
     def records(self, task: str) -> list[Record]:
-        records = read_records(self.root, task, self.split)
+        records = list(read_records(self.root, task, self.split))
         if not self.limit or len(records) <= self.limit:
             return records
         rng = np.random.default_rng((0, *task.encode()))
         if TASKS[task].output != "ranking":
             return [records[i] for i in sorted(rng.choice(len(records), self.limit, replace=False))]
-        chosen: set[str] = set()
-        for gallery in rng.permutation(sorted({record.gallery for record in records})):
-            if sum(record.gallery in chosen for record in records) < self.limit:
+        sizes, chosen, count = Counter(record.gallery for record in records), set(), 0
+        for gallery in rng.permutation(sorted(sizes)):
+            if count < self.limit:
                 chosen.add(str(gallery))
+                count += sizes[str(gallery)]
         return [record for record in records if record.gallery in chosen]
 
     def training_records(self, task: str) -> list[Record]:
@@ -59,7 +60,7 @@ class EvalSplit:
 
 @lru_cache(maxsize=4)  # the records of a training run do not change
 def _training_records(root: Path, task: str) -> list[Record]:
-    return read_records(root, task, "train") if "train" in available(root).get(task, ()) else []
+    return list(read_records(root, task, "train")) if "train" in available(root).get(task, ()) else []
 
 
 def read_answer_list(source: str, root: Path) -> tuple[str, ...]:
@@ -94,26 +95,6 @@ def find_data(given: str, recorded: list[Path] | None, splits: Sequence[str]) ->
             return root, "the training data of the checkpoint"
     raise ValueError(f"{', '.join(map(str, recorded))}: the training data of the checkpoint is gone, or has no split "
                      f"{' or '.join(splits)}; name a folder with --data, or other --splits")
-
-
-def check_records(data: EvalSplit, tasks: Iterable[str], tokenizer: Tokenizer, max_words: int, limit: int) -> None:
-    """Read all records of a split, and refuse a text that the model will read but that is empty or too long.
-
-    `limit` is the number of positions of the model. Raises RecordError with the place of the text.
-    """
-    for task in set(data.tasks) & set(tasks):
-        for record in replace(data, limit=0).records(task):
-            read = [(question.question,) for question in record.qa] + [record.texts or (record.text,)]
-            read += [(caption,) for caption in record.captions if TASKS[task].output == "ranking"]
-            for texts in read:
-                if not all(texts):
-                    continue
-                if empty := [text for text in texts if not normalize(text)]:
-                    raise RecordError(f"{record.source}: the text {empty[0]!r} has no words; remove it")
-                cleaned = join_text_pair(texts, max_words)
-                if len(cleaned) + 2 > limit and (count := tokenizer.lengths([cleaned])[0]) > limit:
-                    raise RecordError(f"{record.source}: the text {' / '.join(texts)!r} has {count} tokens, the model "
-                                      f"has {limit} positions; shorten it")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ Boxes: `grounding_accuracy` (IoU of at least 0.5) and `grounding_iou`.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from mplug2.tasks import TASKS
 
@@ -39,6 +39,21 @@ def mean_score(metrics: dict[str, float]) -> float | None:
     """The mean of all metrics that are fractions; None if there is none."""
     fractions = [value for name, value in metrics.items() if is_fraction(name) and math.isfinite(value)]
     return sum(fractions) / len(fractions) if fractions else None
+
+
+def main_score(metrics: dict[str, float], tasks: Sequence[str], name: str = "") -> float | None:
+    """What `best` is chosen by, higher is better: the metric `name`, or the mean of the main metrics of the tasks.
+
+    CIDEr counts as a tenth of its value, so that all main metrics lie between 0 and 1. Without a main metric (in
+    pre-training, for example) it is the mean of all fractions. None if there is no such metric.
+    """
+    if name:
+        value = metrics.get(name)
+        return -value if value is not None and name.endswith("median_rank") else value
+    found = {TASKS[task].metric: metrics[TASKS[task].metric] for task in tasks if TASKS[task].metric in metrics}
+    if not found:
+        return mean_score(metrics)
+    return sum(value if is_fraction(metric) else value / 10 for metric, value in found.items()) / len(found)
 
 
 def heading(name: str) -> str:

@@ -13,12 +13,16 @@ def flat_metrics(results: Mapping[str, EvalResult]) -> dict[str, float]:
     return {f"{split}/{name}": value for split, result in results.items() for name, value in result.metrics.items()}
 
 
+def flat_errors(results: Mapping[str, EvalResult]) -> dict[str, float]:
+    """The standard errors of `flat_metrics`."""
+    return {f"{split}/{name}": error for split, result in results.items() for name, error in result.errors.items()}
+
+
 def write_metrics(file: Path, results: Mapping[str, EvalResult]) -> None:
     """Write the flat metrics and, under keys of their own, their standard errors and the number of scored records."""
     contents = {
         **flat_metrics(results),
-        "standard_errors": {f"{split}/{name}": error for split, result in results.items()
-                            for name, error in result.errors.items()},
+        "standard_errors": flat_errors(results),
         "records": {split: {"scored": result.records - len(result.skipped), "total": result.records}
                     for split, result in results.items()},
     }

@@ -26,16 +26,27 @@ from mplug2.distributed import DistInfo
 
 
 class GracefulStop:
-    """Within it, SIGTERM and SIGINT do not end the process: `name` is the name of the last signal, or empty."""
+    """Within it, SIGTERM and SIGINT do not end the process: `name` is the name of the last signal, or empty.
 
-    def __init__(self):
-        self.name = ""
+    The first signal prints what will happen. A second SIGINT ends the process at once, but not within a second: from
+    one Ctrl-C a rank gets a SIGINT of the terminal and another one of torchrun.
+    """
+
+    def __init__(self, message: str = "stopping after this step"):
+        self.name, self.message, self.pressed = "", message, 0.0
 
     def __enter__(self) -> "GracefulStop":
         self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def _note(self, number: int, _frame) -> None:
+        if number == signal.SIGINT and self.pressed and time.monotonic() - self.pressed > 1:
+            _kill_workers()
+            os._exit(130)
+        if not self.name and os.environ.get("RANK", "0") == "0":  # os.write: a signal may interrupt a print
+            os.write(2, f"\n{self.message}; press Ctrl-C again to quit now\n".encode())
+        if number == signal.SIGINT and not self.pressed:
+            self.pressed = time.monotonic()
         self.name = signal.Signals(number).name
 
     def __exit__(self, *_) -> None:
@@ -62,7 +73,7 @@ class Watchdog:
             store.set_timeout(timedelta(seconds=30))
             self.store = dist.PrefixStore(f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         self.over, self.count = threading.Event(), 0
-        self.heartbeat(0, "starting")
+        self.heartbeat(0, "starting", patience=10)
 
     def heartbeat(self, step: int, activity: str, patience: float = 1.0, names: Callable[[], str] = str) -> None:
         """Report progress: `step` steps are done, and `activity` begins, which may take `patience` timeouts.
@@ -126,9 +137,14 @@ class Watchdog:
               file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr)
         sys.stderr.flush()
-        for worker in multiprocessing.active_children():  # a worker that hangs would outlive this process
-            worker.kill()
+        _kill_workers()
         os._exit(self.EXIT_CODE)
+
+
+def _kill_workers() -> None:
+    """A worker that hangs would outlive this process."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def seed_generators(seed: int) -> None:

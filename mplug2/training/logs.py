@@ -147,7 +147,7 @@ class Log:
             file.write(json.dumps(values) + "\n")
         if self.board:
             for name, value in values.items():
-                if name != "step":
+                if name != "step" and not isinstance(value, dict):  # standard errors
                     self.board.add_scalar(name, value, values["step"])
             self.board.flush()
 

@@ -101,14 +101,18 @@ def wrap_model(module: nn.Module, process: DistInfo, settings: ParallelSettings)
     return module
 
 
-def unsharded_copy(model: MPLUG2, process: DistInfo) -> MPLUG2 | None:
-    """A sharded model in one piece, on the CPU of the main process; None on other ranks. Every rank has to call it."""
+def unsharded_copy(model: MPLUG2, process: DistInfo, every_rank: bool = False) -> MPLUG2 | None:
+    """A sharded model in one piece, on the CPU of the main process or of every rank, otherwise None.
+
+    Every rank has to call it.
+    """
+    keep = process.is_main or every_rank
     weights = {}
     for name, tensor in model.state_dict().items():
         full = full_tensor(tensor)
-        if process.is_main:
+        if keep:
             weights[name] = full.cpu()
-    if not process.is_main:
+    if not keep:
         return None
     with torch.device("meta"):  # this takes neither memory nor random numbers
         copy = MPLUG2(model.config, model.task, model.classes)

@@ -7,6 +7,7 @@ complete, and a run that is killed while it saves keeps the checkpoint before.
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,17 @@ from mplug2.model.mplug2 import MPLUG2
 
 def save_checkpoint(
     run: Path, name: str, model: MPLUG2, tokenizer: Tokenizer, preprocess: PreprocessConfig, training: dict[str, Any],
-    keep: int,
+    keep: int, data: Sequence[Path] | None = None,
 ) -> Path:
     """Write the checkpoint `run/name`, point `run/last` to it, and remove all except the newest `keep` and the best.
 
-    `training` is the state of the run (`TrainState.state_dict`). Raises CheckpointError if the files cannot be written,
-    on a full disk for example; older checkpoints are not touched then.
+    `training` is the state of the run (`TrainState.state_dict`), `data` are the folders of `save_model`. Raises
+    CheckpointError if the files cannot be written, on a full disk for example; older checkpoints are not touched then.
     """
     folder, part, old = run / name, run / f".{name}.part", run / f".{name}.old"
     clean_partial(run)
     try:
-        save_model(part, model, tokenizer, preprocess)
+        save_model(part, model, tokenizer, preprocess, data=data)
         torch.save(training, part / "training.pt")
         write_manifest(part, training["step"])
         for path in (*part.iterdir(), part):
@@ -59,9 +60,15 @@ def record_score(run: Path, name: str, score: float, keep: int) -> None:
     part.write_text(json.dumps({**json.loads(manifest.read_text()), "score": score}, indent=2))
     _flush(part)
     os.replace(part, manifest)
-    if (best := _score(run / "best")) is None or score >= best:
+    if is_best(run, score):
         update_symlink(run / "best", name)
     _prune(run, run / name, keep)
+
+
+def is_best(run: Path, score: float) -> bool:
+    """Whether no checkpoint of the run has a higher validation score."""
+    best = _score(run / "best")
+    return best is None or score >= best
 
 
 def _score(folder: Path) -> float | None:

@@ -56,6 +56,8 @@ class RunSettings:
     """Steps between two validations."""
     eval_limit: int = 120
     """Records of each task in a validation; the evaluation at the end uses all."""
+    best_metric: str = ""
+    """Metric by which the best checkpoint is chosen, such as t2v_r1; empty: the main metric of the task."""
     save_every: int = 375
     """Steps between two checkpoints; there is always one at the end."""
     keep_checkpoints: int = 2
@@ -99,8 +101,8 @@ PRECEDENCE = {"epochs": "max_steps", "min_lr": "min_lr_ratio", "warmup_steps": "
 MAY_CHANGE = (
     "resume", "resume_from", "max_steps", "epochs", "out", "name", "device", "workers", "accumulation_steps",
     "parallel", "cpu_offload", "activation_checkpointing", "compile", "log_every", "eval_every", "eval_limit",
-    "eval_data", "save_every", "keep_checkpoints", "max_skipped", "max_nonfinite", "timeout", "shuffle_buffer",
-    "peak_tflops",
+    "best_metric", "eval_data", "save_every", "keep_checkpoints", "max_skipped", "max_nonfinite", "timeout",
+    "shuffle_buffer", "peak_tflops",
 )
 """Settings that may differ when a run is resumed. Any other is refused."""
 
