@@ -17,7 +17,7 @@ evaluates every split.
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -30,10 +30,11 @@ from mplug2.data.records import available
 from mplug2.data.text import Tokenizer
 from mplug2.distributed import DistInfo
 from mplug2.evaluation.data import EvalSplit
-from mplug2.evaluation.evaluate import evaluate
-from mplug2.evaluation.metric_names import format_table, mean_score
-from mplug2.evaluation.results import describe_skipped, flat_metrics, write_predictions
-from mplug2.inference import Inference
+from mplug2.evaluation.evaluate import EvalResult, evaluate
+from mplug2.evaluation.metric_names import format_table, main_score
+from mplug2.evaluation.results import describe_skipped, flat_errors, flat_metrics, write_predictions
+from mplug2.flags import warning_only
+from mplug2.inference import Inference, Stopped
 from mplug2.model.mplug2 import MPLUG2
 from mplug2.objectives.build import build_objectives
 from mplug2.predictor import Predictor
@@ -53,7 +54,7 @@ from mplug2.training.parallel import (
     unsharded_copy,
     wrap_model,
 )
-from mplug2.training.run_checkpoint import load_training, record_score, save_checkpoint, update_symlink
+from mplug2.training.run_checkpoint import is_best, load_training, record_score, save_checkpoint, update_symlink
 from mplug2.training.settings import Settings, parse_settings, write_settings
 from mplug2.training.state import TrainState
 
@@ -64,7 +65,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     settings, process = parse_settings(__doc__, "train.py", arguments), None
     try:
         process = distributed.init_distributed(settings.parallel.device)
-        return Trainer(settings, process, arguments).train()
+        with Watchdog(process, settings.run.timeout) as watchdog:
+            return Trainer(settings, process, arguments, watchdog).train()
     except (ValueError, OSError) as error:  # OSError: a full disk, for example, or a folder without write permission
         if not isinstance(error, distributed.AllRanksError) or process.is_main:
             print(f"\ntrain.py: {error}", file=sys.stderr)
@@ -76,8 +78,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 class Trainer:
     """A run: the data, the model and its losses, the optimizer, and the loop over the steps."""
 
-    def __init__(self, settings: Settings, process: DistInfo, arguments: list[str]):
+    def __init__(self, settings: Settings, process: DistInfo, arguments: list[str], watchdog: Watchdog):
         self.process, self.folder, self.started = process, settings.folder, time.time()
+        self.watchdog, self.stop = watchdog, GracefulStop()
         seed_generators(settings.run.seed)  # the same initial weights on every rank
         checkpoint, resume = settings.checkpoint, settings.run.resume
         saved = load_training(checkpoint) if resume else None
@@ -102,17 +105,18 @@ class Trainer:
         peak = settings.run.peak_tflops or peak_tflops(process.device)
         self.log = Log(self.folder, process, self.state.step, self.data.steps, peak,
                        step_flops(settings, self.model.config, process.world_size))
-        self.preprocess = PreprocessConfig(settings.data.frames, settings.data.max_words)
+        max_length = min(self.data.longest_text(), self.model.config.max_positions)
+        self.preprocess = PreprocessConfig(settings.data.frames, settings.data.max_words, max_length)
 
     def train(self) -> dict[str, float]:
         """Take all steps that are left, then evaluate. A run that is asked to stop saves, and returns no results."""
         run, steps, stopping = self.settings.run, self.data.steps, False
-        with GracefulStop() as stop, Watchdog(self.process, run.timeout) as self.watchdog:
+        with self.stop:
             batches = iter(self.data)
             while self.state.step < steps and not stopping:
                 set_lr(self.optimizer, self.settings.optimizer, self.state.step, steps)
                 losses, sources, kinds = self.backward(batches)
-                stopping = self.update(losses, sources, kinds, bool(stop.name))
+                stopping = self.update(losses, sources, kinds, bool(self.stop.name))
                 self.state.step = step = self.state.step + 1
                 self.log.bar.update()
 
@@ -120,18 +124,16 @@ class Trainer:
                     self.write_log()
                 if saves := step % run.save_every == 0 or step == steps or stopping:
                     self.save()
-                if step % run.eval_every == 0 and self.data.eval_root:
-                    score = mean_score(self.validate("val", run.eval_limit))
-                    if saves and score is not None:
-                        record_score(self.folder, self.checkpoint_name, score, run.keep_checkpoints)
+                if step % run.eval_every == 0 and self.data.eval_root and not stopping:
+                    self.keep_best(self.validate("val", run.eval_limit) or {}, saves)
             del batches  # ends the workers
-        self.log.close()
-        if stopping:
-            if self.process.is_main:
-                print(f"{stop.name or 'another rank got a signal'}: saved after step {step} of {steps}; continue with "
-                      f"--resume from {self.folder / 'last'}")
-            return {}
-        return self.evaluate()
+            self.log.close()
+            if not stopping:
+                return self.evaluate()
+        if self.process.is_main:
+            print(f"{self.stop.name or 'another rank got a signal'}: saved after step {step} of {steps}; continue with "
+                  f"--resume from {self.folder / 'last'}")
+        return {}
 
     def backward(self, batches: Iterator[dict]) -> tuple[dict[str, Tensor], list[str], list[str]]:
         """Forward and backward passes of the micro-batches of a step. Gradients and losses are their means.
@@ -187,53 +189,86 @@ class Trainer:
         model, training = self.unsharded(), self.state.state_dict()
         distributed.run_on_main(lambda: save_checkpoint(
             self.folder, self.checkpoint_name, model, self.data.tokenizer, self.preprocess, training,
-            self.settings.run.keep_checkpoints,
+            self.settings.run.keep_checkpoints, self.data.recorded_roots,
         ), self.process)
         if self.process.is_main:
-            attempt(draw_curves, self.folder / "metrics.jsonl", self.folder / "curves.png")
+            with warning_only("the plot of the curves"):
+                draw_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
 
-    def validate(self, split: str, limit: int = 0) -> dict[str, float]:
+    def validate(self, split: str, limit: int = 0) -> dict[str, float] | None:
         """Evaluate on a split: the tasks that are trained, or after pre-training everything that the model can do.
 
-        The main process evaluates, and writes the metrics to metrics.jsonl, the predictions to predictions.jsonl, and
-        report.html. It returns the metrics; the other ranks wait, and return none.
+        The ranks share the images and videos. The main process writes the metrics to metrics.jsonl, the predictions to
+        predictions.jsonl, and report.html. Every rank returns the metrics, or None if the run is asked to stop.
         """
-        self.watchdog.heartbeat(self.state.step, "validating", patience=10)
-        model, metrics, tasks = self.unsharded(), {}, parse_tasks(self.settings.data.task)
-        if self.process.is_main:
-            predictor = Predictor(model.to(self.process.device).eval(), self.data.tokenizer, self.preprocess,
-                                  Inference(skip_unreadable=True))
-            generator = torch.get_rng_state()
-            results = {split: evaluate(predictor, EvalSplit(self.data.eval_root, split, limit),
-                                       None if "pretrain" in tasks else tasks)}
-            metrics = results[split].metrics
-            if metrics:
-                self.log.line({"step": self.state.step, **flat_metrics(results)})
-                write_predictions(self.folder / "predictions.jsonl", results)
-            if skipped := describe_skipped(results):
-                print(skipped, file=sys.stderr)
-            attempt(write_report, self.folder, predictor)
-            torch.set_rng_state(generator)
+        def on_batch() -> bool:
+            self.watchdog.heartbeat(self.state.step, "validating", patience=10)
+            return bool(self.stop.name)
+
+        on_batch()
+        model, tasks = self.unsharded(every_rank=True), parse_tasks(self.settings.data.task)
+        inference = Inference(
+            workers=self.settings.data.workers, rank=self.process.rank, world_size=self.process.world_size,
+            precision="bfloat16" if self.settings.parallel.low_precision else "float32", skip_unreadable=True,
+            progress=True, on_batch=on_batch)
+        predictor = Predictor(model.to(self.process.device).eval(), self.data.tokenizer, self.preprocess, inference)
+        data, generator = EvalSplit(self.data.eval_root, split, limit), torch.get_rng_state()
+        try:
+            results = {split: evaluate(predictor, data, None if "pretrain" in tasks else tasks)}
+            distributed.run_on_main(partial(self.write_results, results, predictor), self.process)
+        except Stopped:
+            return None
+        finally:
             model.train()
-        distributed.barrier()
-        return metrics
+            torch.set_rng_state(generator)
+        return distributed.all_gather_object(results[split].metrics)[0]
+
+    def write_results(self, results: dict[str, EvalResult], predictor: Predictor) -> None:
+        """A line of metrics.jsonl, predictions.jsonl, report.html, and what was skipped."""
+        if metrics := flat_metrics(results):
+            self.log.line({"step": self.state.step, **metrics, "standard_errors": flat_errors(results)})
+            write_predictions(self.folder / "predictions.jsonl", results)
+        if skipped := describe_skipped(results):
+            print(skipped, file=sys.stderr)
+        predictor.inference = Inference()  # of the main process alone
+        with warning_only("the report"):
+            write_report(self.folder, predictor)
+
+    def keep_best(self, metrics: dict[str, float], saved: bool) -> None:
+        """Record the validation score of this step. The best step so far is saved, whatever --save-every says."""
+        run = self.settings.run
+        score = main_score(metrics, parse_tasks(self.settings.data.task), run.best_metric)
+        if run.best_metric and metrics and score is None and self.process.is_main:
+            print(f"warning: best_metric={run.best_metric!r} is not among the metrics of the validation: "
+                  f"{', '.join(metrics)}", file=sys.stderr)
+        better = score is not None and distributed.all_gather_object(is_best(self.folder, score))[0]
+        if better and not saved:
+            self.save()
+        if score is not None and (saved or better):
+            distributed.run_on_main(
+                partial(record_score, self.folder, self.checkpoint_name, score, run.keep_checkpoints), self.process)
 
     def evaluate(self) -> dict[str, float]:
         """The evaluation at the end of a run, on the test split or, without one, on the validation split."""
         root, folder = self.data.eval_root, self.folder
         if not root:
             if self.process.is_main:
-                attempt(write_report, folder)
+                with warning_only("the report"):
+                    write_report(folder)
             return {}
         split = "test" if any("test" in splits for splits in available(root).values()) else "val"
         results = self.validate(split)
-        if self.process.is_main:
-            attempt(draw_curves, folder / "metrics.jsonl", folder / "curves.png")
+        if results is None and self.process.is_main:
+            print(f"{self.stop.name or 'another rank got a signal'}: the training is complete, its evaluation is not; "
+                  f"python eval.py --checkpoint {folder / 'last'}")
+        elif self.process.is_main:
+            with warning_only("the plot of the curves"):
+                draw_curves(folder / "metrics.jsonl", folder / "curves.png")
             print(format_table({split: results}))
             print(f"{folder / 'report.html'}: this run on one page")
             print(f"{folder / 'last'}: {(time.time() - self.started) / 60:.1f} minutes in all; "
                   f"python eval.py --checkpoint {folder / 'last'} evaluates every split")
-        return results
+        return results or {}
 
     # ---- what the methods above use ----------------------------------------------------------------------------------
 
@@ -241,9 +276,11 @@ class Trainer:
     def checkpoint_name(self) -> str:
         return f"step_{self.state.step:07d}"
 
-    def unsharded(self) -> MPLUG2 | None:
-        """The model in one piece; a sharded one only on the main process, otherwise None. Every rank has to call it."""
-        return unsharded_copy(self.model, self.process) if self.settings.parallel.parallel == "fsdp" else self.model
+    def unsharded(self, every_rank: bool = False) -> MPLUG2 | None:
+        """The model in one piece; a sharded one only on the main process, or on every rank. Every rank has to call it.
+        """
+        sharded = self.settings.parallel.parallel == "fsdp"
+        return unsharded_copy(self.model, self.process, every_rank) if sharded else self.model
 
     def next_batch(self, batches: Iterator[dict]) -> dict:
         """The next micro-batch of this rank, on its device."""
@@ -299,14 +336,6 @@ def build_model(settings: Settings, data: TrainingData, process: DistInfo) -> MP
     if settings.parallel.compile:
         compile_model(model)
     return model
-
-
-def attempt(draw: Callable, *arguments) -> None:
-    """Draw a plot or a report. If that fails, the run continues with a warning."""
-    try:
-        draw(*arguments)
-    except Exception as error:
-        print(f"warning: {draw.__name__} failed ({type(error).__name__}: {error})", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ def test_a_run_saves_before_it_validates_and_survives_a_plot_that_fails(light, t
     monkeypatch.setattr(train, "evaluate", note_and_evaluate)
     train.main([*MODEL, *FAST, *f"--data {light} --out {tmp_path} --max-steps 2 --save-every 1 --eval-every 1".split()])
     assert saved[:2] == ["step_0000001", "step_0000002"]
-    assert "warning: fail failed (RuntimeError: no fonts)" in capsys.readouterr().err
+    assert "warning: the report failed: RuntimeError: no fonts" in capsys.readouterr().err
     assert not (run / "curves.png").exists() and (run / "best").exists()
     with monkeypatch.context() as broken:
         broken.setattr(train, "evaluate", fail)

@@ -14,7 +14,7 @@ from pycocoevalcap.rouge.rouge import Rouge
 
 from mplug2.data.text import Tokenizer, clean, normalize
 from mplug2.evaluation.captions import CiderD, bleu, bleu_counts, cider_d, paper_captions, rouge_l
-from mplug2.evaluation.metric_names import format_table, heading, is_fraction, mean_score, metric_prefix
+from mplug2.evaluation.metric_names import format_table, heading, is_fraction, main_score, mean_score, metric_prefix
 from mplug2.evaluation.ranking import box_iou, f1, in_top_k, matthews, pearson, ranks, retrieval, spearman
 from mplug2.evaluation.vqa import exact_match, vqa_accuracy, vqa_normalize
 from mplug2.tasks import EVALUATED, TASKS
@@ -378,6 +378,17 @@ def test_fractions_are_all_metrics_except_cider_and_ranks():
     assert mean_score({"qa_order": 0.5, "t2v_r1": 0.25, "caption_cider": 9, "v2t_median_rank": 7}) == 0.375
     assert mean_score({"qa_order": 0.5, "t2v_r1": float("nan")}) == 0.5
     assert mean_score({"caption_cider": 9}) is None
+
+
+def test_the_best_checkpoint_is_that_of_the_main_metric_of_the_task():
+    metrics = {"caption_cider": 4.0, "caption_exact": 0.9, "t2v_r1": 0.5, "t2v_r10": 1.0, "t2v_median_rank": 3.0}
+    assert main_score(metrics, ["video_caption"]) == pytest.approx(0.4)
+    assert main_score(metrics, ["video_retrieval"]) == 0.5
+    assert main_score(metrics, ["video_caption", "video_retrieval", "grounding"]) == pytest.approx(0.45)
+    assert main_score(metrics, ["pretrain"]) == mean_score(metrics) == pytest.approx(0.8)
+    assert main_score(metrics, ["video_caption"], "t2v_r10") == 1.0
+    assert main_score(metrics, ["video_caption"], "t2v_median_rank") == -3.0  # a lower rank is better
+    assert main_score(metrics, ["video_caption"], "qa_accuracy") is None and main_score({}, ["video_qa"]) is None
 
 
 @pytest.mark.parametrize("name, expected", [

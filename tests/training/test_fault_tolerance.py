@@ -25,6 +25,22 @@ def test_signals_set_the_name_and_the_old_handlers_are_restored():
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
+def test_a_signal_prints_what_will_happen_and_a_later_second_ctrl_c_quits(capfd, monkeypatch):
+    """A SIGINT within a second is the same Ctrl-C, which torchrun passes on; SIGTERM never quits at once."""
+    quits = []
+    monkeypatch.setattr(os, "_exit", quits.append)
+    with GracefulStop("stopping after this batch") as stop:
+        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        assert quits == []
+        stop.pressed -= 2
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert quits == []
+        os.kill(os.getpid(), signal.SIGINT)
+        assert quits == [130]
+    assert capfd.readouterr().err.count("stopping after this batch; press Ctrl-C again to quit now") == 1
+
+
 def test_generators_continue_from_their_saved_states(tmp_path):
     def draw() -> tuple:
         return random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(3).tolist()
