@@ -11,7 +11,7 @@
 The fast kernels of `model/attention.py` never form these weights. Outside the context nothing is computed, and inside
 it the forward passes do not change.
 
-Axes: b texts, c heads, l tokens, p cached tokens before them, m memory tokens, e head width.
+Axes: b texts, c heads, l tokens, past cached tokens before them, m memory tokens, e head width.
 """
 
 from collections.abc import Iterator
@@ -31,8 +31,8 @@ def attention_maps(
     """A dictionary that receives the weights of the last call of each cross-attention of `model`, or of each module of
     the class `of`, under the name of the module."""
     weights, names = {
-        CrossAttention: (attention_weights, ("x", "memory", "mask")),
-        SelfAttention: (self_attention_weights, ("x", "mask", "cache")),
+        CrossAttention: (attention_weights, ("x", "memory", "attention_mask")),
+        SelfAttention: (self_attention_weights, ("x", "attention_mask", "cache")),
     }[of]
     maps: dict[str, Tensor] = {}
 
@@ -57,29 +57,31 @@ def attention_maps(
 
 @torch.no_grad()
 def attention_weights(
-    module: CrossAttention, x: Tensor, memory: Tensor | tuple[Tensor, Tensor], mask: Tensor | None = None
+    module: CrossAttention, x: Tensor, memory: Tensor | tuple[Tensor, Tensor], attention_mask: Tensor | None = None
 ) -> Tensor:
     """softmax(Q K^T / sqrt(e)): `(b r) c l m`, from x `(b r) l d` to the memory `b m d` (or its keys and values). The
     mask broadcasts to `b c 1 m`."""
     key, _ = memory if isinstance(memory, tuple) else module.keys_and_values(memory)
     r = x.shape[0] // key.shape[0]
     query = rearrange(module.query(x), "b l (c e) -> b c l e", c=module.heads)
-    key, mask = (None if one is None else repeat(one, "b ... -> (b r) ...", r=r) for one in (key, mask))
-    return _softmax(query, key, mask)
+    key = repeat(key, "b ... -> (b r) ...", r=r)
+    if attention_mask is not None:
+        attention_mask = repeat(attention_mask, "b ... -> (b r) ...", r=r)
+    return _softmax(query, key, attention_mask)
 
 
 @torch.no_grad()
 def self_attention_weights(
-    module: SelfAttention, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None
+    module: SelfAttention, x: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None
 ) -> Tensor:
-    """softmax(Q K^T / sqrt(e)): `b c l l`, from x `b l d` to itself; with a cache that holds the keys of x and of the p
-    tokens before it, `b c l (p+l)`. The mask broadcasts to that shape."""
+    """softmax(Q K^T / sqrt(e)): `b c l l`, from x `b l d` to itself; with a cache that holds the keys of x and of
+    the past tokens before it, `b c l (past+l)`. The mask broadcasts to that shape."""
     query, key, _ = rearrange(module.qkv(x), "b l (three c e) -> three b c l e", three=3, c=module.heads)
-    return _softmax(query, key if cache is None else cache.key, mask)
+    return _softmax(query, key if cache is None else cache.key, attention_mask)
 
 
-def _softmax(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+def _softmax(query: Tensor, key: Tensor, attention_mask: Tensor | None) -> Tensor:
     scores = torch.einsum("b c l e, b c m e -> b c l m", query, key) * query.shape[-1] ** -0.5
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, float("-inf"))
     return scores.softmax(dim=-1)

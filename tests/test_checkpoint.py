@@ -403,6 +403,7 @@ def test_the_best_is_kept_as_well_as_the_newest(tmp_path):
     load_training(tmp_path / "best")  # the manifest is still valid
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_of_scoring_leaves_a_complete_checkpoint(tmp_path):
     moment, seen = 1, set()
     while True:

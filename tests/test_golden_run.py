@@ -196,6 +196,7 @@ def test_the_default_run_has_the_recorded_losses(cache, tmp_path):
 # ---- the order of samples, and what is in a batch --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_samples_come_in_the_recorded_order(world):
     """For the only process, and for the second of two that accumulate two micro-batches a step."""
     sizes = {stream: len(samples) for stream, samples in read_samples(world, "pretrain", "train").items()}
@@ -209,6 +210,7 @@ def test_samples_come_in_the_recorded_order(world):
     check("order", found)
 
 
+@pytest.mark.slow
 def test_batches_hold_the_recorded_tensors(world):
     """The first three batches of the default run, and its first batch of text."""
     samples = read_samples(world, "pretrain", "train")
@@ -226,6 +228,7 @@ def test_batches_hold_the_recorded_tensors(world):
     check("batches", found)
 
 
+@pytest.mark.slow
 def test_the_tiny_world_has_the_recorded_texts(world):
     """All of its records, and the names of all media."""
     files = sorted(world.glob("*.json*"))
@@ -237,6 +240,7 @@ def test_the_tiny_world_has_the_recorded_texts(world):
 # ---- the shipped checkpoint ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_shipped_checkpoint_gives_the_recorded_outputs(world):
     model = mplug2.load(PRETRAINED)
     paths, texts, named = [], [], {}

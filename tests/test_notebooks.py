@@ -82,6 +82,7 @@ def drift(found: nbformat.NotebookNode, committed: nbformat.NotebookNode) -> lis
     return lines
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # seconds; a notebook takes about thirty on an idle machine
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_the_notebook_runs_and_prints_what_is_committed(path):

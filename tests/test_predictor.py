@@ -458,6 +458,7 @@ def test_an_exported_model_is_half_as_large_and_gives_the_same_outputs(tmp_path)
         predictor.save(tmp_path / "half")
 
 
+@pytest.mark.slow
 def test_the_shipped_checkpoint_captions_the_tiny_world():
     """Most captions of the first test clips are among the true ones."""
     root = tiny_data.ensure()

@@ -121,6 +121,7 @@ def test_a_checkpoint_is_evaluated_on_every_task_that_it_has_the_modules_for(pre
     assert not any("classification_accuracy" in key or "entailment" in key for key in found)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_ema_teacher_and_the_queue_of_an_uninterrupted_run(world, pretrained, tmp_path):
     arguments = ["--data", str(world), "--init", str(pretrained), "--name", "m", "--task", "video_retrieval,video_qa",
                  *FAST, *"--distill-weight 0.4 --queue-size 20 --ema-decay 0.9 --save-every 2".split(),
@@ -177,6 +178,7 @@ def test_number_labels_are_learned_by_regression(world, tmp_path):
     assert read_classes(run / "last") == {"text_pair_classification": ()}
 
 
+@pytest.mark.slow
 def test_the_attention_of_words_is_drawn(pretrained, world, tmp_path, capsys):
     clip = next((world / "media" / "test").glob("video-0*.gif"))
     arguments = ["--checkpoint", str(pretrained), "--input", str(clip)]

@@ -467,6 +467,7 @@ def test_boxes_contain_exactly_the_digit_that_is_named(root, split):
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 6), seeds, st.sampled_from([1, len(PALETTE)]))
 def test_clips_decode_to_the_exact_pixels(t, seed, colors):
@@ -590,6 +591,7 @@ def test_the_cache_folder_follows_the_environment(environment, expected, monkeyp
     assert ensure() == Path(expected)
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path):
     small = [f"--{name.replace('_', '-')}={value}" for name, value in vars(SMALL).items()]
     command = [sys.executable, "-m", "tiny_data", f"--out={tmp_path / 'world'}", "--seed=9", *small]

@@ -186,6 +186,7 @@ def test_a_missing_device_is_one_line(capsys, tmp_path, device, message):
     assert error.startswith(f"train.py: {message}") and "Traceback" not in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_a_run_can_be_stopped_before_the_first_line_of_metrics(light, tmp_path, number):
     """It saves and exits normally, the report can be written, and the run can be resumed."""
@@ -216,6 +217,7 @@ def test_a_run_can_be_stopped_before_the_first_line_of_metrics(light, tmp_path, 
     assert [line["step"] for line in lines(run) if "loss" in line] == [step + 1]
 
 
+@pytest.mark.slow
 def test_the_loss_of_captions_falls_by_half_in_thirty_steps(light, tmp_path, capsys):
     size = "--vision-width 48 --vision-head-width 24 --width 48 --heads 2 --ff-width 96 --vision-layers 2".split()
     train.main([*MODEL, *size, *FAST, *f"--data {light} --out {tmp_path} --task video_caption --max-steps 30".split(),
@@ -227,6 +229,7 @@ def test_the_loss_of_captions_falls_by_half_in_thirty_steps(light, tmp_path, cap
     assert "video_caption: " in printed and "samples: 96 video" in printed and "caption_exact" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["released", "figure"])
 def test_both_forms_of_the_model_train_resume_bit_for_bit_and_are_fine_tuned(form, light, tmp_path):
     arguments = [*MODEL, *FAST, "--data", light, "--form", form, "--eval-every", 9, "--save-every", 2]
@@ -272,6 +275,7 @@ def test_another_task_starts_from_the_weights_of_a_checkpoint(run, light, tmp_pa
     assert (folder / "tokenizer.json").read_text() == (run / "last" / "tokenizer.json").read_text()
 
 
+@pytest.mark.slow
 def test_two_ranks_train_like_one(light, tmp_path):
     """The same gradients at every step and for every batch type, and one set of files. Without the matching loss,
     because each rank draws its own negatives."""
@@ -403,6 +407,7 @@ def test_corrupt_videos_are_skipped_and_counted_and_too_many_stop_the_run(capsys
 # ---- eval.py ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_evaluation_reports_every_metric_of_both_splits_and_writes_a_report(run, tmp_path, capsys):
     found = evaluation.main(["--checkpoint", str(run / "last"), "--json", str(tmp_path / "results" / "all.json"),
                              "--limit", "28"])
@@ -512,6 +517,7 @@ def test_too_many_unreadable_files_fail_an_evaluation_after_its_results(run, lig
     assert evaluation.main([*arguments, "--max-skipped", "0.1"])["val/caption_exact"] >= 0
 
 
+@pytest.mark.slow
 def test_two_processes_of_torchrun_evaluate_like_one_and_write_each_file_once(run, light, tmp_path):
     arguments = f"--checkpoint {run / 'last'} --data {light} --splits val --limit 12 --device cpu".split()
     done = subprocess.run(
@@ -528,6 +534,7 @@ def test_two_processes_of_torchrun_evaluate_like_one_and_write_each_file_once(ru
     assert len(found) > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_an_evaluation_can_be_stopped(run, cache, number):
     process = subprocess.Popen(
@@ -544,6 +551,7 @@ def test_an_evaluation_can_be_stopped(run, cache, number):
     assert f"eval.py: stopped by {number.name}" in said and "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_eval_runs_from_the_command_line(run, own_files):
     arguments = ["--checkpoint", str(run / "last"), "--input", str(own_files / "clip.mp4")]
     done = subprocess.run(

@@ -50,7 +50,7 @@ class Decoder(nn.Module):
     def forward(self, ids: Tensor, mask: Tensor, memory: Tensor, memory_mask: Tensor | None = None) -> Tensor:
         """mask `(b r) l` and memory_mask `b m`: true = real token. Without memory_mask all memory tokens are real."""
         logits = self.logits(self.hidden(ids, mask, memory, memory_mask))
-        check(logits, "b l s", b=ids.shape[0], l=ids.shape[1], s=self.vocab_size)
+        check(logits, "br l s", **check(ids, "br l"), s=self.vocab_size)
         return logits
 
     def hidden(self, ids: Tensor, mask: Tensor, memory: Tensor, memory_mask: Tensor | None = None) -> Tensor:

@@ -17,8 +17,8 @@ from mplug2.model.shapes import check
 class Fusion(nn.Module):
     """BERT layers on the text: self-attention, cross-attention to V', feed-forward.
 
-    With `fusion_stride` k > 0, every k-th layer after the first is a connected-attention layer instead: self-attention
-    and feed-forward over the joint sequence [V', text]. Its output for vision is added to V'.
+    With `fusion_stride` > 0, layers whose index (from 0) is a positive multiple of it are connected-attention layers
+    instead: self-attention and feed-forward over the joint sequence [V', text]. Its output for vision is added to V'.
     """
 
     def __init__(self, config: ModelConfig):

@@ -1,8 +1,8 @@
-"""MPLUG2 (Figure 2): the modules that a task needs, and how they are connected.
+r"""MPLUG2 (Figure 2): the modules that a task needs, and how they are connected.
 
     pixels -> vision encoder -> universal layers -> V' --------------------------> decoder -> caption
-                                                    \\-> fusion -> [V', fused text] -> decoder -> answer
-    ids    -> text encoder   -> universal layers -> text -/ \\-------------------> decoder -> word
+                                                    \-> fusion -> [V', fused text] -> decoder -> answer
+    ids    -> text encoder   -> universal layers -> text -/ \-------------------> decoder -> word
 
 V' are the visual tokens that leave the universal layers. The first token of V', text and fused text is a class token.
 The heads read it: contrastive (VTC), matching (VTM) and the classifier, which reads fused text, V' or text.
@@ -41,7 +41,8 @@ class MPLUG2(nn.Module):
     def __init__(self, config: ModelConfig, task: str = "pretrain", classes: Mapping[str, tuple[str, ...]] = {}):
         super().__init__()
         self.config, self.task, width = config, task, config.width
-        self.components = built = components(task)
+        built = components(task)
+        self.components = built
         self.classes = {
             name: tuple(classes.get(name, ())) for name in parse_tasks(task) if "classifier" in components(name)
         }

@@ -12,6 +12,8 @@ Every file uses the same letters for the axes:
     s  vocabulary                             c    attention heads, d = c*e
     y  classes                                e    width of a head, or of the contrastive space
     k  taps of a convolution over time        z    channels of that convolution
+
+In the patterns of `check`, `br` stands for the flattened axis (b r). `past` are the tokens that a cache holds.
 """
 
 from torch import Tensor

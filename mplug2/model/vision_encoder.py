@@ -48,8 +48,8 @@ class VisionBlock(Block):
     def forward(self, x: Tensor, is_image: bool) -> Tensor:
         """x `b t f d` -> `b t f d`; `is_image`: the pixels were a single frame."""
         b, t, f, d = x.shape
-        temporal = self.temporal_on_images or not is_image
-        if self.lt1 is not None and temporal:
+        exchange_frames = self.temporal_on_images or not is_image
+        if self.lt1 is not None and exchange_frames:
             x = self.add_to_patches(x, self.lt1)
         frames = rearrange(self.attention_norm(x), "b t f d -> (b t) f d", b=b, t=t, f=f, d=d)
         change = rearrange(self.attention(frames), "(b t) f d -> b t f d", b=b, t=t, f=f, d=d)
@@ -57,7 +57,7 @@ class VisionBlock(Block):
             shared = reduce(change[:, :, :1], "b t 1 d -> b 1 1 d", "mean", b=b, t=t, d=d)
             change = torch.cat([shared.expand(b, t, 1, d), change[:, :, 1:]], dim=2)
         x = x + self.drop_path(change)
-        if self.lt2 is not None and temporal:
+        if self.lt2 is not None and exchange_frames:
             x = self.add_to_patches(x, self.lt2)
         return x + self.drop_path(quick_gelu_mlp(self.mlp_norm(x), self.mlp_up, self.mlp_down))
 

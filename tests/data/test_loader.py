@@ -32,7 +32,7 @@ def test_a_loader_does_not_touch_the_global_random_state(root, tokenizer):
     assert torch.get_rng_state().equal(before)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])  # ending the worker takes seconds
 def test_a_run_stops_if_all_videos_are_corrupt(tmp_path, tokenizer, workers):
     write_data(tmp_path)
     for i in range(VIDEOS):
@@ -43,6 +43,7 @@ def test_a_run_stops_if_all_videos_are_corrupt(tmp_path, tokenizer, workers):
     assert ".gif is empty (0 bytes)" in str(stopped.value)
 
 
+@pytest.mark.slow
 def test_a_program_that_fails_with_workers_at_work_ends(tmp_path):
     """When Python exits, the traceback of the error still holds the workers, which ignore SIGTERM."""
     write_data(tmp_path)

@@ -83,6 +83,7 @@ GOOD = {
 }
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(task_and_lines())
 def test_what_is_written_is_what_is_read(tmp_path_factory, drawn):

@@ -172,6 +172,7 @@ def test_training_is_reproducible_in_any_order_and_spells_its_corpus(tmp_path_fa
         Tokenizer.train(texts, smallest - 1)
 
 
+@pytest.mark.slow
 def test_training_is_reproducible_in_another_process(tmp_path):
     # All pieces have equal counts, so every merge is a tie, and the order of a hash table would show.
     texts = [f"{a}{b}{c}{d}" for a in "abcd" for b in "efgh" for c in "ijkl" for d in "mnop"]

@@ -102,6 +102,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_one_two_and_three_processes_give_the_same_results(root, processes, options):
     one = summary(evaluate(all_tasks_predictor(), EvalSplit(root, "test"), options=options))
@@ -127,6 +128,7 @@ def assert_same_line(found: dict, expected: dict) -> None:
             assert found[name] == value, name
 
 
+@pytest.mark.slow
 def test_every_file_is_read_and_encoded_by_one_rank(root, processes):
     counts = processes.run(count_encoded, (root,), (root,), (root,))
     files = {record.video for record in read_records(root, "video_qa", "test")} - {root / "5.gif"}
@@ -141,6 +143,7 @@ def count_encoded(root: Path) -> int:
     return sum(seen)
 
 
+@pytest.mark.slow
 def test_an_error_on_one_rank_is_raised_on_all_of_them(root, processes, tmp_path):
     shutil.copytree(root, tmp_path / "data")
     lines = (tmp_path / "data/video_qa.test.jsonl").read_text().replace("which colour is it now", "?", 1)
@@ -156,6 +159,7 @@ def error_of(root: Path) -> str:
     return str(raised.value)
 
 
+@pytest.mark.slow
 def test_a_stop_ends_the_evaluation_on_all_ranks(root, processes):
     assert processes.run(stopped_by_rank_one, (root,), (root,)) == ["stopped", "stopped"]
     with pytest.raises(Stopped):

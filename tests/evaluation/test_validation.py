@@ -39,6 +39,7 @@ def arguments(world: Path, out: Path, *more: str) -> list[str]:
     return [*MODEL, *FAST, *TASK, "--data", str(world), "--out", str(out), "--name", "run", *more]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_ranks_share_a_validation_and_find_what_one_rank_finds(world, tmp_path, parallel):
     one = train.main(arguments(world, tmp_path / "one"))

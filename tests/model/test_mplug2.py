@@ -365,6 +365,7 @@ def test_a_new_model_has_normal_weights_and_zero_biases():
             assert abs(parameter.mean().item()) < deviation / 2, name
 
 
+@pytest.mark.slow
 def test_pixels_to_logits_is_one_graph():
     model = randomized(MPLUG2(small(vision_layers=1, universal_layers=1, decoder_layers=1), "video_caption"))
     inputs = batch(model.config, 2, 0)

@@ -14,6 +14,7 @@ def here(function, *arguments):
     return function(*arguments)
 
 
+@pytest.mark.slow
 def test_the_reference_reads_in_order(tmp_path):
     for suffix in (".mp4", ".webm"):  # the header of WebM has no number of frames
         path = write_video(tmp_path / f"a{suffix}", counter(50))
@@ -21,6 +22,7 @@ def test_the_reference_reads_in_order(tmp_path):
         assert numbers_of(bench_media.read_in_order(path, None)) == list(range(50))
 
 
+@pytest.mark.slow
 def test_files_that_it_writes_are_read_alike(capsys):
     """Six seconds and eight, in place of thirty and 240."""
     found = bench_media.bench_media([], 1, here, lengths=(6, 8))

@@ -68,6 +68,7 @@ def test_operations_are_those_of_a_real_step_and_checkpointing_gives_memory_for_
     assert counted.activations <= counted.peak
 
 
+@pytest.mark.slow
 def test_sharding_divides_what_a_device_keeps():
     whole, outside, block, matrices = parameter_counts(large())
     with torch.device("meta"):
@@ -85,6 +86,7 @@ def test_sharding_divides_what_a_device_keeps():
     assert 0.8 * whole < matrices < whole
 
 
+@pytest.mark.slow
 def test_the_plan_is_printed(capsys):
     """Nothing else happens: no data, no folder."""
     main([*SHALLOW, *"--gpus 4 --batch-size 8 --images 0 --videos 800 --passes 2".split()])

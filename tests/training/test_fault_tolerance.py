@@ -5,6 +5,7 @@ import random
 import signal
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -54,6 +55,7 @@ def test_generators_continue_from_their_saved_states(tmp_path):
     assert [draw() for _ in range(3)] == expected
 
 
+@pytest.mark.slow
 def test_the_watchdog_names_the_ranks_that_are_behind_or_silent(monkeypatch):
     """Three watchdogs stand for three ranks: two publish their heartbeats, and one asks for the report."""
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

@@ -47,8 +47,9 @@ def end_all_processes():
         process = LAUNCHED.pop()
         if process.poll() is None:
             for pid in (*processes_of(process).values(), process.pid):
-                os.kill(pid, signal.SIGKILL)
-            process.wait()
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.wait(60)
 
 
 def launch(*arguments, torchrun: tuple | None = None, new_session: bool = False) -> subprocess.Popen:
@@ -125,6 +126,7 @@ def refused(capsys, arguments: list) -> str:
 # ---- signals ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_one_node_continues_after_sigkill_and_a_sigterm_to_one_rank_makes_all_save_and_exit(data, tmp_path):
     """Then the run continues on one process."""
     run = tmp_path / "tiny"
@@ -150,6 +152,7 @@ def test_one_node_continues_after_sigkill_and_a_sigterm_to_one_rank_makes_all_sa
     assert steps(run) == list(range(1, step + 3))
 
 
+@pytest.mark.slow
 def test_a_run_with_workers_saves_when_ctrl_c_reaches_all_its_processes(data, tmp_path):
     run = tmp_path / "tiny"
     process = launch(*SMALL, *LONG, "--workers", 1, "--data", data, "--out", tmp_path, new_session=True)
@@ -164,6 +167,7 @@ def test_a_run_with_workers_saves_when_ctrl_c_reaches_all_its_processes(data, tm
 # ---- processes that die or hang --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_nodes_continue_from_the_last_checkpoint_after_a_rank_is_killed(data, tmp_path):
     """Two agents of torchrun meet at a local port, as on two machines, and one of their ranks is killed. Later the
     agents are asked to stop, and wait until their ranks have saved."""
@@ -192,11 +196,13 @@ def test_two_nodes_continue_from_the_last_checkpoint_after_a_rank_is_killed(data
     assert load_training(run / "last")["step"] == found[-1]
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_named_and_the_run_ends(data, tmp_path):
     run = tmp_path / "tiny"
-    launcher = launch(*SMALL, *LONG, "--data", data, "--out", tmp_path, "--timeout", 12,
-                      torchrun=("--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", 2))
-    wait_for(lambda: len(steps(run)) >= 5, launcher)
+    launcher = launch(  # saves rarely, because a save may take ten times --timeout
+        *SMALL, *LONG, "--save-every", 100, "--data", data, "--out", tmp_path, "--timeout", 12,
+        torchrun=("--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", 2))
+    wait_for(lambda: len(steps(run)) >= 130, launcher)
     hanging = processes_of(launcher)[1]
     os.kill(hanging, signal.SIGSTOP)
     waiting = processes_of(launcher)[0]
@@ -208,9 +214,10 @@ def test_a_rank_that_hangs_is_named_and_the_run_ends(data, tmp_path):
     assert "no progress for 12 s (--timeout): rank 1 of 2 blocks the others" in said, said
     assert "rank 1 of 2: " in said and "NO SIGN OF LIFE" in said
     assert "train.py" in said.split("The stack of this process:")[1]  # its stack
-    assert load_training(run / "last")["step"] % 4 == 0
+    assert load_training(run / "last")["step"] % 100 == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_sample_that_hangs_is_named_and_no_process_is_left(tmp_path, workers):
     """A video whose decoder never returns: here, a pipe that nobody writes to."""

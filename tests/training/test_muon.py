@@ -143,6 +143,7 @@ def test_owners_of_the_large_model_have_equal_work():
         assert max(load) <= excess * sum(flops) / ranks
 
 
+@pytest.mark.slow
 def test_flops_are_those_of_the_products():
     for rows, columns in ((3, 7), (8, 8), (9, 2)):
         with FlopCounterMode(display=False) as counter:
