@@ -58,6 +58,9 @@ from mplug2.training.run_checkpoint import is_best, load_training, record_score,
 from mplug2.training.settings import Settings, parse_settings, write_settings
 from mplug2.training.state import TrainState
 
+MAX_NONFINITE = 5
+"""A run stops after this number of steps in a row whose loss or gradient is not finite; each of them is skipped."""
+
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Train as the command line says. Returns the results of the evaluation at the end."""
@@ -102,8 +105,7 @@ class Trainer:
         if resume:
             self.state.load_state_dict(saved)
         distributed.run_on_main(partial(self.start_folder, arguments), process)
-        peak = settings.run.peak_tflops or peak_tflops(process.device)
-        self.log = Log(self.folder, process, self.state.step, self.data.steps, peak,
+        self.log = Log(self.folder, process, self.state.step, self.data.steps, peak_tflops(process.device),
                        step_flops(settings, self.model.config, process.world_size))
         max_length = min(self.data.longest_text(), self.model.config.max_positions)
         self.preprocess = PreprocessConfig(settings.data.frames, settings.data.max_words, max_length)
@@ -160,7 +162,7 @@ class Trainer:
 
         Returns whether the run stops, because any rank is `signaled`.
         """
-        state, limit = self.state, self.settings.run.max_nonfinite
+        state = self.state
         all_reduce_replicated_grads(self.wrapped)
         norm = clip_grad_norm(self.parameters, self.settings.optimizer.clip_grad)
         # This waits for the device, once per step: the weights may change only when the answer is known.
@@ -170,10 +172,10 @@ class Trainer:
             state.nonfinite_steps += 1
             state.nonfinite_in_a_row += 1
             message = self.log.nonfinite(state.step, losses, norm, sources, finite)
-            if state.nonfinite_in_a_row == limit:
+            if state.nonfinite_in_a_row == MAX_NONFINITE:
                 raise distributed.AllRanksError(
-                    f"{limit} steps in a row were not finite (--max-nonfinite); the last: {message}. Check these "
-                    "samples, lower --lr, or resume from an older checkpoint")
+                    f"{MAX_NONFINITE} steps in a row were not finite; the last: {message}. Check these samples, lower "
+                    "--lr, or resume from an older checkpoint")
         else:
             state.nonfinite_in_a_row = 0
             self.optimizer.step()
@@ -313,7 +315,9 @@ class Trainer:
         if settings.run.resume_from:  # checkpoints of later steps will be written again
             update_symlink(self.folder / "last", settings.run.resume_from)
         counts = ", ".join(f"{size:,} {stream}" for stream, size in data.sizes.items())
-        print(f"{settings.data.task}: {count:,} parameters, vocabulary {len(data.tokenizer)}, samples: {counts}, "
+        config, source = self.model.config, settings.run.init or f"preset {settings.run.preset}"
+        print(f"{settings.data.task}: {source}, {config.image_size} pixels, {settings.data.frames} frames, "
+              f"{count:,} parameters, vocabulary {len(data.tokenizer)}, samples: {counts}, "
               f"{self.process.device}" + (f" x {ranks}, {settings.parallel.parallel}" if ranks > 1 else ""))
 
 
@@ -322,9 +326,12 @@ def build_model(settings: Settings, data: TrainingData, process: DistInfo) -> MP
     checkpoint, task = settings.checkpoint, settings.data.task
     if checkpoint:
         classes = None if settings.run.resume else data.classes  # other classes get a new head
-        model, _, trained = load_model(checkpoint, task, settings.model, classes)
+        reinit = () if settings.run.resume or not settings.run.reinit else settings.run.reinit.split(",")
+        model, _, trained = load_model(checkpoint, task, settings.model, classes, reinit)
         if model.newly_initialized and process.is_main:
-            print(f"not in {checkpoint}, so trained from scratch: {', '.join(model.newly_initialized)}")
+            names = model.newly_initialized
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            print(f"not from {checkpoint}, so trained from scratch: {', '.join(names[:8])}{more}")
         if trained.frames != settings.data.frames and process.is_main:
             print(f"frames: {checkpoint} was trained with {trained.frames} frames, this run has {settings.data.frames}")
     else:

@@ -19,6 +19,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from mplug2.config import ModelConfig
 from mplug2.data.text import Tokenizer
 from mplug2.dataclass_tools import from_dict
+from mplug2.did_you_mean import did_you_mean
 from mplug2.model.mplug2 import MPLUG2
 from mplug2.tasks import COMPONENTS, NEW_HEADS
 
@@ -116,13 +118,15 @@ def read_data(folder: Path | str) -> list[Path] | None:
 
 def load_model(
     folder: Path | str, task: str | None = None, changes: dict | None = None,
-    classes: dict[str, tuple[str, ...]] | None = None,
+    classes: dict[str, tuple[str, ...]] | None = None, reinit: Sequence[str] = (),
 ) -> tuple[MPLUG2, Tokenizer, PreprocessConfig]:
     """Load a model folder for the task it was saved with, or for another `task` whose modules it has.
 
     `changes` are model settings that differ from the saved ones, such as dropout. `classes` are the class names of a
     fine-tuning run that starts here. A head that the checkpoint lacks, or has for other classes, is then initialized,
-    and `model.newly_initialized` names its parameters. Without `classes` every parameter must be in the checkpoint.
+    and `model.newly_initialized` names its parameters. Without `classes` every parameter must be in the checkpoint,
+    except those that match `reinit`: names or patterns of parameters or modules, which are initialized in any case.
+    CheckpointError for a pattern that matches nothing.
     """
     folder = Path(folder)
     if (folder / "manifest.json").exists():
@@ -136,9 +140,14 @@ def load_model(
                               f"{config.vocab_size} word embeddings; copy the tokenizer.json that belongs to the model")
     saved_classes = read_classes(folder)
     model = MPLUG2(config, task or saved_task, saved_classes if classes is None else classes)
-    new, may_be_new = (), ()
+    new, may_be_new = tuple(reinit), ()
+    for pattern in reinit:
+        if not any(matches(name, pattern) for name in model.state_dict()):
+            raise CheckpointError(f"reinit={pattern!r} matches no parameter of this model"
+                                  f"{did_you_mean(pattern, [name for name, _ in model.named_modules()])}; its modules "
+                                  f"are {', '.join(name for name, _ in model.named_children())}")
     if classes is not None:
-        new = tuple(f"classifier.{name}" for name, names in model.classes.items() if names != saved_classes.get(name))
+        new += tuple(f"classifier.{name}" for name, names in model.classes.items() if names != saved_classes.get(name))
         may_be_new = NEW_MODULES
     model.newly_initialized = load_weights(model, folder / "model.safetensors", saved_task, new, may_be_new)
     return model.eval(), tokenizer, preprocess
@@ -149,13 +158,13 @@ def load_weights(
 ) -> list[str]:
     """Fill `model` from a file of weights, and return the names of the parameters that keep their initial values.
 
-    These are the parameters of the modules `new`, and of the modules `may_be_new` where the file lacks them. Every
-    other parameter must be in the file, in its shape. Everything else in the file must belong to a module that the
-    model's task does not have. CheckpointError lists what does not fit.
+    These are the parameters that match a pattern of `new`, and those of the modules `may_be_new` where the file lacks
+    them. Every other parameter must be in the file, in its shape. Everything else in the file must belong to a module
+    that the model's task does not have. CheckpointError lists what does not fit.
     """
     weights = read_weights(path)
     wanted = model.state_dict()
-    initialized = [name for name in wanted if name.startswith(tuple(f"{module}." for module in new))
+    initialized = [name for name in wanted if any(matches(name, pattern) for pattern in new)
                    or (name not in weights and name.split(".")[0] in may_be_new)]
     for name in initialized:
         del wanted[name]
@@ -174,6 +183,11 @@ def load_weights(
                               f"{listed}{hint}")
     model.load_state_dict({**model.state_dict(), **{name: weights[name] for name in wanted}})
     return initialized
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether the parameter `name`, or a module that it belongs to, matches a shell pattern; `*` may span dots."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

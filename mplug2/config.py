@@ -1,4 +1,4 @@
-"""The settings of a model, `ModelConfig`, and the presets `tiny`, `base` and `large`.
+"""The settings of a model, `ModelConfig`, and the presets `tiny`, `small`, `base` and `large`.
 
 The docstring under each field is also the help text of its flag. Settings that are impossible, or that do not fit
 together, raise ValueError here, before anything is built.
@@ -111,6 +111,12 @@ tiny = partial(
 )
 """For the tiny world: about 0.74 million parameters, trained in minutes on two CPU cores."""
 
+small = partial(
+    ModelConfig, image_size=112, vision_width=384, vision_layers=5, width=256, heads=4, ff_width=1024, text_layers=6,
+    latents=32, fusion_layers=2, decoder_layers=3, vocab_size=8192, max_positions=128, contrastive_width=128,
+)
+"""For one GPU and a data set of one's own: about 26 million parameters."""
+
 base = ModelConfig
 """mPLUG-2 base: ViT-B/16, about 0.38 billion parameters."""
 
@@ -118,7 +124,13 @@ large = partial(ModelConfig, patch_size=14, vision_width=1024, vision_layers=24,
                 text_layers=24, fusion_layers=6)
 """mPLUG-2 large, the released size: ViT-L/14, about 1.03 billion parameters."""
 
-PRESETS = {"tiny": tiny, "base": base, "large": large}
+PRESETS = {"tiny": tiny, "small": small, "base": base, "large": large}
+
+
+def nearest_preset(config: ModelConfig) -> str:
+    """The name of the widest preset that is not wider than the model."""
+    widths = {name: preset().width for name, preset in PRESETS.items()}
+    return max((name for name in PRESETS if widths[name] <= config.width), key=widths.get, default="tiny")
 
 
 def form_fields(form: Literal["released", "figure"], config: ModelConfig, given: Mapping[str, object]) -> dict:

@@ -160,6 +160,27 @@ def test_the_key_of_older_checkpoints_for_preprocessing_is_read(saved):
     assert load_model(saved)[2] == PREPROCESS
 
 
+@pytest.mark.parametrize("patterns, new", [
+    (["vision_encoder.blocks.*.lt*"], lambda name: name.startswith("vision_encoder.blocks.") and ".lt" in name),
+    (["decoder", "temperature"], lambda name: name.startswith("decoder.") or name == "temperature"),
+    (["decoder.layers.0.self_attention.out.weight"], lambda name: name == "decoder.layers.0.self_attention.out.weight"),
+])
+def test_modules_that_match_a_pattern_start_from_scratch(saved, patterns, new):
+    model, _, _ = load_model(saved, reinit=patterns)
+    expected = make_model().state_dict()
+    wanted = {name for name in expected if new(name)}
+    assert set(model.newly_initialized) == wanted
+    for name, tensor in model.state_dict().items():
+        assert tensor.equal(expected[name]) == (name not in wanted) or not tensor.any(), name
+    change_weights(saved, **dict.fromkeys(wanted))  # the file does not need them
+    assert set(load_model(saved, reinit=patterns)[0].newly_initialized) == wanted
+
+
+def test_a_pattern_that_matches_nothing_is_refused(saved):
+    with pytest.raises(CheckpointError, match=r"reinit='decodr' matches no parameter .*did you mean 'decoder'"):
+        load_model(saved, reinit=["decodr"])
+
+
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 

@@ -27,7 +27,7 @@ STOPS = {"mplug2.tools.memory_plan": "format_plan", "mplug2.tools.report": "writ
 """Modules that know their settings when they call this function."""
 PRETRAINED = REPOSITORY / "tiny_data" / "pretrained"
 LARGE = {"frames", "batch_size", "lr", "optimizer", "precision"}
-"""What a command for a large model or many processes has to give, next to a length and a size, or a recipe."""
+"""What a command for many processes has to give, next to a length and a size, without a recipe or a larger preset."""
 OF_THE_READER = {"my_data", "downloads/msrvtt", "vocab.txt", "mPLUG2_MSRVTT_Caption.pth", "clip-vit-large-patch14/",
                  "bert-large-uncased/", "web.sh", "torch"}
 """Files that the reader brings along."""
@@ -188,7 +188,7 @@ def resolve_training(arguments: list[str], processes: int, elided: bool, monkeyp
     except ValueError as error:
         raise WrongCommand(str(error)) from error
     converted = given.get("init") in ("runs/start", "runs/released")
-    if "recipe" in given or not (processes >= 8 or given.get("preset") in ("base", "large") or converted):
+    if processes < 8 or "recipe" in given or given.get("preset", "tiny") != "tiny" or converted:
         return
     missing = LARGE - set(given)
     missing |= {"max_steps or epochs"} if not {"max_steps", "epochs"} & set(given) else set()
@@ -221,7 +221,7 @@ def test_each_shown_command_can_run(command, monkeypatch, tmp_path):
     resolve(command, monkeypatch, tmp_path)
 
 
-LARGE_RUN = ("--init runs/start --data DIR --frames 4 --batch-size 1024 --epochs 30 --optimizer adamw --lr 5e-5 "
+LARGE_RUN = ("--preset tiny --data DIR --frames 4 --batch-size 1024 --epochs 30 --optimizer adamw --lr 5e-5 "
              "--precision bfloat16")
 
 
@@ -242,13 +242,11 @@ LARGE_RUN = ("--init runs/start --data DIR --frames 4 --batch-size 1024 --epochs
     ("python docs/drawing.py", "no such file"),
     # A Slurm script whose 64 processes share a batch of 32:
     ("#SBATCH --job-name=web --nodes=8 --ntasks-per-node=1\n    head=$(scontrol show hostnames)\n    srun torchrun "
-     '--nnodes "$SLURM_NNODES" --nproc-per-node 8 --rdzv-endpoint "$head:29500" train.py --preset large --data DIR',
+     '--nnodes "$SLURM_NNODES" --nproc-per-node 8 --rdzv-endpoint "$head:29500" train.py --data DIR',
      "batch_size=32 is not divisible by 64"),
-    # Large runs with the tiny world's learning rate, number of steps or frames:
-    ("torchrun --nproc-per-node 8 train.py --preset large --data DIR --parallel fsdp --precision bfloat16",
-     "batch_size, frames, lr, max_steps or epochs, optimizer not given"),
-    ("torchrun --nproc-per-node 8 train.py --preset base --data DIR --precision bfloat16 --lr 1e-4", "frames"),
-    ("python train.py --init runs/released --task video_caption --data DIR --name msrvtt", "frames, lr"),
+    # Many processes with the tiny world's learning rate, number of steps or frames:
+    ("torchrun --nproc-per-node 8 train.py --data DIR --parallel fsdp --precision bfloat16",
+     "batch_size, frames, lr, max_steps or epochs, optimizer, preset or init not given"),
     *[(f"torchrun --nproc-per-node 8 train.py {LARGE_RUN}".replace(f"{flag} {LARGE_RUN.split(flag)[1].split()[0]}", ""),
        name) for flag, name in (("--lr", "lr"), ("--epochs", "max_steps or epochs"), ("--frames", "frames"))],
 ])

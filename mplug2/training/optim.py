@@ -24,6 +24,8 @@ class OptimizerSettings:
     """Peak learning rate."""
     vision_lr: float = 0.0
     """Peak learning rate of the vision encoder; 0: that of --lr."""
+    temporal_lr: float = 0.0
+    """Peak learning rate of the local temporal modules, if they are new in a trained encoder; 0: the encoder's."""
     min_lr_ratio: float = 0.01
     """Final learning rate as a fraction of the peak."""
     min_lr: float | None = None
@@ -37,14 +39,14 @@ class OptimizerSettings:
     beta2: float = 0.98
     """AdamW's second beta."""
     clip_grad: float = 1.0
-    """Largest gradient norm; larger gradients are scaled down to it."""
+    """Largest gradient norm; larger gradients are scaled down to it. 0: no limit."""
     layer_decay: float = 1.0
     """Layer-wise learning-rate decay: each encoder layer gets this fraction of the rate of the layer above it."""
     freeze: str = ""
     """Modules that are not trained, separated by commas, such as vision_encoder,text_encoder."""
 
     def __post_init__(self):
-        check_range(self, "lr vision_lr min_lr warmup_steps weight_decay clip_grad", 0)
+        check_range(self, "lr vision_lr temporal_lr min_lr warmup_steps weight_decay clip_grad", 0)
         check_range(self, "min_lr_ratio warmup_ratio beta2 layer_decay", 0, 1)
 
     def floor(self, peak: float) -> float:
@@ -95,16 +97,20 @@ def depth(model: MPLUG2, name: str) -> int:
 def parameter_groups(model: MPLUG2, settings: OptimizerSettings) -> list[dict]:
     """The trained parameters, grouped by learning rate, by weight decay, and by whether Muon may update them.
 
-    The vision encoder can have its own learning rate. Each layer of an encoder has `layer_decay` times the rate of the
-    layer above it. Matrices of linear layers and temporal convolutions decay; biases, LayerNorms, embeddings,
-    positions, latents and the temperature do not. Muon updates matrices of linear layers.
+    The vision encoder and its local temporal modules can have learning rates of their own. Each layer of an encoder has
+    `layer_decay` times the rate of the layer above it. Matrices of linear layers and temporal convolutions decay;
+    biases, LayerNorms, embeddings, positions, latents and the temperature do not. Muon updates matrices of linear
+    layers.
     """
     matrices = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     groups: dict[tuple[float, bool, bool], list] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        peak = settings.vision_lr or settings.lr if name.startswith("vision_encoder.") else settings.lr
+        peak = settings.lr
+        if name.startswith("vision_encoder."):
+            is_temporal = ".lt1." in name or ".lt2." in name
+            peak = (is_temporal and settings.temporal_lr) or settings.vision_lr or settings.lr
         rate = peak * settings.layer_decay ** depth(model, name)
         is_matrix = id(parameter) in matrices
         groups.setdefault((rate, is_matrix or name.endswith("conv.weight"), is_matrix), []).append(parameter)

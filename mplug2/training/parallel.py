@@ -7,6 +7,7 @@
 
 import dataclasses
 import inspect
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -159,7 +160,8 @@ def all_reduce_replicated_grads(module: nn.Module) -> None:
 
 
 def clip_grad_norm(parameters: list[nn.Parameter], limit: float) -> Tensor:
-    """Scale the gradients down to a total norm of at most `limit`. Returns the norm before."""
+    """Scale the gradients down to a total norm of at most `limit` (0: no limit). Returns the norm before."""
+    limit = limit or math.inf
     if not any(isinstance(parameter, DTensor) for parameter in parameters):
         return nn.utils.clip_grad_norm_(parameters, limit)
     shards = [p.grad.to_local() for p in parameters if p.grad is not None and isinstance(p.grad, DTensor)]

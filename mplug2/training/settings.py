@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from mplug2.checkpoint import read_config
-from mplug2.config import PRESETS, ModelConfig, form_fields
+from mplug2.config import PRESETS, ModelConfig, form_fields, nearest_preset
 from mplug2.data.build import DataSettings
 from mplug2.did_you_mean import did_you_mean
 from mplug2.flags import Parser, check_range
@@ -23,11 +23,8 @@ from mplug2.objectives.build import LossSettings
 from mplug2.tasks import TASKS, batch_types, parse_tasks
 from mplug2.training.optim import OptimizerSettings
 from mplug2.training.parallel import ParallelSettings
-from mplug2.training.recipes import RECIPES
+from mplug2.training.recipes import FINE_TUNING, PRETRAINING, RECIPES
 from mplug2.training.run_checkpoint import clean_partial
-
-FINE_TUNING_LR = 2e-3
-"""Default peak learning rate of every task other than pre-training."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +37,8 @@ class RunSettings:
     """Set every choice between the released code and Figure 2 of the paper to one of the two."""
     init: str = ""
     """Checkpoint folder to start from: its weights, model settings and tokenizer."""
+    reinit: str = ""
+    """With --init: modules that start from scratch, separated by commas, such as 'vision_encoder.blocks.*.lt*'."""
     name: str = ""
     """Name of this run; empty: that of the recipe or task, in pre-training that of the preset."""
     out: str = "runs"
@@ -62,18 +61,14 @@ class RunSettings:
     """Steps between two checkpoints; there is always one at the end."""
     keep_checkpoints: int = 2
     """Number of newest checkpoints to keep; the one with the best validation is kept as well."""
-    max_nonfinite: int = 5
-    """Stop after this number of steps in a row with a loss or gradient that is not finite; each is skipped."""
     timeout: float = 1800.0
     """Seconds without progress after which the run reports the rank that hangs, and ends (validation: ten times)."""
-    peak_tflops: float = 0.0
-    """Peak TFLOP/s of a device, for the MFU in the log; 0: look it up by the device's name."""
 
     def __post_init__(self):
         if self.preset not in PRESETS:
             raise ValueError(f"preset={self.preset!r}: expected one of {', '.join(PRESETS)}")
-        check_range(self, "log_every eval_every save_every keep_checkpoints max_nonfinite", 1)
-        check_range(self, "seed eval_limit peak_tflops", 0)
+        check_range(self, "log_every eval_every save_every keep_checkpoints", 1)
+        check_range(self, "seed eval_limit", 0)
         if not self.timeout > 0:
             raise ValueError(f"timeout={self.timeout}: expected more than 0 seconds")
         if self.resume_from and not self.resume:
@@ -101,8 +96,8 @@ PRECEDENCE = {"epochs": "max_steps", "min_lr": "min_lr_ratio", "warmup_steps": "
 MAY_CHANGE = (
     "resume", "resume_from", "max_steps", "epochs", "out", "name", "device", "workers", "accumulation_steps",
     "parallel", "cpu_offload", "activation_checkpointing", "compile", "log_every", "eval_every", "eval_limit",
-    "best_metric", "eval_data", "save_every", "keep_checkpoints", "max_skipped", "max_nonfinite", "timeout",
-    "shuffle_buffer", "peak_tflops",
+    "best_metric", "eval_data", "save_every", "keep_checkpoints", "max_skipped", "timeout",
+    "shuffle_buffer",
 )
 """Settings that may differ when a run is resumed. Any other is refused."""
 
@@ -112,6 +107,9 @@ OLD_NAMES = {
     "momentum": "ema_decay", "min_lr": "min_lr_ratio", "warmup": "warmup_ratio",
 }
 """Names of settings in the settings.json of runs that were started before the fields were renamed."""
+
+NO_LONGER_SETTINGS = ("peak_tflops", "max_nonfinite")
+"""Names in the settings.json of older runs that have no effect any more."""
 
 
 @dataclass(frozen=True)
@@ -217,7 +215,10 @@ def run_flags(given: dict[str, dict]) -> dict[str, Any]:
 
 
 def with_defaults(given: dict[str, Any]) -> dict[str, Any]:
-    """The given flags, over the settings of their recipe or the defaults of their task."""
+    """The given flags, over the settings of their recipe, or over the defaults of their task and size of model.
+
+    A run that starts from a checkpoint has its number of frames and of words, unless the recipe says otherwise.
+    """
     for first, second in PRECEDENCE.items():
         if first in given and second in given:
             raise ValueError(f"{first}={given[first]} and {second}={given[second]}: give one of the two")
@@ -228,8 +229,19 @@ def with_defaults(given: dict[str, Any]) -> dict[str, Any]:
         if recipe not in RECIPES:
             raise ValueError(f"recipe={recipe!r}{did_you_mean(recipe, RECIPES)}: expected one of {', '.join(RECIPES)}")
         base = dict(RECIPES[recipe].settings)
-    elif "pretrain" not in (tasks := parse_tasks(given.get("task", "pretrain"))):
-        base = {"max_steps": sum(TASKS[task].steps for task in tasks), "lr": FINE_TUNING_LR}
+    else:
+        preset, inherited = given.get("preset", "tiny"), {}
+        if (Path(given.get("init", "")) / "config.json").is_file():
+            _, model, preprocess = read_config(given["init"])
+            preset, inherited = nearest_preset(model), {"frames": preprocess.frames, "max_words": preprocess.max_words}
+        if preset not in PRESETS:
+            raise ValueError(f"preset={preset!r}{did_you_mean(preset, PRESETS)}: expected one of {', '.join(PRESETS)}")
+        tasks = parse_tasks(given.get("task", "pretrain"))
+        base = {**PRETRAINING[preset], **inherited}
+        if "pretrain" not in tasks:
+            base = {"max_steps": sum(TASKS[task].steps for task in tasks), **FINE_TUNING[preset], **inherited}
+        if "epochs" in base:
+            base.pop("max_steps", None)
     for first, second in PRECEDENCE.items():
         if second in given:
             base.pop(first, None)
@@ -263,14 +275,17 @@ def resolve_settings(flags: dict[str, Any], model: dict[str, Any]) -> Settings:
     if settings.run.resume:
         return resumed_settings(settings, flags, model)
     if settings.run.recipe and "data" not in flags:
+        name = RECIPES[settings.run.recipe].data or "cc3m"
         raise ValueError(f"recipe={settings.run.recipe!r} needs its data: write it with python -m mplug2.data "
-                         f"{RECIPES[settings.run.recipe].data} ROOT --out DIR, and add --data DIR")
-    if settings.run.recipe and not {"init", "preset"} & set(flags):
+                         f"{name} ROOT --out DIR, and add --data DIR")
+    if settings.run.recipe and settings.data.task != "pretrain" and not {"init", "preset"} & set(flags):
         raise ValueError(f"recipe={settings.run.recipe!r} fine-tunes a checkpoint: add --init CHECKPOINT (or --preset, "
                          "to train from scratch)")
     if settings.run.init and "preset" in flags:
         raise ValueError(f"preset={settings.run.preset!r} with init={settings.run.init!r}: the model's sizes come from "
                          "the checkpoint; leave --preset out")
+    if settings.run.reinit and not settings.run.init:
+        raise ValueError(f"reinit={settings.run.reinit!r} without a checkpoint: add --init CHECKPOINT")
     settings = with_form(settings)
     settings.model_config()  # refuses impossible sizes, and a folder that is not a checkpoint
     return settings
@@ -313,6 +328,7 @@ def read_settings(folder: Path) -> tuple[Settings, dict[str, Any]]:
     values, model = contents.get("train"), contents.get("model")
     if not isinstance(values, dict) or not isinstance(model, dict):
         raise ValueError(f"{file}: expected the settings of a run, with the parts 'train' and 'model'")
+    values = {name: value for name, value in values.items() if name not in NO_LONGER_SETTINGS}
     if "warmup" in values:  # before the fields were renamed
         values = {OLD_NAMES.get(name, name): value for name, value in values.items()}
         values["epochs"] = values.get("epochs") or None

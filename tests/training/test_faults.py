@@ -321,7 +321,7 @@ def make_nonfinite(monkeypatch, steps: set[int], gradient: bool) -> None:
 @pytest.mark.parametrize("gradient", [False, True])
 def test_a_step_that_is_not_finite_is_skipped_counted_and_reported(capsys, data, tmp_path, monkeypatch, gradient):
     make_nonfinite(monkeypatch, {1, 2, 4}, gradient)
-    train.main([str(a) for a in [*SMALL, "--data", data, "--out", tmp_path, "--max-steps", 6, "--max-nonfinite", 3]])
+    train.main([str(a) for a in [*SMALL, "--data", data, "--out", tmp_path, "--max-steps", 6]])
     said = capsys.readouterr().err
     for step in (1, 2, 4):
         (line,) = [line for line in said.splitlines() if f"step {step} is not finite" in line]
@@ -333,9 +333,9 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_reported(capsys, data,
 
 
 def test_several_steps_in_a_row_that_are_not_finite_stop_the_run(capsys, data, tmp_path, monkeypatch):
-    make_nonfinite(monkeypatch, {1, 3, 4, 5}, gradient=False)
-    message = refused(capsys, [*SMALL, "--data", data, "--out", tmp_path, "--max-nonfinite", 3, "--save-every", 2])
-    assert "3 steps in a row were not finite (--max-nonfinite); the last: step 5 is not finite" in message
+    make_nonfinite(monkeypatch, {1, 3, 4, 5, 6, 7}, gradient=False)
+    message = refused(capsys, [*SMALL, "--data", data, "--out", tmp_path, "--save-every", 2])
+    assert "5 steps in a row were not finite; the last: step 7 is not finite" in message
     assert message.count(".jsonl:") >= 6
-    assert load_training(tmp_path / "tiny" / "last")["step"] == 4
-    assert json.loads((tmp_path / "tiny" / "last" / "manifest.json").read_text())["step"] == 4
+    assert load_training(tmp_path / "tiny" / "last")["step"] == 6
+    assert json.loads((tmp_path / "tiny" / "last" / "manifest.json").read_text())["step"] == 6

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from mplug2.model.local_temporal import TemporalConv
+from mplug2.model.local_temporal import LocalTemporal, TemporalConv
 from mplug2.model.mplug2 import MPLUG2
 from mplug2.tasks import TASKS
 from mplug2.training.optim import (
@@ -62,6 +62,17 @@ def test_each_encoder_layer_has_a_fraction_of_the_learning_rate_of_the_layer_abo
             assert rate == pytest.approx(decay**above) and depth(model, name) == above
         else:
             assert rate == 1.0, name
+
+
+def test_local_temporal_modules_can_have_a_learning_rate_of_their_own():
+    model = MPLUG2(small(), "video_caption")
+    groups = parameter_groups(model, OptimizerSettings(lr=1.0, vision_lr=0.5, temporal_lr=0.25))
+    rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    temporal = {id(p) for module in model.modules() if isinstance(module, LocalTemporal) for p in module.parameters()}
+    vision = {id(parameter) for parameter in model.vision_encoder.parameters()} - temporal
+    assert {one for one, rate in rates.items() if rate == 0.25} == temporal
+    assert {one for one, rate in rates.items() if rate == 0.5} == vision
+    assert set(rates.values()) == {0.25, 0.5, 1.0}
 
 
 def test_only_frozen_modules_are_excluded():

@@ -209,6 +209,14 @@ def clipped(rank: int, world: int, way: str, name: str) -> tuple[float, list[np.
     return norm.item(), weights, {name: list(value.values())[-1].numpy() for name, value in state.items()}, same
 
 
+@pytest.mark.parametrize("limit, factor", [(0.0, 1.0), (5.0, 1.0), (2.5, 0.5)])
+def test_gradients_are_scaled_down_to_the_limit_and_0_is_no_limit(limit, factor):
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([3.0, 4.0])
+    assert clip_grad_norm([parameter], limit).item() == 5
+    assert parameter.grad.tolist() == pytest.approx([3 * factor, 4 * factor])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_clipped_updates_of_sharded_models_are_those_of_one_process(processes, name):
