@@ -14,6 +14,7 @@ The first command prints a table and writes CHECKPOINT/eval/: metrics.json, pred
 predictions, truths, and mistakes. All flags: python eval.py --help
 """
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,12 +22,14 @@ from pathlib import Path
 
 import tiny_data
 from mplug2 import distributed
-from mplug2.checkpoint import read_config, read_data
+from mplug2.checkpoint import read_config, read_data, real_folder
 from mplug2.data.records import available
+from mplug2.data.text import clean
+from mplug2.data.text_check import describe_unknown, unknown_words
 from mplug2.evaluation import own_files, submissions
 from mplug2.evaluation.chance import chance_level
-from mplug2.evaluation.data import EvalOptions, EvalSplit, find_data, read_answer_list
-from mplug2.evaluation.evaluate import evaluate
+from mplug2.evaluation.data import EvalOptions, EvalSplit, data_notes, find_data, read_answer_list
+from mplug2.evaluation.evaluate import evaluate, supports
 from mplug2.evaluation.own_files import InputSettings
 from mplug2.evaluation.results import describe, describe_skipped, flat_metrics, write_metrics, write_predictions
 from mplug2.evaluation.settings import RuntimeSettings, WritingSettings
@@ -59,7 +62,9 @@ class EvalSettings:
     paper_captions: bool = False
     """Also score captions with the pipeline of the papers (Penn Treebank, METEOR); needs the extra `eval`, and Java."""
     json: str = ""
-    """File for the metrics, with flat keys such as test/caption_exact. Default: CHECKPOINT/eval/metrics.json."""
+    """File for the metrics, with flat keys such as test/caption_exact. Default: metrics.json in the folder of --out."""
+    out: str = ""
+    """Folder for metrics, predictions and report. Default: CHECKPOINT/eval."""
     server: str = ""
     """Also write the predictions for the evaluation server of a benchmark: vqav2, nocaps, glue_cola, ..."""
 
@@ -85,6 +90,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     given = parser.read(arguments)
     try:
         config, files, writing, runtime = (cls(**given[cls.__name__]) for cls in GROUPS)
+        config = dataclasses.replace(config, checkpoint=str(real_folder(config.checkpoint)))
         read_config(config.checkpoint)
         process = distributed.init_distributed(runtime.device)
     except ValueError as error:
@@ -116,7 +122,9 @@ def use_files(
 ) -> None:
     """Caption one file or many, answer a question about them, or search them."""
     output, (first, *_) = "answer" if files.question else "caption", files.files
-    how = writing.generation(output)
+    how, asked = writing.generation(output), files.question or files.find
+    if unknown := unknown_words([asked], predictor.tokenizer):
+        say(describe_unknown(repr(asked), unknown, len(clean(asked).split())), file=sys.stderr)
     if files.find:
         for value, file in own_files.find(predictor, files.files, files.find)[:10]:
             say(f"{value:6.3f}  {file}")
@@ -151,6 +159,10 @@ def score(
     answer_list = read_answer_list(config.answers, root) if config.answers else None
     options = EvalOptions(writing.generation("caption"), writing.generation("answer"), answer_list,
                           config.paper_captions, config.all_captions)
+    for data in splits:
+        chosen = [task for task in data.tasks if supports(predictor.model, task) and task in (tasks or data.tasks)]
+        for note in data_notes(data, chosen, predictor.tokenizer, predictor.preprocess.max_words):
+            say(note, file=sys.stderr)
     results = {data.split: evaluate(predictor, data, tasks, options) for data in splits}
     records = sum(result.records for result in results.values())
     skipped = sum(len(result.skipped) for result in results.values())
@@ -158,8 +170,8 @@ def score(
         raise ValueError(f"{root} has no records, in the splits {config.splits}, of a task that this checkpoint can do "
                          f"(--task {config.task}; it was trained for {predictor.model.task})")
     if process.is_main:
-        folder = Path(config.checkpoint) / "eval"
-        folder.mkdir(exist_ok=True)
+        folder = Path(config.out or Path(config.checkpoint) / "eval")
+        folder.mkdir(parents=True, exist_ok=True)
         file, predictions = Path(config.json or folder / "metrics.json"), folder / "predictions.jsonl"
         write_metrics(file, results)
         write_predictions(predictions, results)

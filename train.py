@@ -302,6 +302,7 @@ class Trainer:
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self.log.write(self.state.step, {
             "lr": max(rates), "lr_lowest": min(rates), "nonfinite_steps": self.state.nonfinite_steps,
+            **({"temperature": self.model.temperature.item()} if "contrastive" in self.model.components else {}),
         })
 
     def start_folder(self, arguments: list[str]) -> None:

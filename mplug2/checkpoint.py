@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -79,6 +80,14 @@ def save_model(
         config["data"] = [os.path.abspath(folder) for folder in data]
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save(folder / "tokenizer.json")
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors makes it private
+
+
+def real_folder(folder: Path | str) -> Path:
+    """The checkpoint folder that a path such as runs/tiny/last names. On a file system without symbolic links, `last`
+    and `best` are text files with the name of a folder beside them."""
+    path = Path(folder)
+    return path.parent / path.read_text().strip() if path.is_file() else path
 
 
 def read_config(folder: Path | str) -> tuple[str, ModelConfig, PreprocessConfig]:

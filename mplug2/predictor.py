@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor
 
 from mplug2.attention_maps import attention_maps
-from mplug2.checkpoint import load_model, save_model
+from mplug2.checkpoint import load_model, real_folder, save_model
 from mplug2.data.text import clean
 from mplug2.generation import beam_search, best_texts, greedy, rank_answers
 from mplug2.inference import BatchRunner, Media, Text, repeat_to, require_list
@@ -31,7 +31,7 @@ CANDIDATES = 32
 
 def load(checkpoint: str | Path, device: str = "cpu", task: str | None = None) -> "Predictor":
     """Open a checkpoint folder, such as runs/tiny/last. `task` selects a smaller model than the saved one."""
-    model, tokenizer, preprocess = load_model(checkpoint, task)
+    model, tokenizer, preprocess = load_model(real_folder(checkpoint), task)
     return Predictor(model.to(device), tokenizer, preprocess)
 
 

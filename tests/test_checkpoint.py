@@ -160,6 +160,18 @@ def test_the_key_of_older_checkpoints_for_preprocessing_is_read(saved):
     assert load_model(saved)[2] == PREPROCESS
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
+def test_others_may_read_the_files_of_a_checkpoint_as_the_umask_says(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        run = tmp_path / "run"
+        save_checkpoint(run, "step_0000001", make_model(), TOKENIZER, PREPROCESS, {"step": 1}, keep=1)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (run / "last").iterdir()}
+    assert modes == dict.fromkeys(modes, 0o666 & ~umask) and "model.safetensors" in modes
+
+
 @pytest.mark.parametrize("patterns, new", [
     (["vision_encoder.blocks.*.lt*"], lambda name: name.startswith("vision_encoder.blocks.") and ".lt" in name),
     (["decoder", "temperature"], lambda name: name.startswith("decoder.") or name == "temperature"),

@@ -348,6 +348,50 @@ def test_a_second_run_into_the_same_folder_is_refused(capsys, run):
     assert (run / "metrics.jsonl").read_text() == before
 
 
+def test_a_folder_without_a_checkpoint_is_not_a_run(light, tmp_path, capsys):
+    """The same command starts it again: there is nothing to lose."""
+    arguments = [*FAST, *f"--task video_caption --data {light} --out {tmp_path} --max-steps 2".split()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "save_checkpoint", lambda *_: (_ for _ in ()).throw(ValueError("killed here")))
+        assert "killed here" in refused(capsys, train.main, arguments, 1)
+    assert (tmp_path / "video_caption" / "settings.json").exists()
+    train.main(arguments)
+    assert [line["step"] for line in lines(tmp_path / "video_caption") if "loss" in line] == [1, 2]
+    assert "already contains a run" in refused(capsys, train.main, arguments, 2)
+
+
+def test_named_modules_start_from_scratch(run, light, tmp_path, capsys):
+    arguments = [*FAST, *f"--init {run / 'last'} --task video_caption --lr 0 --max-steps 1 --data {light}".split(),
+                 "--out", str(tmp_path)]
+    train.main([*arguments, "--reinit", "decoder.layers.*,vision_encoder.blocks.0.lt1"])
+    printed = capsys.readouterr().out
+    assert f"not from {run / 'last'}, so trained from scratch: vision_encoder.blocks.0.lt1.norm.weight" in printed
+    before = load_file(run / "last" / "model.safetensors")
+    after = load_file(tmp_path / "video_caption" / "last" / "model.safetensors")
+    changed = {name for name, tensor in after.items() if not tensor.equal(before[name])}
+    assert {".".join(name.split(".")[:2]) for name in changed} == {"decoder.layers", "vision_encoder.blocks"}
+    message = refused(capsys, train.main, [*arguments, "--name", "b", "--reinit", "decodr"], 1)
+    assert "reinit='decodr' matches no parameter" in message
+    assert "add --init CHECKPOINT" in refused(capsys, train.main, ["--out", tmp_path / "c", "--reinit", "decoder"], 2)
+
+
+def test_a_run_without_symbolic_links_is_resumed_fine_tuned_and_evaluated(light, tmp_path, monkeypatch):
+    """As on exFAT: `last` and `best` are text files."""
+    def no_links(self, *_, **__):
+        raise OSError("Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", no_links)
+    arguments = [*FAST, *f"--task video_caption --data {light} --out {tmp_path} --eval-every 1 --eval-limit 4".split()]
+    train.main([*arguments, "--max-steps", "2"])
+    run = tmp_path / "video_caption"
+    assert (run / "last").read_text() == "step_0000002\n" and (run / "best").is_file()
+    train.main([*arguments, "--max-steps", "3", "--resume"])
+    assert (run / "last").read_text() == "step_0000003\n"
+    train.main([*arguments, "--max-steps", "1", "--init", str(run / "last"), "--name", "more"])
+    found = evaluation.main(f"--checkpoint {run / 'best'} --splits val --limit 2 --out {tmp_path / 'found'}".split())
+    assert found and evaluation.load(run / "last").preprocess.frames == 4
+
+
 def test_a_resumed_run_keeps_its_settings(capsys, run):
     message = refused(capsys, train.main, ["--out", run.parent, "--resume", "--lr", "0.5", "--width", "48"], 2)
     assert "lr, width: a resumed run keeps its settings" in message
@@ -436,6 +480,28 @@ def test_evaluation_of_one_split_is_written_into_the_checkpoint(run, light):
     assert written.items() >= found.items() and written["records"] == {"val": {"scored": 16, "total": 16}}
     assert set(written["standard_errors"]) == set(found)
     assert {key.split("/")[0] for key in found} == {"val"} and "val/caption_exact" in found
+
+
+def test_results_of_a_read_only_checkpoint_are_written_elsewhere(run, light, tmp_path):
+    out = tmp_path / "results" / "of_mine"
+    evaluation.main(f"--checkpoint {run / 'last'} --data {light} --splits val --limit 2 --out {out}".split())
+    assert {"metrics.json", "predictions.jsonl", "report.html"} <= {path.name for path in out.iterdir()}
+
+
+def test_words_that_the_vocabulary_lacks_are_reported(run, light, tmp_path, capsys):
+    """In the data of an evaluation, in questions, and in texts to find."""
+    record = json.loads((light / "video_caption.val.jsonl").read_text().splitlines()[0])
+    shutil.copy(light / record["video"], tmp_path / "a.gif")
+    record |= {"video": "a.gif", "captions": ["狗 a red seven"]}
+    (tmp_path / "video_caption.test.jsonl").write_text(json.dumps(record) + "\n")
+    evaluation.main(f"--checkpoint {run / 'last'} --data {tmp_path} --splits test --out {tmp_path / 'out'}".split())
+    said = capsys.readouterr().err
+    assert "video_caption, test: 25.0% of the words are unknown to the vocabulary, such as '狗'" in said
+    asked = ["--checkpoint", str(run / "last"), "--input", str(tmp_path / "a.gif")]
+    evaluation.main([*asked, "--question", "is it a 狗"])
+    assert "'is it a 狗': 25.0% of the words are unknown" in capsys.readouterr().err
+    evaluation.main([*asked, "--find", "a red seven"])
+    assert "unknown" not in capsys.readouterr().err
 
 
 @pytest.fixture(scope="session")

@@ -279,7 +279,9 @@ def eval_root(settings: DataSettings, roots: Mapping[Path, float]) -> Path | Non
 
 
 def read_sources(text: str) -> dict[Path, float]:
-    """The folders in `DIR=2,OTHER=1`, or in `DIR`, and their weights."""
+    """The folders in `DIR=2,OTHER=1`, or in `DIR`, and their weights. A single folder may have any name."""
+    if Path(text).is_dir():
+        return {Path(text): 1.0}
     sources: dict[Path, float] = {}
     for part in text.split(","):
         name, _, weight = part.rpartition("=") if "=" in part else (part, "", "1")

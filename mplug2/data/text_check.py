@@ -18,6 +18,8 @@ EXAMPLES = 5
 """Number of unknown words that a message shows."""
 PROMPT_TOKENS = 8
 """At least as many as a prompt has."""
+FEW_NUMBERS = 20
+"""Labels that are at most this many different whole numbers may be meant as classes."""
 ADVICE = "name a vocabulary that has them with --tokenizer, or a checkpoint that was trained with one"
 
 
@@ -39,6 +41,8 @@ def check_run_texts(
             problems += _label_problem(sample.source, sample.label, BATCH_TYPES[stream_kind(stream)].task, classes)
             answers = [answer for question in sample.qa for answer in question.answers]
             problems += _unknown_answers(sample.source, answers, tokenizer, max_words)
+        if "label" in BATCH_TYPES[stream_kind(stream)].fields:
+            reports += filter(None, [describe_numbers(f"{stream}, train", (sample.label for sample in of_stream))])
         _report(f"{stream}, train", words, tokenizer, max_unknown, problems, reports)
     for name, split in _evaluated(eval_root, task):
         words = Counter()
@@ -121,6 +125,16 @@ def describe_equal(name: str, captions: Sequence[str]) -> str:
     examples = ", ".join(map(repr, captions[:EXAMPLES]))
     return (f"{name}: {len(captions):,} captions belong to several records, such as {examples}; each record counts as "
             "wrong for the other. If they are right answers, give them the same positive_id")
+
+
+def describe_numbers(name: str, labels: Iterable[str | float | None]) -> str:
+    """One line if the labels are a few whole numbers, which may be meant as classes; otherwise an empty string."""
+    found = set(labels) - {None}
+    if not 0 < len(found) <= FEW_NUMBERS or not all(isinstance(one, float) and one.is_integer() for one in found):
+        return ""
+    shown = ", ".join(f"{one:g}" for one in sorted(found)[:EXAMPLES])
+    return (f"{name}: the labels {shown} are read as numbers to predict (regression). If they are classes, write them "
+            f'as texts: "label": "{min(found):g}"')
 
 
 def unknown_words(texts: Iterable[str], tokenizer: Tokenizer, max_words: int = 30) -> Counter[str]:

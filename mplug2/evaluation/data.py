@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from mplug2.data.records import Record, available, read_records
-from mplug2.data.text import clean
+from mplug2.data.text import Tokenizer, clean
+from mplug2.data.text_check import describe_numbers, describe_unknown, record_texts, unknown_words
 from mplug2.predictor import Generation
 from mplug2.tasks import EVALUATED, TASKS
 
@@ -78,6 +79,20 @@ def read_answer_list(source: str, root: Path) -> tuple[str, ...]:
     if not unique:
         raise ValueError(f"answers={source!r}: found no answers there; expected at least one")
     return unique
+
+
+def data_notes(data: EvalSplit, tasks: Sequence[str], tokenizer: Tokenizer, max_words: int) -> list[str]:
+    """One line for each task with words that are unknown to the vocabulary, [UNK], and for one with numbers as labels
+    that may be meant as classes."""
+    notes = []
+    for task in tasks:
+        records = data.records(task)
+        texts = [text for record in records for text in record_texts(record)]
+        if unknown := unknown_words(texts, tokenizer, max_words):
+            total = sum(len(clean(text, max_words).split()) for text in texts)
+            notes.append(describe_unknown(f"{task}, {data.split}", unknown, total))
+        notes += filter(None, [describe_numbers(f"{task}, {data.split}", (record.label for record in records))])
+    return notes
 
 
 def find_data(given: str, recorded: list[Path] | None, splits: Sequence[str]) -> tuple[Path | None, str]:

@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from mplug2.checkpoint import real_folder
 from mplug2.data.media import MediaError, read_image, read_video
 from mplug2.data.media_batches import Medium
 from mplug2.evaluation.chance import chance_level
@@ -110,7 +111,7 @@ def write_report(run: Path, predictor: Predictor | None = None) -> Path:
         raise FileNotFoundError(f"{run} has no settings.json: expected the folder of a run, such as runs/tiny")
     settings = json.loads(file.read_text(encoding="utf-8"))
     metrics = read_lines(run / "metrics.jsonl")
-    evaluations = [folder / "predictions.jsonl" for folder in (run, run / "last" / "eval")]
+    evaluations = [folder / "predictions.jsonl" for folder in (run, real_folder(run / "last") / "eval")]
     newest = max(filter(Path.is_file, evaluations), key=lambda path: path.stat().st_mtime, default=None)
     predictions = read_lines(newest) if newest else []
     if predictions and predictor is None and (run / "last").exists():

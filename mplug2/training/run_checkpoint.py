@@ -1,4 +1,5 @@
-"""Checkpoints of a run: `step_0000375/`, ..., with the links `last` (the newest) and `best` (the highest score).
+"""Checkpoints of a run: `step_0000375/`, ..., with the links `last` (the newest) and `best` (the highest score). Where
+the file system has no symbolic links, these are text files with the name of the folder.
 
 A checkpoint is written to a hidden folder, flushed to disk and then renamed. So a folder with its proper name is
 complete, and a run that is killed while it saves keeps the checkpoint before.
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from mplug2.checkpoint import CheckpointError, PreprocessConfig, save_model, verify, write_manifest
+from mplug2.checkpoint import CheckpointError, PreprocessConfig, real_folder, save_model, verify, write_manifest
 from mplug2.data.text import Tokenizer
 from mplug2.model.mplug2 import MPLUG2
 
@@ -39,8 +40,9 @@ def save_checkpoint(
             _flush(path)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
         shutil.rmtree(part, ignore_errors=True)
-        last = run / "last"
-        previous = f"the previous one, {os.readlink(last)}, is intact" if last.exists() else "there is no previous one"
+        last = real_folder(run / "last")
+        name = last.resolve().name
+        previous = f"the previous one, {name}, is intact" if last.exists() else "there is no previous one"
         raise CheckpointError(f"{folder} could not be written ({error}); {previous}. Free some disk space, then "
                               "continue with --resume") from error
     if folder.exists():
@@ -73,7 +75,7 @@ def is_best(run: Path, score: float) -> bool:
 
 def _score(folder: Path) -> float | None:
     """The score in the manifest of a checkpoint, if there is one."""
-    path = folder / "manifest.json"
+    path = real_folder(folder) / "manifest.json"
     return json.loads(path.read_text())["score"] if path.is_file() else None
 
 
@@ -84,7 +86,7 @@ def _prune(run: Path, newest: Path, keep: int) -> None:
     """
     others = sorted((folder for folder in run.glob("step_*") if folder != newest), reverse=True)
     for folder in others[keep - 1:]:
-        if folder.resolve() != (run / "best").resolve():
+        if folder.resolve() != real_folder(run / "best").resolve():
             shutil.rmtree(folder)
 
 
@@ -124,8 +126,11 @@ def _flush(path: Path) -> None:
 
 
 def update_symlink(link: Path, name: str) -> None:
-    """Point the symbolic link `link` to `name`, atomically."""
+    """Point the link `link` to `name`, atomically: a symbolic link, or a text file where there are none."""
     part = link.with_name(f".{link.name}.part")
     part.unlink(missing_ok=True)
-    part.symlink_to(name)
+    try:
+        part.symlink_to(name)
+    except OSError:  # exFAT, Google Drive, Windows without the privilege
+        part.write_text(f"{name}\n")
     os.replace(part, link)

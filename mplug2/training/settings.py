@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from mplug2.checkpoint import read_config
+from mplug2.checkpoint import read_config, real_folder
 from mplug2.config import PRESETS, ModelConfig, form_fields, nearest_preset
 from mplug2.data.build import DataSettings
 from mplug2.did_you_mean import did_you_mean
@@ -172,8 +172,8 @@ class Settings:
     def checkpoint(self) -> Path | None:
         """The checkpoint that the run starts from: of this run, with --resume, or of another one, with --init."""
         if self.run.resume:
-            return self.folder / (self.run.resume_from or "last")
-        return Path(self.run.init) if self.run.init else None
+            return real_folder(self.folder / (self.run.resume_from or "last"))
+        return real_folder(self.run.init) if self.run.init else None
 
     def model_config(self) -> ModelConfig:
         """The settings of the model: those of the checkpoint to start from, or of the preset, with changes."""
@@ -231,8 +231,9 @@ def with_defaults(given: dict[str, Any]) -> dict[str, Any]:
         base = dict(RECIPES[recipe].settings)
     else:
         preset, inherited = given.get("preset", "tiny"), {}
-        if (Path(given.get("init", "")) / "config.json").is_file():
-            _, model, preprocess = read_config(given["init"])
+        checkpoint = real_folder(given.get("init", ""))
+        if (checkpoint / "config.json").is_file():
+            _, model, preprocess = read_config(checkpoint)
             preset, inherited = nearest_preset(model), {"frames": preprocess.frames, "max_words": preprocess.max_words}
         if preset not in PRESETS:
             raise ValueError(f"preset={preset!r}{did_you_mean(preset, PRESETS)}: expected one of {', '.join(PRESETS)}")
@@ -269,7 +270,7 @@ def resolve_settings(flags: dict[str, Any], model: dict[str, Any]) -> Settings:
         # --resume-from was followed before the restart. A run without a checkpoint starts from scratch.
         flags = {**flags, "resume": (folder / "last").exists(), "resume_from": ""}
         settings = settings.replace(resume=flags["resume"], resume_from="")
-    elif (folder / "settings.json").exists() and not settings.run.resume:
+    elif any(folder.glob("step_*")) and not settings.run.resume:  # without a checkpoint there is nothing to lose
         raise ValueError(f"{folder} already contains a run; continue it with --resume, or choose another --name or "
                          "--out")
     if settings.run.resume:
@@ -348,7 +349,9 @@ def write_settings(settings: Settings, arguments: list[str], **more: Any) -> Non
         "train": settings.flat(), **more, "launch": os.environ.get("TORCHELASTIC_RUN_ID", "none"),
         "torch": torch.__version__, "commands": list(dict.fromkeys([*commands, command_line(arguments)])),
     }
-    file.write_text(json.dumps(contents, indent=2) + "\n")
+    part = file.with_suffix(".part")  # a run that is killed here keeps the file before
+    part.write_text(json.dumps(contents, indent=2) + "\n")
+    os.replace(part, file)
 
 
 def command_line(arguments: list[str]) -> str:

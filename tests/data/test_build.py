@@ -39,6 +39,12 @@ def test_sources_are_folders_with_weights():
             read_sources(text)
 
 
+def test_the_name_of_a_single_folder_may_have_any_character(tmp_path):
+    for name in ("lr=2", "a,b", "x=1,y=2"):
+        (tmp_path / name).mkdir()
+        assert read_sources(str(tmp_path / name)) == {tmp_path / name: 1.0}
+
+
 def test_the_share_of_a_batch_type_is_divided_among_its_sources(root, tmp_path):
     other = tmp_path / "other"
     other.mkdir()

@@ -9,7 +9,7 @@ import pytest
 from mplug2.data.records import RecordError
 from mplug2.data.samples import read_classes, read_samples
 from mplug2.data.text import Tokenizer
-from mplug2.data.text_check import check_run_texts, describe_unknown, unknown_words
+from mplug2.data.text_check import check_run_texts, describe_numbers, describe_unknown, unknown_words
 
 WORDS = "a red blue seven one three what digit is it yes"
 
@@ -105,3 +105,16 @@ def test_all_bad_lines_of_a_file_are_listed_and_many_are_counted(tmp_path):
     lines = str(refused.value).splitlines()
     assert "jsonl:2: text: found 3" in lines[0] and "jsonl:3: " in lines[1] and len(lines) == 21
     assert lines[-1] == "and 12 more"
+
+
+def test_whole_numbers_as_labels_are_reported_as_a_regression(tmp_path):
+    texts = ["a red seven", "a blue one", "a red three"]
+    write(tmp_path, "text_classification.train", *({"text": text, "label": i % 2} for i, text in enumerate(texts)))
+    (line,) = check(tmp_path, "text_classification")
+    assert "the labels 0, 1 are read as numbers to predict (regression)" in line and '"label": "0"' in line
+    for labels in (("0", "1", "0"), (0.5, 1, 2)):
+        records = [{"text": text, "label": label} for text, label in zip(texts, labels)]
+        write(tmp_path, "text_classification.train", *records)
+        assert check(tmp_path, "text_classification") == []
+    assert describe_numbers("x", map(float, range(20))) and not describe_numbers("x", map(float, range(21)))
+    assert describe_numbers("x", [None]) == ""
