@@ -5,6 +5,7 @@
     python -m mplug2.tools.bench --preset large --frames 16 --device cuda --compile --peak-tflops 989 --json bench.json
     python -m mplug2.tools.bench --data DIR                 # samples read per second, and how long training waits
     python -m mplug2.tools.bench --media [FILE ...]         # reading of video files, against decoding in order
+    python -m mplug2.tools.bench --evaluation 200           # captions, answers, retrieval; one and two processes
 
 Each measurement runs in its own process: a few warmup runs, then the median of the repeats. The rate of a large matrix
 product is measured alternately with them, because seconds times that rate are comparable between machines.
@@ -46,6 +47,7 @@ from mplug2.generation import SpecialTokens, beam_search
 from mplug2.model import attention, kernels
 from mplug2.model.mplug2 import MPLUG2
 from mplug2.objectives.objectives import Objectives
+from mplug2.tools.bench_eval import bench_evaluation
 from mplug2.tools.bench_media import bench_media
 from mplug2.training.optim import OptimizerSettings, make_optimizer
 from mplug2.training.parallel import checkpoint_activations, compile_model
@@ -273,14 +275,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, metavar="DIR", help="measure the reading of this data set instead")
     parser.add_argument("--media", type=Path, nargs="*", metavar="FILE",
                         help="measure the reading of these video files instead (default: files written for it)")
+    parser.add_argument("--evaluation", type=int, metavar="N", help="measure the evaluation of N videos instead")
     parser.add_argument("--workers", type=int, default=0, help="with --data: processes that decode (default: 0)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="save the numbers as a flat JSON object")
     options = parser.parse_args(arguments)
-    for name in ("frames", "batch_size", "repeats"):
-        if getattr(options, name) < 1:
+    for name in ("frames", "batch_size", "repeats", "evaluation"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"{name}={getattr(options, name)}: expected at least 1")
     try:
-        if options.media is not None:
+        if options.evaluation:
+            found = bench_evaluation(options.evaluation)
+        elif options.media is not None:
             found = bench_media(options.media, options.repeats, in_new_process)
         else:
             found = bench_data(options) if options.data else bench(options)

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 from mplug2 import distributed
 from mplug2.config import PRESETS
+from mplug2.data.media import read_video
+from mplug2.data.records import read_records
 from mplug2.generation import SpecialTokens, beam_search
 from mplug2.model.mplug2 import MPLUG2
 from mplug2.objectives.objectives import Objectives
-from mplug2.tools import bench
+from mplug2.tools import bench, bench_eval
 from mplug2.training.parallel import ParallelSettings, checkpoint_activations, compile_model, wrap_model
 from tiny_data.writer import Sizes, write
 
@@ -170,3 +172,24 @@ def test_impossible_options_are_refused(arguments, message, capsys):
     with pytest.raises(SystemExit):
         bench.main(arguments)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_evaluation_is_measured_on_one_and_on_two_processes(tmp_path, capsys):
+    bench.main(["--evaluation", "2", "--json", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())
+    for task, unit, count in (("video_caption", "captions", 2), ("video_qa", "answers", 8),
+                              ("video_retrieval", "pairs", 8)):
+        for processes in ("", "_2_processes"):
+            seconds = found[f"{task}{processes}_s"]
+            assert found[f"{task}_{unit}_per_second{processes}"] == pytest.approx(count / seconds) and seconds > 0
+        assert 0.1 < found[f"{task}_peak_gb"] < 10
+    assert "2 videos of 10 s" in capsys.readouterr().out
+
+
+def test_the_measured_evaluation_reads_videos_of_a_real_size(tmp_path):
+    bench_eval.write_data(tmp_path, 3)
+    assert [len(list(read_records(tmp_path, task, "test"))) for task in bench_eval.TASKS] == [3, 3, 3]
+    for record in read_records(tmp_path, "video_qa", "test"):
+        frames = read_video(tmp_path / record.video, None)
+        assert frames.shape == (250, 240, 320, 3) and len(record.qa) == 4

@@ -6,7 +6,9 @@ Three real processes serve the whole file.
 import contextlib
 import io
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from unittest.mock import patch
 
@@ -293,6 +295,45 @@ def test_all_ranks_skip_a_step_that_is_not_finite_on_one_and_its_samples_are_nam
     assert line.count(".jsonl:") == 3 and "3/3" in printed
     assert "finite" not in other and "step/s" not in other  # torch may have printed warnings
     assert [line["nonfinite_steps"] for line in lines(tmp_path / "tiny")] == [0, 1, 1]
+
+
+def train_until_signal(rank: int, arguments: list[str], step: int, number: signal.Signals) -> dict:
+    """Train, and send this process a signal in step `step` (0: never). Returns what train.py returns."""
+    backward = train.Trainer.backward
+
+    def signaled_backward(self, batches):
+        found = backward(self, batches)
+        if self.state.step + 1 == step:
+            os.kill(os.getpid(), number)
+        return found
+
+    with patch.object(train.Trainer, "backward", signaled_backward):
+        return train.main(arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_run_can_save_and_stop_around_the_first_line_of_metrics(processes, data, tmp_path, world):
+    """Metrics have a line every 20 steps. The signal reaches the last rank only; every rank saves and ends normally."""
+    arguments = [*SMALL, "--log-every", "20", "--data", str(data), "--out", str(tmp_path), "--max-steps", "22"]
+
+    def run(*more: str, step: int = 0, number: signal.Signals = signal.SIGINT) -> None:
+        given = [(rank, [*arguments, *more], step if rank == world - 1 else 0, number) for rank in range(world)]
+        if world == 1:
+            assert train_until_signal(*given[0]) == {}
+        else:
+            assert processes.run(train_until_signal, *given, joined=False) == [{}] * world
+
+    run("--name", "saves", "--save-every", "1", "--keep-checkpoints", "30")
+    for step, number in zip((1, 2, 19, 20, 21), (signal.SIGINT, signal.SIGTERM) * 3):
+        assert load_training(tmp_path / "saves" / f"step_{step:07d}")["step"] == step
+        run("--name", f"stops{step}", step=step, number=number)
+        folder = tmp_path / f"stops{step}"
+        assert load_training(folder / "last")["step"] == step
+        written = lines(folder) if (folder / "metrics.jsonl").exists() else []
+        assert [line["step"] for line in written] == [20] * (step >= 20) and (folder / "curves.png").exists()
+        run("--name", f"stops{step}", "--resume")
+        assert load_training(folder / "last")["step"] == 22 and [line["step"] for line in lines(folder)] == [20, 22]
 
 
 def test_flags_and_errors_of_one_rank_reach_all(processes):

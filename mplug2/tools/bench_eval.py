@@ -1,0 +1,110 @@
+"""Benchmark of evaluation: captions, answers and retrieval per second, on one and on two processes.
+
+    python -m mplug2.tools.bench --evaluation 200    # writes 200 videos of 10 s, 320 x 240 pixels, and evaluates them
+
+The model is `tiny_data/pretrained`, so nearly all the time goes into reading videos. Each process has one thread, and
+starts its clock when all of them have loaded the model: the numbers are those of the evaluation alone, without the
+start of Python and without the report.
+"""
+
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import tiny_data
+from mplug2 import distributed
+from mplug2.evaluation.data import EvalOptions, EvalSplit
+from mplug2.evaluation.evaluate import evaluate
+from mplug2.inference import Inference
+from mplug2.predictor import load
+from mplug2.tools.bench_media import write_h264
+
+QUESTIONS = ("which digit is it", "what color is it", "where does it move", "is it a red seven")
+TASKS = {"video_caption": "captions", "video_qa": "answers", "video_retrieval": "pairs"}
+"""The tasks, and what is counted per second: pairs are those of a video and a text that are re-ranked."""
+SECONDS, RATE = 10, 25
+"""Length of a video, and its frames per second."""
+
+
+def write_data(root: Path, count: int) -> None:
+    """`count` copies of one H.264 video, each with one caption of its own and four questions."""
+    video = write_h264(root / "0.mp4", SECONDS, RATE, None)
+    lines: dict[str, list[dict]] = {task: [] for task in TASKS}
+    for number in range(count):
+        if number:
+            shutil.copy(video, root / f"{number}.mp4")
+        record = {"id": str(number), "video": f"{number}.mp4"}
+        captions = [f"a {color} {digit} moving {way}" for color in ("red", "blue", "green") for digit in ("one", "two")
+                    for way in ("left", "right")]
+        caption = {**record, "captions": [captions[number % len(captions)]]}
+        lines["video_caption"].append(caption)
+        lines["video_retrieval"].append(caption)
+        lines["video_qa"].append({**record, "qa": [{"question": one, "answers": ["yes"]} for one in QUESTIONS]})
+    for task, records in lines.items():
+        (root / f"{task}.test.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def measure(root: Path, task: str, rank: int, world_size: int, port: int, found: multiprocessing.Queue) -> None:
+    """Evaluate one task on one rank; the main rank reports seconds, and its peak memory in bytes."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    process = distributed.init_distributed("cpu")
+    predictor = load(Path(tiny_data.__file__).parent / "pretrained", process.device)
+    predictor.inference = Inference(rank=rank, world_size=world_size)
+    distributed.all_gather_object(rank)  # all ranks are ready
+    start = time.perf_counter()
+    evaluate(predictor, EvalSplit(root, "test"), [task])
+    distributed.all_gather_object(rank)
+    if process.is_main:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        found.put((time.perf_counter() - start, peak))
+    distributed.shutdown()
+
+
+def on_processes(root: Path, task: str, world_size: int) -> tuple[float, float]:
+    """Seconds of the evaluation of a task on `world_size` processes, and the peak memory of the main one in bytes."""
+    context = multiprocessing.get_context("spawn")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    found = context.SimpleQueue()
+    ranks = [context.Process(target=measure, args=(root, task, rank, world_size, port, found), daemon=True)
+             for rank in range(world_size)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    if any(rank.exitcode for rank in ranks):
+        raise ValueError(f"the evaluation of {task} on {world_size} processes failed; see the message above")
+    return found.get()
+
+
+def bench_evaluation(count: int) -> dict[str, float]:
+    """Measure every task on one and on two processes. Returns the numbers that `--json` saves."""
+    units = {"video_caption": count, "video_qa": count * len(QUESTIONS),
+             "video_retrieval": 2 * count * min(count, EvalOptions().rerank)}
+    results: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_data(root, count)
+        print(f"{count} videos of {SECONDS} s, 320 x 240 pixels; {os.cpu_count()} cores, one thread per process\n")
+        print(f"{'':<22}{'1 process, s':>14}{'per second':>12}{'2 processes, s':>16}{'per second':>12}{'ratio':>8}"
+              f"{'peak GB':>9}")
+        for task, unit in TASKS.items():
+            (one, peak), (two, _) = on_processes(root, task, 1), on_processes(root, task, 2)
+            name = f"{task.removeprefix('video_')}, {unit}"
+            print(f"{name:<22}{one:>14.1f}{units[task] / one:>12.1f}{two:>16.1f}{units[task] / two:>12.1f}"
+                  f"{one / two:>8.2f}{peak / 1e9:>9.2f}", flush=True)
+            results |= {f"{task}_s": one, f"{task}_2_processes_s": two, f"{task}_{unit}_per_second": units[task] / one,
+                        f"{task}_{unit}_per_second_2_processes": units[task] / two, f"{task}_peak_gb": peak / 1e9}
+    return results
