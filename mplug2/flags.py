@@ -4,7 +4,8 @@
     epochs: float | None = None                 --epochs 2.5, no default
     resume: bool = False                        --resume or --no-resume
     optimizer: Literal["muon", "adamw"] = ...   --optimizer adamw
-    root: str                                   ROOT: a field without a default is a positional argument
+    root: str                                   ROOT: a field without a default is a positional argument; one with
+                                                metadata={"positional": True} may be left out
 
 All commands of the repository are built this way. One with a single dataclass needs two lines:
 
@@ -18,6 +19,7 @@ import dataclasses
 import math
 import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
@@ -54,6 +56,7 @@ class Parser(argparse.ArgumentParser):
         self.owners: dict[str, str] = {}
         self.docs: dict[str, str] = {}
         self.positional: dict[str, type] = {}
+        self.required: list[str] = []
 
     def add(self, cls: type, title: str, only: Collection[str] = ()) -> None:
         """A titled group with a flag for each field of the dataclass `cls`, or for those named in `only`."""
@@ -68,10 +71,13 @@ class Parser(argparse.ArgumentParser):
                 doc = f"{doc} Known: {', '.join(known)}."
             self.owners[field.name], self.docs[field.name] = cls.__name__, doc
             flag = "--" + field.name.replace("_", "-")
-            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+            if required or field.metadata.get("positional"):
                 self.positional[field.name] = kind
-                self.usage = self.usage.replace(" [flags]", f" {field.name.upper()} [flags]")
-                positional += f"{field.name.upper()}: {doc}\n"
+                self.required += [field.name] * required
+                shown = field.name.upper() if required else f"[{field.name.upper()}]"
+                self.usage = self.usage.replace(" [flags]", f" {shown} [flags]")
+                positional += textwrap.fill(f"{field.name.upper()}: {doc}", 100) + "\n"
             elif kind is bool:
                 group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
             else:
@@ -112,7 +118,7 @@ class Parser(argparse.ArgumentParser):
                     self.error(str(error))
             self.print_help()
             self.exit()
-        if missing := [name.upper() for name in self.positional if name not in given]:
+        if missing := [name.upper() for name in self.required if name not in given]:
             self.error(f"{' and '.join(missing)}: not given")
         by_owner: dict[str, dict] = {owner: {} for owner in self.owners.values()}
         for name, value in given.items():

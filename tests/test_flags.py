@@ -179,6 +179,23 @@ def test_fields_without_a_default_are_positional_arguments(capsys):
     assert text.startswith("usage: program ROOT PARTS [flags]\n") and "ROOT: Folder to read." in text
 
 
+@dataclass(frozen=True)
+class Conversion:
+    file: str = field(default="", metadata={"positional": True})
+    """File to read."""
+    out: str = "there"
+    """Folder."""
+
+
+def test_a_positional_argument_with_a_default_may_be_left_out(capsys):
+    assert parse(Conversion, "", "convert", ["--out", "x"]) == Conversion("", "x")
+    assert parse(Conversion, "", "convert", ["a.pt", "--out", "x"]) == Conversion("a.pt", "x")
+    with pytest.raises(SystemExit):
+        parse(Conversion, "", "convert", ["--help"])
+    printed = capsys.readouterr().out
+    assert "convert [FILE] [flags]" in printed and "FILE: File to read." in printed
+
+
 def test_a_command_with_one_dataclass_is_parsed_and_refused_at_once(capsys, monkeypatch):
     assert parse(Example, "What it does.", "program", ["--rate", "1"]) == Example(rate=1.0)
     monkeypatch.setattr(sys, "argv", ["program", "--name", "a"])

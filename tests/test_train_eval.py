@@ -126,7 +126,7 @@ def test_the_report_can_be_written_again_from_the_files_of_the_run(run):
     for part in ("Results", "Curves", "Samples", "Hardest mistakes", "Settings", "Attention of the words"):
         assert part in page
     assert "python train.py --vision-width 32" in page and page.count("data:image/webp") >= 16
-    assert report.main([str(run)]) == 0
+    report.main([str(run)])
     assert (run / "report.html").read_text() == page
 
 
@@ -210,7 +210,7 @@ def test_a_run_can_be_stopped_before_the_first_line_of_metrics(light, tmp_path, 
     assert not (run / "metrics.jsonl").exists()
     with Image.open(run / "curves.png") as picture:
         picture.load()
-    assert report.main([str(run)]) == 0
+    report.main([str(run)])
     page = (run / "report.html").read_text()
     assert "<b>0 of 100,000</b>steps" in page and "Curves" not in page
     train.main(["--resume", "--out", str(tmp_path), "--max-steps", str(step + 1)])
@@ -377,6 +377,7 @@ def test_named_modules_start_from_scratch(run, light, tmp_path, capsys):
 
 def test_a_run_without_symbolic_links_is_resumed_fine_tuned_and_evaluated(light, tmp_path, monkeypatch):
     """As on exFAT: `last` and `best` are text files."""
+
     def no_links(self, *_, **__):
         raise OSError("Operation not permitted")
 

@@ -14,8 +14,8 @@ are counted, and --prefer chooses among them.
     python -m mplug2.data pack DIR OUT           # pre-training records as tar shards, for train.py --data OUT
 """
 
-import argparse
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mplug2.data.adapters import ADAPTERS
@@ -23,58 +23,81 @@ from mplug2.data.adapters.source import Files
 from mplug2.data.check import check_dataset
 from mplug2.data.check_folder import check_folder
 from mplug2.data.shards import pack
+from mplug2.flags import check_range, one_line_errors, parse
+
+PROG = "python -m mplug2.data"
+
+
+@dataclass(frozen=True)
+class DownloadSettings:
+    name: str = field(metadata={"known": tuple(ADAPTERS)})
+    """The data set."""
+    root: str
+    """Folder of the download: annotations and media."""
+    annotations: str = ""
+    """Folder of the annotation files, if they are not in ROOT."""
+    prefer: str = ""
+    """Folder whose file is used where several have the same name. Default: the shortest path."""
+    out: str = ""
+    """Folder for the JSONL files."""
+    decode: int = 32
+    """Number of media files of each split to decode; 0: all."""
+    preview: str = ""
+    """Image file for one drawn sample per task. Default: NAME.png, in --out if given."""
+
+    def __post_init__(self):
+        check_range(self, "decode", 0)
+
+
+@dataclass(frozen=True)
+class FolderSettings:
+    root: str
+    """Folder with <task>.<split>.jsonl files."""
+    decode: int = 32
+    """Number of media files per file of records to decode; 0: all."""
+    tokenizer: str = ""
+    """vocab.txt, tokenizer.json, or checkpoint folder: report unknown words."""
+
+    def __post_init__(self):
+        check_range(self, "decode", 0)
+
+
+@dataclass(frozen=True)
+class PackSettings:
+    root: str
+    """Folder with <task>.<split>.jsonl files."""
+    out: str
+    """Folder for the shards."""
+    split: str = "train"
+    """Split to pack."""
+    samples_per_shard: int = 1000
+    """Samples in each tar."""
+
+    def __post_init__(self):
+        check_range(self, "samples_per_shard", 1)
 
 
 def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
-    try:
+    with one_line_errors(PROG):
         {"pack": pack_command, "check": folder_command}.get(next(iter(arguments), ""), download_command)(arguments)
-    except (ValueError, OSError) as error:
-        print(f"python -m mplug2.data: {error}", file=sys.stderr)
-        raise SystemExit(1) from error
 
 
 def pack_command(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m mplug2.data pack", allow_abbrev=False)
-    parser.add_argument("root", metavar="DIR", type=Path, help="folder with <task>.<split>.jsonl files")
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder for the shards")
-    parser.add_argument("--split", default="train", help="split to pack (default train)")
-    parser.add_argument("--samples-per-shard", type=int, default=1000, help="samples in each tar (default 1000)")
-    given = parser.parse_args(arguments[1:])
-    counts = pack(given.root, given.out, given.split, given.samples_per_shard)
+    given = parse(PackSettings, __doc__, f"{PROG} pack", arguments[1:])
+    counts = pack(Path(given.root), Path(given.out), given.split, given.samples_per_shard)
     print(f"{given.out}: " + ", ".join(f"{count:,} {kind}" for kind, count in counts.items()))
 
 
 def folder_command(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m mplug2.data check", allow_abbrev=False)
-    parser.add_argument("root", metavar="DIR", type=Path, help="folder with <task>.<split>.jsonl files")
-    parser.add_argument("--decode", type=int, default=32,
-                        help="number of media files per file of records to decode; 0: all (default 32)")
-    parser.add_argument("--tokenizer", metavar="FILE", type=Path,
-                        help="vocab.txt, tokenizer.json, or checkpoint folder: report unknown words")
-    given = parser.parse_args(arguments[1:])
-    check_folder(given.root, given.decode, given.tokenizer)
+    given = parse(FolderSettings, __doc__, f"{PROG} check", arguments[1:])
+    check_folder(Path(given.root), given.decode, Path(given.tokenizer) if given.tokenizer else None)
 
 
 def download_command(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m mplug2.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("name", metavar="NAME", help=f"the data set: {', '.join(ADAPTERS)}")
-    parser.add_argument("root", metavar="ROOT", type=Path, help="folder of the download: annotations and media")
-    parser.add_argument("--annotations", metavar="DIR", type=Path,
-                        help="folder of the annotation files, if they are not in ROOT")
-    parser.add_argument("--prefer", metavar="FOLDER", default="",
-                        help="folder whose file is used where several have the same name (default: the shortest path)")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="folder for the JSONL files")
-    parser.add_argument("--decode", type=int, default=32,
-                        help="number of media files per split to decode; 0: all (default 32)")
-    parser.add_argument("--preview", metavar="FILE", type=Path,
-                        help="image file for one drawn sample per task (default: NAME.png, in --out if given)")
-    given = parser.parse_args(arguments)
-    files = Files(given.root, given.annotations, given.prefer)
-    check_dataset(given.name, files, given.out, given.decode, given.preview)
+    given = parse(DownloadSettings, __doc__, PROG, arguments)
+    annotations, out, preview = (Path(path) if path else None for path in (given.annotations, given.out, given.preview))
+    check_dataset(given.name, Files(Path(given.root), annotations, given.prefer), out, given.decode, preview)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,16 @@ Weights are .pth, .pt, .bin or .safetensors files. The tokenizer is BERT's vocab
 given with --tokenizer, or else the one in the folder of FILE or of BERT.
 """
 
-import argparse
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mplug2.checkpoint import PreprocessConfig, save_model
 from mplug2.config import ModelConfig
 from mplug2.data.text import Tokenizer, clean
+from mplug2.did_you_mean import did_you_mean
+from mplug2.flags import check_range, one_line_errors, parse
 from mplug2.model.mplug2 import MPLUG2
 from mplug2.pretrained.bert import from_bert
 from mplug2.pretrained.clip import clip_sizes, from_clip
@@ -27,27 +29,46 @@ RELEASED = [name for name, task in TASKS.items() if not task.components & {"clas
 """Tasks that need no head of our own."""
 
 
+PROG = "python -m mplug2.pretrained"
+
+
+@dataclass(frozen=True)
+class ConversionSettings:
+    file: str = field(default="", metadata={"positional": True})
+    """A released mPLUG-2 checkpoint."""
+    task: str = field(default="", metadata={"known": RELEASED})
+    """Task of the model. Default: video_caption, or pretrain with --clip and --bert."""
+    settings: str = ""
+    """JSON file with the `config` and the `bert_config` of the released run. Default: the config in FILE, and the
+    bert_config of the large model."""
+    clip: str = ""
+    """File or folder of a CLIP ViT, with its settings file next to it."""
+    quick_gelu: bool = False
+    """State that a CLIP file without a settings file was trained with QuickGELU."""
+    bert: str = ""
+    """Folder of a Hugging Face BERT."""
+    image_size: int | None = None
+    """With --clip: input resolution in pixels. Default: CLIP's."""
+    tokenizer: str = ""
+    """vocab.txt or tokenizer.json of BERT. Default: the one next to the weights."""
+    out: str = ""
+    """Folder to write."""
+
+    def __post_init__(self):
+        if bool(self.file) == bool(self.clip and self.bert):
+            raise ValueError("give either FILE, a released checkpoint, or both --clip and --bert")
+        if not self.out:
+            raise ValueError("no folder to write: name it with --out")
+        if self.task and self.task not in RELEASED:
+            raise ValueError(f"task={self.task!r}{did_you_mean(self.task, RELEASED)}: expected one of "
+                             f"{', '.join(RELEASED)}")
+        check_range(self, "image_size", 1)
+
+
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        "python -m mplug2.pretrained", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("file", nargs="?", help="a released mPLUG-2 checkpoint")
-    parser.add_argument("--task", choices=RELEASED, help="default: video_caption, or pretrain with --clip and --bert")
-    parser.add_argument("--settings", help="JSON file with the `config` and the `bert_config` of the released run "
-                        "(default: the config in FILE, and the bert_config of the large model)")
-    parser.add_argument("--clip", help="file or folder of a CLIP ViT, with its settings file next to it")
-    parser.add_argument("--quick-gelu", action="store_true",
-                        help="state that a CLIP file without a settings file was trained with QuickGELU")
-    parser.add_argument("--bert", help="folder of a Hugging Face BERT")
-    parser.add_argument("--image-size", type=int, help="with --clip: input resolution in pixels (default: CLIP's)")
-    parser.add_argument("--tokenizer", help="vocab.txt or tokenizer.json of BERT")
-    parser.add_argument("--out", required=True, help="folder to write")
-    options = parser.parse_args(arguments)
-    if bool(options.file) == bool(options.clip and options.bert):
-        parser.error("give either FILE, a released checkpoint, or both --clip and --bert")
+    options = parse(ConversionSettings, __doc__, PROG, arguments)
     out = Path(options.out)
-    try:
+    with one_line_errors(PROG):
         if out.exists():
             raise ValueError(f"{out} already exists; remove it or choose another folder")
         converted = convert_released(options) if options.file else convert_clip_and_bert(options)
@@ -55,13 +76,11 @@ def main(arguments: list[str] | None = None) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         save_model(partial, *converted)
         partial.rename(out)
-    except (ValueError, OSError) as error:
-        parser.exit(1, f"error: {error}\n")
     model = converted[0]
     print(f"{out}: {model.task}, {sum(parameter.numel() for parameter in model.parameters()):,} parameters")
 
 
-def convert_released(options: argparse.Namespace) -> tuple[MPLUG2, Tokenizer, PreprocessConfig]:
+def convert_released(options: ConversionSettings) -> tuple[MPLUG2, Tokenizer, PreprocessConfig]:
     """A released checkpoint for one task. ValueError if our prompt, end token or tokenizer differs from its own."""
     contents, task = open_weights(options.file), options.task or "video_caption"
     if options.settings:
@@ -84,7 +103,7 @@ def convert_released(options: argparse.Namespace) -> tuple[MPLUG2, Tokenizer, Pr
     return model, tokenizer, PreprocessConfig(run.get("test_num_frames", 16))
 
 
-def convert_clip_and_bert(options: argparse.Namespace) -> tuple[MPLUG2, Tokenizer, PreprocessConfig]:
+def convert_clip_and_bert(options: ConversionSettings) -> tuple[MPLUG2, Tokenizer, PreprocessConfig]:
     """A model in the sizes of CLIP and BERT, filled with their weights. It has a quarter as many fusion layers as
     text layers."""
     clip, settings = open_weights(options.clip), open_settings(options.bert)
@@ -110,7 +129,7 @@ def convert_clip_and_bert(options: argparse.Namespace) -> tuple[MPLUG2, Tokenize
     return model, tokenizer_of(config, options, Path(options.bert)), PreprocessConfig()
 
 
-def tokenizer_of(config: ModelConfig, options: argparse.Namespace, folder: Path) -> Tokenizer:
+def tokenizer_of(config: ModelConfig, options: ConversionSettings, folder: Path) -> Tokenizer:
     """The tokenizer. ValueError if its size is not the model's: with another one every text would be nonsense."""
     if not options.tokenizer and not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
         raise ValueError(f"{folder}: no vocab.txt or tokenizer.json next to the weights; use --tokenizer with "

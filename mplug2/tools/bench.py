@@ -4,7 +4,7 @@
     python -m mplug2.tools.bench --reference                # also without KV caches and fused attention
     python -m mplug2.tools.bench --preset large --frames 16 --device cuda --compile --peak-tflops 989 --json bench.json
     python -m mplug2.tools.bench --data DIR                 # samples read per second, and how long training waits
-    python -m mplug2.tools.bench --media [FILE ...]         # reading of video files, against decoding in order
+    python -m mplug2.tools.bench --media                    # reading of video files, against decoding in order
     python -m mplug2.tools.bench --evaluation 200           # captions, answers, retrieval; one and two processes
 
 Each measurement runs in its own process: a few warmup runs, then the median of the repeats. The rate of a large matrix
@@ -21,7 +21,7 @@ FLOPs. The first term is the patch embedding. The second has, for each block, th
 attention within a frame, and two local temporal modules of 2 d^2 per patch.
 """
 
-import argparse
+import dataclasses
 import json
 import multiprocessing
 import resource
@@ -31,7 +31,9 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 from unittest.mock import patch
 
 import torch
@@ -43,6 +45,7 @@ from mplug2.data.batches import Collate, MixedBatches, label_positions
 from mplug2.data.loader import make_loader, prefetch
 from mplug2.data.samples import Samples, check_texts, read_samples
 from mplug2.data.text import Tokenizer, clean
+from mplug2.flags import check_range, one_line_errors, parse
 from mplug2.generation import SpecialTokens, beam_search
 from mplug2.model import attention, kernels
 from mplug2.model.mplug2 import MPLUG2
@@ -52,6 +55,7 @@ from mplug2.tools.bench_media import bench_media
 from mplug2.training.optim import OptimizerSettings, make_optimizer
 from mplug2.training.parallel import checkpoint_activations, compile_model
 
+PROG = "python -m mplug2.tools.bench"
 BEAMS = 5
 CAPTION = 20  # tokens of a caption, in generation and in training
 MATMUL = 2048  # rows and columns of the matrices whose product measures the machine's rate
@@ -59,19 +63,55 @@ WARM_UP = 2
 DATA_STEPS = 60  # batches of each measurement of the data path
 
 
-def inputs(model: MPLUG2, options: argparse.Namespace, device: str) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class BenchSettings:
+    preset: Literal["tiny", "small", "base", "large"] = "base"
+    """Size of the model."""
+    frames: int = 8
+    """Frames of a video."""
+    batch_size: int = 1
+    """Videos in a batch."""
+    repeats: int = 7
+    """Timed runs of each measurement."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """cuda runs under bfloat16 autocast."""
+    compile: bool = False
+    """Compile the model."""
+    reference: bool = False
+    """Also measure without KV caches and fused attention."""
+    peak_tflops: float = 0.0
+    """Peak rate of the device (dense bf16), to compute the MFU."""
+    data: str = ""
+    """Measure the reading of this data set instead."""
+    workers: int = 0
+    """With --data: processes that decode."""
+    media: bool = False
+    """Measure the reading of video files instead: of files that are written for it, or of --files."""
+    files: str = ""
+    """With --media: your video files, separated by commas."""
+    evaluation: int | None = None
+    """Measure the evaluation of this number of videos instead."""
+    json: str = ""
+    """Save the numbers as a flat JSON object."""
+
+    def __post_init__(self):
+        check_range(self, "frames batch_size repeats evaluation", 1)
+        check_range(self, "peak_tflops workers", 0)
+
+
+def inputs(model: MPLUG2, options: BenchSettings, device: str) -> tuple[Tensor, Tensor]:
     """Random pixels `b 3 t H W` and captions `b l`."""
     config, b = model.config, options.batch_size
     pixels = torch.randn(b, 3, options.frames, config.image_size, config.image_size, device=device)
     return pixels, torch.randint(5, config.vocab_size, (b, CAPTION + 1), device=device)
 
 
-def encoder(model: MPLUG2, options: argparse.Namespace, device: str) -> Callable[[], object]:
+def encoder(model: MPLUG2, options: BenchSettings, device: str) -> Callable[[], object]:
     pixels, _ = inputs(model.eval(), options, device)
     return torch.no_grad()(lambda: model.vision_encoder(pixels))
 
 
-def generation(model: MPLUG2, options: argparse.Namespace, device: str) -> Callable[[], object]:
+def generation(model: MPLUG2, options: BenchSettings, device: str) -> Callable[[], object]:
     """Beam search of exactly 20 steps from V', which is computed before the clock starts."""
     pixels, ids = inputs(model.eval(), options, device)
     with torch.no_grad():
@@ -96,7 +136,7 @@ def uncached_search(model: MPLUG2, vision: Tensor, ids: Tensor) -> Tensor:
     return ids
 
 
-def train(model: MPLUG2, options: argparse.Namespace, device: str) -> Callable[[], object]:
+def train(model: MPLUG2, options: BenchSettings, device: str) -> Callable[[], object]:
     """Forward, backward and AdamW, with dropout."""
     pixels, ids = inputs(model.train(), options, device)
     mask = torch.ones_like(ids, dtype=torch.bool)
@@ -121,7 +161,7 @@ def unfused_attention() -> AbstractContextManager:
     return patch.object(attention, "attention", kernels.reference_attention)
 
 
-def prepare(name: str, options: argparse.Namespace) -> Callable[[], object]:
+def prepare(name: str, options: BenchSettings) -> Callable[[], object]:
     torch.manual_seed(0)
     with torch.device(options.device):
         model = MPLUG2(PRESETS[options.preset](), "video_caption")
@@ -133,15 +173,15 @@ def prepare(name: str, options: argparse.Namespace) -> Callable[[], object]:
     return torch.autocast(options.device, torch.bfloat16, enabled=options.device == "cuda")(run)
 
 
-def count_flops(name: str, options: argparse.Namespace) -> int:
-    run = prepare(name, argparse.Namespace(**{**vars(options), "compile": False}))
+def count_flops(name: str, options: BenchSettings) -> int:
+    run = prepare(name, dataclasses.replace(options, compile=False))
     # torch does not count the CPU's fused kernel. The formula has the same products.
     with unfused_attention() if options.device == "cpu" else nullcontext(), FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
 
 
-def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
+def measure(name: str, options: BenchSettings) -> dict[str, float]:
     """Median seconds, the rate of the matrix product in GFLOP/s, and the peak memory of the process in 1e9 bytes."""
     device = options.device
     run = prepare(name, options)
@@ -183,7 +223,7 @@ def in_new_process(function: Callable, *arguments: object) -> object:
         return process.submit(function, *arguments).result()
 
 
-def bench(options: argparse.Namespace) -> dict[str, float]:
+def bench(options: BenchSettings) -> dict[str, float]:
     """Run all measurements, print a table, and return the flat dictionary that `--json` saves."""
     found: dict[str, float] = {}
     rates = []
@@ -192,7 +232,7 @@ def bench(options: argparse.Namespace) -> dict[str, float]:
     print(f"{'':<22}{'seconds':>9}{'samples/s':>11}{'GFLOP':>9}{'of matmul':>11}{'s x GFLOP/s':>13}{'peak GB':>9}")
     for name in MEASUREMENTS:
         for reference in [False, True] if options.reference else [False]:
-            variant = argparse.Namespace(**{**vars(options), "reference": reference})
+            variant = dataclasses.replace(options, reference=reference)
             if reference and name == "train_checkpointed":
                 continue
             result, flops = in_new_process(measure, name, variant), in_new_process(count_flops, name, variant)
@@ -212,7 +252,7 @@ def bench(options: argparse.Namespace) -> dict[str, float]:
     return found
 
 
-def bench_data(options: argparse.Namespace) -> dict[str, float]:
+def bench_data(options: BenchSettings) -> dict[str, float]:
     """Samples that the loader reads per second, and the share of pre-training time spent waiting for it."""
     samples = read_samples(options.data, "pretrain", "train")
     samples = {kind: samples[kind] for kind in ("video", "image") if kind in samples}
@@ -260,39 +300,17 @@ def bench_data(options: argparse.Namespace) -> dict[str, float]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m mplug2.tools.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--preset", default="base", choices=PRESETS)
-    parser.add_argument("--frames", type=int, default=8, help="frames of a video (default: 8)")
-    parser.add_argument("--batch-size", type=int, default=1, help="videos in a batch (default: 1)")
-    parser.add_argument("--repeats", type=int, default=7, help="timed runs of each measurement (default: 7)")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"],
-                        help="cuda runs under bfloat16 autocast (default: cpu)")
-    parser.add_argument("--compile", action="store_true", help="compile the model")
-    parser.add_argument("--reference", action="store_true", help="also measure without KV caches and fused attention")
-    parser.add_argument("--peak-tflops", type=float, help="peak rate of the device (dense bf16), to compute the MFU")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="measure the reading of this data set instead")
-    parser.add_argument("--media", type=Path, nargs="*", metavar="FILE",
-                        help="measure the reading of these video files instead (default: files written for it)")
-    parser.add_argument("--evaluation", type=int, metavar="N", help="measure the evaluation of N videos instead")
-    parser.add_argument("--workers", type=int, default=0, help="with --data: processes that decode (default: 0)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="save the numbers as a flat JSON object")
-    options = parser.parse_args(arguments)
-    for name in ("frames", "batch_size", "repeats", "evaluation"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            parser.error(f"{name}={getattr(options, name)}: expected at least 1")
-    try:
+    options = parse(BenchSettings, __doc__, PROG, arguments)
+    with one_line_errors(PROG):
         if options.evaluation:
             found = bench_evaluation(options.evaluation)
-        elif options.media is not None:
-            found = bench_media(options.media, options.repeats, in_new_process)
+        elif options.media:
+            found = bench_media([Path(file) for file in options.files.split(",") if file], options.repeats,
+                                in_new_process)
         else:
             found = bench_data(options) if options.data else bench(options)
-    except (ValueError, FileNotFoundError) as error:
-        parser.error(str(error))
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=2) + "\n")
+        if options.json:
+            Path(options.json).write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

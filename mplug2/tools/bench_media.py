@@ -1,7 +1,7 @@
 """Benchmark of reading videos and photos: CPU time of `read_video` against imageio, which decodes in order.
 
     python -m mplug2.tools.bench --media                # files that it writes: 30 s and 4 min of H.264, and a photo
-    python -m mplug2.tools.bench --media a.mp4 b.mkv    # your files
+    python -m mplug2.tools.bench --media --files docs/examples/blue_seven_left.gif    # your files, with commas
 
 Each file has its own process, where both readers take turns. They read frames as in training: a random one of each
 segment, the same for both. The garbage collector is frozen, as in a worker of the loader, because imageio collects

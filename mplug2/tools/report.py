@@ -17,10 +17,10 @@ import json
 import math
 import os
 import random
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
@@ -36,10 +36,13 @@ from mplug2.evaluation.evaluate import EvalResult
 from mplug2.evaluation.metric_names import by_heading, format_value, is_fraction
 from mplug2.evaluation.predictions import is_right
 from mplug2.evaluation.ranking import box_iou
+from mplug2.flags import one_line_errors, parse
 from mplug2.predictor import Predictor, WordAttention, load
 from mplug2.tasks import EVALUATED, TASKS
 from mplug2.tools.charts import chart
 from mplug2.tools.plots import attended_frames, overlay
+
+PROG = "python -m mplug2.tools.report"
 
 CARDS = 8
 """Cards with samples, and as many with mistakes."""
@@ -465,17 +468,17 @@ def data_uri(frames: np.ndarray) -> str:
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def main(arguments: list[str]) -> int:
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: python -m mplug2.tools.report runs/NAME", file=sys.stderr)
-        return 2
-    try:
-        print(write_report(Path(arguments[0])))
-    except (ValueError, OSError) as error:
-        print(f"mplug2.tools.report: {error}", file=sys.stderr)
-        return 1
-    return 0
+@dataclass(frozen=True)
+class ReportSettings:
+    run: str
+    """Folder of a run, such as runs/tiny."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    settings = parse(ReportSettings, __doc__, PROG, arguments)
+    with one_line_errors(PROG):
+        print(write_report(Path(settings.run)))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main()

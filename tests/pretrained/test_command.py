@@ -109,7 +109,7 @@ def test_the_command_converts_a_released_file(released, tmp_path, monkeypatch, c
     given = arguments(released, tmp_path, "--task", "video_caption", test_num_frames=7)
     monkeypatch.setattr(sys, "argv", ["python -m mplug2.pretrained", *given])
     monkeypatch.delitem(sys.modules, "mplug2.pretrained.__main__")
-    runpy.run_module("mplug2.pretrained", run_name="__main__")
+    runpy.run_module("mplug2.pretrained", run_name="__main__", alter_sys=True)
     assert "released: video_caption, " in capsys.readouterr().out
     model, tokenizer, preprocess = load_model(tmp_path / "runs" / "released")
     assert sorted(file.name for file in (tmp_path / "runs" / "released").iterdir()) == [

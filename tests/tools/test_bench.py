@@ -165,7 +165,7 @@ def test_the_data_path_is_measured(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--frames", "0"], "frames=0: expected at least 1"),
+    (["--frames", "0"], "frames=0: expected a number of at least 1"),
     (["--data", "nowhere"], "nowhere"),
 ])
 def test_impossible_options_are_refused(arguments, message, capsys):

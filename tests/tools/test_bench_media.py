@@ -37,7 +37,7 @@ def test_files_that_it_writes_are_read_alike(capsys):
 def test_files_that_are_given(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "in_new_process", here)
     path = write_video(tmp_path / "a.mp4", np.repeat(counter(30), 2, axis=1))
-    bench.main(["--media", str(path), "--repeats", "1", "--json", str(tmp_path / "media.json")])
+    bench.main(["--media", "--files", str(path), "--repeats", "1", "--json", str(tmp_path / "media.json")])
     assert set(json.loads((tmp_path / "media.json").read_text())) == {
         f"a.mp4{more}_{what}" for more in ("", "_all_frames") for what in ("s", "reference_s", "ratio")}
     for name, message in (("gone.mp4", "does not exist"), ("short.avi", "short.avi cannot be read by imageio")):
@@ -46,5 +46,5 @@ def test_files_that_are_given(tmp_path, capsys, monkeypatch):
             content[content.index(b"strh") + 40] = 60
             (tmp_path / name).write_bytes(content)
         with pytest.raises(SystemExit):
-            bench.main(["--media", str(tmp_path / name), "--repeats", "1"])
+            bench.main(["--media", "--files", str(tmp_path / name), "--repeats", "1"])
         assert message in capsys.readouterr().err

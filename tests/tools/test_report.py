@@ -147,7 +147,7 @@ def test_a_part_whose_file_is_missing_is_left_out(run, tmp_path, left_out):
     other.mkdir()
     for name in {"settings.json", "metrics.jsonl", "predictions.jsonl"} - set(left_out):
         (other / name).write_bytes((run / name).read_bytes())
-    assert main([str(other)]) == 0  # without a checkpoint there is no attention
+    main([str(other)])  # without a checkpoint there is no attention
     text = Page((other / "report.html").read_text(encoding="utf-8")).text
     assert ("Results" in text and "Curves" in text) == ("metrics.jsonl" not in left_out)
     assert ("Samples" in text and "Hardest mistakes" in text) == ("predictions.jsonl" not in left_out)
@@ -213,9 +213,11 @@ def test_each_box_has_an_image_of_its_own_with_the_true_box_in_white_and_the_pre
 
 
 def test_a_folder_that_is_not_a_run_is_refused(tmp_path, capsys):
-    assert main([str(tmp_path)]) == 1
-    assert "has no settings.json: expected the folder of a run" in capsys.readouterr().err
-    assert main([]) == 2 and "usage" in capsys.readouterr().err
+    for arguments, code, message in (([str(tmp_path)], 1, "has no settings.json: expected the folder of a run"),
+                                     ([], 2, "RUN: not given"), (["a", "b"], 2, "unknown argument b")):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == code and message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("one, expected", [
