@@ -5,6 +5,9 @@ first dot, such as `000012.json` and `000012.mp4`. `shards.json` lists the shard
 
     video-000000.tar  video-000001.tar ...  image-000000.tar ...  text-000000.tar ...  shards.json
 
+Shards of other programs (img2dataset, video2dataset, webdataset) are read as they are: an image or a video with its
+caption in a `.txt`, or under "caption" in a `.json`. Their samples are counted once, and listed in `shards.json`.
+
 Each worker of each rank is a reader with shards of its own. Every epoch the shards are shuffled and assigned to the
 readers again. A reader reads its shards from front to back and shuffles within windows of `--shuffle-buffer` samples.
 
@@ -14,12 +17,14 @@ assigned again, and each old reader's current window is read from its start: no 
 these windows may be repeated.
 """
 
+import hashlib
 import io
 import json
 import os
 import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -27,14 +32,18 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
+from tqdm import tqdm
 
 from mplug2.data.batches import Collate, MixedBatches
 from mplug2.data.loader import start_worker
-from mplug2.data.media import MediaError
+from mplug2.data.media import MEDIA_SUFFIXES, VIDEO_SUFFIXES, MediaError
 from mplug2.data.records import Question, RecordError
 from mplug2.data.samples import Sample, Samples, check_texts, read_samples, stream_kind
+from mplug2.data.text import clean
 
 INDEX = "shards.json"
+MAX_BYTES = 2**30
+"""Larger members of a shard are not read."""
 
 
 def pack(root: Path | str, out: Path | str, split: str = "train", samples_per_shard: int = 1000) -> dict[str, int]:
@@ -78,8 +87,48 @@ def _write_sample(tar: tarfile.TarFile, key: str, sample: Sample) -> None:
 
 
 def is_shards(root: Path | str) -> bool:
-    """Whether the folder has an index of shards."""
-    return (Path(root) / INDEX).is_file()
+    """Whether the folder has an index of shards, or tars and no JSONL files."""
+    root = Path(root)
+    return (root / INDEX).is_file() or (any(root.glob("*.tar")) and not any(root.glob("*.jsonl")))
+
+
+def index_shards(root: Path, before: dict) -> dict[str, list[dict]]:
+    """List the tars that another program wrote, by batch type, and write the index where the folder allows it.
+
+    The batch type of a tar is that of its first sample. The index of an earlier run (`before`) is used again if it has
+    the same tars with the same sizes.
+    """
+    tars = {path.name: path.stat().st_size for path in sorted(root.glob("*.tar"))}
+    if before["bytes"] == tars:
+        return before["kinds"]
+    index: dict[str, list[dict]] = {}
+    for name in tqdm(tars, desc=f"counting samples in {root}", unit=" tar"):
+        kind, samples = count_samples(root / name)
+        if samples:
+            index.setdefault(kind, []).append({"file": name, "samples": samples})
+    if not index:
+        raise FileNotFoundError(f"{root}: none of its {len(tars)} tars has a sample; expected images or videos with a "
+                                ".txt or .json next to each")
+    with suppress(OSError):  # a folder without write permission
+        part = root / f".{INDEX}.{os.getpid()}.part"
+        part.write_text(json.dumps({"format": 1, "bytes": tars, "kinds": index}, indent=1) + "\n")
+        os.replace(part, root / INDEX)
+    return index
+
+
+def count_samples(path: Path) -> tuple[str, int]:
+    """The batch type of a tar's first sample, and the number of its samples. Only the headers are read."""
+    key, count, suffixes = None, 0, set()
+    with suppress(tarfile.TarError, EOFError), tarfile.open(path) as tar:  # of a tar that is cut off, the part before
+        for member in tar:
+            if member.isfile():
+                name, _, suffix = os.path.basename(member.name).partition(".")
+                key, count = name, count + (name != key)
+                if count == 1:
+                    suffixes.add(_ending(suffix))
+    if suffixes & {*VIDEO_SUFFIXES}:
+        return "video", count
+    return "image" if suffixes & {*MEDIA_SUFFIXES} else "text", count
 
 
 class ShardRange(NamedTuple):
@@ -105,13 +154,14 @@ class ShardSet:
 
 
 def read_shards(root: Path | str) -> dict[str, ShardSet]:
-    """The shards that `pack` wrote, by batch type.
+    """The shards of a folder, by batch type: those that `pack` wrote, or those of another program.
 
     Raises ValueError for an index that cannot be read, FileNotFoundError for a shard that is missing.
     """
     root = Path(root)
     try:
-        kinds = json.loads((root / INDEX).read_text())["kinds"]
+        index = json.loads((root / INDEX).read_text()) if (root / INDEX).is_file() else {"bytes": None}
+        kinds = index_shards(root, index) if "bytes" in index else index["kinds"]
         found = {
             kind: ShardSet(tuple(root / shard["file"] for shard in shards), tuple(int(s["samples"]) for s in shards))
             for kind, shards in kinds.items()
@@ -141,7 +191,10 @@ def _members(path: Path, first: int, stop: int) -> Iterator[tuple[int, dict[str,
                     number, key, files = number + 1, name, {}
                 if number >= stop:
                     return
-                if number >= first:
+                if number >= first and not isinstance(files, str):
+                    if member.size > MAX_BYTES:
+                        files = f"{member.name} has {member.size:,} bytes; at most {MAX_BYTES:,} are read"
+                        continue
                     content = tar.extractfile(member).read()
                     if len(content) < member.size:
                         raise tarfile.ReadError(f"{len(content)} of the {member.size} bytes of {member.name}")
@@ -157,24 +210,53 @@ def _members(path: Path, first: int, stop: int) -> Iterator[tuple[int, dict[str,
 
 def _parse(path: Path, number: int, files: dict[str, bytes]) -> tuple[Sample, str | None]:
     """A sample without its media, and the suffix of its media file. RecordError if it is incomplete."""
+    media = [suffix for suffix in files if _ending(suffix) in MEDIA_SUFFIXES]
+    if len(media) > 1:
+        raise RecordError(f"found {len(media)} media files ({', '.join(media)}); expected one")
     try:
-        texts = json.loads(files["json"])
+        texts = json.loads(files["json"]) if "json" in files else {}
+        if "captions" not in texts and ("caption" in texts or "txt" in files):
+            texts = _captioned(texts, files)
         for old, name in (("where", "source"), ("meaning", "positive_id")):  # old spellings
             if old in texts:
                 texts.setdefault(name, texts.pop(old))
         sample = Sample(
             source=f"{path}:{number} ({texts['source']})", positive_id=int(texts["positive_id"]),
-            captions=tuple(map(str, texts["captions"])),
-            qa=tuple(Question(q["question"], tuple(q["answers"]), q["kind"]) for q in texts["qa"]),
+            captions=tuple(map(_text, texts["captions"])),
+            qa=tuple(Question(_text(q["question"]), _answers(q["answers"]), q.get("kind")) for q in texts["qa"]),
         )
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise RecordError(f"the .json file is missing or not a sample ({type(error).__name__}: {error})") from error
     if not isinstance(texts["captions"], list) or not sample.captions:  # other ranks have captions and their losses
         raise RecordError(f"captions: found {texts['captions']!r}; expected a list of one or more strings")
-    media = [suffix for suffix in files if suffix != "json"]
-    if len(media) > 1:
-        raise RecordError(f"found {len(media)} media files ({', '.join(media)}); expected one")
     return sample, media[0] if media else None
+
+
+def _ending(suffix: str) -> str:
+    """The last part of a suffix, such as .mp4 of seg1.mp4, in lower case."""
+    return "." + suffix.rpartition(".")[2].lower()
+
+
+def _captioned(texts: dict, files: dict[str, bytes]) -> dict:
+    """The fields of a sample of another program, whose caption is in its .json or its .txt. Samples with the same
+    caption are positives of each other."""
+    caption = texts.get("caption")
+    if caption is None:
+        caption = files["txt"].decode("utf-8").strip()
+    digest = hashlib.sha256(clean(_text(caption)).encode()).digest()
+    return {"source": texts.get("key", "caption"), "positive_id": int.from_bytes(digest[:7], "big"),
+            "captions": [caption], "qa": []}
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"found {value!r:.40}, expected a text")
+    return value
+
+
+def _answers(value: object) -> tuple[str, ...]:
+    """A list of answers; a single text is one answer."""
+    return tuple(map(_text, [value] if isinstance(value, str) else value))
 
 
 @dataclass(frozen=True)
@@ -270,7 +352,7 @@ class Reader:
             self.check({kind: [sample]})
             pixels = None
             if suffix:
-                with tempfile.NamedTemporaryFile(suffix=f".{suffix}") as media:  # decoders need a named file
+                with tempfile.NamedTemporaryFile(suffix=_ending(suffix)) as media:  # decoders need a named file
                     media.write(files[suffix])
                     media.flush()
                     pixels = self.samples.pixels(Sample(sample.source, sample.positive_id, Path(media.name)), kind, rng)

@@ -6,11 +6,15 @@ import tarfile
 from collections import Counter
 from pathlib import Path
 
+import imageio.v3 as iio
+import numpy as np
 import pytest
 from data_helpers import VIDEOS, dataset, write_gif, write_records
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
+from mplug2.data import shards as shards_module
 from mplug2.data.__main__ import main
 from mplug2.data.batches import Collate, MixedBatches
 from mplug2.data.media import MediaError
@@ -343,3 +347,99 @@ def test_the_old_names_of_fields_are_still_read(root, tmp_path, tokenizer):
         assert one["positive_id"].equal(other["positive_id"]) and len(set(one["positive_id"].tolist())) > 1
         names = [[source.split("(")[1] for source in batch["source"]] for batch in (one, other)]
         assert names[0] == names[1]
+
+
+# ---- shards of other programs ----------------------------------------------------------------------------------------
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+@pytest.fixture
+def web(tmp_path) -> Path:
+    """As img2dataset writes it: .jpg, .txt and .json with more fields; and a tar of video2dataset, without .json."""
+    image, video = io.BytesIO(), tmp_path / "a.mp4"
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(image, "JPEG")
+    iio.imwrite(video, np.zeros((6, 16, 16, 3), np.uint8), plugin="pyav", codec="libx264", fps=5)
+    images: dict[str, bytes] = {}
+    for number, caption in enumerate(("a red three", "a blue one", "a red three")):
+        key = f"{number:08d}"
+        found = {"caption": caption, "url": "https://x", "key": key, "status": "success", "width": 8, "exif": "{}"}
+        images |= {f"{key}.jpg": image.getvalue(), f"{key}.json": json.dumps(found).encode(),
+                   f"{key}.txt": b"not this one"}
+    write_tar(tmp_path / "web" / "00000.tar", images)
+    write_tar(tmp_path / "web" / "00001.tar", {
+        "clips/a.seg1.mp4": video.read_bytes(), "clips/a.txt": b"a green one\n", "clips/b.mp4": video.read_bytes(),
+        "clips/b.txt": b"a red three"})
+    (tmp_path / "web" / "00000_stats.json").write_text("{}")
+    return tmp_path / "web"
+
+
+def test_shards_of_other_programs_are_read_as_they_are(web, tokenizer):
+    assert is_shards(web)
+    assert {kind: found.sizes for kind, found in read_shards(web).items()} == {"image": (3,), "video": (2,)}
+    batches, _ = batches_of(web, tokenizer, 8)
+    errors = [error for batch in batches for error in batch["errors"]]
+    sources = {source for batch in batches for source in batch["source"]}
+    assert not errors and {source.rpartition("/")[2] for source in sources} == {
+        "00000.tar:0 (00000000)", "00000.tar:1 (00000001)", "00000.tar:2 (00000002)", "00001.tar:0 (caption)",
+        "00001.tar:1 (caption)"}
+    ids = {source.rpartition("/")[2].split(" ")[0]: group for batch in batches
+           for source, group in zip(batch["source"], batch["positive_id"].tolist())}
+    assert ids["00000.tar:0"] == ids["00000.tar:2"] == ids["00001.tar:1"]  # the same caption
+    assert len(set(ids.values())) == 3
+
+
+def test_their_samples_are_counted_once_and_again_when_a_tar_is_added(web, monkeypatch):
+    read_shards(web)
+    with monkeypatch.context() as patch:
+        patch.setattr(shards_module, "count_samples", None)  # not called
+        assert read_shards(web)["image"].sizes == (3,)
+    write_tar(web / "00002.tar", {"a.png": b"", "a.txt": b"a"})
+    assert read_shards(web)["image"].sizes == (3, 1)
+    (web / "shards.json").unlink()
+    monkeypatch.setattr(shards_module.os, "replace", lambda *_: (_ for _ in ()).throw(PermissionError("read-only")))
+    assert read_shards(web)["image"].sizes == (3, 1)
+    empty = web.parent / "empty"
+    write_tar(empty / "0.tar", {})
+    with pytest.raises(FileNotFoundError, match="none of its 1 tars has a sample"):
+        read_shards(empty)
+
+
+def test_hostile_samples_are_skipped_and_named(root, tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(shards_module, "MAX_BYTES", 50_000)
+    bad = {"0": b"[" * 20_000, "1": b'{"caption": 7}', "2": b'{"caption": NaN}', "3": b"\xff\xfe",
+           "4": b'{"caption": null}', "5": b'["a"]', "6": b" " * 50_001}
+    gif = (root / "0.gif").read_bytes()
+    members = {f"{name}.{end}": content for name, text in bad.items()
+               for end, content in (("mp4", gif), ("json", text))}
+    members |= {"7." + "x" * 300: b"x", "7.gif": gif, "7.txt": b"a red three", "8.gif": gif, "8.png": gif,
+                "8.txt": b"a red three", "9.gif": gif, "9.txt": b"\xff\xfe"}
+    write_tar(tmp_path / "web" / "0.tar", members)
+    batches, _ = batches_of(tmp_path / "web", tokenizer, 3)
+    assert {source.split(":")[1] for batch in batches for source in batch["source"]} == {"7 (caption)"}
+    errors = {error.split(".tar:")[1].split(": ")[0]: error for batch in batches for error in batch["errors"]}
+    assert sorted(errors) == ["0", "1", "2", "3", "4", "5", "6", "8", "9"]
+    assert "RecursionError" in errors["0"] and "found 7, expected a text" in errors["1"] and "found nan" in errors["2"]
+    assert "6.json has 50,001 bytes; at most 50,000 are read" in errors["6"] and "found 2 media files" in errors["8"]
+
+
+def test_a_single_text_is_one_answer(root, tmp_path, tokenizer):
+    def change(members: list) -> list:
+        changed = dict(members)
+        for name, content in members:
+            if name.endswith(".json"):
+                question = {"question": "what color is it", "answers": "red"}
+                changed[name] = json.dumps({**json.loads(content), "qa": [question]}).encode()
+        return list(changed.items())
+
+    batches, _ = batches_of(broken(root, tmp_path / "out", change), tokenizer, 3)
+    batch = next(batch for batch in batches if batch["kind"] == "video")
+    texts = set(tokenizer.decode(batch["answer_ids"]))
+    assert "red" in texts and not texts & {"r", "e", "d"}
