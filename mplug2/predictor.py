@@ -1,9 +1,9 @@
 """A trained model for scripts: files and texts in, texts and numbers out.
 
     model = mplug2.load("runs/tiny/last")
-    model.caption(["clip.mp4"])                          # ["a red seven moving left"]
-    model.answer(["clip.mp4"], ["which digit is it"])    # ["seven"]
-    model.similarity(["clip.mp4"], ["a red seven"])      # tensor of cosines, media by texts
+    model.caption(["video.mp4"])                          # ["a red seven moving left"]
+    model.answer(["video.mp4"], ["which digit is it"])    # ["seven"]
+    model.similarity(["video.mp4"], ["a red seven"])      # tensor of cosines, media by texts
     model.classify("visual_entailment", ["a.jpg"], ["a dog runs"])     # ["neutral"], after fine-tuning
 
 Axes: b media, r inputs (questions, texts) about each, v visual tokens, l text tokens, e contrastive width, y classes.

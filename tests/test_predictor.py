@@ -5,22 +5,20 @@ from collections import Counter
 from pathlib import Path
 from unittest.mock import patch
 
-import imageio.v3 as iio
-import numpy as np
 import pytest
 import torch
-from helpers import randomized, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from predictors import make_predictor, write_media, write_records
 
 import mplug2
 import tiny_data
-from mplug2.checkpoint import PreprocessConfig, save_model
+from mplug2.checkpoint import save_model
 from mplug2.data.media import MediaError, read_media, to_pixels
 from mplug2.data.media_batches import Medium
 from mplug2.data.records import read_records
-from mplug2.data.text import Tokenizer, clean
+from mplug2.data.text import clean
 from mplug2.evaluation import retrieval
 from mplug2.evaluation.chance import chance_level
 from mplug2.evaluation.data import EvalOptions, EvalSplit
@@ -29,49 +27,14 @@ from mplug2.evaluation.predictions import Prediction
 from mplug2.evaluation.retrieval import evaluate_retrieval
 from mplug2.generation import beam_search, best_texts
 from mplug2.inference import Inference
-from mplug2.model.mplug2 import MPLUG2, answer_memory
+from mplug2.model.mplug2 import answer_memory
 from mplug2.predictor import Predictor
 from mplug2.tasks import INSTRUCTIONS, PROMPTS
 from mplug2.tools.plots import draw_curves
 
-WORDS = ("a video of a picture of red green blue one two three moving left right which colour digit is it and "
-         "yes no up down")
-
 QUESTIONS = ("which colour is it", "is it red", "which digit", "up or down")
 COLOURS = ("red", "green", "blue")
 TEXTS = ("a red one", "two moving left", "three up", "green and blue", "down right", "a digit")
-
-
-def make_predictor(
-    task: str = "pretrain", batch_size: int = 3, frames: int = 4, classes: dict[str, tuple[str, ...]] | None = None
-) -> Predictor:
-    """An untrained model whose outputs depend on all of its inputs."""
-    tokenizer = Tokenizer.train([WORDS], 120)
-    model = randomized(MPLUG2(small(vocab_size=len(tokenizer), max_positions=24), task, classes or {})).float()
-    for name, parameter in model.named_parameters():
-        if name.endswith(("qkv.weight", "query.weight", "key_value.weight")):
-            parameter.data.mul_(4)  # attention that is not uniform
-        if name.endswith("attention.out.weight"):
-            parameter.data.mul_(2)
-    if hasattr(model, "decoder"):  # no word is preferred, and no word repeats itself
-        words, head = model.decoder.embeddings.word.weight.data, model.decoder.head
-        words.copy_(0.3 * words / words.norm(dim=1, keepdim=True))
-        model.decoder.embeddings.position.weight.data.mul_(4)
-        head.bias.data.zero_()
-        head.norm.bias.data.zero_()
-    return Predictor(model, tokenizer, PreprocessConfig(frames, max_words=12), Inference(batch_size))
-
-
-def write_media(path: Path, seed: int, frames: int) -> Path:
-    """Four squares of random colors, different in each frame."""
-    squares = np.random.default_rng(seed).integers(0, 256, (frames, 2, 2, 3), np.uint8)
-    pixels = squares.repeat(16, 1).repeat(16, 2)
-    if path.suffix == ".mp4":
-        iio.imwrite(path, pixels, plugin="pyav", codec="libx264", fps=8)
-    else:
-        first, *rest = [Image.fromarray(frame) for frame in pixels]
-        first.save(path, **({"save_all": True, "append_images": rest} if rest else {}))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -277,10 +240,6 @@ def test_load_opens_a_checkpoint_as_any_smaller_model(predictor, media, tmp_path
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------
-
-
-def write_records(root: Path, name: str, records: list[dict]) -> None:
-    (root / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from runs import FAST, MODEL, SIZES, lines, refused
 from safetensors.torch import load_file
-from test_train_eval import FAST, MODEL, SIZES, lines, refused
 
 import eval as evaluation
 import train

@@ -13,6 +13,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 from PIL import Image
+from runs import FAST, MODEL, SIZES, lines, refused
 from safetensors.torch import load_file
 
 import eval as evaluation
@@ -22,16 +23,10 @@ from mplug2.tools import report
 from mplug2.training.optim import OptimizerSettings
 from mplug2.training.run_checkpoint import load_training
 from mplug2.training.settings import GROUPS
-from tiny_data import Sizes, write
+from tiny_data import write
 from tiny_data.writer import VERSION
 
 HERE = Path(train.__file__).parent
-SIZES = Sizes(*[96, 32, 32, 16], *[16, 16, 16, 16], *[28, 24, 16, 16], galleries=1)
-MODEL = (
-    "--vision-width 32 --vision-layers 1 --vision-head-width 16 --width 32 --heads 2 --ff-width 64 --text-layers 2 "
-    "--universal-layers 1 --latents 4 --fusion-layers 1 --decoder-layers 1 --contrastive-width 16"
-).split()
-FAST = "--batch-size 8 --log-every 1 --eval-limit 4 --workers 0 --device cpu".split()
 KEYS = (
     ["caption_exact", "caption_cider", "caption_bleu4", "caption_rouge_l"]
     + [f"qa_{kind}" for kind in ("accuracy", "order", "colour", "digit", "count", "yesno", "binding")]
@@ -76,19 +71,6 @@ def run(cache, tmp_path_factory) -> Path:
         patch.chdir(out)
         train.main([*MODEL, *FAST, *"--workers 1 --max-steps 4 --save-every 2 --eval-every 2 --out .".split()])
     return out / "tiny"
-
-
-def lines(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def refused(capsys, main, arguments: list[str], code: int) -> str:
-    """The message with which `main` refuses `arguments`, on one line."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        main([str(argument) for argument in arguments])
-    assert stopped.value.code == code
-    return " ".join(capsys.readouterr().err.split())
 
 
 # ---- a run -----------------------------------------------------------------------------------------------------------

@@ -27,9 +27,9 @@ def make_loader(dataset: Samples, batches: MixedBatches, collate: Collate, worke
 def start_worker(_: int) -> None:
     """Prepare a worker process.
 
-    Freezing the garbage collector makes collections cheap: imageio collects at every close of a video. Workers ignore
-    SIGINT and SIGTERM, which reach the whole process group: the training process needs its batches until it has saved
-    a checkpoint, and the workers end with it.
+    Freezing the garbage collector keeps collections cheap: they pass over everything that the process began with.
+    Workers ignore SIGINT and SIGTERM, which reach the whole process group: the training process needs its batches until
+    it has saved a checkpoint, and the workers end with it.
     """
     gc.freeze()
     for number in (signal.SIGINT, signal.SIGTERM):

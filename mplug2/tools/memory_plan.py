@@ -249,7 +249,7 @@ def format_plan(plan: PlanSettings, settings: Settings) -> str:
     counts = {kinds[modality]: count for modality, count in (("video", plan.videos), ("image", plan.images))
               if count and modality in kinds}
     if not counts:
-        raise ValueError(f"the plan is of pictures and clips; {work.task} with --images {plan.images} and --videos "
+        raise ValueError(f"the plan is for images and videos; {work.task} with --images {plan.images} and --videos "
                          f"{plan.videos} has none of them")
     costs = {recompute: cost(work, next(iter(counts)), recompute) for recompute in (False, True)}
     for sharded in (False, True):
@@ -264,8 +264,8 @@ def format_plan(plan: PlanSettings, settings: Settings) -> str:
     steps = plan.passes * sum(counts.values()) // batch_size
     load = plan.passes * sum(counts[kind] * flops[kind] for kind in counts)
     days = load / (plan.gpus * plan.device_tflops * 1e12 * plan.utilization) / 86400
-    names = {kind: "clip" if BATCH_TYPES[kind].modality == "video" else "picture" for kind in counts}
-    lines += ["", ", ".join(f"{flops[kind] / 1e12:.3f} TFLOP a {names[kind]}" for kind in counts)
+    names = {kind: BATCH_TYPES[kind].modality for kind in counts}
+    lines += ["", ", ".join(f"{flops[kind] / 1e12:.3f} TFLOP per {names[kind]}" for kind in counts)
               + " (forward and backward, all losses)",
               " and ".join(f"{counts[kind]:,} {names[kind]}s" for kind in counts)
               + f", {plan.passes} times: {steps:,} steps, {days:.1f} "

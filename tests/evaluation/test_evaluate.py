@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from predictors import make_predictor, write_media, write_records
 from processes import Processes
-from test_predictor import make_predictor, write_media, write_records
 
 from mplug2.data.media_batches import Medium, media_batches
 from mplug2.data.records import read_records

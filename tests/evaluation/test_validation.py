@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from processes import Processes
-from test_train_eval import FAST, MODEL, SIZES, lines
+from runs import FAST, MODEL, SIZES, lines
 
 import eval as evaluation
 import train

@@ -91,7 +91,7 @@ def test_the_plan_is_printed(capsys):
     """Nothing else happens: no data, no folder."""
     main([*SHALLOW, *"--gpus 4 --batch-size 8 --images 0 --videos 800 --passes 2".split()])
     said = capsys.readouterr().out
-    for words in ("4 devices, 2 samples each at a time, x 1 = 8 a step", "800 clips, 2 times: 200 steps",
+    for words in ("4 devices, 2 samples each at a time, x 1 = 8 a step", "800 videos, 2 times: 200 steps",
                   "DDP, activation checkpointing", "FSDP2, activation checkpointing", "days at 40% of 989 TFLOP/s"):
         assert words in said
     with pytest.raises(ValueError, match="expected one of them above 0"):
@@ -101,7 +101,7 @@ def test_the_plan_is_printed(capsys):
 def test_every_task_has_a_plan_of_what_it_sees(capsys):
     main([*SHALLOW, *"--task grounding --gpus 4 --batch-size 8 --images 100 --passes 2".split()])
     said = capsys.readouterr().out
-    assert "100 pictures, 2 times: 25 steps" in said and "clip" not in said
+    assert "100 images, 2 times: 25 steps" in said and "clip" not in said
     with pytest.raises(SystemExit):
         main("--task text_classification --batch-size 8".split())
     assert "the plan is of pictures and clips; text_classification with --images" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from browser import screenshot
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from test_predictor import make_predictor
+from predictors import make_predictor
 
 from mplug2.tools.charts import chart, ticks
 from mplug2.tools.report import CARDS, data_uri, main, right, write_report

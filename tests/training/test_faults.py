@@ -16,8 +16,8 @@ import pytest
 import torch
 from data_helpers import write_data
 from processes import free_port
+from runs import SMALL, lines
 from safetensors.torch import load_file
-from test_parallel import SMALL, lines
 
 import train
 from mplug2.objectives.objectives import Objectives

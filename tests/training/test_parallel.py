@@ -5,7 +5,6 @@ Three real processes serve the whole file.
 
 import contextlib
 import io
-import json
 import os
 import shutil
 import signal
@@ -19,6 +18,7 @@ from batches import make_batch, make_model, rank_share, task_batch
 from data_helpers import write_data
 from helpers import randomized, small
 from processes import Processes
+from runs import SMALL, lines
 from safetensors.torch import load_file
 
 import mplug2
@@ -41,11 +41,6 @@ from mplug2.training.parallel import (
 from mplug2.training.run_checkpoint import load_training
 
 LOSSES = ("vtc", "vtm", "mlm", "caption", "answer")
-SMALL = (
-    "--image-size 8 --patch-size 4 --vision-width 16 --vision-layers 1 --vision-head-width 8 --width 16 --heads 2 "
-    "--ff-width 32 --text-layers 2 --universal-layers 1 --latents 3 --fusion-layers 1 --decoder-layers 1 "
-    "--contrastive-width 8 --max-positions 24 --batch-size 6 --log-every 1 --device cpu --text-weight 0.3"
-).split()
 
 
 @pytest.fixture(scope="module")
@@ -342,10 +337,6 @@ def test_flags_and_errors_of_one_rank_reach_all(processes):
 
 
 # ---- resume ----------------------------------------------------------------------------------------------------------
-
-
-def lines(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def train_together(processes: Processes, world: int, arguments: list[str]) -> None:
