@@ -101,7 +101,7 @@ def test_the_plan_is_printed(capsys):
 def test_every_task_has_a_plan_of_what_it_sees(capsys):
     main([*SHALLOW, *"--task grounding --gpus 4 --batch-size 8 --images 100 --passes 2".split()])
     said = capsys.readouterr().out
-    assert "100 images, 2 times: 25 steps" in said and "clip" not in said
+    assert "100 images, 2 times: 25 steps" in said and "video" not in said
     with pytest.raises(SystemExit):
         main("--task text_classification --batch-size 8".split())
-    assert "the plan is of pictures and clips; text_classification with --images" in capsys.readouterr().err
+    assert "the plan is for images and videos; text_classification with --images" in capsys.readouterr().err
