@@ -1,0 +1,309 @@
+"""The page of the demo, in Gradio. It computes nothing itself: see `views.py`.
+
+It binds to this computer alone unless --host says otherwise, sends nothing anywhere, and loads no fonts or scripts from
+the net.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Lock
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported: it asks at import
+os.environ.setdefault("GRADIO_TEMP_DIR", (UPLOADS := TemporaryDirectory(prefix="mplug2_demo_")).name)
+
+import gradio as gr  # noqa: E402
+from starlette.middleware import Middleware  # noqa: E402
+
+from mplug2.data.media import is_media  # noqa: E402
+from mplug2.demo import views  # noqa: E402
+from mplug2.demo.settings import ROOT, DemoSettings  # noqa: E402
+from mplug2.evaluation.own_files import find  # noqa: E402
+from tiny_data.world import COLOR_NAMES, DIGITS  # noqa: E402
+
+UPLOAD_LIMIT, SEARCH_LIMIT = "50mb", 200
+"""Largest file that is accepted, and most files that are searched."""
+KEEP_SECONDS = 600
+"""Uploads that are older are deleted; all of them are when the server stops."""
+DECODING = {
+    "greedy, after the prompt": {}, "beam search (5)": {"beams": 5}, "greedy, without prompt": {"prompted": False},
+    "by instruction": {"instructed": True},
+}
+POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self' ws: blob: data:"
+"""Content-Security-Policy: the browser refuses everything that does not come from this server."""
+CSS = """
+.gradio-container {max-width: 1100px !important; margin: 0 auto !important}
+footer {display: none !important}
+.tab-wrapper, .tab-container {flex-wrap: wrap !important; height: auto !important; min-width: 0 !important}
+#latents .thumbnail-item {aspect-ratio: 4 / 1 !important}
+#frames img, #attention img, #latents img {image-rendering: pixelated; object-fit: contain}
+"""
+INTRO = """# mPLUG-2, {name}
+Change the video and watch what the model writes. {known}"""
+SWITCH = ("Off: the outputs of these modules are zero, in the same weights, without training again. The vision encoder "
+          "then cannot see the order of the frames. A model that was trained without them is a different one.")
+
+
+def local_only(app: Callable) -> Callable:
+    """ASGI middleware that adds `POLICY` to every response."""
+    async def serve(scope, receive, send):
+        async def send_with_policy(message):
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"content-security-policy", POLICY)]
+            await send(message)
+
+        await app(scope, receive, send_with_policy if scope["type"] == "http" else send)
+
+    return serve
+
+
+class Demo:
+    """The functions behind the page, for one model and one to compare it with. One of them runs at a time."""
+
+    def __init__(self, checkpoint: str | Path, compare: str | Path | None = None):
+        self.name = Path(checkpoint).name
+        self.predictor = views.open_checkpoint(checkpoint)
+        self.other = views.open_checkpoint(compare) if compare else None
+        self.other_name = Path(compare).name if compare else f"{self.name}, local temporal modules off"
+        self.lock = Lock()
+
+    def guarded(self, function: Callable) -> Callable:
+        """Run alone, and show what is wrong with an input as a sentence in the page."""
+        @functools.wraps(function)
+        def run(*args):
+            with self.lock:
+                try:
+                    return function(*args)
+                except ValueError as error:
+                    raise gr.Error(str(error), print_exception=False, duration=None) from None
+        return run
+
+    def make(self, motion, digit, color, digit2, color2, speed, handwriting, drawing=None) -> views.Clip:
+        drawing = drawing["composite"] if drawing else None
+        return views.draw_clip(motion, DIGITS.index(digit), color, DIGITS.index(digit2), color2, float(speed),
+                               int(handwriting), drawing)
+
+    def upload(self, path: str | None) -> views.Clip:
+        if not path:
+            raise ValueError("no file: drop an image, a GIF, or a video")
+        try:
+            return views.read_clip(path, self.predictor)
+        finally:
+            Path(path).unlink(missing_ok=True)
+
+    def show(self, clip, order, temporal, decoding):
+        """Frames as the model sees them, its caption, and the answers to the suggested questions."""
+        clip = views.reorder(clip, order)
+        with views.local_temporal_off(self.predictor, not temporal):
+            if "decoder" not in self.predictor.model.components:
+                raise ValueError(f"a model for {self.predictor.model.task} has no decoder, and writes nothing; "
+                                 "the tabs that need other heads still work")
+            text, words = views.look(self.predictor, clip, **DECODING[decoding])
+            rows = views.answers(self.predictor, clip) if "fusion" in self.predictor.model.components else []
+        return views.strip(clip.frames), text, _table(("question", "answer", "true answer"), rows), words
+
+    def ask(self, clip, order, temporal, question):
+        if not question.strip():
+            raise ValueError("no question: write one, or choose a suggested one")
+        with views.local_temporal_off(self.predictor, not temporal):
+            return views.look(self.predictor, views.reorder(clip, order), question)
+
+    def attention(self, clip, order, word, layer, head):
+        """Where a word attends in one layer, by one head or by all."""
+        names = list(word.maps)
+        if not names:
+            raise ValueError(f"the word {word.text!r} has no cross-attention to the video in this model")
+        weights = word.maps[names[min(int(layer), len(names)) - 1]]
+        weights = weights.mean(dim=0) if head == "all" else weights[min(int(head), len(weights)) - 1]
+        side = f"written with probability {word.probability:.1%}; most likely here: " + ", ".join(
+            f"{other} {p:.1%}" for other, p in word.others) if word.others else "a word of the question"
+        text = f"**{word.text}**: {side}. {weights.sum():.0%} of this attention is on patches of the frames."
+        return views.strip(views.reorder(clip, order).frames, weights.cpu().numpy()), text
+
+    def fit(self, clip, order, temporal, texts):
+        with views.local_temporal_off(self.predictor, not temporal):
+            rows = views.fitting_texts(self.predictor, views.reorder(clip, order), texts.splitlines())
+        return _table(("text", "cosine", "matching probability"), [(a, f"{b:.2f}", f"{c:.1%}") for a, b, c in rows])
+
+    def search(self, files, text):
+        """The uploaded folder, or the examples, by their cosine with a text."""
+        paths = [Path(file) for file in files or [] if is_media(file)] or sorted((ROOT / "docs/examples").glob("*.gif"))
+        try:
+            if len(paths) > SEARCH_LIMIT:
+                raise ValueError(f"{len(paths)} files: at most {SEARCH_LIMIT} are searched; choose a smaller folder")
+            rows = find(self.predictor, paths, text)
+        finally:
+            for file in files or []:
+                Path(file).unlink(missing_ok=True)
+        return _table(("file", "cosine"), [(path.name, f"{score:.2f}") for score, path in rows])
+
+    def beams(self, clip, order, temporal, question):
+        with views.local_temporal_off(self.predictor, not temporal):
+            return views.beam_tree(self.predictor, views.reorder(clip, order), question.strip())
+
+    def latents(self, clip, order, temporal):
+        with views.local_temporal_off(self.predictor, not temporal):
+            return views.latent_images(self.predictor, views.reorder(clip, order))
+
+    def compare(self, clip, order):
+        """Caption and answers of both models, on the same frames."""
+        clip = views.reorder(clip, order)
+        other = self.other or self.predictor
+        for predictor in (self.predictor, other):
+            predictor.model.require("decoder")
+            predictor.model.require("fusion")
+        one = [self.predictor.caption([clip])[0], *(row[1] for row in views.answers(self.predictor, clip))]
+        with views.local_temporal_off(other, self.other is None):
+            two = [other.caption([clip])[0], *(row[1] for row in views.answers(other, clip))]
+        rows = zip(["caption", *(question for question, _ in clip.asked)], one, two)
+        return _table(("", self.name, self.other_name), list(rows))
+
+    def box(self, clip, text):
+        return views.boxed(self.predictor, clip, text)
+
+
+def _table(names: tuple[str, ...], rows: list[tuple]) -> str:
+    """Rows as an HTML table. Texts of users and models are escaped."""
+    line = "".join(f"<th style='text-align:left;padding:2px 12px'>{views.escape(name)}</th>" for name in names)
+    lines = ["".join(f"<td style='padding:2px 12px'>{views.escape(str(cell))}</td>" for cell in row) for row in rows]
+    return f"<table><tr>{line}</tr>{''.join(f'<tr>{each}</tr>' for each in lines)}</table>"
+
+
+def _highlighted(words: list[views.Word]) -> list[tuple[str, float | None]]:
+    """Words for gr.HighlightedText: colored by probability."""
+    return [(word.text + " ", word.probability) for word in words]
+
+
+def _video_column(demo: Demo) -> tuple[gr.State, gr.State, list, list]:
+    """The controls that make a clip. Returns states, and what the views depend on."""
+    with gr.Row():
+        motion = gr.Dropdown(list(views.MOTIONS), value="moves right", label="Motion", elem_id="motion")
+        speed = gr.Radio(["0.5", "1", "2"], value="1", label="Speed")
+    with gr.Row():
+        digit = gr.Dropdown(list(DIGITS), value="seven", label="Digit", elem_id="digit")
+        color = gr.Dropdown(list(COLOR_NAMES), value="red", label="Color", elem_id="color")
+    with gr.Row():
+        digit2 = gr.Dropdown(list(DIGITS), value="three", label="Second digit", visible=False)
+        color2 = gr.Dropdown(list(COLOR_NAMES), value="blue", label="Its color", visible=False)
+    handwriting = gr.Slider(0, 40, 0, step=1, label="Handwriting (of people that training never saw)")
+    with gr.Accordion("Draw the digit yourself", open=False):
+        drawing = gr.Sketchpad(type="numpy", label="Draw one digit, large", height=260, canvas_size=(240, 240),
+                               layers=False, brush=gr.Brush(default_size=22, colors=["#000000"]), elem_id="drawing")
+        use_drawing = gr.Button("Use the drawing", elem_id="use_drawing")
+    with gr.Accordion("Upload an image, GIF, or video", open=False):
+        file = gr.File(label=f"At most {UPLOAD_LIMIT.upper()}; deleted as soon as it is read", elem_id="upload")
+    first = demo.make("moves right", "seven", "red", "three", "blue", 1, 0)
+    clip = gr.State(first, time_to_live=3600)
+    scene = [motion, digit, color, digit2, color2, speed, handwriting]
+    motion.change(lambda kind: [gr.update(visible=kind.startswith("two"))] * 2, motion, [digit2, color2])
+    for each in scene:
+        each.input(demo.guarded(demo.make), scene, clip)
+    use_drawing.click(demo.guarded(demo.make), [*scene, drawing], clip)
+    file.upload(demo.guarded(demo.upload), file, clip)
+    return clip, gr.State([])
+
+
+def _tabs(demo: Demo, clip: gr.State, order: gr.Radio, temporal: gr.Checkbox) -> None:
+    """What else can be seen of the clip."""
+    now, run = [clip, order, temporal], demo.guarded
+    with gr.Tab("Which text fits"):
+        texts = gr.Textbox("a red seven moving right\na red seven moving left\na blue two", lines=4,
+                           label="Texts, one in each line")
+        table = gr.HTML()
+        gr.Button("Compare the texts").click(run(demo.fit), [*now, texts], table)
+        gr.Markdown("Cosine: contrastive head, each side encoded alone. Probability: matching head, after fusion.")
+    with gr.Tab("Search"):
+        folder = gr.File(file_count="directory", label="A folder (empty: the six videos of docs/examples)")
+        query, table = gr.Textbox("a blue seven moving left", label="Text"), gr.HTML()
+        gr.Button("Search").click(run(demo.search), [folder, query], table)
+    with gr.Tab("Beam search"):
+        question, tree = gr.Textbox(label="Question (empty: the caption)"), gr.HTML()
+        gr.Button("Search with 5 beams").click(run(demo.beams), [*now, question], tree)
+        gr.Markdown("Bold: the best hypothesis. Those without an end were cut when the best one ended.")
+    with gr.Tab("Latents"):
+        gallery = gr.Gallery(columns=2, height="auto", buttons=["fullscreen"], object_fit="contain", elem_id="latents",
+                             label="Brighter: the latent gathers more from this patch")
+        gr.Button("Show the latents").click(run(demo.latents), now, gallery)
+    with gr.Tab("Compare"):
+        table = gr.HTML(elem_id="comparison")
+        gr.Button("Compare").click(run(demo.compare), [clip, order], table)
+        gr.Markdown(f"**{demo.name}** next to **{demo.other_name}**. Choose another model with `--compare DIR`.")
+    with gr.Tab("Grounding"):
+        text = gr.Textbox("the red seven", label="What to find in the first frame")
+        image = gr.Image(label="Box", buttons=["fullscreen"])
+        gr.Button("Find it").click(run(demo.box), [clip, text], image)
+
+
+def build(demo: Demo) -> gr.Blocks:
+    """The page."""
+    known = "This small model knows ten digits, six colors, and how they move, and nothing else."
+    with gr.Blocks(title="mPLUG-2", analytics_enabled=False, delete_cache=(KEEP_SECONDS, KEEP_SECONDS)) as page:
+        gr.Markdown(INTRO.format(name=demo.name, known=known if demo.name == "pretrained" else ""))
+        with gr.Row():
+            with gr.Column():
+                clip, words = _video_column(demo)
+            with gr.Column():
+                frames = gr.Image(label="The frames that the model sees", elem_id="frames", height=150,
+                                  buttons=["fullscreen"])
+                order = gr.Radio(list(views.ORDERS), value="as they are", label="Frames", elem_id="order")
+                temporal = gr.Checkbox(True, label="Local temporal modules", info=SWITCH, elem_id="temporal")
+                caption = gr.Textbox(label="Caption", elem_id="caption")
+                table = gr.HTML(elem_id="answers")
+                question = gr.Dropdown(list(views.GENERAL_QUESTIONS), value=None, allow_custom_value=True,
+                                       label="Ask (choose or write, then Enter)", elem_id="question")
+                decoding = gr.Radio(list(DECODING), value=list(DECODING)[0], label="How captions are written")
+        gr.Markdown("### Words\nProbability of each written word, after the words of the question. Choose a word: "
+                    "where does it attend?")
+        shown = gr.HighlightedText(label="Words", elem_id="words", show_legend=False)
+        with gr.Row():
+            config = demo.predictor.model.config
+            layers = max(config.fusion_layers, config.decoder_layers)
+            layer = gr.Dropdown([str(i + 1) for i in range(layers)], value=str(layers),
+                                label="Layer of fusion (words of the question) or decoder; the last if there are fewer")
+            head = gr.Dropdown(["all", *(str(i + 1) for i in range(config.heads))], value="all", label="Head")
+        heat = gr.Image(label="Attention", elem_id="attention", height=150, buttons=["fullscreen"])
+        explained = gr.Markdown(elem_id="explained")
+        chosen = gr.State(-1)
+
+        def show(*inputs):
+            image, text, rows, found = demo.show(*inputs)
+            return image, text, rows, found, _highlighted(found)
+
+        def ask(*inputs):
+            _, found = demo.ask(*inputs)
+            return found, _highlighted(found)
+
+        def choose(event: gr.SelectData):
+            return event.index
+
+        def attend(video, frames_order, found, index, *of):
+            if not 0 <= index < len(found):
+                return None, ""
+            return demo.attention(video, frames_order, found[index], *of)
+
+        inputs, outputs = [clip, order, temporal, decoding], [frames, caption, table, words, shown]
+        changes = [page.load, *(each.change for each in inputs)]
+        gr.on(changes, demo.guarded(show), inputs, outputs, show_progress="hidden", trigger_mode="always_last")
+        question.change(demo.guarded(ask), [clip, order, temporal, question], [words, shown])
+        of_word = demo.guarded(attend), [clip, order, words, chosen, layer, head], [heat, explained]
+        shown.select(choose, None, chosen).then(*of_word)
+        gr.on([layer.change, head.change], *of_word)
+        _tabs(demo, clip, order, temporal)
+    return page
+
+
+def serve(settings: DemoSettings, block: bool = True):
+    """Serve the page. Returns what Gradio's `launch` returns; with `block` it waits until the server is stopped.
+
+    Raises ValueError for a folder that is not a checkpoint, OSError for a port that is in use.
+    """
+    page = build(Demo(settings.checkpoint, settings.compare or None))
+    sans = ["system-ui", "sans-serif"]  # names of fonts that every computer has: the defaults come from the net
+    theme = gr.themes.Default(font=sans, font_mono=["ui-monospace", "monospace"])
+    return page.launch(
+        server_name=settings.host, server_port=settings.port, max_file_size=UPLOAD_LIMIT, prevent_thread_lock=not block,
+        share=False, theme=theme, css=CSS, show_error=False, quiet=not block,
+        app_kwargs={"middleware": [Middleware(local_only)]},
+    )

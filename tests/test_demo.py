@@ -1,0 +1,232 @@
+"""The demo: what the page computes, and the page itself in Chromium (marked `browser`; needs the extra `demo`)."""
+
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from predictors import make_predictor, write_media
+
+from mplug2.data.media import MediaError
+from mplug2.demo import views
+from mplug2.demo.__main__ import main
+from mplug2.demo.settings import DemoSettings
+from tiny_data.world import COLOR_NAMES, DIGITS
+
+PRETRAINED = Path(__file__).parents[1] / "tiny_data" / "pretrained"
+
+
+@pytest.fixture(scope="module")
+def predictor() -> views.ClipPredictor:
+    return views.open_checkpoint(PRETRAINED)
+
+
+@pytest.fixture(scope="module")
+def clip() -> views.Clip:
+    return views.draw_clip("moves right", 7, "red")
+
+
+# ---- clips -----------------------------------------------------------------------------------------------------------
+
+
+@given(st.sampled_from(list(views.MOTIONS)), st.integers(0, 9), st.sampled_from(COLOR_NAMES),
+       st.sampled_from([0.5, 1.0, 2.0]))
+@settings(max_examples=30, deadline=None)
+def test_a_scene_has_the_frames_and_the_questions_of_the_tiny_world(motion, digit, color, speed):
+    two = motion.startswith("two")
+    if two and (digit == 3 or color == "blue"):
+        with pytest.raises(ValueError, match="choose another digit and another color"):
+            views.draw_clip(motion, digit, color, 3, "blue", speed)
+        return
+    made = views.draw_clip(motion, digit, color, 3, "blue", speed)
+    assert made.frames.shape == (1 if "image" in motion else 4, 32, 32, 3) and made.frames.dtype == np.uint8
+    assert made.modality == ("image" if "image" in motion else "video")
+    assert any(answer in (DIGITS[digit], color) for _, answer in made.asked) and all(answer for _, answer in made.asked)
+
+
+def test_speed_holds_the_last_frame_or_shows_the_first_half():
+    frames = views.draw_clip("moves right", 7, "red").frames
+    assert np.array_equal(views.draw_clip("moves right", 7, "red", speed=2).frames, frames[[0, 2, 3, 3]])
+    assert np.array_equal(views.draw_clip("moves right", 7, "red", speed=0.5).frames, frames[[0, 0, 1, 1]])
+
+
+@given(st.integers(3, 8))
+def test_orders_of_frames(t):
+    frames = np.arange(t)[:, None, None, None].repeat(3, 3).astype(np.uint8)
+    video = views.Clip(frames, "video", (("which digit is it", "seven"),))
+    found = {name: views.reorder(video, name).frames[:, 0, 0, 0].tolist() for name in views.ORDERS}
+    assert found["as they are"] == list(range(t)) and found["reverse"] == list(range(t))[::-1]
+    assert sorted(found["shuffle"]) == list(range(t)) and found["shuffle"] not in (found["reverse"], list(range(t)))
+    assert found["freeze"] == [0] * t and found["repeat"] == [i // 2 for i in range(t)]
+    with pytest.raises(ValueError, match="load it again"):
+        views.reorder(None, "reverse")
+    assert [views.reorder(video, name).asked[0][1] for name in ("as they are", "reverse")] == ["seven", ""]
+
+
+def test_a_drawing_is_cut_out_and_centered_with_its_aspect():
+    drawing = np.full((240, 240), 255, np.uint8)
+    drawing[40:200, 20:40] = 0  # a one: 160 high, 20 wide, at the left
+    stroke = views.stroke_of(drawing)
+    assert stroke.shape == (8, 8) and stroke.max() == 1 and stroke.min() == 0
+    assert (stroke[:, 3:5] > 0).all() and not stroke[:, :3].any() and not stroke[:, 5:].any()
+    with pytest.raises(ValueError, match="the drawing is empty"):
+        views.stroke_of(np.full((9, 9, 4), 255, np.uint8))
+    drawn = views.draw_clip("moves right", 7, "red", drawing=drawing)
+    assert "" in dict(drawn.asked).values() and "red" in dict(drawn.asked).values()  # nobody knows the digit
+
+
+def test_a_file_is_shown_as_the_model_sees_it_and_an_error_has_no_path(predictor, tmp_path):
+    path = write_media(tmp_path / "a.mp4", 0, 9)
+    made = views.read_clip(path, predictor)
+    assert made.frames.shape == (4, 32, 32, 3) and made.modality == "video"
+    assert predictor.caption([made]) == predictor.caption([path])
+    (tmp_path / "b.mp4").write_bytes(b"nothing")
+    with pytest.raises(MediaError, match="b.mp4") as refused:
+        views.read_clip(tmp_path / "b.mp4", predictor)
+    assert str(tmp_path) not in str(refused.value)
+
+
+# ---- what the model does ---------------------------------------------------------------------------------------------
+
+
+def test_without_the_local_temporal_modules_the_order_of_frames_is_not_seen(predictor, clip):
+    """With them, reversing the frames changes the answer; without, V' of a frame does not depend on its place."""
+    back = views.reorder(clip, "reverse")
+    question = "does it move right or left"
+    assert [predictor.answer([one], [question])[0] for one in (clip, back)] == ["right", "left"]
+    with views.local_temporal_off(predictor):
+        one, two = predictor.answer([clip], [question]), predictor.answer([back], [question])
+        vectors = predictor.embed([clip]), predictor.embed([back])
+    assert one == two
+    torch.testing.assert_close(*vectors, atol=1e-4, rtol=1e-4)
+    assert predictor.answer([clip], [question]) == ["right"]  # they are back
+
+
+@pytest.mark.parametrize("question", ["", "which digit is it"])
+def test_words_have_their_probabilities_and_attention_over_all_patches(predictor, clip, question):
+    written, words = views.look(predictor, clip, question)
+    asked = len(question.split())
+    assert " ".join(word.text for word in words[asked:]) == written
+    assert [word.text for word in words[:asked]] == question.split()
+    for word in words:
+        assert word.maps and all(grid.shape[1:] == (4, 4, 4) and (grid.sum(dim=(1, 2, 3)) <= 1.001).all()
+                                 for grid in word.maps.values())
+    for word in words[asked:]:
+        assert 0 < word.probability <= 1 and word.others[0][1] >= word.probability - 1e-6
+        assert (word.text, pytest.approx(word.probability, abs=1e-6)) in word.others  # greedy: the most likely one
+    assert [word.probability for word in words[:asked]] == [None] * asked
+
+
+def test_texts_beams_latents_and_boxes(predictor, clip):
+    rows = views.fitting_texts(predictor, clip, ["a blue two", "", "a red seven moving right"])
+    assert [row[0] for row in rows] == ["a red seven moving right", "a blue two"] and rows[0][2] > 0.9 > rows[1][2]
+    assert rows[0][1] == pytest.approx(predictor.similarity([clip], ["a red seven moving right"]).item(), abs=1e-6)
+    with pytest.raises(ValueError, match="no text"):
+        views.fitting_texts(predictor, clip, [" "])
+    tree = views.beam_tree(predictor, clip)
+    assert tree.startswith("<ul><li>") and tree.count("<b>") >= 5 and "red" in tree and tree.count("score") == 5
+    assert len(views.latent_images(predictor, clip)) == predictor.model.config.latents
+    with pytest.raises(ValueError, match="has no box_head"):
+        views.boxed(predictor, clip, "the red seven")
+
+
+def test_a_box_is_drawn_where_the_model_predicts_it(monkeypatch):
+    model = make_predictor("grounding")
+    predictor = views.ClipPredictor(model.model, model.tokenizer, model.preprocess)
+    monkeypatch.setattr(predictor, "predict_boxes", lambda *_: torch.tensor([[0.5, 0.5, 0.5, 0.25]]))
+    shown = views.boxed(predictor, views.Clip(np.zeros((1, 32, 32, 3), np.uint8)), "a red one")
+    rows, columns = np.nonzero(shown[:, :, 0])
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (36, 60, 24, 72)
+
+
+def test_without_gradio_the_command_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "mplug2.demo.page", None)
+    with pytest.raises(SystemExit) as stopped:
+        main([])
+    assert stopped.value.code == 1 and "pip install -e '.[demo]'" in capsys.readouterr().err
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def page():
+    """The page, opened in headless Chromium, on a computer whose browser reaches nothing else."""
+    pytest.importorskip("gradio", reason="the demo needs its extra: pip install -e '.[demo]'")
+    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    from browser import NAMES
+    from processes import free_port
+
+    from mplug2.demo.page import serve
+    port, browser = free_port(), next(filter(None, map(shutil.which, NAMES)))
+    serve(DemoSettings(port=port), block=False)
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        opened = chromium.new_page(viewport={"width": 1180, "height": 1500})
+        opened.elsewhere = []
+        opened.on("request", lambda request: opened.elsewhere.append(request.url) if not request.url.startswith(
+            (f"http://127.0.0.1:{port}", "data:", "blob:")) else None)
+        opened.address = f"http://127.0.0.1:{port}"
+        opened.goto(opened.address)
+        yield opened
+        chromium.close()
+
+
+def wait_for(page, condition: str) -> None:
+    page.wait_for_function(f"() => {{ {condition} }}", timeout=30_000)
+
+
+CAPTION = "const caption = document.querySelector('#caption textarea')?.value ?? '';"
+ANSWERS = "const answers = document.querySelector('#answers')?.innerText ?? '';"
+
+
+@pytest.mark.browser
+@pytest.mark.timeout(300)
+def test_the_page_captions_and_answers_what_is_drawn_and_changed(page):
+    wait_for(page, CAPTION + "return caption.includes('seven') && caption.includes('right')")
+    wait_for(page, ANSWERS + "return answers.includes('does it move right or left')")
+    page.get_by_label("reverse").check()
+    wait_for(page, CAPTION + "return caption.includes('left')")
+    page.get_by_label("as they are").check()
+    wait_for(page, CAPTION + "return caption.includes('right')")
+    page.locator("#temporal input").uncheck()  # now reversing changes nothing
+    time.sleep(1.5)
+    before = page.input_value("#caption textarea")
+    page.get_by_label("reverse").check()
+    time.sleep(1.5)
+    assert page.input_value("#caption textarea") == before
+    page.locator("#temporal input").check()
+    page.get_by_label("as they are").check()
+    wait_for(page, CAPTION + "return caption.includes('right')")
+    page.locator("#question input").fill("which colour is it")
+    page.locator("#question input").press("Enter")
+    wait_for(page, "return document.querySelector('#words')?.innerText.includes('colour')")
+    page.locator("#words").get_by_text("red").last.click()
+    wait_for(page, "return document.querySelector('#explained')?.innerText.includes('written with probability')")
+    assert page.locator("#attention img").count() == 1
+    assert page.elsewhere == []
+
+
+@pytest.mark.browser
+@pytest.mark.timeout(300)
+def test_wrong_files_are_a_sentence_in_the_page(page, tmp_path):
+    (tmp_path / "note.mp4").write_bytes(b"<html>not a video</html>")
+    page.get_by_text("Upload an image, GIF, or video").click()
+    page.locator("#upload input[type=file]").set_input_files(tmp_path / "note.mp4")
+    wait_for(page, "return document.body.innerText.includes('note.mp4')"
+                   " && document.body.innerText.includes('is an HTML page')")
+    assert "Traceback" not in page.inner_text("body") and str(tmp_path) not in page.inner_text("body")
+
+
+@pytest.mark.browser
+@pytest.mark.timeout(300)
+def test_the_page_has_no_horizontal_scroll_on_a_phone(page):
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.goto(page.address)
+    wait_for(page, CAPTION + "return caption.length > 3")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
