@@ -268,26 +268,38 @@ def one_sided(rank: int) -> tuple:
         return distributed.any_rank(rank == 1, False), str(error)
 
 
-def train_with_infinite_loss(rank: int, arguments: list[str]) -> str:
-    """Train with an infinite second loss on rank 1. Returns what this rank printed."""
+def train_with_broken_step(rank: int, arguments: list[str], where: str) -> str:
+    """Train with infinite losses, or NaN in the activations of the encoders, in the second step on rank 1. Returns what
+    this rank printed."""
     forward, count = Objectives.forward, iter(range(1000))
 
-    def infinite_forward(self, batch: dict) -> dict:
-        losses, bad = forward(self, batch), next(count) == rank == 1
-        return {name: loss * float("inf") if bad else loss for name, loss in losses.items()}
+    def broken_forward(self, batch: dict) -> dict:
+        bad = next(count) == rank == 1
+        if where == "losses":
+            return {name: loss * float("inf") if bad else loss for name, loss in forward(self, batch).items()}
+        encoders = self.model.vision_encoder.blocks[0], self.model.text_encoder
+        hooks = [one.register_forward_hook(lambda _, inputs, found: found * float("nan")) for one in encoders if bad]
+        try:
+            return forward(self, batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     printed = io.StringIO()
-    with patch.object(Objectives, "forward", infinite_forward), contextlib.redirect_stderr(printed):
+    with patch.object(Objectives, "forward", broken_forward), contextlib.redirect_stderr(printed):
         train.main(arguments)
     return printed.getvalue()
 
 
-def test_all_ranks_skip_a_step_that_is_not_finite_on_one_and_its_samples_are_named(processes, data, tmp_path):
-    """Only rank 0 prints, and has the progress bar."""
+@pytest.mark.parametrize("where", ["losses", "activations"])
+def test_all_ranks_skip_a_step_that_is_not_finite_on_one_and_its_samples_are_named(processes, data, tmp_path, where):
+    """Only rank 0 prints, and has the progress bar. NaN in activations also reaches the draw of hard negatives."""
     arguments = [*SMALL, "--data", str(data), "--out", str(tmp_path), "--max-steps", "3"]
-    printed, other = processes.run(train_with_infinite_loss, (0, arguments), (1, arguments), joined=False)
+    printed, other = processes.run(
+        train_with_broken_step, (0, arguments, where), (1, arguments, where), joined=False)
     (line,) = [line for line in printed.splitlines() if "step 1 is not finite" in line]
-    assert line.count(".jsonl:") == 3 and "3/3" in printed
+    # VTC compares with the vectors of all ranks, so NaN in those of one rank makes the loss of every rank NaN.
+    assert line.count(".jsonl:") == {"losses": 3, "activations": 6}[where] and "3/3" in printed
     assert "finite" not in other and "step/s" not in other  # torch may have printed warnings
     assert [line["nonfinite_steps"] for line in lines(tmp_path / "tiny")] == [0, 1, 1]
 
