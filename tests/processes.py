@@ -1,5 +1,6 @@
 """Several real processes, joined by gloo, that serve a test file: each test sends them a function and arguments."""
 
+import gc
 import os
 import socket
 import time
@@ -31,6 +32,7 @@ def serve(rank: int, world: int, jobs: mp.Queue, results: mp.Queue) -> None:
         except BaseException:  # reported to the test that sent the job
             results.put(Failed(traceback.format_exc()))
         shutdown()
+        gc.collect()  # frees the process group, whose threads would go on
 
 
 class Failed(str):
@@ -54,6 +56,13 @@ class Processes:
         """Call `function(*arguments[rank])` on one process per tuple of arguments, and return the results by rank.
 
         The processes form a group. If not `joined`, only the environment variables of a group are set."""
+        try:
+            return self._run(function, arguments, joined)
+        except BaseException:  # among them the time limit of a test: a process that is stuck would keep a core busy
+            self.kill()
+            raise
+
+    def _run(self, function: Callable, arguments: tuple, joined: bool) -> list:
         port = free_port()
         for (jobs, _), own in zip(self.queues, arguments):
             jobs.put((function, own, port, len(arguments), joined))
@@ -70,5 +79,13 @@ class Processes:
         for jobs, _ in self.queues:
             jobs.put(None)
         for process in self.processes:
-            process.join(timeout=60)
+            process.join(timeout=30)
+        self.kill()
         return [process.exitcode for process in self.processes]
+
+    def kill(self) -> None:
+        """End the processes that are left. Threads of gloo may spin in a process whose peer is gone."""
+        for process in self.processes:
+            if process.is_alive():
+                process.kill()
+                process.join(timeout=10)

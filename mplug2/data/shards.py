@@ -225,7 +225,7 @@ def _parse(path: Path, number: int, files: dict[str, bytes]) -> tuple[Sample, st
             captions=tuple(map(_text, texts["captions"])),
             qa=tuple(Question(_text(q["question"]), _answers(q["answers"]), q.get("kind")) for q in texts["qa"]),
         )
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise RecordError(f"the .json file is missing or not a sample ({type(error).__name__}: {error})") from error
     if not isinstance(texts["captions"], list) or not sample.captions:  # other ranks have captions and their losses
         raise RecordError(f"captions: found {texts['captions']!r}; expected a list of one or more strings")
