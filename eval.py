@@ -159,10 +159,10 @@ def score(
     answer_list = read_answer_list(config.answers, root) if config.answers else None
     options = EvalOptions(writing.generation("caption"), writing.generation("answer"), answer_list,
                           config.paper_captions, config.all_captions)
-    for data in splits:
+    for data in splits if process.is_main else ():
         chosen = [task for task in data.tasks if supports(predictor.model, task) and task in (tasks or data.tasks)]
         for note in data_notes(data, chosen, predictor.tokenizer, predictor.preprocess.max_words):
-            say(note, file=sys.stderr)
+            print(note, file=sys.stderr)
     results = {data.split: evaluate(predictor, data, tasks, options) for data in splits}
     records = sum(result.records for result in results.values())
     skipped = sum(len(result.skipped) for result in results.values())

@@ -171,7 +171,7 @@ def all_gather_vectors(vector: Tensor, sizes: list[int]) -> list[Tensor]:
     """The vectors of all ranks, which have these sizes."""
     padded = torch.nn.functional.pad(vector, (0, max(sizes) - len(vector)))
     gathered = padded.new_empty(len(sizes) * len(padded))
-    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"  # before torch 2.13
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"  # older torch
     getattr(dist, name)(gathered, padded)
     return [part[:size] for part, size in zip(gathered.chunk(len(sizes)), sizes)]
 

@@ -214,8 +214,48 @@ def test_the_page_captions_and_answers_what_is_drawn_and_changed(page):
 
 @pytest.mark.browser
 @pytest.mark.timeout(300)
+def test_a_digit_is_drawn_with_the_mouse(page):
+    """An empty drawing is refused. Nobody knows which digit was drawn, so its true answer is left empty."""
+    page.goto(page.address)
+    wait_for(page, CAPTION + "return caption.includes('right')")
+    page.get_by_text("Draw the digit yourself").click()
+    canvas = page.locator("#drawing canvas").last
+    canvas.wait_for()
+    page.locator("#use_drawing").click()
+    wait_for(page, "return document.body.innerText.includes('the drawing is empty: choose the brush')")
+    page.locator("#drawing button[aria-label=Brush]").click()
+    time.sleep(1)
+    box = canvas.bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 40)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] - 60, steps=12)
+    page.mouse.up()
+    time.sleep(1)
+    page.locator("#use_drawing").click()
+    wait_for(page, ANSWERS + "return /what digit is this\\t\\w+\\t\\n/.test(answers)")
+    assert "red" in page.input_value("#caption textarea") and "right" in page.input_value("#caption textarea")
+
+
+@pytest.mark.browser
+@pytest.mark.timeout(300)
+def test_a_video_is_uploaded_captioned_and_deleted(page):
+    from mplug2.demo.page import UPLOADS
+
+    page.goto(page.address)
+    wait_for(page, CAPTION + "return caption.includes('right')")
+    page.get_by_text("Upload an image, GIF, or video").click()
+    video = PRETRAINED.parents[1] / "docs" / "examples" / "blue_seven_left.gif"
+    page.locator("#upload input[type=file]").set_input_files(video)
+    wait_for(page, CAPTION + "return caption.includes('blue') && caption.includes('left')")
+    assert not list(Path(UPLOADS.name).rglob("*.gif"))
+
+
+@pytest.mark.browser
+@pytest.mark.timeout(300)
 def test_wrong_files_are_a_sentence_in_the_page(page, tmp_path):
     (tmp_path / "note.mp4").write_bytes(b"<html>not a video</html>")
+    page.goto(page.address)
+    wait_for(page, CAPTION + "return caption.includes('right')")
     page.get_by_text("Upload an image, GIF, or video").click()
     page.locator("#upload input[type=file]").set_input_files(tmp_path / "note.mp4")
     wait_for(page, "return document.body.innerText.includes('note.mp4')"

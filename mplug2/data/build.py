@@ -17,7 +17,8 @@ from mplug2.config import ModelConfig
 from mplug2.data.batches import Collate, MixedBatches
 from mplug2.data.loader import make_loader, prefetch
 from mplug2.data.samples import Joined, Sample, Samples, read_classes, read_samples, stream_kind
-from mplug2.data.shards import ReaderState, ShardSet, is_shards, read_shards, stream_batches
+from mplug2.data.shard_stream import ReaderState, stream_batches
+from mplug2.data.shards import ShardSet, is_shards, read_shards
 from mplug2.data.text import Tokenizer, clean
 from mplug2.data.text_check import check_run_texts
 from mplug2.data.transforms import Augmentation

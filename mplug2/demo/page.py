@@ -31,7 +31,7 @@ DECODING = {
     "greedy, after the prompt": {}, "beam search (5)": {"beams": 5}, "greedy, without prompt": {"prompted": False},
     "by instruction": {"instructed": True},
 }
-POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self' ws: blob: data:"
+POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self' blob: data:"
 """Content-Security-Policy: the browser refuses everything that does not come from this server."""
 CSS = """
 .gradio-container {max-width: 1100px !important; margin: 0 auto !important}
@@ -80,8 +80,13 @@ class Demo:
                     raise gr.Error(str(error), print_exception=False, duration=None) from None
         return run
 
+    def draw(self, *scene_and_drawing) -> views.Clip:
+        *scene, drawing = scene_and_drawing
+        if not drawing or drawing["composite"] is None:
+            raise ValueError("the drawing is empty: choose the brush at its left, and draw a digit")
+        return self.make(*scene, drawing["composite"])
+
     def make(self, motion, digit, color, digit2, color2, speed, handwriting, drawing=None) -> views.Clip:
-        drawing = drawing["composite"] if drawing else None
         return views.draw_clip(motion, DIGITS.index(digit), color, DIGITS.index(digit2), color2, float(speed),
                                int(handwriting), drawing)
 
@@ -189,8 +194,9 @@ def _video_column(demo: Demo) -> tuple[gr.State, gr.State, list, list]:
         color2 = gr.Dropdown(list(COLOR_NAMES), value="blue", label="Its color", visible=False)
     handwriting = gr.Slider(0, 40, 0, step=1, label="Handwriting (of people that training never saw)")
     with gr.Accordion("Draw the digit yourself", open=False):
-        drawing = gr.Sketchpad(type="numpy", label="Draw one digit, large", height=260, canvas_size=(240, 240),
-                               layers=False, brush=gr.Brush(default_size=22, colors=["#000000"]), elem_id="drawing")
+        drawing = gr.Sketchpad(type="numpy", label="Choose the brush, and draw one digit, large", height=260,
+                               canvas_size=(240, 240), layers=False, elem_id="drawing",
+                               brush=gr.Brush(default_size=22, colors=["#000000"]))
         use_drawing = gr.Button("Use the drawing", elem_id="use_drawing")
     with gr.Accordion("Upload an image, GIF, or video", open=False):
         file = gr.File(label=f"At most {UPLOAD_LIMIT.upper()}; deleted as soon as it is read", elem_id="upload")
@@ -200,7 +206,7 @@ def _video_column(demo: Demo) -> tuple[gr.State, gr.State, list, list]:
     motion.change(lambda kind: [gr.update(visible=kind.startswith("two"))] * 2, motion, [digit2, color2])
     for each in scene:
         each.input(demo.guarded(demo.make), scene, clip)
-    use_drawing.click(demo.guarded(demo.make), [*scene, drawing], clip)
+    use_drawing.click(demo.guarded(demo.draw), [*scene, drawing], clip)
     file.upload(demo.guarded(demo.upload), file, clip)
     return clip, gr.State([])
 

@@ -8,7 +8,6 @@ start of Python and without the report.
 """
 
 import json
-import multiprocessing
 import os
 import resource
 import shutil
@@ -16,9 +15,11 @@ import socket
 import sys
 import tempfile
 import time
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
 import torch
+import torch.multiprocessing as mp
 
 import tiny_data
 from mplug2 import distributed
@@ -53,7 +54,7 @@ def write_data(root: Path, count: int) -> None:
         (root / f"{task}.test.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def measure(root: Path, task: str, rank: int, world_size: int, port: int, found: multiprocessing.Queue) -> None:
+def measure(rank: int, root: Path, task: str, world_size: int, port: int, found: SimpleQueue) -> None:
     """Evaluate one task on one rank; the main rank reports seconds, and its peak memory in bytes."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -73,19 +74,11 @@ def measure(root: Path, task: str, rank: int, world_size: int, port: int, found:
 
 def on_processes(root: Path, task: str, world_size: int) -> tuple[float, float]:
     """Seconds of the evaluation of a task on `world_size` processes, and the peak memory of the main one in bytes."""
-    context = multiprocessing.get_context("spawn")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    found = context.SimpleQueue()
-    ranks = [context.Process(target=measure, args=(root, task, rank, world_size, port, found), daemon=True)
-             for rank in range(world_size)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join()
-    if any(rank.exitcode for rank in ranks):
-        raise ValueError(f"the evaluation of {task} on {world_size} processes failed; see the message above")
+    found = mp.get_context("spawn").SimpleQueue()
+    mp.spawn(measure, (root, task, world_size, port, found), world_size)  # ends all of them if one fails
     return found.get()
 
 

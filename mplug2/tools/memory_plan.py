@@ -44,21 +44,21 @@ class PlanSettings:
     """Images of the training data; the default is the paper's (COCO, Visual Genome, SBU, CC3M, CC12M)."""
     videos: int = 2_500_000
     """Videos of the training data; the default is the paper's (WebVid-2M)."""
-    passes: int = 30
-    """Passes through the training data."""
-    device_tflops: float = 989.0
-    """Peak TFLOP/s of a device; the default is that of an H100 or H200 in bfloat16."""
+    device_tflops: float | None = None
+    """Peak TFLOP/s of a device. Default: that of an H100 or H200, 989 in bfloat16 and 67 in float32."""
     utilization: float = 0.4
     """Assumed fraction of peak FLOP/s (MFU)."""
 
     def __post_init__(self):
-        check_range(self, "gpus passes", 1)
+        check_range(self, "gpus", 1)
         check_range(self, "images videos", 0)
         if not self.images + self.videos:
             raise ValueError("images=0 and videos=0: expected one of them above 0")
-        if not self.device_tflops > 0 or not 0 < self.utilization <= 1:
-            raise ValueError(f"device_tflops={self.device_tflops}, utilization={self.utilization}: expected numbers "
-                             "above 0, and a utilization of at most 1")
+        for name in ("device_tflops", "utilization"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= (1 if name == "utilization" else math.inf):
+                raise ValueError(f"{name}={value}: expected a number above 0"
+                                 + " and of at most 1" * (name == "utilization"))
 
 
 @dataclass(frozen=True)
@@ -261,22 +261,26 @@ def format_plan(plan: PlanSettings, settings: Settings) -> str:
             lines.append(f"{name:<34}" + "".join(cells))
     flops = {kind: (costs[False] if number == 0 else cost(work, kind)).flops / work.b
              for number, kind in enumerate(counts)}
-    steps = plan.passes * sum(counts.values()) // batch_size
-    load = plan.passes * sum(counts[kind] * flops[kind] for kind in counts)
-    days = load / (plan.gpus * plan.device_tflops * 1e12 * plan.utilization) / 86400
+    passes = settings.data.epochs or PASSES
+    peak = plan.device_tflops or (989 if settings.parallel.low_precision else 67)
+    steps = int(passes * sum(counts.values()) // batch_size)
+    load = passes * sum(counts[kind] * flops[kind] for kind in counts)
+    days = load / (plan.gpus * peak * 1e12 * plan.utilization) / 86400
     names = {kind: BATCH_TYPES[kind].modality for kind in counts}
     lines += ["", ", ".join(f"{flops[kind] / 1e12:.3f} TFLOP per {names[kind]}" for kind in counts)
               + " (forward and backward, all losses)",
               " and ".join(f"{counts[kind]:,} {names[kind]}s" for kind in counts)
-              + f", {plan.passes} times: {steps:,} steps, {days:.1f} "
-              f"days at {plan.utilization:.0%} of {plan.device_tflops:g} TFLOP/s",
+              + f", {passes:g} times: {steps:,} steps, {days:.1f} "
+              f"days at {plan.utilization:.0%} of {peak:g} TFLOP/s",
               "A step that recomputes activations takes about a third longer. Not counted: buffers of libraries, and",
               "memory that is free, but in pieces: leave a tenth."]
     return "\n".join(lines)
 
 
+PASSES = 30
+"""Passes through the training data, without --epochs and a recipe or preset that has them: those of mPLUG."""
 FLAGS_OF_TRAINING = {
-    "recipe", "preset", "init", "task", "batch_size", "accumulation_steps", "frames", "max_words",
+    "recipe", "preset", "init", "task", "epochs", "batch_size", "accumulation_steps", "frames", "max_words",
     "questions_per_sample", "optimizer", "precision",
 }
 """The flags of train.py that change the plan."""

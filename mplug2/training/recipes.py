@@ -56,9 +56,10 @@ def _question(data: str, paper: str = "") -> Recipe:
     return _mplug2(data, "video_qa", "accuracy", paper, questions_per_sample=1, warmup_steps=200)
 
 
-def _retrieval(data: str, paper: str = "", source: str = "mPLUG, zero-shot file", **more: Any) -> Recipe:
+def _retrieval(data: str, paper: str = "", **more: Any) -> Recipe:
     """The only published file with settings for these data sets belongs to a zero-shot program of mPLUG."""
-    return _recipe(data, "video_retrieval", "text-to-video R@1", source, 1e-5, 1e-6, 5, 128, paper, frames=12, **more)
+    return _recipe(data, "video_retrieval", "text-to-video R@1", "mPLUG, zero-shot file", 1e-5, 1e-6, 5, 128, paper,
+                   frames=12, **more)
 
 
 def _pretrain(preset: str) -> Recipe:

@@ -66,7 +66,8 @@ class RunSettings:
 
     def __post_init__(self):
         if self.preset not in PRESETS:
-            raise ValueError(f"preset={self.preset!r}: expected one of {', '.join(PRESETS)}")
+            raise ValueError(f"preset={self.preset!r}{did_you_mean(self.preset, PRESETS)}: expected one of "
+                             f"{', '.join(PRESETS)}")
         check_range(self, "log_every eval_every save_every keep_checkpoints", 1)
         check_range(self, "seed eval_limit", 0)
         if not self.timeout > 0:
@@ -231,18 +232,14 @@ def with_defaults(given: dict[str, Any]) -> dict[str, Any]:
         base = dict(RECIPES[recipe].settings)
     else:
         preset, inherited = given.get("preset", "tiny"), {}
-        checkpoint = real_folder(given.get("init", ""))
-        if (checkpoint / "config.json").is_file():
-            _, model, preprocess = read_config(checkpoint)
+        if given.get("init") and (real_folder(given["init"]) / "config.json").is_file():
+            _, model, preprocess = read_config(real_folder(given["init"]))
             preset, inherited = nearest_preset(model), {"frames": preprocess.frames, "max_words": preprocess.max_words}
-        if preset not in PRESETS:
-            raise ValueError(f"preset={preset!r}{did_you_mean(preset, PRESETS)}: expected one of {', '.join(PRESETS)}")
         tasks = parse_tasks(given.get("task", "pretrain"))
-        base = {**PRETRAINING[preset], **inherited}
+        base = PRETRAINING.get(preset, {})  # `RunSettings` refuses an unknown preset
         if "pretrain" not in tasks:
-            base = {"max_steps": sum(TASKS[task].steps for task in tasks), **FINE_TUNING[preset], **inherited}
-        if "epochs" in base:
-            base.pop("max_steps", None)
+            base = {"max_steps": sum(TASKS[task].steps for task in tasks), **FINE_TUNING.get(preset, {})}
+        base = {**base, **inherited}
     for first, second in PRECEDENCE.items():
         if second in given:
             base.pop(first, None)
@@ -250,11 +247,14 @@ def with_defaults(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def default_values(given: dict[str, Any]) -> dict[str, Any]:
-    """The values that `--help` shows: those of the task, recipe, preset or checkpoint that the `given` flags name."""
+    """The values that `--help` shows: those of the task, recipe, preset or checkpoint that the `given` flags name. Of a
+    pair such as epochs and max_steps, only the one that holds has a value."""
     model = {one.name: given[one.name] for one in dataclasses.fields(ModelConfig) if one.name in given}
     flags = {name: value for name, value in given.items() if name in OWNERS}
     settings = with_form(Settings.from_flat(with_defaults(flags), model))
-    return {**settings.flat(), **dataclasses.asdict(settings.model_config())}
+    values = {**settings.flat(), **dataclasses.asdict(settings.model_config())}
+    replaced = {second: None for first, second in PRECEDENCE.items() if values[first] is not None}
+    return values | replaced
 
 
 def resolve_settings(flags: dict[str, Any], model: dict[str, Any]) -> Settings:

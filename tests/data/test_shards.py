@@ -19,18 +19,8 @@ from mplug2.data.__main__ import main
 from mplug2.data.batches import Collate, MixedBatches
 from mplug2.data.media import MediaError
 from mplug2.data.samples import read_samples
-from mplug2.data.shards import (
-    Reader,
-    ReaderState,
-    ReadPlan,
-    ShardRange,
-    ShardSet,
-    assign,
-    is_shards,
-    pack,
-    read_shards,
-    stream_batches,
-)
+from mplug2.data.shard_stream import Reader, ReaderState, ReadPlan, ShardRange, assign, stream_batches
+from mplug2.data.shards import ShardSet, is_shards, pack, read_shards
 
 
 @pytest.fixture(scope="module")
@@ -426,8 +416,39 @@ def test_hostile_samples_are_skipped_and_named(root, tmp_path, tokenizer, monkey
     assert {source.split(":")[1] for batch in batches for source in batch["source"]} == {"7 (caption)"}
     errors = {error.split(".tar:")[1].split(": ")[0]: error for batch in batches for error in batch["errors"]}
     assert sorted(errors) == ["0", "1", "2", "3", "4", "5", "6", "8", "9"]
+    assert "no caption in a .json or .txt" in errors["4"]
     assert "RecursionError" in errors["0"] and "found 7, expected a text" in errors["1"] and "found nan" in errors["2"]
     assert "6.json has 50,001 bytes; at most 50,000 are read" in errors["6"] and "found 2 media files" in errors["8"]
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"qa": [{"question": "is it red", "answers": ["yes"], "kind": 3}]}, "kind 3: expected answers"),
+    ({"qa": [{"question": "is it red", "answers": ["yes"], "kind": ["a"]}]}, "a text or null"),
+    ({"qa": [{"question": "is it red", "answers": []}]}, "answers (), kind None: expected answers"),
+    ({"qa": [{"question": "is it red", "answers": [None]}]}, "found None, expected a text"),
+    ({"qa": [3]}, "not a sample"), ({"qa": {"question": "is it red"}}, "not a sample"),
+    ({"positive_id": 10**30}, "expected an integer of 64 bits"), ({"positive_id": float("inf")}, "OverflowError"),
+    ({"positive_id": float("nan")}, "not a sample"), ({"captions": [3]}, "found 3, expected a text"),
+    ({"captions": "a red one"}, "expected a list of one or more strings"),
+])
+def test_a_damaged_field_costs_its_sample_and_not_the_run(root, tmp_path, tokenizer, change, message):
+    def damaged(members: list) -> list:
+        fields = json.loads(dict(members)["000000002.json"]) | change
+        return list((dict(members) | {"000000002.json": json.dumps(fields).encode()}).items())
+
+    found, errors = read_videos(broken(root, tmp_path / "out", damaged), tokenizer)
+    assert len({source.split(" ")[0] for source in found}) == VIDEOS - 1
+    assert errors and all(".tar:2: " in error and message in error for error in errors), errors
+
+
+def test_files_with_the_same_name_in_neighboring_folders_are_two_samples(root, tmp_path, tokenizer):
+    gif = (root / "0.gif").read_bytes()
+    write_tar(tmp_path / "web" / "0.tar", {
+        "a/0001.gif": gif, "a/0001.txt": b"a red three", "b/0001.gif": gif, "b/0001.txt": b"a blue one"})
+    assert read_shards(tmp_path / "web")["image"].sizes == (2,)
+    batches, _ = batches_of(tmp_path / "web", tokenizer, 2)
+    assert not any(batch["errors"] for batch in batches)
+    assert len({source for batch in batches for source in batch["source"]}) == 2
 
 
 def test_a_single_text_is_one_answer(root, tmp_path, tokenizer):

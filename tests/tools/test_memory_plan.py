@@ -89,17 +89,20 @@ def test_sharding_divides_what_a_device_keeps():
 @pytest.mark.slow
 def test_the_plan_is_printed(capsys):
     """Nothing else happens: no data, no folder."""
-    main([*SHALLOW, *"--gpus 4 --batch-size 8 --images 0 --videos 800 --passes 2".split()])
+    main([*SHALLOW, *"--gpus 4 --batch-size 8 --images 0 --videos 800 --epochs 2".split()])
     said = capsys.readouterr().out
     for words in ("4 devices, 2 samples each at a time, x 1 = 8 a step", "800 videos, 2 times: 200 steps",
-                  "DDP, activation checkpointing", "FSDP2, activation checkpointing", "days at 40% of 989 TFLOP/s"):
+                  "DDP, activation checkpointing", "FSDP2, activation checkpointing", "days at 40% of 67 TFLOP/s"):
         assert words in said
+    main([*SHALLOW, *"--gpus 4 --batch-size 8 --images 0 --videos 800 --epochs 3 --precision bfloat16".split()])
+    said = capsys.readouterr().out
+    assert "800 videos, 3 times: 300 steps" in said and "of 989 TFLOP/s" in said
     with pytest.raises(ValueError, match="expected one of them above 0"):
         PlanSettings(images=0, videos=0)
 
 
 def test_every_task_has_a_plan_of_what_it_sees(capsys):
-    main([*SHALLOW, *"--task grounding --gpus 4 --batch-size 8 --images 100 --passes 2".split()])
+    main([*SHALLOW, *"--task grounding --gpus 4 --batch-size 8 --images 100 --epochs 2".split()])
     said = capsys.readouterr().out
     assert "100 images, 2 times: 25 steps" in said and "video" not in said
     with pytest.raises(SystemExit):

@@ -129,3 +129,8 @@ def test_fine_tuning_inherits_frames_and_words_and_takes_settings_of_the_checkpo
 def test_a_checkpoint_has_the_size_of_the_widest_preset_that_is_not_wider():
     assert [nearest_preset(ModelConfig(width=width, heads=4)) for width in (32, 64, 512, 768, 1000, 1024, 2048)] == [
         "tiny", "tiny", "small", "base", "base", "large", "large"]
+
+
+def test_without_init_no_checkpoint_is_read_not_even_one_in_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(saved(tmp_path / "c", "large", 12, 50))
+    assert "frames" not in with_defaults({"task": "video_qa"})

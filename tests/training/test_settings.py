@@ -74,6 +74,8 @@ def shown_defaults(capsys, *arguments: str) -> dict[str, str]:
     ("--task text_classification", {"--max-steps": "60", "--lr": "0.002"}),
     ("--task visual_entailment,grounding", {"--max-steps": "700", "--lr": "0.002"}),
     ("--preset large --width 2048", {"--vision-layers": "24", "--patch-size": "14", "--width": "2048"}),
+    ("--preset large", {"--epochs": "30", "--max-steps": None, "--min-lr": "2e-06", "--min-lr-ratio": None}),
+    ("--preset large --max-steps 9", {"--epochs": None, "--max-steps": "9", "--lr": "5e-05"}),
     ("--recipe msrvtt_caption", {"--epochs": "10", "--lr": "2e-05", "--frames": "16", "--task": "video_caption"}),
 ])
 def test_help_shows_the_defaults_of_the_chosen_task_preset_and_recipe(capsys, arguments, expected):
