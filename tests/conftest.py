@@ -1,5 +1,8 @@
 """Settings of all tests: one thread, the same random examples in every run, and which tests need an opt-in."""
 
+import os
+
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -21,3 +24,12 @@ def pytest_collection_modifyitems(config, items):
     left_out = [item for item in items if any(missing[name] and item.get_closest_marker(name) for name in missing)]
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def usual_scheduling():
+    """No test file may leave this process with a real-time policy: it would starve the files that follow. See
+    `video_files.usual_scheduling`."""
+    yield
+    if hasattr(os, "sched_getscheduler"):
+        assert os.sched_getscheduler(0) == os.SCHED_OTHER

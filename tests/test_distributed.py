@@ -3,9 +3,6 @@
 Two real processes, joined by gloo, serve the whole file. Each test sends them a function and the arguments of each.
 """
 
-import time
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -13,7 +10,7 @@ from batches import make_batch, make_model, rank_share, similarity_for
 from helpers import seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import Processes, Stuck
+from processes import Processes
 
 from mplug2 import distributed
 from mplug2.distributed import (
@@ -211,23 +208,3 @@ def test_the_matching_loss_agrees_where_the_negatives_are_the_same(pair):
         assert (expected is None) == (one is None)
         if expected is not None:
             np.testing.assert_allclose((one + other) / 2, expected, rtol=1e-7, atol=1e-10)
-
-
-def stuck_at_first(folder: Path, rank: int, times: int) -> int:
-    """Does not return the first `times` times."""
-    (folder / f"{rank}-{time.monotonic_ns()}").touch()
-    if len(list(folder.glob(f"{rank}-*"))) <= times:
-        time.sleep(1000)
-    return rank
-
-
-@pytest.mark.slow
-def test_a_job_that_is_stuck_is_tried_once_more_and_leaves_no_process(tmp_path):
-    """The processes of these tests themselves."""
-    two = Processes(2, patience=20)
-    with pytest.warns(UserWarning, match="stuck_at_first had no result after 20 s and is tried again"):
-        assert two.run(stuck_at_first, (tmp_path, 0, 1), (tmp_path, 1, 1), joined=False) == [0, 1]
-    two.patience = 1
-    with pytest.warns(UserWarning), pytest.raises(Stuck):
-        two.run(stuck_at_first, (tmp_path, 0, 9), (tmp_path, 1, 0), joined=False)
-    assert not any(process.is_alive() for process in two.processes)

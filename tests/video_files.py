@@ -3,7 +3,9 @@
 The levels lie far enough apart for every codec here.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -54,7 +56,7 @@ def write_video(
     chosen, container_format = CODECS[path.suffix]
     codec = codec or chosen
     quiet = {"libx265": {"x265-params": "log-level=none"}}.get(codec, {})
-    with av.open(str(path), "w", format=container_format, options=options) as container:
+    with usual_scheduling(), av.open(str(path), "w", format=container_format, options=options) as container:
         stream = container.add_stream(codec, rate=Fraction(rate), options={**quiet, **(codec_options or {})})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = pixel_format or {"mjpeg": "yuvj420p"}.get(codec, "yuv420p")
@@ -68,6 +70,18 @@ def write_video(
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
+
+
+@contextmanager
+def usual_scheduling() -> Iterator[None]:
+    """The SVT-AV1 encoder, used as root, leaves the calling thread with the real-time policy SCHED_FIFO. Processes that
+    are started later inherit it, and a thread of gloo that spins for a lock then never lets the owner of the lock run.
+    """
+    try:
+        yield
+    finally:
+        if hasattr(os, "sched_setscheduler") and os.sched_getscheduler(0) != os.SCHED_OTHER:
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def write_animation(path: Path, frames: np.ndarray, durations: int | list[int] = 100, **options) -> Path:
