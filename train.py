@@ -17,7 +17,7 @@ evaluates every split.
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -62,14 +62,18 @@ MAX_NONFINITE = 5
 """A run stops after this number of steps in a row whose loss or gradient is not finite; each of them is skipped."""
 
 
-def main(arguments: list[str] | None = None) -> dict[str, float]:
-    """Train as the command line says. Returns the results of the evaluation at the end."""
+def main(arguments: list[str] | None = None, model_class: Callable[..., MPLUG2] = MPLUG2) -> dict[str, float]:
+    """Train as the command line says. Returns the results of the evaluation at the end.
+
+    `model_class` is a hook for experiments: it gets the arguments of MPLUG2 and returns the model that a run trains
+    from scratch (notebooks/ablations.py has examples).
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     settings, process = parse_settings(__doc__, "train.py", arguments), None
     try:
         process = distributed.init_distributed(settings.parallel.device)
         with Watchdog(process, settings.run.timeout) as watchdog:
-            return Trainer(settings, process, arguments, watchdog).train()
+            return Trainer(settings, process, arguments, watchdog, model_class).train()
     except (ValueError, OSError) as error:  # OSError: a full disk, for example, or a folder without write permission
         if not isinstance(error, distributed.AllRanksError) or process.is_main:
             print(f"\ntrain.py: {error}", file=sys.stderr)
@@ -81,7 +85,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 class Trainer:
     """A run: the data, the model and its losses, the optimizer, and the loop over the steps."""
 
-    def __init__(self, settings: Settings, process: DistInfo, arguments: list[str], watchdog: Watchdog):
+    def __init__(self, settings: Settings, process: DistInfo, arguments: list[str], watchdog: Watchdog,
+                 model_class: Callable[..., MPLUG2] = MPLUG2):
         self.process, self.folder, self.started = process, settings.folder, time.time()
         self.watchdog, self.stop = watchdog, GracefulStop()
         seed_generators(settings.run.seed)  # the same initial weights on every rank
@@ -94,7 +99,7 @@ class Trainer:
         )
         self.settings = settings = settings.replace(max_steps=self.data.steps, epochs=None)
 
-        self.model = build_model(settings, self.data, process)
+        self.model = build_model(settings, self.data, process, model_class)
         self.objectives = build_objectives(self.model, settings.loss, self.data)
         self.wrapped = wrap_model(self.objectives, process, settings.parallel)  # DDP or FSDP2
         self.optimizer = make_optimizer(self.model, settings.optimizer)
@@ -322,9 +327,13 @@ class Trainer:
               f"{self.process.device}" + (f" x {ranks}, {settings.parallel.parallel}" if ranks > 1 else ""))
 
 
-def build_model(settings: Settings, data: TrainingData, process: DistInfo) -> MPLUG2:
+def build_model(
+    settings: Settings, data: TrainingData, process: DistInfo, model_class: Callable[..., MPLUG2] = MPLUG2
+) -> MPLUG2:
     """The model in training mode: with new weights, or with those of the checkpoint that the run starts from."""
     checkpoint, task = settings.checkpoint, settings.data.task
+    if checkpoint and model_class is not MPLUG2:
+        raise ValueError("a model of another class starts from scratch: leave out --init and --resume")
     if checkpoint:
         classes = None if settings.run.resume else data.classes  # other classes get a new head
         reinit = () if settings.run.resume or not settings.run.reinit else settings.run.reinit.split(",")
@@ -337,7 +346,7 @@ def build_model(settings: Settings, data: TrainingData, process: DistInfo) -> MP
             print(f"frames: {checkpoint} was trained with {trained.frames} frames, this run has {settings.data.frames}")
     else:
         config = dataclasses.replace(settings.model_config(), vocab_size=len(data.tokenizer))
-        model = MPLUG2(config, task, data.classes)
+        model = model_class(config, task, data.classes)
     freeze(model.train(), settings.optimizer.freeze.split(",") if settings.optimizer.freeze else [])
     if settings.parallel.activation_checkpointing:
         checkpoint_activations(model)
