@@ -18,6 +18,7 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import tiny_data
@@ -28,8 +29,8 @@ from mplug2.data.text import clean
 from mplug2.data.text_check import describe_unknown, unknown_words
 from mplug2.evaluation import own_files, submissions
 from mplug2.evaluation.chance import chance_level
-from mplug2.evaluation.data import EvalOptions, EvalSplit, data_notes, find_data, read_answer_list
-from mplug2.evaluation.evaluate import evaluate, supports
+from mplug2.evaluation.data import EvalOptions, EvalSplit, find_data, read_answer_list
+from mplug2.evaluation.evaluate import check_texts, evaluate
 from mplug2.evaluation.own_files import InputSettings
 from mplug2.evaluation.results import describe, describe_skipped, flat_metrics, write_metrics, write_predictions
 from mplug2.evaluation.settings import RuntimeSettings, WritingSettings
@@ -159,10 +160,7 @@ def score(
     answer_list = read_answer_list(config.answers, root) if config.answers else None
     options = EvalOptions(writing.generation("caption"), writing.generation("answer"), answer_list,
                           config.paper_captions, config.all_captions)
-    for data in splits if process.is_main else ():
-        chosen = [task for task in data.tasks if supports(predictor.model, task) and task in (tasks or data.tasks)]
-        for note in data_notes(data, chosen, predictor.tokenizer, predictor.preprocess.max_words):
-            print(note, file=sys.stderr)
+    distributed.run_on_main(partial(check_texts, predictor, splits, tasks), process)
     results = {data.split: evaluate(predictor, data, tasks, options) for data in splits}
     records = sum(result.records for result in results.values())
     skipped = sum(len(result.skipped) for result in results.values())

@@ -1,6 +1,6 @@
-"""Does modularity help? The runs that docs/modularity.md plans: every claim is an arm and its control, with five seeds.
+"""Does modularity help? The runs that docs/modularity.md plans: each claim is an arm and its control, with five seeds.
 
-    python notebooks/ablations.py                 # what is missing, about 2 minutes a run on one core
+    python notebooks/ablations.py                 # the runs that are missing, about 2 minutes each on one core
     python notebooks/ablations.py few             # only the runs of one regime
     python notebooks/ablations.py --effects       # the table of effects, from the runs that exist
 
@@ -11,14 +11,12 @@ be stopped at any time and goes on where it was. Notebook 06 shows the results.
 
 import copy
 import json
-import os
+import re
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # another number of threads gives other roundings
 
 import numpy as np
 import torch
@@ -29,13 +27,15 @@ import tiny_data
 from mplug2.checkpoint import PreprocessConfig
 from mplug2.config import ModelConfig
 from mplug2.data.media_batches import Medium
-from mplug2.data.records import read_records
+from mplug2.data.records import Record, read_records
 from mplug2.data.text import Tokenizer
+from mplug2.evaluation.ranking import ranks
+from mplug2.inference import repeat_to
 from mplug2.model.mplug2 import MPLUG2, init_weights
-from mplug2.model.patch_embed import PatchEmbed
+from mplug2.model.patch_embed import PatchEmbed, patchify
 from mplug2.model.universal import UniversalLayers
 from mplug2.predictor import Predictor
-from tiny_data.world import COLOR_NAMES
+from tiny_data.world import COLOR_NAMES, FRAMES
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train  # noqa: E402
@@ -45,10 +45,10 @@ PRETRAINED = Path(tiny_data.__file__).parent / "pretrained"  # only its vocabula
 WORK = Path("runs/ablations")
 SEEDS = (0, 1, 2, 3, 4)
 STEPS = 500
-MATTERS = 2.0  # the smallest effect that would matter, in points
-STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # by number of seeds, two-sided 95 %
+CAPTIONS = 4000  # that the classifier of claim 2 learns from
 FEW = 200  # videos with captions and questions, in the regime "few"
-VIDEO, IMAGE = ("video_caption", "video_qa", "video_retrieval"), ("image_caption", "image_qa", "image_retrieval")
+MATTERS = 2.0  # the smallest effect that would matter, in points
+STUDENT_T = {3: 4.303, 4: 3.182, 5: 2.776}  # by number of seeds, two-sided 95 %
 
 
 # ---- arms: models that differ from MPLUG2 in one respect ------------------------------------------------------------
@@ -91,135 +91,207 @@ class TwoVisionEncoders(MPLUG2):
 class OneStream(MPLUG2):
     """A single network for all modalities: after its embedding, vision passes through the same layers as text.
 
-    Eight shared layers replace the vision encoder, the text encoder and the universal layers, with about as many
-    parameters. Patches of all frames attend to each other; a learned position tells the frames apart.
+    Six shared layers replace the vision encoder, the text encoder and the universal layers. Patches of all frames
+    attend to each other; a learned position tells the frames apart.
     """
 
     def __init__(self, config: ModelConfig, *args):
         super().__init__(config, *args)
-        layers = ModelConfig(**{**vars(config), "text_layers": 8, "universal_layers": 8})
+        layers = ModelConfig(**{**vars(config), "text_layers": 6, "universal_layers": 6})
         self.text_encoder.layers = nn.ModuleList()
         self.universal = UniversalLayers(layers, for_vision=False, for_text=True)
         self.vision_encoder = PatchEmbed(config)
-        self.frame_position = nn.Parameter(torch.zeros(tiny_data.world.FRAMES, config.width))
+        self.frame_position = nn.Parameter(torch.zeros(FRAMES, 1, config.width))
         init_weights(self)
         nn.init.normal_(self.frame_position, std=self.vision_encoder.position.std().item())
 
-    def encode_vision(self, pixels: Tensor) -> Tensor:
-        x = self.vision_encoder(pixels)
-        t = x.shape[1]
-        patches = rearrange(x[:, :, 1:] + self.frame_position[:t, None], "b t n d -> b (t n) d")
-        tokens = torch.cat([x[:, 0, :1], patches], dim=1)
-        return self.universal.text(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device))
-
-
-class AtOdds:
-    """Images and videos contradict each other: red, green and blue of an image change places, its texts do not. What
-    is called green in a video is called red in an image."""
+    def layers_for_vision(self) -> UniversalLayers:
+        return self.universal
 
     def encode_vision(self, pixels: Tensor) -> Tensor:
-        return super().encode_vision(pixels.roll(1, dims=1) if pixels.shape[2] == 1 else pixels)
+        embed, t = self.vision_encoder, pixels.shape[2]
+        patches = embed.linear(patchify(pixels, embed.patch)) + embed.position[1:] + self.frame_position[:t]
+        first = (embed.class_token + embed.position[0]).expand(len(pixels), 1, -1)
+        tokens = embed.norm(torch.cat([first, rearrange(patches, "b t n d -> b (t n) d")], dim=1))
+        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        return self.layers_for_vision().text(tokens, mask)
 
 
-ARMS: dict[str, tuple[type[MPLUG2], list[str]]] = {
-    "full": (MPLUG2, []),
-    "untied": (Untied, []),
-    "one stream": (OneStream, []),
-    "two vision encoders": (TwoVisionEncoders, []),
-    "temporal modules for videos only": (MPLUG2, ["--no-temporal-on-images"]),
-    "without images": (MPLUG2, ["--video-weight", "0.95", "--image-weight", "0"]),
+class TwoStreams(OneStream):
+    """One stream, but vision has its own copy of all layers: the same depth, operations and initial weights."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.vision_layers = copy.deepcopy(self.universal)
+
+    def layers_for_vision(self) -> UniversalLayers:
+        return self.vision_layers
+
+
+ARMS: dict[str, type[MPLUG2]] = {
+    "full": MPLUG2, "untied": Untied, "two vision encoders": TwoVisionEncoders, "one stream": OneStream,
+    "two streams": TwoStreams,
 }
-NARROW = "--width 32 --vision-width 32 --vision-head-width 16 --ff-width 128".split()
-REGIMES: dict[str, list[str]] = {"plenty": [], "few": [], "at odds": [], "narrow": NARROW}
-
-# Claim -> regime, arm, control, and what is measured: the tasks whose scores are averaged, or the transfer of labels.
-CLAIMS = {
-    "1a sharing universal layers, plenty": ("plenty", "full", "untied", VIDEO + IMAGE),
-    "1b sharing universal layers, few videos": ("few", "full", "untied", VIDEO),
-    "2 labels of texts transfer to vision": ("plenty", "full", "untied", ("transfer",)),
-    "3a modules of their own, plenty": ("plenty", "full", "one stream", VIDEO + IMAGE),
-    "3b modules of their own, narrow model": ("narrow", "full", "one stream", VIDEO + IMAGE),
-    "4a one vision encoder, few videos": ("few", "full", "two vision encoders", VIDEO),
-    "4b one vision encoder, at odds": ("at odds", "full", "two vision encoders", VIDEO + IMAGE),
-    "5 images around temporal modules, at odds": ("at odds", "temporal modules for videos only", "full", IMAGE),
-    "6 images help videos, few videos": ("few", "full", "without images", VIDEO),
+REGIMES = {  # flags of train.py
+    "plenty": "",
+    "few": "--video-weight 0.4 --image-weight 0.3 --text-weight 0.3",
+    "at odds": "",
+    "narrow": "--width 32 --vision-width 32 --vision-head-width 16 --ff-width 128",
 }
-RUNS = list(dict.fromkeys((regime, arm) for regime, *arms, _ in CLAIMS.values() for arm in arms))
+
+# ---- claims: a signed sum of scores, and the tasks whose scores are averaged -----------------------------------------
+
+VIDEO, IMAGE = ("video_caption", "video_qa", "video_retrieval"), ("image_caption", "image_qa", "image_retrieval")
+COLOR = ("video_qa colour", "image_qa colour")
+SPACE, PROJECTED = (tuple(f"transfer {kind} {of}" for of in ("video", "image")) for kind in ("space", "projected"))
+Terms = dict[tuple[str, str], int]
+
+
+def minus(regime: str, arm: str, control: str) -> Terms:
+    return {(regime, arm): 1, (regime, control): -1}
+
+
+CLAIMS: dict[str, tuple[Terms, tuple[str, ...]]] = {
+    "1a": (minus("plenty", "full", "untied"), VIDEO + IMAGE),
+    "1b": (minus("few", "full", "untied"), VIDEO),
+    "1b - 1a": (minus("few", "full", "untied") | minus("plenty", "untied", "full"), VIDEO),
+    "2a": (minus("plenty", "full", "untied"), PROJECTED),
+    "2b": (minus("few", "full", "untied"), PROJECTED),
+    "2c": (minus("plenty", "full", "untied"), SPACE),
+    "3a": (minus("plenty", "two streams", "one stream"), VIDEO + IMAGE),
+    "3b": (minus("narrow", "two streams", "one stream"), VIDEO + IMAGE),
+    "3c": (minus("plenty", "full", "one stream"), VIDEO + IMAGE),
+    "4a": (minus("few", "full", "two vision encoders"), VIDEO),
+    "4b": (minus("at odds", "two vision encoders", "full"), VIDEO + IMAGE),
+    "4b - plenty": (minus("at odds", "two vision encoders", "full") | minus("plenty", "full", "two vision encoders"),
+                    VIDEO + IMAGE),
+    "4c": (minus("at odds", "two vision encoders", "full"), COLOR),
+}
+RUNS = list(dict.fromkeys(run for terms, _ in CLAIMS.values() for run in terms))
 
 
 # ---- one run --------------------------------------------------------------------------------------------------------
 
 
 def run(regime: str, arm: str, seed: int, steps: int = STEPS) -> dict:
-    """Train and test. Returns the metrics, and per task which records are right (a bit each, as a hexadecimal number).
-    """
-    model_class, models, name = model_of(arm, regime), [], f"{regime}-{arm}-{seed}".replace(" ", "_")
-    root = few_videos() if regime == "few" else tiny_data.ensure()
+    """Train and test. Returns the metrics, and for each task and medium how many of its tests are right."""
+    torch.set_num_threads(1)  # another number of threads gives other roundings
+    models, name = [], f"{regime}-{arm}-{seed}".replace(" ", "_")
+    root = {"few": few_videos, "at odds": other_colors}.get(regime, tiny_data.ensure)()
     shutil.rmtree(WORK / name, ignore_errors=True)
     metrics = train.main([
         "--data", str(root), "--tokenizer", str(PRETRAINED / "tokenizer.json"), "--max-steps", str(steps),
         "--seed", str(seed), "--eval-every", str(10 * steps), "--save-every", str(10 * steps),
-        "--out", str(WORK), "--name", name, *ARMS[arm][1], *REGIMES[regime],
-    ], lambda *args: models.append(model_class(*args)) or models[-1])
-    right: dict[str, str] = {}
-    for line in (WORK / name / "predictions.jsonl").read_text().splitlines():
-        prediction = json.loads(line)
-        right[prediction["task"]] = right.get(prediction["task"], "") + str(int(prediction["right"]))
-    right |= transfer(models[0].eval())
+        "--out", str(WORK), "--name", name, *REGIMES[regime].split(),
+    ], lambda *args: models.append(ARMS[arm](*args)) or models[-1])
+    tokenizer = Tokenizer.load(PRETRAINED / "tokenizer.json")
+    predictor = Predictor(models[0].eval(), tokenizer, PreprocessConfig(frames=FRAMES, max_words=30))
+    lines = [json.loads(line) for line in (WORK / name / "predictions.jsonl").read_text().splitlines()]
+    tests = written(lines, root) | retrieved(predictor, root) | transferred(predictor, root)
     return {
         "parameters": sum(parameter.numel() for parameter in models[0].parameters()),
         "metrics": {name: round(value, 4) for name, value in metrics.items()},
-        "right": {task: pack(bits) for task, bits in right.items()},
+        "right": {task: pack(right) for task, (right, _) in tests.items()},
+        "of": {task: pack(of) for task, (_, of) in tests.items()},
     }
-
-
-def model_of(arm: str, regime: str) -> type[MPLUG2]:
-    model_class = ARMS[arm][0]
-    return type(model_class.__name__, (AtOdds, model_class), {}) if regime == "at odds" else model_class
 
 
 def few_videos() -> Path:
     """The tiny world with all its images and sentences, but few videos."""
-    world, root = tiny_data.ensure(), WORK / "few_videos"
+    return changed_world("few_videos", lambda name, lines: lines[:FEW] if re.match(r"video.*\.train", name) else lines)
+
+
+def other_colors() -> Path:
+    """The tiny world with the next color's word in all texts about images: "green" for a red digit, and so on."""
+    after = dict(zip(COLOR_NAMES, COLOR_NAMES[1:] + COLOR_NAMES[:1]))
+    words = re.compile(rf"\b({'|'.join(COLOR_NAMES)})\b")
+    return changed_world("other_colors", lambda name, lines: [
+        words.sub(lambda word: after[word[0]], line) for line in lines] if name.startswith("image") else lines)
+
+
+def changed_world(name: str, change: Callable[[str, list[str]], list[str]]) -> Path:
+    """A copy of the tiny world with other lines in its files. Images and videos are not copied."""
+    world, root = tiny_data.ensure(), WORK / name
     root.mkdir(parents=True, exist_ok=True)
-    for file in world.iterdir():
-        copied = root / file.name
-        if file.is_dir():
-            copied.exists() or copied.symlink_to(file)
-        elif file.name.startswith("video") and ".train." in file.name:
-            copied.write_text("".join(file.read_text().splitlines(keepends=True)[:FEW]))
-        else:
-            shutil.copy(file, copied)
+    if not (root / "media").exists():
+        (root / "media").symlink_to(world / "media")
+    for file in world.glob("*.json*"):
+        (root / file.name).write_text("".join(change(file.name, file.read_text().splitlines(keepends=True))))
     return root
 
 
-def transfer(model: MPLUG2) -> dict[str, str]:
-    """Classify videos and images with a linear classifier that has only seen texts: in the space after the universal
-    layers, without any label of vision. Which records are right, by modality and label.
+# ---- tests: for each task, how many tests of each medium are right, and how many there are --------------------------
 
-    The classifier is a ridge regression from the class tokens of training captions to digit and color, both one-hot.
-    Texts and vision are each standardized by their own mean and deviation, which needs no labels.
+Tests = dict[str, tuple[list[int], list[int]]]
+
+
+def written(lines: list[dict], root: Path) -> Tests:
+    """Captions that equal a true one, and right answers: all, and those about colors. From predictions.jsonl."""
+    tests: Tests = {}
+    for task in "video_caption", "image_caption", "video_qa", "image_qa":
+        records = read_records(root, task, "test")
+        right = iter([bool(line["right"]) for line in lines if line["task"] == task])
+        if task.endswith("caption"):
+            tests[task] = [int(next(right)) for _ in records], [1 for _ in records]
+            continue
+        kinds = [[question.kind for question in record.qa] for record in records]
+        answers = [[next(right) for _ in of_record] for of_record in kinds]
+        tests[task] = list(map(sum, answers)), list(map(len, answers))
+        tests[f"{task} colour"] = (
+            [sum(yes for yes, kind in zip(*both) if kind == "colour") for both in zip(answers, kinds)],
+            [of_record.count("colour") for of_record in kinds])
+    return tests
+
+
+def retrieved(predictor: Predictor, root: Path) -> Tests:
+    """Whether a medium finds its text among 100, and its text finds the medium, by cosine."""
+    tests: Tests = {}
+    for task in "video_retrieval", "image_retrieval":
+        records = read_records(root, task, "test")
+        hits = np.zeros(len(records), int)
+        for gallery in {record.gallery for record in records}:
+            own = [number for number, record in enumerate(records) if record.gallery == gallery]
+            media = [Medium.of_record(records[number]) for number in own]
+            cosines = predictor.similarity(media, [records[number].captions[0] for number in own]).numpy()
+            ids = np.array([records[number].positive_id for number in own])
+            for similarity in cosines, cosines.T:
+                hits[own] += ranks(similarity, ids[:, None] == ids[None, :]) == 1
+        tests[task] = hits.tolist(), [2] * len(records)
+    return tests
+
+
+def transferred(predictor: Predictor, root: Path) -> Tests:
+    """Digit and color of test media, from a linear classifier that has only seen texts; see docs/modularity.md.
+
+    It is a ridge regression from training captions to digit and color (both one-hot). Texts and vision are each
+    standardized by their own mean and deviation, which needs no labels.
     """
-    tokenizer, root = Tokenizer.load(PRETRAINED / "tokenizer.json"), tiny_data.ensure()
-    predictor = Predictor(model, tokenizer, PreprocessConfig(frames=4, max_words=30))
-    captions = [record for record in read_records(root, "video_caption", "train")[:4000] if named(record)]
-    texts = predictor.on_texts([record.captions[0] for record in captions], lambda text, _: text[:, 0])
-    x = standardize(torch.stack(texts))
-    labels, found = torch.tensor([named(record) for record in captions]), {}
-    weights = [torch.linalg.solve(x.T @ x + len(x) * 0.01 * torch.eye(x.shape[1]), x.T @ nn.functional.one_hot(
-        labels[:, column], size).float()) for column, size in enumerate((10, len(COLOR_NAMES)))]
+    model, tests, first = predictor.model, {}, lambda hidden, _: hidden[:, 0]
+    readouts = {  # class tokens of texts and vision after the universal layers, or their unit vectors for VTC
+        "space": (first, lambda vision: vision[:, 0]),
+        "projected": (lambda hidden, _: model.project_text(hidden), model.project_vision),
+    }
     for modality in "video", "image":
-        records = [record for record in read_records(root, f"{modality}_caption", "test") if named(record)]
-        vision = predictor.encode_media([Medium.of_record(record) for record in records])
-        y = standardize(torch.stack([tokens[0] for tokens in vision]).float())
-        for column, name in enumerate(("digit", "color")):
-            truth = torch.tensor([named(record)[column] for record in records])
-            bits = ((y @ weights[column]).argmax(dim=1) == truth).int().tolist()
-            found[f"transfer {modality} {name}"] = "".join(map(str, bits))
-    return found
+        captioned, records = (
+            [record for record in read_records(root, f"{modality}_caption", split) if named(record)]
+            for split in ("train", "test"))
+        texts = [(caption, named(record)) for record in captioned for caption in record.captions][:CAPTIONS]
+        labels, truths = torch.tensor([label for _, label in texts]), torch.tensor([named(one) for one in records])
+        for name, (of_text, of_vision) in readouts.items():
+            x = standardize(torch.stack(predictor.on_texts([text for text, _ in texts], of_text)))
+            y = standardize(torch.stack(predictor.on_media(
+                [Medium.of_record(record) for record in records],
+                lambda vision, _, indices, read=of_vision: repeat_to(read(vision), len(indices)))))
+            right = torch.zeros(len(records), dtype=torch.int64)
+            for column, size in enumerate((10, len(COLOR_NAMES))):
+                targets = nn.functional.one_hot(labels[:, column], size).float()
+                weights = torch.linalg.solve(x.T @ x + len(x) * torch.eye(x.shape[1]), x.T @ targets)
+                right += (y @ weights).argmax(dim=1) == truths[:, column]
+            tests[f"transfer {name} {modality}"] = right.tolist(), [2] * len(records)
+    return tests
 
 
-def named(record) -> tuple[int, int] | None:
+def named(record: Record) -> tuple[int, int] | None:
     """Digit and color of a record about a single digit: its `positive_id` is such as "red 7 left"."""
     words = record.positive_id.split()
     return None if set(words) & {"+", ">"} else (int(words[1]), COLOR_NAMES.index(words[0]))
@@ -229,44 +301,65 @@ def standardize(x: Tensor) -> Tensor:
     return (x - x.mean(dim=0)) / x.std(dim=0)
 
 
-def pack(bits: str) -> str:
-    return f"{len(bits)}:{int(bits, 2):x}"
+def pack(counts: Sequence[int]) -> str:
+    """Counts below 8 as "length:hexadecimal number"."""
+    return f"{len(counts)}:{int('0' + ''.join(map(str, counts)), 8):x}"
 
 
 def unpack(packed: str) -> np.ndarray:
     length, number = packed.split(":")
-    return np.array(list(f"{int(number, 16):0{length}b}"), float)
+    return np.array(list(f"{int(number, 16):o}".zfill(int(length))), float)
 
 
 # ---- effects --------------------------------------------------------------------------------------------------------
 
 
-def effect(claim: str, runs: dict, draws: int = 10_000) -> dict:
-    """Arm minus control of a claim, in points (percent): the mean of the paired differences, a 95 % interval from a
-    bootstrap over seeds and test records, one from Student's t over the seeds, and the difference of each seed."""
-    regime, arm, control, tasks = CLAIMS[claim]
-    of_arm, of_control = (runs[f"{regime}, {name}"] for name in (arm, control))
-    seeds = [seed for seed in of_arm if seed in of_control]
-    if tasks == ("transfer",):
-        tasks = [task for task in of_arm[seeds[0]]["right"] if task.startswith("transfer")]
-    differences = [  # by task: seed x record
-        100 * np.stack([unpack(of_arm[seed]["right"][task]) - unpack(of_control[seed]["right"][task])
-                        for seed in seeds]) for task in tasks]
-    rng, drawn = np.random.default_rng(0), np.zeros(draws)
-    for draw in range(draws):
-        chosen = rng.integers(len(seeds), size=len(seeds))
-        drawn[draw] = np.mean([of_task[chosen][:, rng.integers(of_task.shape[1], size=of_task.shape[1])].mean()
-                               for of_task in differences])
-    by_seed = np.mean([of_task.mean(axis=1) for of_task in differences], axis=0)
-    half = STUDENT_T[len(seeds)] * by_seed.std(ddof=1) / len(seeds) ** 0.5
-    mean = by_seed.mean()
+def effect(claim: str, runs: dict, draws: int = 2000) -> dict:
+    """The effect of a claim, in points (percent): its mean over seeds, a 95 % interval from a bootstrap over seeds and
+    test media, one from Student's t over the seeds, the effect of each seed, and the mean score of each term."""
+    terms, tasks = CLAIMS[claim]
+    right = {term: {task: np.stack([unpack(runs[", ".join(term)][str(seed)]["right"][task]) for seed in SEEDS])
+                    for task in tasks} for term in terms}
+    of = {task: unpack(runs[", ".join(next(iter(terms)))]["0"]["of"][task]) for task in tasks}
+    signed = {task: 100 * sum(sign * right[term][task] for term, sign in terms.items()) for task in tasks}
+    by_seed = np.mean([signed[task].sum(axis=1) / of[task].sum() for task in tasks], axis=0)
+    rng, drawn = np.random.default_rng(0), []
+    for _ in range(draws):
+        seeds, ratios = rng.integers(len(SEEDS), size=len(SEEDS)), []
+        for task in tasks:
+            media = rng.integers(len(of[task]), size=len(of[task]))
+            ratios.append(signed[task][seeds][:, media].sum(axis=1).mean() / of[task][media].sum())
+        drawn.append(np.mean(ratios))
+    mean, half = by_seed.mean(), STUDENT_T[len(SEEDS)] * by_seed.std(ddof=1) / len(SEEDS) ** 0.5
+    scores = {", ".join(term): 100 * float(np.mean([right[term][task].sum() / len(SEEDS) / of[task].sum()
+                                                    for task in tasks])) for term in terms}
     return {"effect": mean, "bootstrap": np.percentile(drawn, [2.5, 97.5]), "student": (mean - half, mean + half),
-            "by_seed": by_seed, "arm": level(of_arm, tasks), "control": level(of_control, tasks)}
+            "by_seed": by_seed, "scores": scores}
 
 
-def level(of_arm: dict, tasks: Sequence[str]) -> float:
-    """The mean score over seeds and tasks, in percent."""
-    return 100 * float(np.mean([unpack(found["right"][task]).mean() for found in of_arm.values() for task in tasks]))
+def verdict(found: dict) -> str:
+    """What an effect says, by the rule of the plan: both intervals have to agree."""
+    low = min(found["bootstrap"][0], found["student"][0])
+    high = max(found["bootstrap"][1], found["student"][1])
+    if low > 0 or high < 0:
+        matters = low >= MATTERS or high <= -MATTERS
+        return ("above 0" if low > 0 else "below 0") + (", and it matters" if matters else ", size undecided")
+    return "no effect that matters" if -MATTERS < low and high < MATTERS else "undecided"
+
+
+def table(runs: dict) -> str:
+    """The effects of all claims, as a table in Markdown. A claim is left open until all of its runs are there."""
+    lines = ["| claim | scores | effect | 95 %, bootstrap | 95 %, Student's t | verdict |", "|" + "---|" * 6]
+    for claim, (terms, _) in CLAIMS.items():
+        missing = sum(str(seed) not in runs.get(", ".join(term), {}) for term in terms for seed in SEEDS)
+        if missing:
+            lines.append(f"| {claim} | | | | | {missing} runs are missing |")
+            continue
+        found = effect(claim, runs)
+        scores = "; ".join(f"{name} {value:.1f}" for name, value in found["scores"].items())
+        intervals = " | ".join(f"{low:+.1f} to {high:+.1f}" for low, high in (found["bootstrap"], found["student"]))
+        lines.append(f"| {claim} | {scores} | {found['effect']:+.1f} | {intervals} | {verdict(found)} |")
+    return "\n".join(lines)
 
 
 def main(arguments: list[str]) -> None:
@@ -295,31 +388,6 @@ def main(arguments: list[str]) -> None:
 def read() -> dict:
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     return {"command": "python notebooks/ablations.py", "runs": {}} | results
-
-
-def table(runs: dict) -> str:
-    """The effects of all claims whose runs are complete, as a table in Markdown."""
-    lines = ["| claim | arm | control | effect | 95 %, bootstrap | 95 %, Student's t | verdict |", "|" + "---|" * 7]
-    for claim, (regime, arm, control, _) in CLAIMS.items():
-        counts = [len(runs.get(f"{regime}, {name}", {})) for name in (arm, control)]
-        if min(counts) < 2:
-            lines.append(f"| {claim} | | | {counts} runs | | | |")
-            continue
-        found = effect(claim, runs)
-        cells = [f"{arm} {found['arm']:.1f}", f"{control} {found['control']:.1f}", f"{found['effect']:+.1f}"]
-        cells += [f"{low:+.1f} to {high:+.1f}" for low, high in (found["bootstrap"], found["student"])]
-        lines.append(f"| {claim} | " + " | ".join(cells) + f" | {verdict(found)} |")
-    return "\n".join(lines)
-
-
-def verdict(found: dict) -> str:
-    """What an effect says, by the rule of the plan: both intervals have to agree."""
-    low = min(found["bootstrap"][0], found["student"][0])
-    high = max(found["bootstrap"][1], found["student"][1])
-    if low > 0 or high < 0:
-        size = "" if abs(found["effect"]) >= MATTERS else ", but smaller than what matters"
-        return ("helps" if low > 0 else "hurts") + size
-    return "no effect that matters" if -MATTERS < low and high < MATTERS else "undecided"
 
 
 if __name__ == "__main__":

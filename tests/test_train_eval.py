@@ -471,6 +471,37 @@ def test_results_of_a_read_only_checkpoint_are_written_elsewhere(run, light, tmp
     assert {"metrics.json", "predictions.jsonl", "report.html"} <= {path.name for path in out.iterdir()}
 
 
+def test_an_evaluation_names_every_text_that_cannot_be_read_before_it_starts(run, light, tmp_path, capsys):
+    shutil.copy(light / json.loads((light / "video_caption.val.jsonl").read_text().splitlines()[0])["video"],
+                tmp_path / "a.gif")
+    long = "extraordinarily unpredictable neuroscientists " * 5
+    for task, texts in {
+        "video_caption": {"captions": ["a red seven", "!!!"]}, "video_retrieval": {"captions": [long]},
+        "video_qa": {"qa": [{"question": "???", "answers": ["seven"], "kind": "digit"}]},
+    }.items():
+        (tmp_path / f"{task}.test.jsonl").write_text(json.dumps({"video": "a.gif", **texts}) + "\n")
+    with pytest.raises(SystemExit):
+        evaluation.main(f"--checkpoint {run / 'last'} --data {tmp_path} --splits test --out {tmp_path / 'out'}".split())
+    said = capsys.readouterr().err
+    assert "video_caption.test.jsonl:1: the text '!!!' has no words" in said
+    assert "video_qa.test.jsonl:1: the text '???' has no words" in said
+    assert "video_retrieval.test.jsonl:1" in said and "the model takes 32" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_captions_that_several_records_share_are_reported_by_an_evaluation(run, cache, tmp_path, capsys):
+    world = cache / f"tiny-v{VERSION}-seed0"
+    lines = [json.loads(line) for line in (world / "video_retrieval.val.jsonl").read_text().splitlines()[:3]]
+    for number, line in enumerate(lines):
+        shutil.copy(world / line["video"], tmp_path / f"{number}.gif")
+        line |= {"video": f"{number}.gif", "positive_id": str(number), "captions": ["a red seven"]}
+    lines[2]["captions"] = ["a blue one"]
+    (tmp_path / "video_retrieval.test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    evaluation.main(f"--checkpoint {run / 'last'} --data {tmp_path} --splits test --out {tmp_path / 'out'}".split())
+    said = capsys.readouterr().err
+    assert "video_retrieval, test: 1 captions belong to several records, such as 'a red seven'" in said
+
+
 def test_words_that_the_vocabulary_lacks_are_reported(run, light, tmp_path, capsys):
     """In the data of an evaluation, in questions, and in texts to find."""
     record = json.loads((light / "video_caption.val.jsonl").read_text().splitlines()[0])

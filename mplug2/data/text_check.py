@@ -50,7 +50,10 @@ def check_run_texts(
         if TASKS[name].output == "ranking" and (equal := equal_captions(records)):
             reports.append(describe_equal(f"{name}, {split}", equal))
         for record in records:
-            problems += _record_problems(record, name, tokenizer, limit, max_words, classes)
+            problems += record_text_problems(record, name, tokenizer, limit, max_words)
+            problems += _unknown_answers(
+                record.source, [answer for question in record.qa for answer in question.answers], tokenizer, max_words)
+            problems += _label_problem(record.source, record.label, name, classes)
             words.update(word for text in record_texts(record) for word in clean(text, max_words).split())
         _report(f"{name}, {split}", words, tokenizer, max_unknown, problems, reports)
     raise_all(problems)
@@ -158,10 +161,11 @@ def _evaluated(root: Path | None, task: str) -> Iterator[tuple[str, str]]:
         yield from ((name, split) for split in splits if name in tasks and split in EVAL_SPLITS)
 
 
-def _record_problems(
-    record: Record, task: str, tokenizer: Tokenizer, limit: int, max_words: int, classes: Mapping[str, tuple[str, ...]]
+def record_text_problems(
+    record: Record, task: str, tokenizer: Tokenizer, limit: int, max_words: int
 ) -> Iterator[str]:
-    """What is wrong with a record to evaluate. Captions and answers that are only compared may have any length."""
+    """An error message for each text of a record to evaluate that has no words, or that the model has to read and is
+    longer than `limit` tokens. Captions and answers that are only compared may have any length."""
     encoded = limit if TASKS[task].output == "ranking" else 10**9
     for text, of_text in (
         *((caption, encoded) for caption in record.captions), *((question.question, limit) for question in record.qa),
@@ -169,9 +173,6 @@ def _record_problems(
         *(((record.texts or record.text, limit),) if record.texts or record.text else ()),
     ):
         yield from text_problem(record.source, text, tokenizer, of_text, max_words)
-    yield from _unknown_answers(
-        record.source, [answer for question in record.qa for answer in question.answers], tokenizer, max_words)
-    yield from _label_problem(record.source, record.label, task, classes)
 
 
 def _label_problem(

@@ -9,9 +9,17 @@ from pathlib import Path
 
 import numpy as np
 
-from mplug2.data.records import Record, available, read_records
+from mplug2.data.records import Record, available, raise_all, read_records
 from mplug2.data.text import Tokenizer, clean
-from mplug2.data.text_check import describe_numbers, describe_unknown, record_texts, unknown_words
+from mplug2.data.text_check import (
+    describe_equal,
+    describe_numbers,
+    describe_unknown,
+    equal_captions,
+    record_text_problems,
+    record_texts,
+    unknown_words,
+)
 from mplug2.predictor import Generation
 from mplug2.tasks import EVALUATED, TASKS
 
@@ -81,17 +89,26 @@ def read_answer_list(source: str, root: Path) -> tuple[str, ...]:
     return unique
 
 
-def data_notes(data: EvalSplit, tasks: Sequence[str], tokenizer: Tokenizer, max_words: int) -> list[str]:
-    """One line for each task with words that are unknown to the vocabulary, [UNK], and for one with numbers as labels
-    that may be meant as classes."""
-    notes = []
+def data_notes(
+    data: EvalSplit, tasks: Sequence[str], tokenizer: Tokenizer, limit: int, max_words: int
+) -> list[str]:
+    """One line for each task with words that are unknown to the vocabulary, [UNK], for one with numbers as labels that
+    may be meant as classes, and for a gallery whose records share captions.
+
+    Raises RecordError, which lists every text without words and every text to read with more than `limit` tokens.
+    """
+    notes, problems = [], []
     for task in tasks:
-        records = data.records(task)
+        records, name = data.records(task), f"{task}, {data.split}"
+        for record in records:
+            problems += record_text_problems(record, task, tokenizer, limit, max_words)
         texts = [text for record in records for text in record_texts(record)]
         if unknown := unknown_words(texts, tokenizer, max_words):
-            total = sum(len(clean(text, max_words).split()) for text in texts)
-            notes.append(describe_unknown(f"{task}, {data.split}", unknown, total))
-        notes += filter(None, [describe_numbers(f"{task}, {data.split}", (record.label for record in records))])
+            notes.append(describe_unknown(name, unknown, sum(len(clean(text, max_words).split()) for text in texts)))
+        notes += filter(None, [describe_numbers(name, (record.label for record in records))])
+        if TASKS[task].output == "ranking" and (equal := equal_captions(records)):
+            notes.append(describe_equal(name, equal))
+    raise_all(problems)
     return notes
 
 

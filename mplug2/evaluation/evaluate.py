@@ -4,13 +4,14 @@ All ranks call `evaluate`. They share the images and videos, and the main rank s
 `metric_names.py`.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mplug2.data.media_batches import Medium
 from mplug2.distributed import AllRanksError, all_gather_object
 from mplug2.evaluation.bootstrap import Score
-from mplug2.evaluation.data import EvalOptions, EvalSplit
+from mplug2.evaluation.data import EvalOptions, EvalSplit, data_notes
 from mplug2.evaluation.labels import UnknownClasses, evaluate_boxes, evaluate_labels, media_of
 from mplug2.evaluation.metric_names import metric_prefix
 from mplug2.evaluation.predictions import Prediction
@@ -95,6 +96,18 @@ def evaluate_task(
     if predictor.inference.world_size > 1 and any(problems := all_gather_object(problem)):
         raise AllRanksError(next(filter(None, problems)))
     return scores, predictions
+
+
+def check_texts(predictor: Predictor, splits: Sequence[EvalSplit], tasks: Sequence[str] | None) -> None:
+    """Print what is doubtful about the texts of these splits, before anything is computed.
+
+    Raises RecordError, which lists every text that the model cannot read, with file and line.
+    """
+    limit, max_words = predictor.model.config.max_positions, predictor.preprocess.max_words
+    for data in splits:
+        chosen = [task for task in data.tasks if task in (tasks or data.tasks) and supports(predictor.model, task)]
+        for note in data_notes(data, chosen, predictor.tokenizer, limit, max_words):
+            print(note, file=sys.stderr)
 
 
 def check_tasks(model: MPLUG2, tasks: Sequence[str]) -> None:
