@@ -92,34 +92,38 @@ class Predictor(BatchRunner):
         return self.on_media(media, write)
 
     def answer(
-        self, media: Sequence[Media], questions: Sequence[str], answer_list: Sequence[str] | None = None, **settings
+        self, media: Sequence[Media] | None, questions: Sequence[str], answer_list: Sequence[str] | None = None,
+        **settings,
     ) -> list[str]:
-        """The answer to each question about the image or video at the same index.
+        """The answer to each question about the image or video at the same index; without media, from its text alone.
 
         The decoder writes it (`settings` are fields of `Generation`), or, with an `answer_list`, ranks the list: the
         CANDIDATES answers whose first token is most likely are scored whole.
         """
         how = Generation(**settings)
-        require_list(media)
         require_list(questions)
-        if len(media) != len(questions):
+        if media is not None:
+            require_list(media)
+        if media is not None and len(media) != len(questions):
             raise ValueError(f"{len(media)} media, but {len(questions)} questions: expected one question per medium")
         if answer_list is not None:
             require_list(answer_list)
             cleaned = [clean(text, self.preprocess.max_words) for text in answer_list]
             answers = [x.to(self.device) for x in self.tokenizer.encode(cleaned, self.model.config.max_positions)]
 
-        def write(vision: Tensor, _, indices: list[int]) -> list[str]:
-            text, mask = self.encode_text([questions[i] for i in indices])
-            vision, fused = self.model.fuse(vision, text, mask)
-            memory, memory_mask = answer_memory(vision, fused, mask)
+        def write(memory: Tensor, memory_mask: Tensor) -> list[str]:
             if answer_list is not None:
                 best = rank_answers(self.model, memory, *answers, CANDIDATES, memory_mask)[0][:, 0]
                 return [answer_list[number] for number in best.tolist()]
             max_length = how.max_length or self.preprocess.max_length or 10
-            return self._write(memory, self.start(len(indices)), how, max_length, memory_mask)
+            return self._write(memory, self.start(len(memory)), how, max_length, memory_mask)
 
-        return self.on_media(media, write)
+        def about_media(vision: Tensor, _, indices: list[int]) -> list[str]:
+            text, mask = self.encode_text([questions[i] for i in indices])
+            vision, fused = self.model.fuse(vision, text, mask)
+            return write(*answer_memory(vision, fused, mask))
+
+        return self.on_texts(questions, write) if media is None else self.on_media(media, about_media)
 
     def _instructed(self, vision: Tensor, count: int, modality: str) -> tuple[Tensor, Tensor]:
         """The memory of the decoder, and its mask, for `count` captions that answer the instruction."""

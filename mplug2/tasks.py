@@ -88,6 +88,8 @@ TASKS: dict[str, Task] = {
     "text_pair_classification": _task("text", "text classifier", record="texts label", batch="text label",
                                       output="label", metric="text_pair_classification_accuracy", steps=400,
                                       number_labels=True),
+    "text_qa": _task("text", "text decoder", record="qa", batch="question", output="answer",
+                     metric="text_qa_accuracy", steps=200),
     "image_classification": _task("image", "vision classifier", record="image label", batch="label", output="label",
                                   metric="image_classification_accuracy", steps=200),
     "video_classification": _task("video", "vision temporal classifier", record="video label", batch="label",

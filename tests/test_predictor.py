@@ -25,7 +25,7 @@ from mplug2.evaluation.data import EvalOptions, EvalSplit
 from mplug2.evaluation.evaluate import evaluate
 from mplug2.evaluation.predictions import Prediction
 from mplug2.evaluation.retrieval import evaluate_retrieval
-from mplug2.generation import beam_search, best_texts
+from mplug2.generation import beam_search, best_texts, greedy
 from mplug2.inference import Inference
 from mplug2.model.mplug2 import answer_memory
 from mplug2.predictor import Predictor
@@ -127,6 +127,18 @@ def test_a_caption_by_instruction_is_the_answer_to_the_instruction(predictor, me
         assert text == predictor.tokenizer.decode(best_texts(best, predictor.special_tokens))[0]
     answers = predictor.answer(media[:2], [*INSTRUCTIONS.values()], max_length=6)
     assert predictor.caption(media[:2], max_length=6, instructed=True) == answers
+
+
+def test_without_media_the_answer_is_decoded_from_the_text_alone(predictor):
+    questions = ["which digit is it there is a red seven", "what colour is it", "is it a red one moving left"]
+    found = predictor.answer(None, questions, max_length=6)
+    for question, text in zip(questions, found, strict=True):
+        ids, mask = predictor.tokenizer.encode([question])
+        with torch.no_grad():
+            memory = predictor.model.encode_text(ids, mask)
+            expected = greedy(predictor.model, memory, predictor.start(1), predictor.special_tokens, 6)
+        assert text == predictor.tokenizer.decode(expected)[0]
+    assert set(predictor.answer(None, questions, ["seven", "red"])) <= {"seven", "red"}
 
 
 @pytest.mark.parametrize("asked", [True, False])

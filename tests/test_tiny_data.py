@@ -401,6 +401,28 @@ def test_labels_of_text_are_true(root, split):
         assert all(claimed(record["text"]) for record in records(root, "text_only", split))
 
 
+@pytest.mark.parametrize("split", SPLITS)
+def test_answers_about_sentences_are_true(root, split):
+    kinds = Counter()
+    for record in records(root, "text_qa", split):
+        for one in record["qa"]:
+            words = one["question"].split()
+            start = min(i for i, _ in enumerate(words) if " ".join(words[i:]).split(" ", 2)[-1] in ID_OF_CAPTION)
+            named, asked = claimed(" ".join(words[start:])).split(), " ".join(words[:start])
+            kinds[one["kind"]] += 1
+            answer = one["answers"][0]
+            if one["kind"] == "digit":
+                assert DIGITS[int(named[1])] == answer
+            elif one["kind"] == "colour":
+                assert named[0] == answer
+            elif one["kind"] == "count":
+                assert answer == ("two" if {"+", ">"} & set(named) else "one")
+            elif one["kind"] == "yesno":
+                shown = {DIGITS[int(word)] if word.isdigit() else word for word in named}
+                assert (answer == "yes") == bool(shown & set(asked.split()) & {*DIGITS, *COLORS})
+    assert {"digit", "colour", "count", "yesno", "order", "binding"} <= set(kinds)
+
+
 def test_texts_never_mention_held_out_combinations():
     scenes_from, found = source("train"), []
     for make in (tasks.text_only, tasks.text_classification, tasks.visual_entailment):
@@ -557,7 +579,7 @@ def test_ensure_writes_once_even_if_two_race(tmp_path, monkeypatch):
         racer.start()
     for racer in racers:
         racer.join()
-    expected = tmp_path / "cache" / "tiny-v3-seed5"
+    expected = tmp_path / "cache" / "tiny-v4-seed5"
     assert found == [expected, expected] and calls == [5, 5]
     assert list((tmp_path / "cache").iterdir()) == [expected]
     assert ensure(seed=5) == expected and len(calls) == 2
@@ -577,9 +599,9 @@ def test_ensure_refuses_a_folder_of_another_world(root, tmp_path):
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({"MPLUG2_CACHE": "/a", "XDG_CACHE_HOME": "/b"}, "/a/tiny-v3-seed0"),
-        ({"XDG_CACHE_HOME": "/b"}, "/b/mplug2/tiny-v3-seed0"),
-        ({"HOME": "/c"}, "/c/.cache/mplug2/tiny-v3-seed0"),
+        ({"MPLUG2_CACHE": "/a", "XDG_CACHE_HOME": "/b"}, "/a/tiny-v4-seed0"),
+        ({"XDG_CACHE_HOME": "/b"}, "/b/mplug2/tiny-v4-seed0"),
+        ({"HOME": "/c"}, "/c/.cache/mplug2/tiny-v4-seed0"),
     ],
 )
 def test_the_cache_folder_follows_the_environment(environment, expected, monkeypatch):
@@ -601,4 +623,4 @@ def test_command_line(tmp_path):
     about = json.loads((tmp_path / "world" / "about.json").read_text())
     assert about["seed"] == 9 and about["sizes"] == vars(SMALL)
     second = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
-    assert second.returncode == 2 and "not an empty folder" in second.stderr
+    assert second.returncode == 1 and "not an empty folder" in second.stderr

@@ -1,28 +1,40 @@
-"""Write the tiny world:  python -m tiny_data --out DIR [--seed N] [--clips N] ..."""
+"""Write the tiny world into a new folder.
 
-import argparse
+    python -m tiny_data --out DIR --seed 0 --clips 1000
+"""
+
 import time
-from dataclasses import fields
-from pathlib import Path
+from dataclasses import dataclass
 
+from mplug2.flags import Parser, one_line_errors
 from tiny_data.writer import Sizes, write
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tiny_data", description="Write the tiny world into a new folder.")
-    parser.add_argument("--out", type=Path, required=True, help="output folder, which must be new or empty")
-    parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal bytes (default 0)")
-    for field in fields(Sizes):
-        option = "--" + field.name.replace("_", "-")
-        parser.add_argument(option, type=int, default=field.default, help=f"default {field.default}")
-    values = vars(parser.parse_args())
-    out, seed = values.pop("out"), values.pop("seed")
-    start = time.perf_counter()
+@dataclass(frozen=True)
+class WorldSettings:
+    out: str = ""
+    """Output folder, which must be new or empty."""
+    seed: int = 0
+    """Equal seeds give equal bytes."""
+
+    def __post_init__(self):
+        if not self.out:
+            raise ValueError("no output folder: name a new one with --out")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = Parser(__doc__, "python -m tiny_data")
+    parser.add(WorldSettings, "world")
+    parser.add(Sizes, "sizes")
+    given = parser.read(arguments)
     try:
-        write(out, seed, Sizes(**values))
-    except (FileExistsError, ValueError) as error:
+        settings, sizes = WorldSettings(**given["WorldSettings"]), Sizes(**given["Sizes"])
+    except ValueError as error:
         parser.error(str(error))
-    print(f"wrote {out} in {time.perf_counter() - start:.1f} s")
+    start = time.perf_counter()
+    with one_line_errors("python -m tiny_data"):
+        write(settings.out, settings.seed, sizes)
+    print(f"wrote {settings.out} in {time.perf_counter() - start:.1f} s")
 
 
 if __name__ == "__main__":

@@ -17,12 +17,10 @@ one frame held; `test_shuffled` has their four quarters in another order. With `
 the same four frames as the originals.
 """
 
-import argparse
 import hashlib
 import json
 import shutil
 import subprocess
-import sys
 import tarfile
 import tempfile
 from collections import Counter
@@ -32,6 +30,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from mplug2.flags import one_line_errors, parse
 
 IMAGE_PACKAGE, NAME_PACKAGE = "emoji-datasource-google", "emojibase-data"
 CLIP_PACKAGES = tuple(f"@lobehub/fluent-emoji-anim-{part}" for part in (1, 2, 3, 4))
@@ -82,21 +82,25 @@ class Emoji:
         return [self.name, *(f"{self.name}, {', '.join(pair)}" for pair in pairs)]
 
 
+@dataclass(frozen=True)
+class EmojiSettings:
+    out: str = ""
+    """Output folder, which must be new or empty."""
+    packages: str = ""
+    """Folder with the packages (*.tgz), if they were fetched before."""
+
+    def __post_init__(self):
+        if not self.out:
+            raise ValueError("no output folder: name a new one with --out")
+
+
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m tiny_data.emoji", description="Fetch the emoji and write them as a data set.")
-    parser.add_argument("--out", type=Path, required=True, help="output folder, which must be new or empty")
-    parser.add_argument("--packages", type=Path, help="folder with the packages (*.tgz), if they were fetched before")
-    given = parser.parse_args(arguments)
-    try:
-        if given.out.exists() and any(given.out.iterdir()):
-            raise FileExistsError(f"{given.out} is not empty; choose a new folder")
-        with tempfile.TemporaryDirectory() as folder:
-            packages = given.packages or fetch(Path(folder))
-            counts = write(packages, given.out)
-    except (ValueError, OSError) as error:
-        print(f"python -m tiny_data.emoji: {error}", file=sys.stderr)
-        raise SystemExit(1) from error
+    settings = parse(EmojiSettings, __doc__, "python -m tiny_data.emoji", arguments)
+    out = Path(settings.out)
+    with one_line_errors("python -m tiny_data.emoji"), tempfile.TemporaryDirectory() as folder:
+        if out.exists() and any(out.iterdir()):
+            raise FileExistsError(f"{out} is not empty; choose a new folder")
+        counts = write(Path(settings.packages) if settings.packages else fetch(Path(folder)), out)
     for (task, split), count in sorted(counts.items()):
         print(f"{task}.{split}: {count:,}")
 

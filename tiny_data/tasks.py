@@ -109,6 +109,16 @@ def _changed(thing: Thing, scene: Scene, rng: np.random.Generator) -> Thing:
     return replace(thing, digit=pick([digit for digit in range(len(DIGITS)) if digit not in shown], rng))
 
 
+def text_qa(source: SceneSource, n: int) -> list[Shown]:
+    """Questions about a sentence: the words that are to be read follow the question."""
+    records = []
+    for number, scene in enumerate(source.training_clips(n)):
+        said = sentence(scene, source.rng)
+        asked = questions(scene, source.rng, yes=number % 2 == 0, count=True)
+        records.append(({"qa": [{**one, "question": f"{one['question']} {said}"} for one in asked]}, ()))
+    return records
+
+
 # --- images and clips ------------------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ from tiny_data.scenes import SPLITS, STROKES, SceneSource
 from tiny_data.world import AXES, COLORS, DIGITS, FRAMES, IMAGE_SIZE, Scene, held_out
 
 NAME = "tiny"
-VERSION = 3  # increased whenever the same seed gives different files
+VERSION = 4  # increased whenever the same seed gives different files
 FRAME_MILLISECONDS = 250
 
 
@@ -29,20 +29,29 @@ class Sizes:
     """How many of each to write. Test sizes apply to both "test" and "combos"."""
 
     clips: int = 12000
-    """Training clips with captions and questions. The next three sizes are for training, too."""
+    """Training clips with captions and questions."""
     images: int = 6000
+    """Training images with captions and questions."""
     texts: int = 4000
     """Sentences for language modeling."""
     labelled: int = 2000
-    """Records for each of the other tasks: classification, entailment, reasoning about two images, and grounding."""
+    """Training records for each of the other tasks: classification, entailment, two images, grounding, ..."""
     val_clips: int = 240
+    """The same for validation: clips."""
     val_images: int = 120
+    """Images."""
     val_texts: int = 240
+    """Sentences."""
     val_labelled: int = 120
+    """Records for each of the other tasks."""
     test_clips: int = 600
+    """The same for testing: clips."""
     test_images: int = 300
+    """Images."""
     test_texts: int = 300
+    """Sentences."""
     test_labelled: int = 300
+    """Records for each of the other tasks."""
     galleries: int = 5
     """Retrieval galleries of 100 clips and of 100 images."""
 
@@ -67,6 +76,7 @@ class SplitWriter:
     def __init__(self, root: Path, split: str, strokes: np.ndarray, labels: np.ndarray, rng: np.random.Generator):
         self.root, self.split, self.strokes, self.rng = root, split, strokes, rng
         self.source = SceneSource(split, labels, rng)
+        self.later = SceneSource(split, labels, rng.spawn(1)[0])  # for tasks added later: others keep their scenes
 
     def write(self, sizes: Sizes) -> None:
         clips, images, texts, labelled = sizes.for_split(self.split)
@@ -81,7 +91,7 @@ class SplitWriter:
         for task in TASKS:
             make = getattr(tasks, task, None)  # captions, questions and retrieval are written above
             if make is not None:
-                self._shown(task, make(self.source, labelled))
+                self._shown(task, make(self.later if task == "text_qa" else self.source, labelled))
 
     def _described(self, modality: str, scenes: list[Scene]) -> None:
         """Captions of the scenes and questions about them; outside the test splits, also retrieval among them."""
@@ -213,7 +223,7 @@ def about(seed: int, sizes: Sizes) -> dict:
 def ensure(root: Path | str | None = None, seed: int = 0) -> Path:
     """The folder of the default world, which is written first if it does not exist.
 
-    `root` is that folder. By default it is `tiny-v3-seed0` (named after the version and the seed) in the cache folder:
+    `root` is that folder. By default it is `tiny-v4-seed0` (named after the version and the seed) in the cache folder:
     MPLUG2_CACHE, else mplug2 in XDG_CACHE_HOME, else ~/.cache/mplug2. Several processes may call this at once: the
     first one to finish provides the folder.
     Raises ValueError if `root` has the world of another version or seed, and FileExistsError if it has something else.

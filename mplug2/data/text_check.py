@@ -156,7 +156,8 @@ def _evaluated(root: Path | None, task: str) -> Iterator[tuple[str, str]]:
     """The files, as (task, split), that a run of `task` evaluates on."""
     tasks = parse_tasks(task)
     if "pretrain" in tasks:
-        tasks = [name for name in EVALUATED if TASKS[name].output in ("caption", "answer", "ranking")]
+        tasks = [name for name in EVALUATED if TASKS[name].output in ("caption", "answer", "ranking")
+                 and (name in tasks or TASKS[name].modality != "text")]
     for name, splits in (available(root) if root else {}).items():
         yield from ((name, split) for split in splits if name in tasks and split in EVAL_SPLITS)
 

@@ -121,8 +121,11 @@ def check_tasks(model: MPLUG2, tasks: Sequence[str]) -> None:
 
 
 def supports(model: MPLUG2, task: str) -> bool:
-    """Whether the model has the modules for a task. Classes need the task's classifier, or VTC for zero-shot."""
+    """Whether the model has the modules for a task. Classes need the task's classifier, or VTC for zero-shot. Answers
+    about a text alone are no part of pre-training: a model has to be trained for them."""
     needed, built = TASKS[task].components, model.components
+    if task == "text_qa" and "text_qa" not in model.task.split(","):
+        return False
     if "classifier" in needed:
         return task in model.classes or ("contrastive" in built and "vision" in needed and "fusion" not in needed)
     return needed - {"temporal", "matching"} <= built

@@ -26,7 +26,7 @@ def metric_prefix(task: str) -> str:
     """What the metric names of a task start with."""
     row = TASKS[task]
     if row.output in ("caption", "answer"):
-        return "image_" if row.modality == "image" else ""
+        return "" if row.modality == "video" else f"{row.modality}_"
     return "" if row.output == "ranking" else f"{task}_"
 
 
@@ -59,7 +59,9 @@ def main_score(metrics: dict[str, float], tasks: Sequence[str], name: str = "") 
 def heading(name: str) -> str:
     """The heading under which the report lists a metric."""
     modality = "images" if name.startswith(("image_", *DIRECTIONS["image"])) else "videos"
-    name = name.removeprefix("image_")
+    if name.startswith("text_qa_"):
+        modality = "texts"
+    name = name.removeprefix("image_").removeprefix("text_")
     if name.startswith(("qa_", "vqa_")):
         return f"Answers by kind of question, {modality}"
     if name.startswith("caption_"):

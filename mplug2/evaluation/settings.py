@@ -8,14 +8,19 @@ from mplug2.flags import check_range
 from mplug2.inference import Inference
 from mplug2.predictor import Generation
 
-RELEASED = {"caption": Generation(5, 4, 20, prompted=False), "answer": Generation(5, 1, 10)}
+PROTOCOLS = {
+    "default": {"caption": Generation(), "answer": Generation()},
+    "released": {"caption": Generation(5, 4, 20, prompted=False), "answer": Generation(5, 1, 10)},
+    "figure": {"caption": Generation(instructed=True), "answer": Generation()},
+}
 """The search of the released evaluation scripts. A caption starts from [CLS] alone."""
 
 
 @dataclass(frozen=True)
 class WritingSettings:
-    protocol: Literal["default", "released"] = "default"
-    """released: captions and answers as in the released scripts (beam 5; 4 to 20 tokens and no prompt, 1 to 10)."""
+    protocol: Literal["default", "released", "figure"] = "default"
+    """released: captions and answers as in the released scripts (beam 5; 4 to 20 tokens and no prompt, 1 to 10);
+    figure: captions answer an instruction, "what does the video describe", as in Figure 1."""
     beams: int | None = None
     """Beams of the search for captions and answers; 1 is greedy, the papers use 5. Default: 1."""
     min_length: int | None = None
@@ -28,13 +33,16 @@ class WritingSettings:
     def __post_init__(self):
         check_range(self, "beams max_length", 1)
         check_range(self, "min_length", 0)
+        if self.protocol == "figure" and self.prompted is not None:
+            raise ValueError("protocol=figure: its captions answer an instruction and have no prompt; leave out "
+                             "--prompted and --no-prompted")
         lengths = self.generation("caption"), self.generation("answer")
         if any(how.max_length and how.min_length > how.max_length for how in lengths):
             raise ValueError(f"min_length={self.min_length} with max_length={self.max_length}: expected a smaller one")
 
     def generation(self, output: Literal["caption", "answer"]) -> Generation:
         """The search for one kind of text: single settings win over the protocol."""
-        base = RELEASED[output] if self.protocol == "released" else Generation()
+        base = PROTOCOLS[self.protocol][output]
         given = {name: value for name in ("beams", "min_length", "max_length", "prompted")
                  if (value := getattr(self, name)) is not None}
         return Generation(**{**vars(base), **given})

@@ -1,16 +1,16 @@
-"""Plots as image files: the curves of a run, and the attention of words over frames."""
+"""Plots as image files: the curves of a run, and the attention of words over frames.
+
+Figures are made without pyplot, whose backend belongs to the user (a notebook, for example), and matplotlib is imported
+when something is drawn: it would cost every start half a second.
+"""
 
 import json
 from pathlib import Path
 
-import matplotlib
+import numpy as np
 
-matplotlib.use("Agg")  # files only, no window
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-
-from mplug2.data.media import read_media  # noqa: E402
-from mplug2.predictor import WordAttention  # noqa: E402
+from mplug2.data.media import read_media
+from mplug2.predictor import WordAttention
 
 
 def draw_curves(metrics_file: Path, out: Path) -> None:
@@ -20,7 +20,9 @@ def draw_curves(metrics_file: Path, out: Path) -> None:
     """
     text = metrics_file.read_text() if metrics_file.exists() else ""
     lines = [json.loads(line) for line in text.splitlines()]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5))
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(13, 4.5), layout="tight")
+    left, right = figure.subplots(1, 2)
     for name in sorted({key for line in lines for key in line if key.startswith("loss/")}):
         points = [(line["step"], line[name]) for line in lines if name in line]
         left.plot(*zip(*points), label=name.removeprefix("loss/"), linewidth=1.2)
@@ -39,7 +41,7 @@ def draw_curves(metrics_file: Path, out: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
-    _save(figure, out)
+    figure.savefig(out, dpi=110)
 
 
 def draw_attention(path: str, frames: int, words: list[WordAttention], title: str, out: Path) -> None:
@@ -49,12 +51,11 @@ def draw_attention(path: str, frames: int, words: list[WordAttention], title: st
     """
     if not words:
         raise ValueError(f"{path}: the model wrote nothing about it, so no word has attention; ask a --question")
+    from matplotlib.figure import Figure
     shown = attended_frames(read_media(path, frames), words[0])
     columns = len(shown)
-    figure, grid = plt.subplots(
-        len(words) + 1, columns + 1, figsize=(1.5 * columns + 3, 1.5 * (len(words) + 1)), squeeze=False,
-        gridspec_kw={"width_ratios": [1] * columns + [2]},
-    )
+    figure = Figure(figsize=(1.5 * columns + 3, 1.5 * (len(words) + 1)), layout="tight")
+    grid = figure.subplots(len(words) + 1, columns + 1, squeeze=False, width_ratios=[1] * columns + [2])
     for row, word in zip(grid, [None, *words]):
         for axes, frame in zip(row, overlay(shown, word) if word else shown):
             axes.imshow(frame, interpolation="nearest")
@@ -63,7 +64,7 @@ def draw_attention(path: str, frames: int, words: list[WordAttention], title: st
         text = f"{word.word}\n{word.map.sum().item():.0%} on patches\n{word.module}" if word else title
         row[-1].text(0, 0.5, text, va="center", fontsize=8 if word else 9)
     out.parent.mkdir(parents=True, exist_ok=True)
-    _save(figure, out)
+    figure.savefig(out, dpi=110)
 
 
 def attended_frames(frames: np.ndarray, word: WordAttention) -> np.ndarray:
@@ -77,14 +78,9 @@ def overlay(frames: np.ndarray, word: WordAttention) -> np.ndarray:
 
     Scaled by the largest weight of all frames. The frames are gray so that every color stands for a weight.
     """
+    import matplotlib
     weights = word.map.float().numpy() / max(word.map.max().item(), 1e-9)
     (height, width), (h, w) = frames.shape[1:3], weights.shape[1:]
     rows, columns = np.arange(height) * h // height, np.arange(width) * w // width
     warm = matplotlib.colormaps["inferno"](weights[:, rows][:, :, columns])[..., :3] * 255
     return (0.65 * warm + 0.35 * frames.max(axis=3, keepdims=True)).round().astype(np.uint8)
-
-
-def _save(figure: plt.Figure, out: Path) -> None:
-    figure.tight_layout()
-    figure.savefig(out, dpi=110)
-    plt.close(figure)

@@ -222,7 +222,7 @@ def add_confidence(predictor: Predictor | None, lines: list[dict]) -> list[dict]
         values = 1 - box_iou([line["truth"][0] for line in lines], [line["prediction"] for line in lines])
     else:
         values = [line.get("confidence", 0.0) for line in lines]
-        if TASKS[task].output in ("caption", "answer") and predictor:
+        if TASKS[task].output in ("caption", "answer") and predictor and lines[0]["media"]:
             questions = [line["question"] for line in lines] if TASKS[task].output == "answer" else None
             with suppress(MediaError):  # a file that was damaged after the evaluation
                 values = predictor.likelihood(

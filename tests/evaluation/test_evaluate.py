@@ -255,6 +255,10 @@ def test_the_released_protocol_and_flags_that_win_over_it():
     assert WritingSettings(protocol="released").generation("answer") == Generation(5, 1, 10, True)
     assert WritingSettings(protocol="released", beams=2).generation("caption") == Generation(2, 4, 20, False)
     assert WritingSettings().generation("caption") == Generation()
+    assert WritingSettings(protocol="figure").generation("caption") == Generation(instructed=True)
+    assert WritingSettings(protocol="figure", beams=3).generation("answer") == Generation(3)
+    with pytest.raises(ValueError, match="protocol=figure: its captions answer an instruction"):
+        WritingSettings(protocol="figure", prompted=False)
     with pytest.raises(ValueError, match="min_length=9 with max_length=3"):
         WritingSettings(min_length=9, max_length=3)
     with pytest.raises(ValueError, match="beams=0"):

@@ -37,6 +37,7 @@ BUILT = {  # task -> its modules, heads included
         "temperature", "matching_head",
     },
     "text_classification": {"text_encoder", "universal", "classifier"},
+    "text_qa": {"text_encoder", "universal", "decoder"},
     "text_pair_classification": {"text_encoder", "universal", "classifier"},
     "classification": {"vision_encoder", "universal", "classifier"},
     "visual_entailment": {"vision_encoder", "text_encoder", "universal", "fusion", "classifier"},
@@ -92,14 +93,16 @@ def forward(model, pixels, ids, mask):
         outputs["masked"] = model.mlm_logits(fused) * mask[..., None]
     if "decoder" in built and "fusion" in built:
         outputs["answer"] = model.decode(ids, mask, *answer_memory(seen, fused, mask)) * mask[..., None]
-    if "decoder" in built and ("masked" in built or "fusion" not in built):
+    if "decoder" in built and "vision" not in built:
+        outputs["answer"] = model.decode(ids, mask, *answer_memory(None, text, mask)) * mask[..., None]
+    elif "decoder" in built and ("masked" in built or "fusion" not in built):
         outputs["caption"] = model.decode(ids, mask, vision) * mask[..., None]
     return outputs
 
 
 @tasks
 def test_a_task_builds_the_modules_of_its_row_and_no_others(task):
-    built = BUILT[task.removeprefix("image_").removeprefix("video_")]
+    built = BUILT.get(task) or BUILT[task.removeprefix("image_").removeprefix("video_")]
     assert modules_of(MPLUG2(small(), task)) == built | (PROJECTION if "vision_encoder" in built else set())
     assert modules_of(MPLUG2(small(vision_width=16), task)) == built
 
