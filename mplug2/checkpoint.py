@@ -103,7 +103,7 @@ def read_config(folder: Path | str) -> tuple[str, ModelConfig, PreprocessConfig]
         if "class_token" not in saved["model"] and saved["model"].get("universal_readout") == "figure":
             raise CheckpointError(f"{path}: universal_readout='figure' of this older checkpoint has no cross-attention "
                                   "inside the universal layers; train it again with --form figure")
-        config = from_dict(ModelConfig, {"class_token": "released", **saved["model"]}, str(path))
+        config = from_dict(ModelConfig, renewed(saved["model"]), str(path))
         preprocess = saved["preprocess" if "preprocess" in saved else "preparation"]  # the key of older checkpoints
         preprocess = {"max_length": 0, **preprocess}  # older checkpoints do not know it
         return saved["task"], config, from_dict(PreprocessConfig, preprocess, str(path))
@@ -111,6 +111,14 @@ def read_config(folder: Path | str) -> tuple[str, ModelConfig, PreprocessConfig]
         raise
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} does not describe a model ({type(error).__name__}: {error})") from error
+
+
+def renewed(model: dict) -> dict:
+    """The model settings of a checkpoint, with those that older ones did not have or named otherwise."""
+    model = {"class_token": "released", "boxes": "soft_argmax", **model}
+    if not model.pop("temporal_downsampling", True):
+        model["temporal_stride"] = 0
+    return model
 
 
 def read_classes(folder: Path | str) -> dict[str, tuple[str, ...]]:

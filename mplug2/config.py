@@ -23,10 +23,9 @@ class ModelConfig:
     """Blocks of the dual-vision encoder."""
     vision_head_width: int = 64
     """Width of an attention head of the vision encoder (CLIP: always 64)."""
-    temporal_downsampling: bool = False
-    """Patches that span three frames, and start at every `temporal_stride`-th frame."""
-    temporal_stride: int = 2
-    """Frames from one patch to the next; only used with `temporal_downsampling`."""
+    temporal_stride: int = 0
+    """Temporal down-sampling: patches span three frames, and start at every so many frames, such as 2; 0: off.
+    """
     local_temporal: bool = True
     """Local temporal modules in the vision encoder; without them it cannot see the order of frames."""
     local_temporal_groups: int = 0
@@ -61,6 +60,8 @@ class ModelConfig:
     """Largest size of the vocabulary; a vocabulary trained on few texts is smaller."""
     max_positions: int = 512
     """Longest text in tokens."""
+    boxes: Literal["soft_argmax", "tokens"] = "soft_argmax"
+    """Grounding: soft_argmax, a head of ours; tokens: the decoder writes four location tokens, as in mPLUG."""
     contrastive_width: int = 256
     """Width of the space in which vision and text are compared."""
     dropout: float = 0.1
@@ -102,7 +103,7 @@ class ModelConfig:
         return (self.image_size // self.patch_size) ** 2
 
 
-MAY_BE_ZERO = ("local_temporal_groups", "universal_layers", "fusion_stride")
+MAY_BE_ZERO = ("temporal_stride", "local_temporal_groups", "universal_layers", "fusion_stride")
 
 tiny = partial(
     ModelConfig, image_size=32, patch_size=8, vision_width=64, vision_layers=3, vision_head_width=32, width=64, heads=2,

@@ -173,7 +173,7 @@ class Predictor(BatchRunner):
         """The name of the class of each input, or its number (regression). `task` decides whether an input is a medium
         (a path, or a pair of paths), a text (or a pair of texts), or both."""
         classes = self.model.classes.get(task)
-        outputs = self.read(media, texts, lambda hidden, _: self.model.classify(hidden, task))
+        outputs = self.read(media, texts, lambda hidden, *_: self.model.classify(hidden, task))
         return [classes[int(output.argmax())] if classes else output.item() for output in outputs]
 
     def predict_boxes(self, images: Sequence[Media], texts: Sequence[str]) -> list[Tensor]:
@@ -183,22 +183,22 @@ class Predictor(BatchRunner):
 
     def read(
         self, media: Sequence[Media] | None, texts: Sequence[Text] | None,
-        head: Callable[[Tensor, Tensor | None], Tensor],
+        head: Callable[[Tensor, Tensor | None, Tensor | None], Tensor],
     ) -> list[Tensor]:
-        """`head(hidden, V')` of each input. hidden is the text `b l d`, V' `b v d`, or, with both, the fused text. V'
-        is None without media."""
+        """`head(hidden, V', mask)` of each input. hidden is the text `b l d`, V' `b v d`, or, with both, the fused
+        text. V' is None without media, and the mask of the text `b l` without texts."""
         if media is None:
-            return self.on_texts(texts, lambda text, mask: head(text, None))
+            return self.on_texts(texts, lambda text, mask: head(text, None, mask))
         if texts is not None and len(media) != len(texts):
             raise ValueError(f"{len(media)} media, but {len(texts)} texts: expected one text per medium")
 
         def on_vision(vision: Tensor, _, indices: list[int]) -> Tensor:
             if texts is None:
                 vision = repeat_to(vision, len(indices))
-                return head(vision, vision)
+                return head(vision, vision, None)
             text, mask = self.encode_text([texts[i] for i in indices])
             vision, fused = self.model.fuse(vision, text, mask)
-            return head(fused, repeat_to(vision, len(indices)))
+            return head(fused, repeat_to(vision, len(indices)), mask)
 
         return self.on_media(media, on_vision)
 

@@ -85,6 +85,10 @@ def task_batch(task: str, seed: int = 0, b: int = 3) -> dict:
     rng = torch.Generator().manual_seed(seed)
     if "text" in fields:
         batch["text_ids"], batch["text_mask"] = make_texts([4, 6, 5] * (b // 3) + [7] * (b % 3), rng)
+    if "question" in fields and "pixels" not in batch:
+        batch["question_ids"], batch["question_mask"] = make_texts([4, 6, 5] * (2 * b // 3) + [7] * (2 * b % 3), rng)
+        batch["answer_ids"], batch["answer_mask"] = make_texts([4, 3] * b, rng)
+        batch["answer_positions"] = label_positions(batch["answer_mask"])
     if "label" in fields:
         batch["label"] = (torch.arange(b) + 2) % 3
     if "box" in fields:

@@ -254,10 +254,20 @@ def test_missing_files_are_named(saved, tmp_path):
         load_training(saved)
 
 
+@pytest.mark.parametrize("spans, stride, expected", [(False, 2, 0), (True, 2, 2), (True, 3, 3)])
+def test_the_model_settings_of_an_older_checkpoint_are_read(saved, spans, stride, expected):
+    config = json.loads((saved / "config.json").read_text())
+    del config["model"]["boxes"], config["model"]["class_token"]
+    config["model"] |= {"temporal_downsampling": spans, "temporal_stride": stride}
+    (saved / "config.json").write_text(json.dumps(config))
+    model = read_config(saved)[1]
+    assert (model.temporal_stride, model.boxes, model.class_token) == (expected, "soft_argmax", "released")
+
+
 def test_a_config_with_an_unknown_missing_or_impossible_setting_is_refused(saved):
     original = (saved / "config.json").read_text()
     for part, changes, message in (
-        ("model", {"widht": 3}, "unknown settings widht; known are class_token, "),
+        ("model", {"widht": 3}, "unknown settings widht; known are boxes, class_token, "),
         ("preprocess", {"fps": 3}, "unknown settings fps; known are frames, max_length, max_words"),
         ("model", {"heads": 3}, "heads=3 does not divide width=16"),
         ("model", {"width": "16"}, "width='16': expected an integer"),

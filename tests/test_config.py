@@ -12,6 +12,7 @@ from mplug2.dataclass_tools import from_dict
 
 FIELDS = dataclasses.fields(ModelConfig)
 CHOICES = dict.fromkeys(("local_temporal_placement", "class_token", "universal_readout"), ("released", "figure"))
+CHOICES["boxes"] = ("soft_argmax", "tokens")
 
 
 def names_of(kind):
@@ -49,7 +50,7 @@ def test_a_fraction_is_at_least_zero_and_below_one(name):
 def test_a_choice_is_one_of_its_values(name, choices):
     for value in choices:
         assert getattr(small(**{name: value}), name) == value
-    with pytest.raises(ValueError, match=f"{name}='other': expected one of released, figure"):
+    with pytest.raises(ValueError, match=f"{name}='other': expected one of {', '.join(choices)}"):
         small(**{name: "other"})
 
 
@@ -97,7 +98,7 @@ def test_published_sizes(preset, sizes):
     as_released = dict(
         image_size=224, universal_layers=2, latents=50, vocab_size=30522, max_positions=512, contrastive_width=256,
         local_temporal=True, local_temporal_groups=0, local_temporal_placement="released", temporal_on_images=True,
-        class_token="released", universal_readout="released", fusion_stride=0, temporal_downsampling=False, dropout=0.1,
+        class_token="released", universal_readout="released", fusion_stride=0, temporal_stride=0, dropout=0.1,
     )
     assert {name: getattr(config, name) for name in as_released} == as_released
 

@@ -71,7 +71,7 @@ def read_inputs(predictor: Predictor, task: str, records: list[Record]) -> list[
     return predictor.read(
         [Medium.of_record(record) for record in records] if "vision" in components else None,
         [record.texts or record.text for record in records] if "text" in components else None,
-        lambda hidden, _: predictor.model.classify(hidden, task),
+        lambda hidden, *_: predictor.model.classify(hidden, task),
     )
 
 

@@ -54,13 +54,14 @@ class Decoder(nn.Module):
         return logits
 
     def hidden(self, ids: Tensor, mask: Tensor, memory: Tensor, memory_mask: Tensor | None = None) -> Tensor:
-        """`forward` without the language-model head: hidden states `(b r) l d`."""
-        sizes = check(mask, "br l", **check(ids, "br l"))
+        """`forward` without the language-model head: hidden states `(b r) l d`. ids may be embeddings `(b r) l d`."""
+        sizes = check(ids, "br l d" if ids.dim() == 3 else "br l", d=self.width)
+        check(mask, "br l", **sizes)
         memory_attention_mask = self._check_memory(memory, memory_mask)
         x, attention_mask = self.embeddings(ids), causal_mask(mask)
         for layer in self.layers:
             x = layer(x, attention_mask, memory, memory_attention_mask)
-        check(x, "br l d", **sizes, d=self.width)
+        check(x, "br l d", **sizes)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:

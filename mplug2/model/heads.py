@@ -1,14 +1,54 @@
-"""The head for visual grounding: a box in an image. All other heads are linear layers or `LanguageModelHead`.
+"""The heads for visual grounding: a box in an image. All other heads are linear layers or `LanguageModelHead`.
 
-This head is ours. In the lineage (mPLUG; a class of it remains in the released code), the decoder writes the box as
-four location tokens.
+`BoxHead` is ours. In the lineage (mPLUG; a class of it remains in the released code), the decoder writes the box as
+four location tokens: `LocationTokens`.
 
-Axes: b batch, h w rows and columns of patches, n = h*w patches, d width.
+Axes: b batch, h w rows and columns of patches, n = h*w patches, m memory tokens, p locations, d width.
 """
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+
+from mplug2.model.decoder import Decoder
+from mplug2.model.shapes import check
+
+
+class LocationTokens(nn.Module):
+    """Boxes as four tokens of the decoder, left, top, right, bottom: words of their own, one for every pixel border of
+    the image (mPLUG: 337 for 336 pixels). The same embedding reads and writes them."""
+
+    def __init__(self, width: int, image_size: int):
+        super().__init__()
+        self.last = image_size
+        self.location = nn.Embedding(image_size + 2, width)  # the last one starts the sequence
+
+    def tokens(self, boxes: Tensor) -> Tensor:
+        """Boxes `b 4` (center x, center y, width, height, as fractions of the image) -> the nearest locations `b 4`."""
+        check(boxes, "b 4")
+        center, size = boxes.chunk(2, dim=1)
+        corners = torch.cat([center - size / 2, center + size / 2], dim=1)
+        return (corners * self.last).round().long().clamp(0, self.last)
+
+    def boxes(self, tokens: Tensor) -> Tensor:
+        """The inverse of `tokens`, `b 4` -> `b 4`. A right border left of the left one makes an empty box."""
+        first, last = (tokens.float() / self.last).chunk(2, dim=1)
+        return torch.cat([(first + last) / 2, (last - first).clamp(min=0)], dim=1)
+
+    def logits(self, decoder: Decoder, tokens: Tensor, memory: Tensor, memory_mask: Tensor) -> Tensor:
+        """At the start and after each of the locations `b l`, the logits of the next one: `b (1+l) p`. The memory is
+        that of an answer, `b m d` with memory_mask `b m`."""
+        words = self.location(nn.functional.pad(tokens, (1, 0), value=self.last + 1))
+        mask = torch.ones(words.shape[:2], dtype=torch.bool, device=words.device)
+        return decoder.hidden(words, mask, memory, memory_mask) @ self.location.weight[:-1].T
+
+    def forward(self, decoder: Decoder, memory: Tensor, memory_mask: Tensor) -> Tensor:
+        """The boxes `b 4` that the decoder writes, always the most likely location."""
+        tokens = torch.zeros(len(memory), 0, dtype=torch.long, device=memory.device)
+        for _ in range(4):
+            best = self.logits(decoder, tokens, memory, memory_mask)[:, -1:].argmax(dim=-1)
+            tokens = torch.cat([tokens, best], dim=1)
+        return self.boxes(tokens)
 
 
 class BoxHead(nn.Module):

@@ -103,14 +103,15 @@ class TextEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, ids: Tensor, first: int = 0) -> Tensor:
-        """ids `b l` -> `b l d`; `first` is the position of the first token. Raises ValueError beyond the last one."""
-        end = first + check(ids, "b l")["l"]
+        """ids `b l`, or word embeddings `b l d` -> `b l d`; `first` is the position of the first token. Raises
+        ValueError beyond the last one."""
+        end = first + check(ids, "b l d" if ids.dim() == 3 else "b l")["l"]
         if end > self.position.num_embeddings:
             raise ValueError(f"a text of {end} tokens: the model has {self.position.num_embeddings} positions; "
                              "shorten the text or build the model with more max_positions")
         # BERT's second token type marks the second sentence of a pair; mPLUG-2 uses the first type for every token.
         positions = self.position.weight[first:end] + self.token_type.weight[0]
-        return self.dropout(self.norm(self.word(ids) + positions))
+        return self.dropout(self.norm((ids if ids.dim() == 3 else self.word(ids)) + positions))
 
 
 class LanguageModelHead(nn.Module):

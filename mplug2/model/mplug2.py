@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mplug2.config import ModelConfig
 from mplug2.model.decoder import Decoder
 from mplug2.model.fusion import Fusion
-from mplug2.model.heads import BoxHead
+from mplug2.model.heads import BoxHead, LocationTokens
 from mplug2.model.layers import EPS, LanguageModelHead
 from mplug2.model.local_temporal import LocalTemporal
 from mplug2.model.patch_embed import PatchEmbed
@@ -42,6 +42,7 @@ class MPLUG2(nn.Module):
         super().__init__()
         self.config, self.task, width = config, task, config.width
         built = components(task)
+        built |= {"decoder"} if "box" in built and config.boxes == "tokens" else set()
         self.components = built
         self.classes = {
             name: tuple(classes.get(name, ())) for name in parse_tasks(task) if "classifier" in components(name)
@@ -73,7 +74,9 @@ class MPLUG2(nn.Module):
             sizes = {name: len(names) or 1 for name, names in self.classes.items()}
             self.classifier = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
         if "box" in built:
-            self.box_head = BoxHead(width, config.image_size // config.patch_size)
+            tokens = config.boxes == "tokens"
+            self.box_head = (LocationTokens(width, config.image_size) if tokens
+                             else BoxHead(width, config.image_size // config.patch_size))
         if "pair" in built:
             self.pair_place = nn.Parameter(torch.zeros(2, width))
         # Parameters that the checkpoint did not have, filled in by checkpoint.load_model.
@@ -148,14 +151,16 @@ class MPLUG2(nn.Module):
             raise ValueError(f"a model for the task {self.task!r} has no classifier for {task!r}; fine-tune one for it")
         return self.classifier[task](hidden[:, 0])
 
-    def predict_box(self, fused: Tensor, vision: Tensor) -> Tensor:
-        """Fused text `b l d` and V' of images `b v d` -> boxes `b 4`: center x, center y, width and height, as
-        fractions of the image. Raises ValueError for V' of a video: a box has no frame."""
+    def predict_box(self, fused: Tensor, vision: Tensor, text_mask: Tensor) -> Tensor:
+        """Fused text `b l d`, its mask `b l` and V' of images `b v d` -> boxes `b 4`: center x, center y, width and
+        height, as fractions of the image. Raises ValueError for V' of a video: a box has no frame."""
         head, sizes = self.require("box_head"), check(vision, "b v d", **check(fused, "b l d", d=self.config.width))
-        if sizes["v"] != 1 + head.side**2:
+        if sizes["v"] != 1 + self.config.patches:
             raise ValueError(f"{sizes['v']} visual tokens: boxes are predicted in single images, which have "
-                             f"1 + {head.side**2}; pass one frame")
-        return head(fused[:, 0], vision[:, 1:])
+                             f"1 + {self.config.patches}; pass one frame")
+        if self.config.boxes == "soft_argmax":
+            return head(fused[:, 0], vision[:, 1:])
+        return head(self.require("decoder"), *answer_memory(vision, fused, text_mask))
 
 
 def answer_memory(vision: Tensor | None, text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -48,7 +48,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.patch, self.image_size = config.patch_size, config.image_size
-        self.span, self.stride = (3, config.temporal_stride) if config.temporal_downsampling else (1, 1)
+        self.span, self.stride = (3, config.temporal_stride) if config.temporal_stride else (1, 1)
         width, self.positions = config.vision_width, 1 + config.patches
         self.linear = nn.Linear(self.span * 3 * self.patch**2, width, bias=False)
         self.class_token = nn.Parameter(torch.zeros(width))  # drawn by `init_weights` in mplug2.py, like `position`

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from mplug2.boxes import generalized_iou
 from mplug2.distributed import all_gather_with_grad, global_mean
-from mplug2.model.mplug2 import MPLUG2
+from mplug2.model.mplug2 import MPLUG2, answer_memory
 from mplug2.model.shapes import check
 
 TEMPERATURE_RANGE = (0.001, 0.5)
@@ -131,6 +131,14 @@ def label_loss(output: Tensor, label: Tensor) -> Tensor:
 def box_losses(boxes: Tensor, target: Tensor) -> dict[str, Tensor]:
     """`l1`, the summed distance of the four numbers, and `giou`, 1 - GIoU, of boxes (cx, cy, w, h), both `b 4`."""
     return {"l1": _mean((boxes - target).abs().sum(dim=1)), "giou": _mean(1 - generalized_iou(boxes, target)[1])}
+
+
+def location_loss(model: MPLUG2, fused: Tensor, vision: Tensor, text_mask: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy of the four location tokens of boxes `b 4`; the other arguments are those of `predict_box`."""
+    tokens = model.require("box_head").tokens(target)
+    memory = answer_memory(vision, fused, text_mask)
+    logits = model.box_head.logits(model.require("decoder"), tokens[:, :-1], *memory)
+    return _mean(F.cross_entropy(rearrange(logits, "b l p -> (b l) p"), tokens.flatten(), reduction="none"))
 
 
 def _mean(losses: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from mplug2.objectives.losses import (
     contrastive_loss,
     label_loss,
     language_loss,
+    location_loss,
     masked_loss,
     matching_loss,
     scaled_similarity,
@@ -42,8 +43,8 @@ TEXTS = {
 
 
 class Objectives(nn.Module):
-    """The losses by name: `vtc`, `vtm`, `mlm`, `caption` (or `reward`), `answer`, `label`, `l1` and `giou`, as far as
-    model and batch have what they need. A module, so that DDP and FSDP wrap one forward.
+    """The losses by name: `vtc`, `vtm`, `mlm`, `caption` (or `reward`), `answer`, `label`, `l1` and `giou` (or
+    `location`), as far as model and batch have what they need. A module, so that DDP and FSDP wrap one forward.
 
     `ema_teacher` gives soft targets for answers and, with a queue, for VTC. `self_critical` replaces the caption loss.
     `mlm` chooses what masked captions are predicted from: the fused text (ALBEF, mPLUG), the text alone (the released
@@ -91,7 +92,11 @@ class Objectives(nn.Module):
             output = model.classify(classification_input(model, batch, vision)[0], batch["task"])
             losses["label"] = label_loss(output, batch["label"])
         if "box" in batch:
-            losses |= box_losses(model.predict_box(*classification_input(model, batch, vision)), batch["box"])
+            read = *classification_input(model, batch, vision), batch["text_mask"]
+            if model.config.boxes == "tokens":
+                losses["location"] = location_loss(model, *read, batch["box"])
+            else:
+                losses |= box_losses(model.predict_box(*read), batch["box"])
         return losses
 
     def pair_losses(self, batch: dict, vision: Tensor, text: Tensor) -> dict[str, Tensor]:

@@ -160,7 +160,7 @@ def released_config(run_config: Mapping, bert_config: Mapping, state: Mapping[st
     downsampling = run_config.get("temporal_downsampling", False)
     return ModelConfig(
         image_size=run("image_res"), patch_size=patch_size, vision_width=run("vision_width"), vision_layers=blocks,
-        temporal_downsampling=downsampling, temporal_stride=run("temporal_stride") if downsampling else 2,
+        temporal_stride=run("temporal_stride") if downsampling else 0,
         width=bert("hidden_size"), heads=bert("num_attention_heads"), ff_width=bert("intermediate_size"),
         text_layers=bert("text_encoder_layers"), universal_layers=bert("num_uni_layer"),
         latents=len(latents) if latents is not None and latents.dim() else 50, fusion_layers=bert("fusion_layers"),

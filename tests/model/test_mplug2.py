@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from mplug2.checkpoint import NEW_MODULES
 from mplug2.config import PRESETS
-from mplug2.model.heads import BoxHead
+from mplug2.model.heads import BoxHead, LocationTokens
 from mplug2.model.mplug2 import MPLUG2, answer_memory
 from mplug2.tasks import TASKS
 
@@ -84,7 +84,7 @@ def forward(model, pixels, ids, mask):
     if "classifier" in built:
         outputs |= {f"class of {name}": model.classify(read, name) for name in model.classes}
     if "box" in built:
-        outputs["box"] = model.predict_box(fused, seen)
+        outputs["box"] = model.predict_box(fused, seen, mask)
     if "contrastive" in built:
         outputs["unit_vision"], outputs["unit_text"] = model.project_vision(vision), model.project_text(text)
     if "matching" in built:
@@ -136,7 +136,7 @@ def test_the_parameters_of_a_task_are_among_those_of_pretraining(task, readout):
 
 @tasks
 @settings(max_examples=5)
-@given(config=configs(temporal_downsampling=False), on_images=st.booleans(), seed=seeds)
+@given(config=configs(temporal_stride=0), on_images=st.booleans(), seed=seeds)
 def test_every_parameter_gets_a_gradient(task, config, on_images, seed):
     config = dataclasses.replace(config, temporal_on_images=on_images)
     if "box" in TASKS[task].components:
@@ -286,9 +286,10 @@ def test_classes_and_boxes_are_read_from_the_class_token(config, seed):
         assert head.weight.shape == (classes, config.width)
         assert_same(model.classify(hidden, task), hidden[:, 0] @ head.weight.T + head.bias)
     vision = noise(3, 1 + config.patches, config.width, seed=seed + 1)
-    boxes = model.predict_box(hidden, vision)
+    mask = torch.ones(3, 4, dtype=torch.bool)
+    boxes = model.predict_box(hidden, vision, mask)
     assert boxes.shape == (3, 4) and (0 < boxes).all() and (boxes < 1).all()
-    assert_same(boxes, model.predict_box(hidden[:, :1], vision))
+    assert_same(boxes, model.predict_box(hidden[:, :1], vision, mask[:, :1]))
 
 
 @given(side=st.integers(2, 4), seed=seeds)
@@ -306,7 +307,37 @@ def test_a_box_is_centered_where_the_token_attends(side, seed):
     assert_same(head(token, patches)[:, 2:], 1 / (1 + (-change[:, 2:]).exp()))
 
 
-@given(config=configs(temporal_downsampling=True, temporal_stride=2), seed=seeds)
+@given(corners=st.lists(st.integers(0, 8), min_size=4, max_size=4))
+def test_location_tokens_are_the_pixel_borders_of_a_box(corners):
+    left, top, right, bottom = min(corners[0], corners[2]), min(corners[1::2]), max(corners[::2]), max(corners[1::2])
+    head = LocationTokens(6, image_size=8)
+    box = torch.tensor([[(left + right) / 16, (top + bottom) / 16, (right - left) / 8, (bottom - top) / 8]])
+    assert head.tokens(box).tolist() == [[left, top, right, bottom]]
+    assert_same(head.boxes(head.tokens(box)), box)
+    assert head.boxes(torch.tensor([[5, 6, 3, 2]])).tolist() == [[4 / 8, 4 / 8, 0, 0]]  # nothing
+    assert head.tokens(torch.tensor([[1.0, 1.0, 0.5, 0.5]])).tolist() == [[6, 6, 8, 8]]  # a box that reaches outside
+
+
+@given(config=configs(boxes="tokens"), l=st.integers(1, 3), seed=seeds)
+def test_location_tokens_are_written_by_the_decoder_one_after_the_other(config, l, seed):
+    config = with_patches(config)
+    model = randomized(MPLUG2(config, "grounding"), seed)
+    assert "decoder" in modules_of(model)
+    pixels, ids, mask = batch(config, 3, seed, t=1, l=1 + l)
+    vision, fused = model.fuse(model.encode_vision(pixels), model.encode_text(ids, mask), mask)
+    boxes, memory, head = model.predict_box(fused, vision, mask), answer_memory(vision, fused, mask), model.box_head
+    written = []
+    for number in range(3):  # each image alone, with the embeddings by hand
+        own, tokens = tuple(part[number: number + 1] for part in memory), []
+        for _ in range(4):
+            words = head.location.weight[[config.image_size + 1, *tokens]][None]
+            hidden = model.decoder.hidden(words, torch.ones(1, words.shape[1], dtype=torch.bool), *own)
+            tokens.append(int((hidden[0, -1] @ head.location.weight[: config.image_size + 1].T).argmax()))
+        written.append(tokens)
+    assert_same(boxes, head.boxes(torch.tensor(written)).to(boxes))
+
+
+@given(config=configs(temporal_stride=2), seed=seeds)
 def test_boxes_need_images_and_a_video_is_refused(config, seed):
     model = randomized(MPLUG2(with_patches(config), "grounding"), seed)
     pixels, ids, mask = batch(model.config, 2, seed, t=3)
@@ -341,7 +372,7 @@ def test_evaluation_is_deterministic_and_training_is_not(task):
         assert_differs(found, expected[name])
 
 
-@given(config=configs(local_temporal=True, temporal_downsampling=False), seed=seeds)
+@given(config=configs(local_temporal=True, temporal_stride=0), seed=seeds)
 def test_a_new_model_starts_as_an_image_encoder_without_the_order_of_frames(config, seed):
     torch.manual_seed(seed)
     model, (pixels, _, _) = MPLUG2(config, "video_caption").double().eval(), batch(config, 2, seed)
@@ -390,7 +421,7 @@ def test_refuses_modules_that_the_task_does_not_have():
         "text_encoder": lambda: model.encode_text(random_ids(1, 2), mask), "fusion": lambda: model.fuse(x, x, mask),
         "contrastive_vision": lambda: model.project_vision(x), "contrastive_text": lambda: model.project_text(x),
         "matching_head": lambda: model.itm_logits(x), "masked_head": lambda: model.mlm_logits(x),
-        "box_head": lambda: model.predict_box(x, torch.zeros(1, 5, 16)),
+        "box_head": lambda: model.predict_box(x, torch.zeros(1, 5, 16), mask),
     }.items():
         with pytest.raises(ValueError, match=f"for the task 'video_caption' has no {name}; build it for another"):
             call()

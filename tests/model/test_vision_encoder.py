@@ -26,7 +26,7 @@ from mplug2.model.local_temporal import LocalTemporal
 from mplug2.model.vision_encoder import VisionBlock, VisionEncoder
 
 frames = st.integers(2, 5)
-whole = {"temporal_downsampling": False}  # one frame of tokens for each frame of pixels
+whole = {"temporal_stride": 0}  # one frame of tokens for each frame of pixels
 
 
 def pixels_for(config, b, t, seed):
@@ -72,7 +72,7 @@ def test_the_output_is_the_mean_class_token_then_the_patches_time_major(config, 
     for block in encoder.blocks:
         x = block(x, is_image=t == 1)
     rows = [x[:, :, 0].mean(dim=1)] + [x[:, frame, 1 + n] for frame in range(x.shape[1]) for n in range(config.patches)]
-    stride = config.temporal_stride if config.temporal_downsampling else 1
+    stride = config.temporal_stride or 1
     assert len(rows) == 1 + ((t - 1) // stride + 1) * config.patches
     assert_same(encoder(pixels), norm_by_hand(encoder.norm, torch.stack(rows, dim=1), eps=1e-5))
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mplug2.boxes import generalized_iou
 from mplug2.data.batches import label_positions
 from mplug2.generation import SpecialTokens, greedy
-from mplug2.model.mplug2 import MPLUG2
+from mplug2.model.mplug2 import MPLUG2, answer_memory
 from mplug2.objectives.ema_teacher import EMATeacher
 from mplug2.objectives.losses import (
     TEMPERATURE_RANGE,
@@ -25,6 +25,7 @@ from mplug2.objectives.losses import (
     hard_negatives,
     label_loss,
     language_loss,
+    location_loss,
     masked_loss,
     matching_loss,
     scaled_similarity,
@@ -223,7 +224,7 @@ LOSSES = {"caption": {"caption"}, "qa": {"answer"}, "retrieval": {"vtc", "vtm"},
 
 @pytest.mark.parametrize("task", TASKS)
 @settings(max_examples=4)
-@given(configs(temporal_downsampling=False, image_size=8, patch_size=4), st.booleans(), seeds)
+@given(configs(temporal_stride=0, image_size=8, patch_size=4), st.booleans(), seeds)
 def test_the_losses_of_a_task_reach_all_of_its_parameters(task, config, on_images, seed):
     """For all sizes and forms. Every weight is random, so no zero start hides a parameter."""
     config = dataclasses.replace(config, temporal_on_images=on_images)
@@ -404,6 +405,27 @@ def test_box_losses_are_the_summed_distance_and_one_minus_giou():
     expected = sum(abs(a - b) for one, other in zip(boxes.tolist(), target.tolist()) for a, b in zip(one, other)) / 4
     assert losses["l1"].item() == pytest.approx(expected)
     torch.testing.assert_close(losses["giou"], 1 - generalized_iou(boxes, target)[1].mean())
+
+
+@pytest.mark.parametrize("b", [1, 3])
+def test_the_location_loss_is_the_mean_log_probability_of_the_four_borders(b):
+    config = small(boxes="tokens", image_size=8, patch_size=4)
+    model = randomized(MPLUG2(config, "grounding"))
+    vision, fused = noise(b, 1 + config.patches, config.width), noise(b, 5, config.width, seed=1)
+    mask, box = torch.ones(b, 5, dtype=torch.bool), torch.tensor([[0.5, 0.25, 0.5, 0.5]] * b).double()
+    memory, total = answer_memory(vision, fused, mask), 0.0
+    for place, token in enumerate([2, 0, 6, 4]):  # left, top, right, bottom of 8 pixels
+        before = torch.tensor([[2, 0, 6, 4][:place]] * b, dtype=torch.long)
+        log_probs = model.box_head.logits(model.decoder, before, *memory)[:, -1].log_softmax(dim=-1)
+        total = total - log_probs[:, token].sum().item()
+    assert location_loss(model, fused, vision, mask, box).item() == pytest.approx(total / (4 * b))
+
+
+def test_grounding_has_the_loss_of_its_boxes():
+    for boxes, names in (("soft_argmax", {"l1", "giou"}), ("tokens", {"location"})):
+        model = randomized(MPLUG2(small(boxes=boxes, image_size=8, patch_size=4), "grounding"))
+        losses = Objectives(model)(task_batch("grounding"))
+        assert set(losses) == names and all(loss.requires_grad for loss in losses.values())
 
 
 def test_boxes_far_from_each_other_are_pulled_together():

@@ -100,7 +100,7 @@ def check_vision(model, clip):
        st.booleans(), st.integers(0, 2**16))
 def test_images_are_encoded_as_in_clip(width, layers, side, patch, vision_only, downsampling, seed):
     clip = clip_model(width, layers, side, patch, vision_only, seed)
-    model = MPLUG2(vision_config(width, layers, side, patch, temporal_downsampling=downsampling)).eval()
+    model = MPLUG2(vision_config(width, layers, side, patch, temporal_stride=2 * downsampling)).eval()
     randomized(model.vision_encoder)  # local temporal modules too: from_clip resets them to identities
     from_clip(model, clip.state_dict(), clip.config.to_dict())
     check_vision(model, clip)
@@ -135,7 +135,7 @@ def test_a_video_without_motion_is_encoded_like_its_frame():
     """Temporal modules are identities, and with temporal down-sampling the kernel is at the center tap."""
     clip = clip_model()
     for downsampling in (False, True):
-        model = MPLUG2(vision_config(temporal_downsampling=downsampling)).eval()
+        model = MPLUG2(vision_config(temporal_stride=2 * downsampling)).eval()
         from_clip(model, clip.state_dict(), clip.config.to_dict())
         image = torch.randn(1, 3, 1, 16, 16)
         with torch.no_grad():
