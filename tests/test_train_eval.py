@@ -381,6 +381,22 @@ def test_a_resumed_run_keeps_its_settings(capsys, run):
     assert "leave these flags out, or start another" in message
 
 
+def test_the_data_of_a_resumed_run_may_lie_elsewhere_but_must_be_the_same(capsys, light, tmp_path):
+    first, moved = tmp_path / "first", tmp_path / "moved, with=a comma"
+    shutil.copytree(light, first, symlinks=True)
+    out = ["--out", str(tmp_path), "--name", "run"]
+    train.main([*FAST, "--task", "video_caption", "--data", str(first), *out, "--max-steps", "1"])
+    first.rename(moved)
+    train.main(["--resume", *out, "--max-steps", "2", "--data", str(moved)])
+    assert json.loads((tmp_path / "run" / "settings.json").read_text())["train"]["data"] == str(moved)
+    train.main(["--resume", *out, "--max-steps", "3"])  # from where it lies now
+    with (moved / "video_caption.train.jsonl").open("a") as file:
+        file.write((moved / "video_caption.train.jsonl").read_text().splitlines()[0] + "\n")
+    message = refused(capsys, train.main, ["--resume", *out, "--max-steps", "4"], 1)
+    assert "the run was started with other records: video_caption.train.jsonl (" in message
+    assert (tmp_path / "run" / "last").resolve().name == "step_0000003"
+
+
 def test_init_and_preset_exclude_each_other_and_sizes_come_from_the_checkpoint(capsys, run, light, tmp_path):
     arguments = ["--init", run / "last", "--out", tmp_path, "--data", light]
     message = refused(capsys, train.main, [*arguments, "--preset", "tiny"], 2)

@@ -16,7 +16,7 @@ import tiny_data
 from mplug2.config import ModelConfig
 from mplug2.data.batches import Collate, MixedBatches
 from mplug2.data.loader import make_loader, prefetch
-from mplug2.data.samples import Joined, Sample, Samples, read_classes, read_samples, stream_kind
+from mplug2.data.samples import Joined, Sample, SampleList, Samples, read_classes, read_samples, stream_kind
 from mplug2.data.shard_stream import ReaderState, stream_batches
 from mplug2.data.shards import ShardSet, is_shards, read_shards
 from mplug2.data.text import Tokenizer, clean
@@ -133,7 +133,7 @@ class TrainingData:
     seed: int
     roots: dict[Path, float]
     """The folders of the sources, and their weights."""
-    samples: dict[str, Sequence[Sample]]
+    samples: dict[str, SampleList]
     """By stream, if its source has JSONL files."""
     shards: dict[str, ShardSet]
     """By stream, if its source has tar shards."""
@@ -179,6 +179,14 @@ class TrainingData:
     def sizes(self) -> dict[str, int]:
         """Number of samples of each stream."""
         return {stream: len(of_stream) for stream, of_stream in {**self.samples, **self.shards}.items()}
+
+    def files(self) -> dict[str, list[tuple[str, int]]]:
+        """The name and the number of bytes of each file that the records come from, by stream, wherever they lie."""
+        found: dict[str, list[tuple[str, int]]] = {}
+        for stream, of_stream in {**self.samples, **self.shards}.items():
+            paths = of_stream.paths if isinstance(of_stream, ShardSet) else [file.path for file in of_stream.files]
+            found[stream] = [(path.name, path.stat().st_size) for path in paths]
+        return found
 
     @property
     def steps_per_epoch(self) -> int:

@@ -97,10 +97,11 @@ PRECEDENCE = {"epochs": "max_steps", "min_lr": "min_lr_ratio", "warmup_steps": "
 MAY_CHANGE = (
     "resume", "resume_from", "max_steps", "epochs", "out", "name", "device", "workers", "accumulation_steps",
     "parallel", "cpu_offload", "activation_checkpointing", "compile", "log_every", "eval_every", "eval_limit",
-    "best_metric", "eval_data", "save_every", "keep_checkpoints", "max_skipped", "timeout",
+    "best_metric", "data", "eval_data", "save_every", "keep_checkpoints", "max_skipped", "timeout",
     "shuffle_buffer",
 )
-"""Settings that may differ when a run is resumed. Any other is refused."""
+"""Settings that may differ when a run is resumed. Any other is refused. `data` may name another place of the same
+records: `TrainState` compares them."""
 
 OLD_NAMES = {
     "accumulate": "accumulation_steps", "keep": "keep_checkpoints", "questions": "questions_per_sample",

@@ -35,6 +35,7 @@ class TrainState:
     def state_dict(self) -> dict[str, Any]:
         return {
             "step": self.step,
+            "files": self.data.files(),
             "optimizer": optimizer_state(self.optimizer, self.objectives.model),
             "positions": self.data.state_dict(),
             "objectives": extra_state(self.objectives),
@@ -43,6 +44,7 @@ class TrainState:
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
+        check_files(saved.get("files"), self.data.files())
         self.step, self.nonfinite_steps = saved["step"], saved["nonfinite_steps"]
         load_optimizer_state(self.optimizer, self.objectives.model, saved["optimizer"])
         load_extra_state(self.objectives, saved["objectives"])
@@ -52,6 +54,18 @@ class TrainState:
             set_generator_states(states[rank], self.process.device)
         else:  # no rank continues one of the old ranks
             torch.manual_seed(int(np.random.default_rng((self.data.seed, self.step, rank)).integers(2**63)))
+
+
+def check_files(saved: dict[str, list[tuple[str, int]]] | None, own: dict[str, list[tuple[str, int]]]) -> None:
+    """CheckpointError if a run is resumed with other records than it was started with (None: an older checkpoint)."""
+    if saved is None:
+        return
+    before, now = ({(stream, *file) for stream in files for file in files[stream]} for files in (saved, own))
+    if before != now:
+        names = sorted({f"{name} ({size:,} bytes)" for _, name, size in before - now})
+        raise CheckpointError(f"the run was started with other records: {', '.join(names[:5]) or 'fewer files'}; a "
+                              "resumed run needs the same ones, which --data may find in another place. To train on "
+                              "other data, start a run with --init and --name")
 
 
 def extra_state(objectives: nn.Module) -> dict[str, Tensor]:
