@@ -35,6 +35,7 @@ from mplug2.evaluation.own_files import InputSettings
 from mplug2.evaluation.results import describe, describe_skipped, flat_metrics, write_metrics, write_predictions
 from mplug2.evaluation.settings import RuntimeSettings, WritingSettings
 from mplug2.flags import Parser, check_range, warning_only
+from mplug2.hub import is_address
 from mplug2.inference import Inference, Stopped
 from mplug2.predictor import Predictor, load
 from mplug2.tools.plots import draw_attention
@@ -65,7 +66,7 @@ class EvalSettings:
     json: str = ""
     """File for the metrics, with flat keys such as test/caption_exact. Default: metrics.json in the folder of --out."""
     out: str = ""
-    """Folder for metrics, predictions and report. Default: CHECKPOINT/eval."""
+    """Folder for metrics, predictions and report. Default: CHECKPOINT/eval, or runs/NAME/eval of hf://user/NAME."""
     server: str = ""
     """Also write the predictions for the evaluation server of a benchmark: vqav2, nocaps, glue_cola, ..."""
 
@@ -91,6 +92,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     given = parser.read(arguments)
     try:
         config, files, writing, runtime = (cls(**given[cls.__name__]) for cls in GROUPS)
+        if is_address(config.checkpoint) and not config.out:  # not into the cache of the Hub
+            config = dataclasses.replace(config, out=f"runs/{Path(config.checkpoint).name}/eval")
         config = dataclasses.replace(config, checkpoint=str(real_folder(config.checkpoint)))
         read_config(config.checkpoint)
         process = distributed.init_distributed(runtime.device)

@@ -27,6 +27,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from mplug2 import hub
 from mplug2.config import ModelConfig
 from mplug2.data.text import Tokenizer
 from mplug2.dataclass_tools import from_dict
@@ -84,8 +85,10 @@ def save_model(
 
 
 def real_folder(folder: Path | str) -> Path:
-    """The checkpoint folder that a path such as runs/tiny/last names. On a file system without symbolic links, `last`
-    and `best` are text files with the name of a folder beside them."""
+    """The checkpoint folder that a path such as runs/tiny/last names, or an address such as hf://user/name (hub.py).
+    On a file system without symbolic links, `last` and `best` are text files with the name of a folder beside them."""
+    if hub.is_address(str(folder)):
+        return hub.download(str(folder))
     path = Path(folder)
     return path.parent / path.read_text().strip() if path.is_file() else path
 

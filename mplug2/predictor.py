@@ -18,9 +18,10 @@ from einops import rearrange
 from torch import Tensor
 
 from mplug2.attention_maps import attention_maps
-from mplug2.checkpoint import load_model, real_folder, save_model
+from mplug2.checkpoint import load_model, read_data, real_folder, save_model
 from mplug2.data.text import clean
 from mplug2.generation import beam_search, best_texts, greedy, rank_answers
+from mplug2.hub import model_card, recorded
 from mplug2.inference import BatchRunner, Media, Text, repeat_to, require_list
 from mplug2.model.mplug2 import answer_memory
 from mplug2.tasks import INSTRUCTIONS, PROMPTS
@@ -30,9 +31,13 @@ CANDIDATES = 32
 
 
 def load(checkpoint: str | Path, device: str = "cpu", task: str | None = None) -> "Predictor":
-    """Open a checkpoint folder, such as runs/tiny/last. `task` selects a smaller model than the saved one."""
-    model, tokenizer, preprocess = load_model(real_folder(checkpoint), task)
-    return Predictor(model.to(device), tokenizer, preprocess)
+    """Open a checkpoint folder, such as runs/tiny/last, or a model of the Hugging Face Hub, such as hf://user/name.
+    `task` selects a smaller model than the saved one."""
+    folder = real_folder(checkpoint)
+    model, tokenizer, preprocess = load_model(folder, task)
+    predictor = Predictor(model.to(device), tokenizer, preprocess)
+    predictor.checkpoint = folder
+    return predictor
 
 
 @dataclass(frozen=True)
@@ -68,14 +73,23 @@ class Predictor(BatchRunner):
     Methods raise ValueError if the model does not have the modules, and MediaError for a file that cannot be read.
     """
 
-    def save(self, folder: str | Path, dtype: torch.dtype = torch.float16) -> None:
+    checkpoint: Path | None = None
+    """The folder that the model was loaded from."""
+
+    def save(self, folder: str | Path, dtype: torch.dtype = torch.float16, license: str = "") -> None:
         """Export the model to a new folder, without what only training needs, and by default in half precision.
 
-        `load` opens it in single precision, and `train.py --init` starts from it.
+        `load` opens it in single precision, and `train.py --init` starts from it. README.md is a model card for the
+        Hugging Face Hub: sizes, training data, settings, `license`, and the results of `eval.py`, if it was run.
         """
-        if Path(folder).exists() and any(Path(folder).iterdir()):
+        folder, known = Path(folder), self.checkpoint is not None
+        if folder.exists() and any(folder.iterdir()):
             raise FileExistsError(f"{folder} is not empty: choose a new folder for the exported model")
         save_model(folder, self.model, self.tokenizer, self.preprocess, dtype)
+        results, settings = recorded(self.checkpoint) if known else ({}, {})
+        data = read_data(self.checkpoint) if known else None
+        card = model_card(folder.resolve().name, self.model, data, results, settings, license)
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
     def caption(self, media: Sequence[Media], **settings) -> list[str]:
         """A caption of each image or video. `settings` are fields of `Generation`, such as beams=5."""

@@ -21,6 +21,7 @@ from torch.distributed.run import get_args_parser
 import eval as eval_program
 import mplug2.flags
 import train
+from mplug2 import hub
 from mplug2.training.settings import write_settings
 
 STOPS = {"mplug2.tools.memory_plan": "format_plan", "mplug2.tools.report": "write_report"}
@@ -77,7 +78,8 @@ WRITTEN = written_files(COMMANDS)
 def exists(file: str) -> bool:
     """Whether a file is in the repository, or is written by a shown command, or belongs to the reader."""
     placeholder = re.fullmatch(r"[A-Z]+(/.*)?", file)
-    return bool(placeholder or file in WRITTEN or file in OF_THE_READER or (REPOSITORY / file).exists())
+    known = placeholder or hub.ADDRESS.fullmatch(file) or file in WRITTEN or file in OF_THE_READER
+    return bool(known or (REPOSITORY / file).exists())
 
 
 @pytest.fixture(autouse=True)
@@ -154,6 +156,7 @@ def run(program, arguments: list[str], monkeypatch, tmp_path: Path):
             file.symlink_to(PRETRAINED if flag in ("init", "checkpoint") else REPOSITORY / "docs" / "examples"
                             if "--find" in arguments else REPOSITORY / "README.md")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "download", lambda address: PRETRAINED)
     said: list[str] = []
     monkeypatch.setattr(sys, "stderr", type("Said", (), {"write": lambda self, text: said.append(text),
                                                          "flush": lambda self: None})())
