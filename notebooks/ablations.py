@@ -174,7 +174,8 @@ RUNS = list(dict.fromkeys(run for terms, _ in CLAIMS.values() for run in terms))
 
 
 def run(regime: str, arm: str, seed: int, steps: int = STEPS) -> dict:
-    """Train and test. Returns the metrics, and for each task and medium how many of its tests are right."""
+    """Train and test. Returns the metrics, and for each task and medium how many of its tests are right, of how many.
+    """
     torch.set_num_threads(1)  # another number of threads gives other roundings
     models, name = [], f"{regime}-{arm}-{seed}".replace(" ", "_")
     root = {"few": few_videos, "at odds": other_colors}.get(regime, tiny_data.ensure)()
@@ -314,13 +315,13 @@ def unpack(packed: str) -> np.ndarray:
 # ---- effects --------------------------------------------------------------------------------------------------------
 
 
-def effect(claim: str, runs: dict, draws: int = 2000) -> dict:
+def effect(claim: str, results: dict, draws: int = 2000) -> dict:
     """The effect of a claim, in points (percent): its mean over seeds, a 95 % interval from a bootstrap over seeds and
     test media, one from Student's t over the seeds, the effect of each seed, and the mean score of each term."""
-    terms, tasks = CLAIMS[claim]
+    (terms, tasks), runs = CLAIMS[claim], results["runs"]
     right = {term: {task: np.stack([unpack(runs[", ".join(term)][str(seed)]["right"][task]) for seed in SEEDS])
                     for task in tasks} for term in terms}
-    of = {task: unpack(runs[", ".join(next(iter(terms)))]["0"]["of"][task]) for task in tasks}
+    of = {task: unpack(results["of"][task]) for task in tasks}
     signed = {task: 100 * sum(sign * right[term][task] for term, sign in terms.items()) for task in tasks}
     by_seed = np.mean([signed[task].sum(axis=1) / of[task].sum() for task in tasks], axis=0)
     rng, drawn = np.random.default_rng(0), []
@@ -347,15 +348,15 @@ def verdict(found: dict) -> str:
     return "no effect that matters" if -MATTERS < low and high < MATTERS else "undecided"
 
 
-def table(runs: dict) -> str:
+def table(results: dict) -> str:
     """The effects of all claims, as a table in Markdown. A claim is left open until all of its runs are there."""
     lines = ["| claim | scores | effect | 95 %, bootstrap | 95 %, Student's t | verdict |", "|" + "---|" * 6]
     for claim, (terms, _) in CLAIMS.items():
-        missing = sum(str(seed) not in runs.get(", ".join(term), {}) for term in terms for seed in SEEDS)
+        missing = sum(str(seed) not in results["runs"].get(", ".join(term), {}) for term in terms for seed in SEEDS)
         if missing:
             lines.append(f"| {claim} | | | | | {missing} runs are missing |")
             continue
-        found = effect(claim, runs)
+        found = effect(claim, results)
         scores = "; ".join(f"{name} {value:.1f}" for name, value in found["scores"].items())
         intervals = " | ".join(f"{low:+.1f} to {high:+.1f}" for low, high in (found["bootstrap"], found["student"]))
         lines.append(f"| {claim} | {scores} | {found['effect']:+.1f} | {intervals} | {verdict(found)} |")
@@ -366,7 +367,7 @@ def main(arguments: list[str]) -> None:
     """Make the missing runs, of all regimes or of those named, or print the effects."""
     results = read()
     if arguments == ["--effects"]:
-        print(table(results["runs"]))
+        print(table(results))
         return
     if unknown := set(arguments) - set(REGIMES):
         raise SystemExit(f"unknown: {', '.join(unknown)}; expected regimes ({', '.join(REGIMES)}) or --effects")
@@ -378,6 +379,8 @@ def main(arguments: list[str]) -> None:
         found = run(regime, arm, seed)
         minutes = (time.time() - start) / 60
         results = read()  # another process may have written to it
+        if results.setdefault("of", found["of"]) != found.pop("of"):
+            raise SystemExit("this tiny world has other tests than that of the runs before")
         results["runs"].setdefault(f"{regime}, {arm}", {})[str(seed)] = {**found, "minutes": round(minutes, 1)}
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
         left = len(missing) - done - 1

@@ -114,10 +114,9 @@ def invented(shares: dict[tuple[str, str], float], media: int = 400) -> dict:
     """Runs whose tests are right with these probabilities, with three questions about each medium."""
     rng = np.random.default_rng(0)
     tasks = sorted({task for _, tasks in ablations.CLAIMS.values() for task in tasks})
-    return {", ".join(term): {str(seed): {
-        "right": {task: ablations.pack(rng.binomial(3, share, media).tolist()) for task in tasks},
-        "of": {task: ablations.pack([3] * media) for task in tasks}} for seed in ablations.SEEDS}
-        for term, share in shares.items()}
+    return {"of": {task: ablations.pack([3] * media) for task in tasks}, "runs": {", ".join(term): {str(seed): {
+        "right": {task: ablations.pack(rng.binomial(3, share, media).tolist()) for task in tasks}}
+        for seed in ablations.SEEDS} for term, share in shares.items()}}
 
 
 def test_an_effect_is_the_signed_sum_of_scores_and_its_intervals_cover_it():
@@ -134,11 +133,11 @@ def test_an_effect_is_the_signed_sum_of_scores_and_its_intervals_cover_it():
 
 
 def test_there_is_no_verdict_before_all_runs_are_there():
-    runs = invented({("few", "full"): 0.7, ("few", "untied"): 0.4})
-    del runs["few, full"]["3"]
-    assert "| 1b | | | | | 1 runs are missing |" in ablations.table(runs)
+    results = invented({("few", "full"): 0.7, ("few", "untied"): 0.4})
+    del results["runs"]["few, full"]["3"]
+    assert "| 1b | | | | | 1 runs are missing |" in ablations.table(results)
     with pytest.raises(KeyError):
-        ablations.effect("1b", runs)
+        ablations.effect("1b", results)
 
 
 @pytest.mark.parametrize(("low", "high", "expected"), [

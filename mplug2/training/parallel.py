@@ -8,6 +8,7 @@
 import dataclasses
 import inspect
 import math
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -108,11 +109,7 @@ def unsharded_copy(model: MPLUG2, process: DistInfo, every_rank: bool = False) -
     Every rank has to call it.
     """
     keep = process.is_main or every_rank
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        full = full_tensor(tensor)
-        if keep:
-            weights[name] = full.cpu()
+    weights = gathered(model.state_dict(), keep)
     if not keep:
         return None
     with torch.device("meta"):  # this takes neither memory nor random numbers
@@ -184,12 +181,29 @@ def split_param_groups(optimizer: torch.optim.Optimizer) -> None:
             optimizer.add_param_group({**group, "params": replicated})
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """The optimizer's state by parameter name, unsharded: it is the same for any number of ranks."""
-    return {
-        name: {key: full_tensor(value).cpu() for key, value in optimizer.state[parameter].items()}
-        for name, parameter in module.named_parameters() if parameter in optimizer.state
-    }
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, module: nn.Module, keep: bool = True
+) -> dict[str, dict[str, Tensor]]:
+    """The optimizer's state by parameter name, unsharded: it is the same for any number of ranks.
+
+    Every rank has to call it. One that does not `keep` the state returns empty dictionaries: it holds one tensor at a
+    time, where all of them would be 12 GB for every process of the preset large.
+    """
+    collected: dict[str, dict[str, Tensor]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter in optimizer.state:
+            collected[name] = gathered(optimizer.state[parameter], keep)
+    return collected
+
+
+def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Tensors in one piece on the CPU; none if this rank does not `keep` them. Every rank has to call it."""
+    kept = {}
+    for name, tensor in tensors.items():
+        full = full_tensor(tensor)
+        if keep:
+            kept[name] = full.cpu()
+    return kept
 
 
 def load_optimizer_state(

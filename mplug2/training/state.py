@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from mplug2.checkpoint import CheckpointError
 from mplug2.data.build import TrainingData
-from mplug2.distributed import DistInfo, all_gather_object, full_tensor, shard_like
+from mplug2.distributed import DistInfo, all_gather_object, shard_like
 from mplug2.objectives.objectives import Objectives
 from mplug2.training.fault_tolerance import generator_states, set_generator_states
-from mplug2.training.parallel import load_optimizer_state, optimizer_state
+from mplug2.training.parallel import gathered, load_optimizer_state, optimizer_state
 
 
 class TrainState:
@@ -19,7 +19,7 @@ class TrainState:
 
     A run that loads the state which it saved continues bit-identically. `state_dict` and `load_state_dict` are
     collective: every rank has to call them. The number of ranks may change in between; the generators are then seeded
-    again.
+    again. Only the main process gets the tensors of `state_dict`, which it saves.
     """
 
     def __init__(
@@ -36,9 +36,9 @@ class TrainState:
         return {
             "step": self.step,
             "files": self.data.files(),
-            "optimizer": optimizer_state(self.optimizer, self.objectives.model),
+            "optimizer": optimizer_state(self.optimizer, self.objectives.model, self.process.is_main),
             "positions": self.data.state_dict(),
-            "objectives": extra_state(self.objectives),
+            "objectives": gathered(_extra_tensors(self.objectives), self.process.is_main),
             "nonfinite_steps": self.nonfinite_steps,
             "generators": all_gather_object(generator_states(self.process.device)),
         }
@@ -68,14 +68,9 @@ def check_files(saved: dict[str, list[tuple[str, int]]] | None, own: dict[str, l
                               "other data, start a run with --init and --name")
 
 
-def extra_state(objectives: nn.Module) -> dict[str, Tensor]:
-    """What is trained along with the model: the weights and the queue of the EMA teacher."""
-    return {name: full_tensor(tensor).cpu() for name, tensor in _extra_tensors(objectives).items()}
-
-
 @torch.no_grad()
 def load_extra_state(objectives: nn.Module, saved: dict[str, Tensor]) -> None:
-    """The inverse of `extra_state`. CheckpointError if the run was started with other settings."""
+    """Load what was saved of `_extra_tensors`. CheckpointError if the run was started with other settings."""
     own = _extra_tensors(objectives)
     # Runs that were saved before the teacher was renamed call it "momentum".
     saved = {name.replace("momentum.", "ema_teacher.", 1): tensor for name, tensor in saved.items()}
@@ -87,4 +82,5 @@ def load_extra_state(objectives: nn.Module, saved: dict[str, Tensor]) -> None:
 
 
 def _extra_tensors(objectives: nn.Module) -> dict[str, Tensor]:
+    """What is trained along with the model: the weights and the queue of the EMA teacher."""
     return {name: tensor for name, tensor in objectives.state_dict().items() if not name.startswith("model.")}

@@ -195,6 +195,7 @@ def clipped(rank: int, world: int, way: str, name: str) -> tuple[float, list[np.
         optimizer.step()
         optimizer.zero_grad()
     state = optimizer_state(optimizer, module)
+    assert not any(optimizer_state(optimizer, module, keep=False).values())
     optimizer.state.clear()
     load_optimizer_state(optimizer, module, state)
     again = optimizer_state(optimizer, module)
