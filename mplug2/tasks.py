@@ -7,6 +7,8 @@ To add a task, add a row to `TASKS`. If it needs a new head, add the head to `mo
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mplug2.did_you_mean import did_you_mean
+
 Modality = Literal["video", "image", "text"]
 
 COMPONENTS: dict[str, tuple[str, ...]] = {
@@ -134,7 +136,7 @@ def parse_tasks(task: str) -> list[str]:
     names = task.split(",")
     for name in names:
         if name not in TASKS:
-            raise ValueError(f"unknown task {name!r}; known are {', '.join(TASKS)}")
+            raise ValueError(f"unknown task {name!r}{did_you_mean(name, TASKS)}; known are {', '.join(TASKS)}")
     if len(set(names)) < len(names):
         raise ValueError(f"{task}: a task is named twice")
     return names

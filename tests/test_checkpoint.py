@@ -284,7 +284,7 @@ def test_a_config_with_an_unknown_missing_or_impossible_setting_is_refused(saved
         with pytest.raises(CheckpointError, match="config.json"):
             load_model(saved)
     (saved / "config.json").write_text(original.replace('"pretrain"', '"pretraining"'))
-    with pytest.raises(ValueError, match="unknown task 'pretraining'; known are"):
+    with pytest.raises(ValueError, match="unknown task 'pretraining' .did you mean 'pretrain'"):
         load_model(saved)
 
 

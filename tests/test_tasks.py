@@ -217,7 +217,7 @@ def test_answers_are_chosen_from_a_list(pretrained, world, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    ("--task video_cation", "unknown task 'video_cation'; known are video_caption, "),
+    ("--task video_cation", "unknown task 'video_cation' (did you mean 'video_caption'?); known are "),
     ("--task video_qa,video_qa", "a task is named twice"),
     ("--task video_qa,image_qa --task-weights 1", "expected one number for each task of video_qa,image_qa"),
     ("--task video_qa --task-weights x", "task_weights='x': expected numbers"),

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mplug2.data.media_batches import Medium
+from mplug2.did_you_mean import did_you_mean
 from mplug2.distributed import AllRanksError, all_gather_object
 from mplug2.evaluation.bootstrap import Score
 from mplug2.evaluation.data import EvalOptions, EvalSplit, data_notes
@@ -114,7 +115,8 @@ def check_tasks(model: MPLUG2, tasks: Sequence[str]) -> None:
     """Raise ValueError for a task that is unknown, or that the model does not have the modules for."""
     for task in tasks:
         if task not in EVALUATED:
-            raise ValueError(f"task {task!r} cannot be evaluated; expected one of {', '.join(EVALUATED)}")
+            raise ValueError(f"task {task!r} cannot be evaluated{did_you_mean(task, EVALUATED)}; expected one of "
+                             f"{', '.join(EVALUATED)}")
         if not supports(model, task):
             raise ValueError(f"a model for {model.task} does not have the modules for {task}; "
                              f"fine-tune it with train.py --task {task} --init")
