@@ -7,7 +7,7 @@ Axes: d width, k frames that a patch spans, c = 3 colors, p side of a patch, h w
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import isqrt
 
 import torch
@@ -144,11 +144,16 @@ def stack_entries(
     values = {}
     for name, parameter in parameters.items():
         value = torch.empty(parameter.shape, dtype=parameter.dtype, device=state[names[name][0]].device)
-        for part, entry in zip(value.chunk(len(names[name])), names[name]):
+        for part, entry in zip(parts(value, len(names[name])), names[name]):
             check_shape(entry, state[entry], shapes.get(name, part.shape), source)
             part.copy_(state[entry].reshape(part.shape))
         values[name] = value
     return values
+
+
+def parts(tensor: Tensor, count: int) -> Sequence[Tensor]:
+    """The parts of a parameter that `count` entries make; a number is its only part."""
+    return tensor.chunk(count) if tensor.dim() else [tensor]
 
 
 def resize_positions(position: Tensor, patches: int, source: str) -> Tensor:

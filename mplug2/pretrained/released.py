@@ -24,6 +24,7 @@ from mplug2.pretrained.entries import (
     kernel_from_linear,
     linear_from_kernel,
     listed,
+    parts,
     resize_positions,
     setting,
     stack_entries,
@@ -44,6 +45,8 @@ LARGE_BERT = {
 }
 """The settings of the released large runs that define the model."""
 
+KNOWN_MODULES = ("visual_encoder.", "text_encoder.", "fusion_encoder.", "text_decoder.", "visn_fc.", "visn_layer_norm.",
+                 "visn_emb_norm.")
 VISION, TEXT, FUSION, DECODER = "visual_encoder.visual", "text_encoder", "fusion_encoder", "text_decoder.bert"
 HEAD = "text_decoder.cls.predictions"
 LATENTS = "text_encoder.encoder.layer.{}.latents"
@@ -58,6 +61,14 @@ PROJECTIONS = weights_and_biases({
     "vision_projection": "visn_fc", "vision_norm": "visn_layer_norm", "universal.vision_norm": "visn_emb_norm",
 })
 LOCAL_TEMPORAL = weights_and_biases({"norm": "ln", "down": "down_proj", "conv": "conv", "up": "up_proj"})
+
+RETRIEVAL_HEADS = {
+    **weights_and_biases({"contrastive_vision": "vision_proj", "contrastive_text": "text_proj",
+                          "matching_head": "itm_head"}),
+    "temperature": ("temp",),
+}
+"""The names in ALBEF and mPLUG. The released mPLUG-2 files define no such heads, and no checkpoint of pre-training was
+at hand: these names are a guess, which `from_released` checks."""
 
 MOMENTUM_COPIES = (
     r"(visual_encoder|text_encoder|fusion_encoder|text_decoder|visn_fc|visn_layer_norm|visn_emb_norm|vision_proj|"
@@ -93,7 +104,13 @@ def from_released(
                          f"{model.released_stack}")
     names, parameters = entry_names(model), dict(model.named_parameters())
     used = {entry for entries in names.values() for entry in entries}
-    check_entries(state, used.union(REPEATED.values()), never_used(model), SOURCE)
+    repeated = REPEATED if "decoder" in model.components else {}
+    if lacking := [entry for name in RETRIEVAL_HEADS if name in names for entry in names[name] if entry not in state]:
+        found = [name for name in state if re.fullmatch(PRETRAINING_HEADS, name)]
+        found += [name for name in state if "." not in name or not name.startswith(KNOWN_MODULES)]
+        raise ValueError(f"{SOURCE}: no heads for {task}: {listed(lacking)}; expected the names of ALBEF and mPLUG. "
+                         f"Other entries that may be heads: {listed(dict.fromkeys(found)) if found else 'none'}")
+    check_entries(state, used.union(repeated.values()), never_used(model), SOURCE)
 
     taps = model.vision_encoder.patch_embed.span
     check_shape(KERNEL, state[KERNEL], (config.vision_width, 3, taps, config.patch_size, config.patch_size), SOURCE)
@@ -101,8 +118,8 @@ def from_released(
     check_shape(POSITION, state[POSITION], (*state[POSITION].shape[:1], config.vision_width), SOURCE)
     state[POSITION] = resize_positions(state[POSITION], config.patches, f"{SOURCE}: the entry {POSITION}")
     model.load_state_dict(stack_entries(parameters, names, state, entry_shapes(parameters), SOURCE), assign=True)
-    for kept, repeated in REPEATED.items():
-        check_shape(repeated, state[repeated], state[kept].shape, SOURCE)
+    for kept, copied in repeated.items():
+        check_shape(copied, state[copied], state[kept].shape, SOURCE)
     return model.eval()
 
 
@@ -125,10 +142,10 @@ def to_released(model: MPLUG2) -> dict[str, Tensor]:
     parameters = dict(model.named_parameters())
     names, shapes, state = entry_names(model), entry_shapes(parameters), {}
     for name, parameter in parameters.items():
-        for part, entry in zip(parameter.detach().chunk(len(names[name])), names[name]):
+        for part, entry in zip(parts(parameter.detach(), len(names[name])), names[name]):
             state[entry] = part.reshape(shapes.get(name, part.shape)).clone()
     state[KERNEL] = kernel_from_linear(state[KERNEL], model.vision_encoder.patch_embed.span, model.config.patch_size)
-    return state | {repeated: state[kept].clone() for kept, repeated in REPEATED.items()}
+    return state | {repeated: state[kept].clone() for kept, repeated in REPEATED.items() if kept in state}
 
 
 def released_config(run_config: Mapping, bert_config: Mapping, state: Mapping[str, Tensor]) -> ModelConfig:
@@ -167,6 +184,7 @@ def released_config(run_config: Mapping, bert_config: Mapping, state: Mapping[st
         fusion_stride=bert("stride_layer"),
         decoder_layers=bert("text_decode_layers"), vocab_size=bert("vocab_size"),
         max_positions=bert("max_position_embeddings"), dropout=bert("hidden_dropout_prob"),
+        contrastive_width=len(state["vision_proj.weight"]) if "vision_proj.weight" in state else 256,
     )
 
 
@@ -224,6 +242,8 @@ def never_used(model: MPLUG2) -> list[str]:
         ]
     else:
         patterns += [rf"{FUSION}\.encoder\.layer\.{alternatives(range(stack))}\.{layer_with_cross}"]
+    if "decoder" not in built:
+        patterns += [r"text_decoder\..+"]
     if "text" not in built:
         patterns += [
             rf"{TEXT}\.embeddings\.{embeddings}",
@@ -239,6 +259,7 @@ def entry_names(model: MPLUG2) -> Names:
     names = {
         **within("vision_encoder", CLIP_VISION, VISION),
         **PROJECTIONS,
+        **RETRIEVAL_HEADS,
         **within("text_encoder.embeddings", BERT_EMBEDDINGS, f"{TEXT}.embeddings"),
         **within("decoder.embeddings", BERT_EMBEDDINGS, f"{DECODER}.embeddings"),
         **within("decoder.head", BERT_HEAD, HEAD),
@@ -263,7 +284,7 @@ def entry_names(model: MPLUG2) -> Names:
     parameters = [name for name, _ in model.named_parameters()]
     if unknown := [name for name in parameters if name not in names]:
         raise ValueError(f"{SOURCE}: no weights for these parameters of the task {model.task!r}: {listed(unknown)}; "
-                         "load it for captioning or question answering")
+                         "load it for captioning, question answering or retrieval")
     return {name: names[name] for name in parameters}
 
 

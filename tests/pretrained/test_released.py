@@ -220,8 +220,51 @@ def test_unsupported_settings_are_refused_by_name():
     del run["clip_dims"]
     with pytest.raises(ValueError, match="clip_name='custom': expected one of ViT-B-32, ViT-B-16, ViT-L-14; describe"):
         from_released(STATE, run, bert)
-    with pytest.raises(ValueError, match="no weights for these parameters of the task 'video_retrieval': contrastive"):
-        load(STATE, "video_retrieval")
+    with pytest.raises(ValueError, match="no weights for these parameters of the task 'visual_entailment': classifier"):
+        load(STATE, "visual_entailment")
+
+
+HEADS = {"vision_proj": (12, 32), "text_proj": (12, 32), "itm_head": (2, 32)}
+
+
+def with_heads() -> dict[str, torch.Tensor]:
+    """The released checkpoint with the heads of pre-training, in the names of ALBEF and mPLUG."""
+    generator, state = torch.Generator().manual_seed(5), dict(STATE)
+    for name, shape in HEADS.items():
+        state |= {f"{name}.weight": torch.randn(shape, generator=generator),
+                  f"{name}.bias": torch.randn(shape[:1], generator=generator)}
+    return {**state, "temp": torch.tensor(0.05), "image_queue": torch.zeros(12, 8)}
+
+
+def test_retrieval_is_loaded_from_a_checkpoint_of_pretraining():
+    """The shared modules equal those of question answering; the decoder is not needed, whatever is in the file."""
+    state = with_heads()
+    model, other = load(state, "video_retrieval"), load(STATE, "video_qa")
+    parameters = dict(model.named_parameters())
+    assert torch.equal(model.contrastive_vision.weight, state["vision_proj.weight"])
+    assert torch.equal(model.contrastive_text.bias, state["text_proj.bias"])
+    assert torch.equal(model.matching_head.weight, state["itm_head.weight"])
+    assert model.temperature.item() == pytest.approx(0.05)
+    assert model.config.contrastive_width == 12 and not hasattr(model, "decoder")
+    for name, parameter in other.named_parameters():
+        if not name.startswith("decoder."):
+            assert torch.equal(parameter, parameters.pop(name))
+    assert {name.split(".")[0] for name in parameters} == {
+        "contrastive_vision", "contrastive_text", "matching_head", "temperature"}
+    back = to_released(model)
+    assert all(torch.equal(back[name], state[name]) for name in back)
+    without = {name: entry for name, entry in state.items() if not name.startswith("text_decoder.")}
+    assert all(torch.equal(a, b) for a, b in zip(load(without, "video_retrieval").parameters(), model.parameters()))
+
+
+def test_heads_with_other_names_are_listed():
+    state = {name.replace("vision_proj", "visn_head.proj"): entry for name, entry in with_heads().items()}
+    with pytest.raises(ValueError, match="no heads for video_retrieval: vision_proj.bias, vision_proj.weight") as error:
+        load(state, "video_retrieval")
+    for name in "visn_head", "text_proj.weight", "itm_head.weight", "temp":
+        assert name in str(error.value)
+    with pytest.raises(ValueError, match="no heads for image_retrieval.*may be heads: none"):
+        load(STATE, "image_retrieval")
 
 
 def test_clip_name_stands_for_the_sizes_of_clip():
