@@ -13,7 +13,8 @@ PROTOCOLS = {
     "released": {"caption": Generation(5, 4, 20, prompted=False), "answer": Generation(5, 1, 10)},
     "figure": {"caption": Generation(instructed=True), "answer": Generation()},
 }
-"""The search of the released evaluation scripts. A caption starts from [CLS] alone."""
+"""How captions and answers are written: as this model was trained to, as the released evaluation scripts do it (a
+caption starts from [CLS] alone), and as in Figure 1 of the paper (a caption answers an instruction)."""
 
 
 @dataclass(frozen=True)
