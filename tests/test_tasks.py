@@ -58,8 +58,8 @@ def test_every_task_is_fine_tuned_and_evaluated(task, pretrained, world, tmp_pat
     (results,) = [line for line in lines(run) if any(key.startswith("test/") for key in line)]
     what = task.partition("_")[2] or task
     key = KEYS.get(what, KEYS.get(task, TASKS[task].metric))
-    modality = TASKS[task].modality
-    key = f"{modality}_{key}" if modality != "video" and what in KEYS else key
+    prefix = task.partition("_")[0]
+    key = f"{prefix}_{key}" if prefix in ("image", "text") and what in KEYS else key
     key = key.replace("image_t2v", "t2i")
     assert -1 <= results[f"test/{key}"] <= 1
     printed = capsys.readouterr().out

@@ -35,7 +35,7 @@ def all_tasks_predictor(**inference):
         "visual_entailment": ("contradiction", "entailment", "neutral"), "image_pair_reasoning": ("false", "true"),
         "text_pair_classification": (),
     }
-    predictor = make_predictor(",".join(["pretrain", *WITH_CLASSES, "grounding"]), classes=labels)
+    predictor = make_predictor(",".join(["pretrain", "text_qa", *WITH_CLASSES, "grounding"]), classes=labels)
     predictor.inference = Inference(**{"batch_size": 4, "skip_unreadable": True, **inference})
     return predictor
 
@@ -64,6 +64,8 @@ def root(tmp_path_factory) -> Path:
         write_records(root, f"{modality}_classification.test", [
             {**one, "label": COLORS[i % 3]} for i, one in enumerate(media)])
     write_records(root, "image_classification.train", [{"image": "0.png", "label": label} for label in COLORS])
+    write_records(root, "text_qa.test", [
+        {"qa": [{**one, "question": f"{one['question']} {text}"} for one in asked]} for text, asked in zip(said, qa)])
     write_records(root, "text_classification.test", [{"text": t, "label": COLORS[i % 3]} for i, t in enumerate(said)])
     write_records(root, "text_pair_classification.test", [
         {"texts": [t, said[i - 1]], "label": i / 2} for i, t in enumerate(said)])
