@@ -253,7 +253,7 @@ def retrieved(predictor: Predictor, root: Path) -> Tests:
         for gallery in {record.gallery for record in records}:
             own = [number for number, record in enumerate(records) if record.gallery == gallery]
             media = [Medium.of_record(records[number]) for number in own]
-            cosines = predictor.similarity(media, [records[number].captions[0] for number in own]).numpy()
+            cosines = predictor.similarity(media, [records[number].captions[0] for number in own]).cpu().numpy()
             ids = np.array([records[number].positive_id for number in own])
             for similarity in cosines, cosines.T:
                 hits[own] += ranks(similarity, ids[:, None] == ids[None, :]) == 1
@@ -279,10 +279,10 @@ def transferred(predictor: Predictor, root: Path) -> Tests:
         texts = [(caption, named(record)) for record in captioned for caption in record.captions][:CAPTIONS]
         labels, truths = torch.tensor([label for _, label in texts]), torch.tensor([named(one) for one in records])
         for name, (of_text, of_vision) in readouts.items():
-            x = standardize(torch.stack(predictor.on_texts([text for text, _ in texts], of_text)))
+            x = standardize(torch.stack(predictor.on_texts([text for text, _ in texts], of_text)).cpu())
             y = standardize(torch.stack(predictor.on_media(
                 [Medium.of_record(record) for record in records],
-                lambda vision, _, indices, read=of_vision: repeat_to(read(vision), len(indices)))))
+                lambda vision, _, indices, read=of_vision: repeat_to(read(vision), len(indices)))).cpu())
             right = torch.zeros(len(records), dtype=torch.int64)
             for column, size in enumerate((10, len(COLOR_NAMES))):
                 targets = nn.functional.one_hot(labels[:, column], size).float()
