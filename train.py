@@ -86,7 +86,7 @@ class Trainer:
     """A run: the data, the model and its losses, the optimizer, and the loop over the steps."""
 
     def __init__(self, settings: Settings, process: DistInfo, arguments: list[str], watchdog: Watchdog,
-                 model_class: Callable[..., MPLUG2] = MPLUG2):
+                 model_class: Callable[..., MPLUG2]):
         self.process, self.folder, self.started = process, settings.folder, time.time()
         self.watchdog, self.stop = watchdog, GracefulStop()
         seed_generators(settings.run.seed)  # the same initial weights on every rank
@@ -328,7 +328,7 @@ class Trainer:
 
 
 def build_model(
-    settings: Settings, data: TrainingData, process: DistInfo, model_class: Callable[..., MPLUG2] = MPLUG2
+    settings: Settings, data: TrainingData, process: DistInfo, model_class: Callable[..., MPLUG2]
 ) -> MPLUG2:
     """The model in training mode: with new weights, or with those of the checkpoint that the run starts from."""
     checkpoint, task = settings.checkpoint, settings.data.task

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
-from mplug2.evaluation.metric_names import format_table
+from mplug2.evaluation.metric_names import format_table, group_by_split
 from mplug2.model.mplug2 import MPLUG2
 from mplug2.tasks import TASKS, parse_tasks
 
@@ -42,8 +42,9 @@ def download(address: str) -> Path:
     try:
         return Path(snapshot_download(match["name"], revision=match["revision"], allow_patterns=FILES))
     except Exception as error:  # the package has errors of its own for each kind: offline, private, no such model
-        raise ValueError(f"{address} cannot be read ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
-                         ) from error
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{address} cannot be read; check the name, and that this machine is online and has access, "
+                         f"or name a folder ({why})") from error
 
 
 def model_card(
@@ -73,13 +74,8 @@ def model_card(
         f"**Training settings**: {', '.join(f'{key} {value}' for key, value in trained.items()) or 'unknown'}.", "",
         f"**License**: {license or 'not stated: ask the author before you use it'}.", "", "## Results", "",
     ]
-    by_split: dict[str, dict[str, float]] = {}
-    for key, value in results.items():
-        if isinstance(value, float | int):
-            split, _, metric = key.partition("/")
-            by_split.setdefault(split, {})[metric] = float(value)
-    if by_split:
-        lines += ["Percent (CIDEr and ranks as they are), by `eval.py`.", "", "```", format_table(by_split), "```", ""]
+    if scores := group_by_split({name: value for name, value in results.items() if isinstance(value, float | int)}):
+        lines += ["Percent (CIDEr and ranks as they are), by `eval.py`.", "", "```", format_table(scores), "```", ""]
     else:
         lines += ["No evaluation was recorded: run `eval.py` before exporting.", ""]
     return "\n".join(lines)

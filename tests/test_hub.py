@@ -46,7 +46,7 @@ def test_a_model_of_the_hub_is_loaded_from_the_local_cache_everywhere(tmp_path):
     for address in "hf://someone/tiny", f"hf://someone/tiny@{REVISION}":
         assert run(str(REPOSITORY / "eval.py"), "--checkpoint", address, *asked).stdout.strip() == "seven"
     failed = run(str(REPOSITORY / "eval.py"), "--checkpoint", "hf://someone/other", *asked, code=2).stderr
-    assert "hf://someone/other cannot be read" in failed and "Traceback" not in failed
+    assert "hf://someone/other cannot be read; check the name" in failed and "Traceback" not in failed
     run(str(REPOSITORY / "eval.py"), "--checkpoint", "hf://someone/tiny", "--limit", "4", "--splits", "test",
         "--task", "video_caption")
     assert (tmp_path / "runs/tiny/eval/metrics.json").is_file()  # and nothing in the cache
@@ -64,6 +64,17 @@ def test_without_the_package_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match=r'install huggingface_hub, with pip install -e "\.\[hub\]"'):
         real_folder("hf://a/b")
+
+
+@pytest.mark.parametrize("error", [RuntimeError(), OSError("no route\nto the host"), KeyError("x")])
+def test_every_failure_of_the_package_is_one_line(monkeypatch, error):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fails)
+    with pytest.raises(ValueError, match="cannot be read; check the name, and that this machine is online") as found:
+        real_folder("hf://a/b")
+    assert type(error).__name__ in str(found.value) and "\n" not in str(found.value)
 
 
 def test_paths_are_no_addresses():

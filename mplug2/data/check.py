@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from mplug2.data.adapters import PUBLISHED, read
 from mplug2.data.adapters.source import Files, ParsedRecord
 from mplug2.data.media import MediaError, read_image, read_video, to_frames, to_pixels
-from mplug2.data.records import has_gallery
+from mplug2.data.record_fields import has_gallery
 
 SHOWN = 10
 """Number of names that a list shows; the rest is counted."""

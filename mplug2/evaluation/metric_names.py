@@ -10,7 +10,8 @@
 
 Labels: `<task>_accuracy`, `<task>_top5` with more than five classes, `<task>_matthews` and `<task>_f1` with two,
 `<task>_pearson` and `<task>_spearman` for numbers, and `<task>_zero_shot` for classes that are told apart by captions.
-Boxes: `grounding_accuracy` (IoU of at least 0.5) and `grounding_iou`.
+Boxes: `grounding_accuracy` (IoU of at least 0.5) and `grounding_iou`. Questions about a text alone: `text_qa_accuracy`
+and `text_qa_<kind>`.
 """
 
 import math
@@ -28,6 +29,15 @@ def metric_prefix(task: str) -> str:
     if row.output in ("caption", "answer"):
         return "" if row.modality == "video" else f"{row.modality}_"
     return "" if row.output == "ranking" else f"{task}_"
+
+
+def group_by_split(flat: dict[str, float]) -> dict[str, dict[str, float]]:
+    """{"test/qa_order": x} -> {"test": {"qa_order": x}}"""
+    by_split: dict[str, dict[str, float]] = {}
+    for key, value in flat.items():
+        split, _, name = key.partition("/")
+        by_split.setdefault(split, {})[name] = value
+    return by_split
 
 
 def is_fraction(name: str) -> bool:

@@ -7,10 +7,9 @@ when something is drawn: it would cost every start half a second.
 import json
 from pathlib import Path
 
-import numpy as np
-
 from mplug2.data.media import read_media
 from mplug2.predictor import WordAttention
+from mplug2.tools.pictures import attended_frames, overlay
 
 
 def draw_curves(metrics_file: Path, out: Path) -> None:
@@ -65,22 +64,3 @@ def draw_attention(path: str, frames: int, words: list[WordAttention], title: st
         row[-1].text(0, 0.5, text, va="center", fontsize=8 if word else 9)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)
-
-
-def attended_frames(frames: np.ndarray, word: WordAttention) -> np.ndarray:
-    """The frames of `t H W 3` that `word` has a map for: every second one with temporal down-sampling."""
-    columns = word.map.shape[0]
-    return frames[:: max(1, len(frames) // columns)][:columns]
-
-
-def overlay(frames: np.ndarray, word: WordAttention) -> np.ndarray:
-    """The frames `t H W 3` in gray, with warmer colors where the word attends more: uint8 `t H W 3`.
-
-    Scaled by the largest weight of all frames. The frames are gray so that every color stands for a weight.
-    """
-    import matplotlib
-    weights = word.map.float().numpy() / max(word.map.max().item(), 1e-9)
-    (height, width), (h, w) = frames.shape[1:3], weights.shape[1:]
-    rows, columns = np.arange(height) * h // height, np.arange(width) * w // width
-    warm = matplotlib.colormaps["inferno"](weights[:, rows][:, :, columns])[..., :3] * 255
-    return (0.65 * warm + 0.35 * frames.max(axis=3, keepdims=True)).round().astype(np.uint8)

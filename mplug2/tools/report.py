@@ -11,8 +11,6 @@ The page is built by plain functions that return HTML; everything that comes fro
 Content-Security-Policy forbids the browser to load or to run anything.
 """
 
-import base64
-import io
 import json
 import math
 import os
@@ -25,7 +23,6 @@ from html import escape
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from mplug2.checkpoint import real_folder
 from mplug2.data.media import MediaError, read_image, read_video
@@ -33,14 +30,14 @@ from mplug2.data.media_batches import Medium
 from mplug2.evaluation.chance import chance_level
 from mplug2.evaluation.data import EvalSplit
 from mplug2.evaluation.evaluate import EvalResult
-from mplug2.evaluation.metric_names import by_heading, format_value, is_fraction
+from mplug2.evaluation.metric_names import by_heading, format_value, group_by_split, is_fraction
 from mplug2.evaluation.predictions import is_right
 from mplug2.evaluation.ranking import box_iou
 from mplug2.flags import one_line_errors, parse
 from mplug2.predictor import Predictor, WordAttention, load
 from mplug2.tasks import EVALUATED, TASKS
 from mplug2.tools.charts import chart
-from mplug2.tools.plots import attended_frames, overlay
+from mplug2.tools.pictures import attended_frames, data_uri, draw_box, overlay, scale_down
 
 PROG = "python -m mplug2.tools.report"
 
@@ -54,8 +51,6 @@ WORDS = 16
 """Largest number of words whose attention is shown."""
 FRAMES = 16
 """Largest number of frames of an animation; half as many next to a word."""
-SIDE = 128
-"""Larger images are scaled down to this, in pixels."""
 RANKED_MISTAKES = 64
 """Wrong predictions of each task whose probability is computed."""
 
@@ -168,15 +163,6 @@ def read_lines(file: Path) -> list[dict]:
     """The objects of a JSONL file, without a last line that was cut off; none if there is no file."""
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
-
-
-def group_by_split(flat: dict[str, float]) -> dict[str, dict[str, float]]:
-    """{"test/qa_order": x} -> {"test": {"qa_order": x}}"""
-    by_split: dict[str, dict[str, float]] = defaultdict(dict)
-    for key, value in flat.items():
-        split, _, name = key.partition("/")
-        by_split[split][name] = value
-    return dict(by_split)
 
 
 def latest(metrics: list[dict]) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
@@ -434,38 +420,6 @@ def attention_row(word: WordAttention, frames: np.ndarray) -> str:
     strip = np.concatenate(list(overlay(frames, word)[::every]), axis=1)[None]
     return (f"<tr><td>{escape(word.word)}<td class=faint>{escape(word.module.split('.')[0])}<br>"
             f"{word.map.sum().item():.0%}<td><img src='{data_uri(strip)}' alt='attention of {escape(word.word)}'>")
-
-
-def scale_down(frames: np.ndarray) -> np.ndarray:
-    """A copy of the frames `t H W 3`, scaled down to SIDE if they are larger."""
-    height, width = frames.shape[1:3]
-    if max(height, width) <= SIDE:
-        return frames.copy()
-    size = (max(1, round(width * SIDE / max(height, width))), max(1, round(height * SIDE / max(height, width))))
-    return np.stack([np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BOX)) for frame in frames])
-
-
-def draw_box(frame: np.ndarray, box: list[float], color: tuple[int, int, int]) -> None:
-    """Draw a box (center x, center y, width, height, as fractions) into `H W 3`, one pixel wide."""
-    height, width = frame.shape[:2]
-    cx, cy, w, h = box
-    left, right = (int(np.clip(x * width, 0, width - 1)) for x in (cx - w / 2, cx + w / 2))
-    top, bottom = (int(np.clip(y * height, 0, height - 1)) for y in (cy - h / 2, cy + h / 2))
-    frame[[top, bottom], left: right + 1] = color
-    frame[top: bottom + 1, [left, right]] = color
-
-
-def data_uri(frames: np.ndarray) -> str:
-    """uint8 `t H W 3` as a WebP: an animation of at most two seconds, with a pause at the end, if t > 1."""
-    images = [Image.fromarray(frame) for frame in frames]
-    while len(images) > 1 and images[-1].tobytes() == images[-2].tobytes():  # a short video repeats its last frame
-        images.pop()
-    duration = [int(np.clip(2000 / len(images), 100, 400))] * len(images)
-    duration[-1] += 600
-    file = io.BytesIO()
-    animation = dict(save_all=True, append_images=images[1:], duration=duration, loop=0) if len(images) > 1 else {}
-    images[0].save(file, "WEBP", lossless=frames.shape[1] <= 64, quality=80, **animation)
-    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 @dataclass(frozen=True)

@@ -187,7 +187,7 @@ def optimizer_state(
     """The optimizer's state by parameter name, unsharded: it is the same for any number of ranks.
 
     Every rank has to call it. One that does not `keep` the state returns empty dictionaries: it holds one tensor at a
-    time, where all of them would be 12 GB for every process of the preset large.
+    time, where all of AdamW's would be twice the size of the model in every process.
     """
     collected: dict[str, dict[str, Tensor]] = {}
     for name, parameter in module.named_parameters():

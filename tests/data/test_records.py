@@ -9,16 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mplug2.data.records import (
-    OPTIONAL_FIELDS,
-    PLAIN,
-    RECORD_FIELDS,
-    Question,
-    Record,
-    RecordError,
-    available,
-    read_records,
-)
+from mplug2.data.record_fields import OPTIONAL_FIELDS, PLAIN
+from mplug2.data.records import RECORD_FIELDS, Question, Record, RecordError, available, read_records
 
 GALLERIES = ("image_retrieval", "video_retrieval")
 LABELS = {"visual_entailment": ("entailment", "neutral", "contradiction"), "image_pair_reasoning": ("true", "false")}

@@ -15,7 +15,8 @@ from PIL import Image
 from predictors import make_predictor
 
 from mplug2.tools.charts import chart, ticks
-from mplug2.tools.report import CARDS, data_uri, main, right, write_report
+from mplug2.tools.pictures import data_uri
+from mplug2.tools.report import CARDS, main, right, write_report
 
 EVIL = "<script src='http://a'>\"&"
 COLOR = (200, 10, 250)

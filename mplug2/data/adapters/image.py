@@ -16,7 +16,7 @@ from mplug2.data.adapters.source import (
     table,
     text_lines,
 )
-from mplug2.data.records import BOX_SLACK
+from mplug2.data.record_fields import BOX_SLACK
 
 # ---- captions --------------------------------------------------------------------------------------------------------
 
