@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,6 +70,13 @@ def test_imports_point_one_way(folder, allowed):
     if folder == "**/*.py":
         found = [line for line in found if not line.startswith("mplug2/tools/")]
     assert found == []
+
+
+@pytest.mark.slow
+def test_the_scripts_leave_matplotlib_and_its_backend_alone():
+    """A notebook that imports them keeps its inline figures, and no start pays for a plot that is not drawn."""
+    code = "import sys, mplug2, train, eval; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 # ---- sizes -----------------------------------------------------------------------------------------------------------
