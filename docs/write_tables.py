@@ -1,9 +1,9 @@
 """Writes the tables of README and docs that hold measured numbers, from docs/results.json.
 
-    python docs/write_tables.py                                     # after a change of results.json or tables.txt
-    python docs/write_tables.py add default runs/tiny runs/seed1    # record finished runs, one folder for each seed
-    python docs/write_tables.py add fine-tuned runs/video_qa runs/grounding --commit 1a2b3c4   # ... or each task
-    python docs/write_tables.py chance                              # the chance levels of the tiny world
+    python docs/write_tables.py                             # after a change of results.json or tables.txt
+    python docs/write_tables.py add default RUN RUN RUN     # record finished runs as one experiment, one for each seed
+    python docs/write_tables.py add fine-tuned RUN RUN      # or each task; --commit HASH if the code changed since
+    python docs/write_tables.py chance                      # the chance levels of the tiny world
 
 docs/tables.txt says where each number of a table comes from. `add` takes the commands of a run from its settings.json,
 and its metrics from last/eval/metrics.json, which eval.py writes, or else from the evaluation at its end. An exported
@@ -157,7 +157,7 @@ def chance() -> dict[str, Value]:
 def dump(results: dict) -> str:
     """JSON with a line for each metric."""
     text = json.dumps(results, indent=1, ensure_ascii=False)
-    inner = r'([\[{])\s+((?:[-\d]|"mean")[^\]}]*?)\s+([\]}])'  # of numbers: on one line
+    inner = r'([\[{])\n\s+((?:[-\d]|"mean")[^\]}]*?)\n\s+([\]}])'  # of numbers: on one line
     return re.sub(inner, lambda found: found[1] + " ".join(found[2].split()) + found[3], text) + "\n"
 
 
