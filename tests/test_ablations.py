@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +164,19 @@ def test_the_committed_runs_belong_to_these_models():
         if regime != "narrow":
             size = sum(parameter.numel() for parameter in build(arm).parameters())
             assert {found["parameters"] for found in by_seed.values()} == {size}
+
+
+@pytest.mark.slow
+def test_the_effects_in_the_docs_are_those_of_the_committed_runs():
+    text = (FILE.parents[1] / "docs" / "modularity.md").read_text(encoding="utf-8").partition("## Results")[2]
+    rows = re.findall(r"^\| \**(\d[a-c](?: - (?:\d[a-c]|plenty))?)\b[^|]*\|(.*)\|$", text, re.MULTILINE)
+    shown = {claim: [cell.strip() for cell in cells.split("|")] for claim, cells in rows}
+    computed = {}
+    for line in ablations.table(json.loads(ablations.RESULTS.read_text())).splitlines()[2:]:
+        claim, scores, *effect = line.strip("| ").split(" | ")
+        pair = [score.split()[-1] for score in scores.split("; ")]  # of arm and control; an interaction has four scores
+        computed[claim] = [*(pair if len(pair) == 2 else ["", ""]), *effect]
+    assert shown == computed
 
 
 @pytest.mark.slow
