@@ -170,22 +170,23 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if (given.action == "add") != bool(given.runs):
         parser.error("add needs the name of an experiment and the folders of its runs; write and chance take neither")
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    results, done = json.loads(RESULTS.read_text(encoding="utf-8")), ""
+    entries = results["experiments"]
     try:
         if given.action != "write":
             about = {"commit": given.commit or code_commit(), "machine": f"{os.cpu_count()} CPU cores"}
-            entries = results["experiments"]
             if given.action == "chance":
                 entries["chance"] |= {**about, "date": str(date.today()), "metrics": chance()}
             else:
                 entries[given.name] = experiment(given.runs, entries.get(given.name, {}), **about)
-                for stale in [name for name in entries if " - " in name and given.name in name.split(" - ")]:
-                    del entries[stale]  # from now on the difference is computed
+                for name in [name for name in entries if " - " in name and given.name in name.split(" - ")]:
+                    del entries[name]  # a difference that was recorded by hand; from now on it is computed
             RESULTS.write_text(dump(results), encoding="utf-8")
+            done = "results.json is written, the tables are not: "
         for file, text in write_tables(results, TABLES.read_text(encoding="utf-8")).items():
             (ROOT / file).write_text(text, encoding="utf-8")
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        parser.error(f"{done}{error}")
 
 
 if __name__ == "__main__":

@@ -220,6 +220,14 @@ def test_add_writes_the_entry_and_the_tables(copy):
     assert (copy / "page.md").read_text() == "<!-- table: x -->\n| 45.0 ± 7.1 | -5.0 ± 7.1 |\n"
 
 
+def test_a_table_that_waits_for_other_runs_is_named(copy, capsys):
+    run = str(finished(copy / "run", "python train.py", {"test/qa_digit": 0.5}))
+    with pytest.raises(SystemExit):
+        write_tables.main(["add", "one", run, "--commit", "abcdef0"])
+    assert "results.json is written, the tables are not: one qa_order: not in results" in capsys.readouterr().err
+    assert json.loads((copy / "RESULTS").read_text())["experiments"]["one"]["metrics"]["test/qa_digit"] == [0.5]
+
+
 def test_results_of_code_that_is_not_committed_are_refused(copy, capsys):
     git = ["git", "-C", str(copy), "-c", "user.name=x", "-c", "user.email=x@example.org"]
     run = str(finished(copy / "run", "python train.py", {"test/qa_order": 0.5}))
