@@ -67,8 +67,9 @@ def value_of(experiments: dict, source: str, metric: str) -> Value:
     names = source.split(" - ")
     if len(names) == 2 and source not in experiments:  # the file has differences whose seeds are not on record
         one, other = (value_of(experiments, name, metric) for name in names)
-        if not isinstance(one, list) or not isinstance(other, list):
-            raise ValueError(f"{source}: expected the values of each seed; record both: write_tables.py add")
+        seeds = [experiments[name].get("seeds") for name in names]
+        if not isinstance(one, list) or not isinstance(other, list) or seeds[0] != seeds[1]:
+            raise ValueError(f"{source}: expected values of the same seeds; record both with write_tables.py add")
         return [a - b for a, b in zip(one, other, strict=True)]
     found = experiments.get(source, {}).get("metrics", {})
     for key in metric, f"test/{metric}":
@@ -101,10 +102,8 @@ def experiment(folders: list[Path], known: dict, **about: str) -> dict:
 
 def read_run(folder: Path) -> dict:
     """What is on record about a finished run of train.py, or about an exported model that eval.py has evaluated."""
-    run, file = {"seed": 0, "task": "", "commands": []}, folder / "eval" / "metrics.json"
-    if exported := not (folder / "settings.json").is_file():
-        lines = []
-    else:
+    run, lines, file = {"seed": 0, "task": "", "commands": []}, [], folder / "eval" / "metrics.json"
+    if (folder / "settings.json").is_file():
         settings = json.loads((folder / "settings.json").read_text())
         train, run["parameters"] = settings["train"], settings["parameters"]
         run |= {"seed": train["seed"], "task": train["task"], "commands": settings["commands"]}
@@ -113,8 +112,9 @@ def read_run(folder: Path) -> dict:
         file = folder / "last" / "eval" / "metrics.json"
     if file.is_file():
         lines = [json.loads(file.read_text())]
-        place = "{task}" if run["task"] != "pretrain" else train["preset"]
-        run["commands"] = [] if exported else [*run["commands"], f"python eval.py --checkpoint runs/{place}/last"]
+        if run["commands"]:
+            place = "{task}" if run["task"] != "pretrain" else train["preset"]
+            run["commands"].append(f"python eval.py --checkpoint runs/{place}/last")
     if not lines:
         raise ValueError(f"{folder}: no evaluation on test after the last step; finish the run, or use eval.py")
     day = date.fromtimestamp((file if file.is_file() else folder / "metrics.jsonl").stat().st_mtime)
@@ -170,8 +170,10 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if (given.action == "add") != bool(given.runs):
         parser.error("add needs the name of an experiment and the folders of its runs; write and chance take neither")
-    results, done = json.loads(RESULTS.read_text(encoding="utf-8")), ""
-    entries = results["experiments"]
+    results, tables = json.loads(RESULTS.read_text(encoding="utf-8")), TABLES.read_text(encoding="utf-8")
+    entries, done = results["experiments"], ""
+    if given.runs and f"{{{given.name} " not in tables:
+        parser.error(f"no table shows {given.name}: name it in tables.txt first, or correct the name")
     try:
         if given.action != "write":
             about = {"commit": given.commit or code_commit(), "machine": f"{os.cpu_count()} CPU cores"}
@@ -183,7 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
                     del entries[name]  # a difference that was recorded by hand; from now on it is computed
             RESULTS.write_text(dump(results), encoding="utf-8")
             done = "results.json is written, the tables are not: "
-        for file, text in write_tables(results, TABLES.read_text(encoding="utf-8")).items():
+        for file, text in write_tables(results, tables).items():
             (ROOT / file).write_text(text, encoding="utf-8")
     except (ValueError, OSError) as error:
         parser.error(f"{done}{error}")

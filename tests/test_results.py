@@ -111,8 +111,10 @@ def test_a_number_that_is_not_there_is_named():
     for source, metric in (("one", "b"), ("another", "a")):
         with pytest.raises(ValueError, match=f"{source} {metric}: not in results.json"):
             number(experiments, source, metric, None)
-    with pytest.raises(ValueError, match="one - other: expected the values of each seed"):
-        number(experiments, "one - other", "a", None)
+    experiments |= {"third": {"seeds": [0], "metrics": {"test/a": [0.1]}}}
+    for other in "other", "third":
+        with pytest.raises(ValueError, match=f"one - {other}: expected values of the same seeds"):
+            number(experiments, f"one - {other}", "a", None)
 
 
 def test_a_missing_marker_is_named(monkeypatch, tmp_path):
@@ -207,7 +209,7 @@ def copy(monkeypatch, tmp_path) -> Path:
     (tmp_path / "page.md").write_text("<!-- table: x -->\n")
     metrics = {"test/qa_order": [0.5, 0.5]}
     (tmp_path / "RESULTS").write_text(dump({"experiments": {
-        "one": {"metrics": {}}, "other": {"metrics": metrics}, "one - other": {"metrics": metrics}}}))
+        "one": {"metrics": {}}, "other": {"seeds": [4, 5], "metrics": metrics}, "one - other": {"metrics": metrics}}}))
     return tmp_path
 
 
@@ -244,6 +246,12 @@ def test_results_of_code_that_is_not_committed_are_refused(copy, capsys):
         write_tables.main(["add", "one", run])
     assert "train.py is changed and not committed" in capsys.readouterr().err
     assert (copy / "RESULTS").read_text() == before
+
+
+def test_an_experiment_that_no_table_shows_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        write_tables.main(["add", "defualt", "runs/tiny"])
+    assert "no table shows defualt: name it in tables.txt first" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["add"], ["add", "default"], ["chance", "default", "runs/tiny"]])
