@@ -9,9 +9,13 @@ import pytest
 from runs import FAST, MODEL, SIZES
 from shown_commands import MARKDOWN, REPOSITORY
 
+import mplug2
+import tiny_data
 import train
 from docs import write_tables
 from docs.write_tables import RESULTS, TABLES, dump, experiment, number
+from mplug2.evaluation.data import EvalSplit
+from mplug2.evaluation.evaluate import evaluate
 from tiny_data import write
 from tiny_data.writer import VERSION
 
@@ -76,6 +80,16 @@ def test_the_curves_belong_to_the_shipped_checkpoint():
     assert len(compared) > 25
     assert {name: last[name] for name in compared} == pytest.approx(
         {name: shipped[name][0] for name in compared}, abs=0.005)
+
+
+@pytest.mark.slow
+def test_the_shipped_checkpoint_scores_what_is_recorded():
+    """On the tasks of images, which take a few seconds. Another machine may round another way."""
+    predictor = mplug2.load(REPOSITORY / "tiny_data" / "pretrained")
+    found = evaluate(predictor, EvalSplit(tiny_data.ensure(), "test"), ["image_caption", "image_qa"]).metrics
+    found = {f"test/{name}": value for name, value in found.items() if not name.endswith("cider")}
+    recorded = EXPERIMENTS["shipped"]["metrics"]
+    assert len(found) > 8 and {name: recorded[name][0] for name in found} == pytest.approx(found, abs=0.015)
 
 
 @pytest.mark.slow
