@@ -36,7 +36,7 @@ def test_every_table_is_the_one_that_the_results_give():
     assert {"README.md", "docs/evaluation.md", "docs/tasks.md", "tiny_data/pretrained/README.md"} <= set(written)
     for file, text in written.items():
         committed = (REPOSITORY / file).read_text(encoding="utf-8")
-        assert comparable(text) == comparable(committed), "tables differ: run python docs/write_tables.py"
+        assert comparable(text) == comparable(committed), f"{file}: change tables.txt, and run write_tables.py"
 
 
 def test_every_marked_table_has_its_source():
