@@ -1,30 +1,18 @@
-"""The figures in docs/ are what docs/draw.py draws, and the example videos are videos of the tiny world."""
+"""Frames as pictures."""
 
-import re
-from pathlib import Path
-from xml.etree import ElementTree
+import base64
 
-import mplug2
-from docs.draw import EXAMPLES, HERE, architecture, examples
+import numpy as np
+from PIL import Image
 
-
-def test_the_architecture_figure_is_up_to_date_and_names_files_of_the_package():
-    drawn = architecture()
-    assert (HERE / "architecture.svg").read_text(encoding="utf-8") == drawn, "run python docs/draw.py"
-    files = re.findall(r"\w+\.py", drawn)
-    assert len(files) == 5 and all((Path(mplug2.__file__).parent / "model" / file).is_file() for file in files)
+from mplug2.tools.pictures import data_uri
 
 
-def test_the_architecture_figure_lies_inside_its_frame_and_loads_nothing():
-    root = ElementTree.fromstring(architecture())
-    left, top, width, height = map(float, root.get("viewBox").split())
-    positions = [(float(element.get("x")), float(element.get("y"))) for element in root.iter() if element.get("x")]
-    assert len(positions) > 40 and all(0 < x - left < width and 0 < y - top < height for x, y in positions)
-    assert "href" not in architecture() and "url(http" not in architecture()
-
-
-def test_the_example_videos_come_from_the_test_split(tmp_path):
-    examples(tmp_path)
-    shipped = {path.name: path.read_bytes() for path in (HERE / "examples").iterdir()}
-    assert shipped == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert set(shipped) == {f"{name}.gif" for name in EXAMPLES}
+def test_a_video_moves_and_a_repeated_last_frame_is_shown_once(tmp_path):
+    frames = np.stack([np.full((8, 8, 3), value, np.uint8) for value in (0, 100, 200, 200, 200)])
+    file = tmp_path / "a.webp"
+    file.write_bytes(base64.b64decode(data_uri(frames).split(",")[1]))
+    with Image.open(file) as image:
+        assert image.n_frames == 3
+        image.seek(1)
+        assert image.convert("RGB").getpixel((4, 4)) == (100, 100, 100)
