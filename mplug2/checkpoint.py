@@ -86,19 +86,24 @@ def save_model(
 
 def real_folder(folder: Path | str) -> Path:
     """The checkpoint folder that a path such as runs/tiny/last names, or an address such as hf://user/name (hub.py).
-    On a file system without symbolic links, `last` and `best` are text files with the name of a folder beside them."""
+    On a file system without symbolic links, `last` and `best` are text files with the name of a folder next to them.
+    """
     if hub.is_address(str(folder)):
         return hub.download(str(folder))
     path = Path(folder)
-    return path.parent / path.read_text().strip() if path.is_file() else path
+    if not path.is_file():
+        return path
+    named = path.parent / path.read_bytes()[:200].decode(errors="ignore").strip()
+    return named if named.is_dir() else path
 
 
 def read_config(folder: Path | str) -> tuple[str, ModelConfig, PreprocessConfig]:
     """The task, the model settings and the preprocessing that a model was saved with."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise CheckpointError(f"{folder} is not a checkpoint: it does not contain {path.name}; "
-                              "expected a folder such as runs/tiny/last")
+        problem = f"it does not contain {path.name}" if path.parent.is_dir() else "there is no such folder"
+        raise CheckpointError(f"{folder} is not a checkpoint: {problem}; expected a folder that train.py has written, "
+                              "such as runs/tiny/last, or tiny_data/pretrained")
     try:
         saved = json.loads(path.read_text())
         if saved["format"] != FORMAT:

@@ -242,8 +242,10 @@ def test_truncated_weights_are_reported(saved, kept):
 
 
 def test_missing_files_are_named(saved, tmp_path):
-    with pytest.raises(CheckpointError, match="nowhere is not a checkpoint: it does not contain config.json; expected"):
+    with pytest.raises(CheckpointError, match="nowhere is not a checkpoint: there is no such folder; expected a"):
         load_model(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="is not a checkpoint: it does not contain config.json; expected a"):
+        load_model(tmp_path)
     (saved / "model.safetensors").rename(saved / "weights")
     with pytest.raises(CheckpointError, match=r"model.safetensors: no such file; the checkpoint is incomplete"):
         load_model(saved)
