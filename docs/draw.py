@@ -20,7 +20,7 @@ import mplug2
 import tiny_data
 from mplug2.data.media import read_media
 from mplug2.data.records import read_records
-from mplug2.tools.pictures import overlay
+from mplug2.tools.drawing import overlay
 from mplug2.tools.plots import draw_attention, draw_curves
 
 HERE = Path(__file__).parent

@@ -6,7 +6,7 @@
 
 A run calls train.py with settings of its own and, through the hook `train.main(arguments, model_class)`, with a model
 of its own. Its results are added to notebooks/ablations.json; runs that are in the file are skipped, so the program can
-be stopped at any time and goes on where it was. Notebook 06 shows the results.
+be stopped at any time and continues where it was. Notebook 06 shows the results.
 """
 
 import copy
@@ -92,7 +92,7 @@ class OneStream(MPLUG2):
     """A single network for all modalities: after its embedding, vision passes through the same layers as text.
 
     Six shared layers replace the vision encoder, the text encoder and the universal layers. Patches of all frames
-    attend to each other; a learned position tells the frames apart.
+    attend to each other; a learned position distinguishes the frames.
     """
 
     def __init__(self, config: ModelConfig, *args):

@@ -19,7 +19,7 @@ from mplug2.evaluation.predictions import is_right
 from mplug2.evaluation.ranking import box_iou
 from mplug2.predictor import Predictor, WordAttention
 from mplug2.tasks import EVALUATED, TASKS
-from mplug2.tools.pictures import attended_frames, data_uri, draw_box, overlay, scale_down
+from mplug2.tools.drawing import attended_frames, data_uri, draw_box, overlay, scale_down
 
 CARDS = 8
 """Cards with samples, and as many with mistakes."""

@@ -1,11 +1,11 @@
-"""Frames as pictures."""
+"""Drawing on frames: a WebP in a page moves, and a repeated last frame is shown once."""
 
 import base64
 
 import numpy as np
 from PIL import Image
 
-from mplug2.tools.pictures import data_uri
+from mplug2.tools.drawing import data_uri
 
 
 def test_a_video_moves_and_a_repeated_last_frame_is_shown_once(tmp_path):
