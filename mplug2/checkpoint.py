@@ -156,9 +156,8 @@ def load_model(
     folder = Path(folder)
     if (folder / "manifest.json").exists():
         verify(folder, MODEL_FILES)
-    saved_task, config, preprocess = read_config(folder)
-    if changes:
-        config = dataclasses.replace(config, **changes)
+    saved_task, saved_config, preprocess = read_config(folder)
+    config = dataclasses.replace(saved_config, **(changes or {}))
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     if len(tokenizer) > config.vocab_size:
         raise CheckpointError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, but the model has only "
@@ -174,7 +173,14 @@ def load_model(
     if classes is not None:
         new += tuple(f"classifier.{name}" for name, names in model.classes.items() if names != saved_classes.get(name))
         may_be_new = NEW_MODULES
-    model.newly_initialized = load_weights(model, folder / "model.safetensors", saved_task, new, may_be_new)
+    try:
+        model.newly_initialized = load_weights(model, folder / "model.safetensors", saved_task, new, may_be_new)
+    except CheckpointError as error:
+        changed = [f"{name}={value}" for name, value in (changes or {}).items() if value != getattr(saved_config, name)]
+        if not changed:
+            raise
+        raise CheckpointError(f"{error}\nIts settings differ from {', '.join(changed)}: leave out what changes the "
+                              "shape of its weights, or train from scratch") from error
     return model.eval(), tokenizer, preprocess
 
 
@@ -203,7 +209,7 @@ def load_weights(
     if lines:
         listed = "\n".join(lines[:LISTED]) + (f"\n  and {len(lines) - LISTED} more" if len(lines) > LISTED else "")
         new_heads = sorted({name.split(".")[0] for name in wanted if name not in weights} & {*NEW_MODULES})
-        hint = f"\n{', '.join(new_heads)}: train.py --task {model.task} --init trains it" if new_heads else ""
+        hint = f"\n{', '.join(new_heads)}: train.py --task {model.task} --init CHECKPOINT trains it" if new_heads else ""
         raise CheckpointError(f"{path}, saved for {saved_task}, does not fit this model for {model.task}:\n"
                               f"{listed}{hint}")
     model.load_state_dict({**model.state_dict(), **{name: weights[name] for name in wanted}})
