@@ -209,9 +209,9 @@ def load_weights(
     if lines:
         listed = "\n".join(lines[:LISTED]) + (f"\n  and {len(lines) - LISTED} more" if len(lines) > LISTED else "")
         new_heads = sorted({name.split(".")[0] for name in wanted if name not in weights} & {*NEW_MODULES})
-        hint = f"\n{', '.join(new_heads)}: train.py --task {model.task} --init CHECKPOINT trains it" if new_heads else ""
-        raise CheckpointError(f"{path}, saved for {saved_task}, does not fit this model for {model.task}:\n"
-                              f"{listed}{hint}")
+        if new_heads:
+            listed += f"\n{', '.join(new_heads)}: train.py --task {model.task} --init CHECKPOINT trains it"
+        raise CheckpointError(f"{path}, saved for {saved_task}, does not fit this model for {model.task}:\n{listed}")
     model.load_state_dict({**model.state_dict(), **{name: weights[name] for name in wanted}})
     return initialized
 
