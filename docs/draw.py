@@ -20,7 +20,8 @@ import mplug2
 import tiny_data
 from mplug2.data.media import read_media
 from mplug2.data.records import read_records
-from mplug2.tools.pictures import overlay
+from mplug2.flags import Parser
+from mplug2.tools.drawing import overlay
 from mplug2.tools.plots import draw_attention, draw_curves
 
 HERE = Path(__file__).parent
@@ -162,10 +163,15 @@ def examples(folder: Path) -> None:
         shutil.copyfile(videos[positive_id], folder / f"{name}.gif")
 
 
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None) -> None:
+    Parser(__doc__, "python docs/draw.py").read(arguments)  # it has no flags: any argument is refused
     predictor = mplug2.load(HERE.parent / "tiny_data" / "pretrained")
     (HERE / "architecture.svg").write_text(architecture(), encoding="utf-8")
     draw_curves(HERE / "metrics.jsonl", HERE / "curves.png")
     examples(HERE / "examples")
     answers(predictor, HERE / "frames.png")
     attended_words(predictor, HERE / "attention.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -150,7 +150,7 @@ class BatchRunner:
         return [found.get(i) for i in range(len(media))]
 
     def _known(self, media: Sequence[Media]) -> dict[int, Medium]:
-        """The media by their index, without files whose modality cannot be told."""
+        """The media by their index, without files whose modality is unknown."""
         known: dict[int, Medium] = {}
         for i, item in enumerate(media):
             try:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from mplug2.predictor import Predictor
 
 FILE = Path(__file__).parents[1] / "notebooks/ablations.py"
 spec = importlib.util.spec_from_file_location("ablations", FILE)
-ablations = importlib.util.module_from_spec(spec)
+ablations = sys.modules["ablations"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(ablations)
 CONFIG = tiny(vocab_size=227)
 
@@ -205,3 +206,9 @@ def test_labels_transfer_from_texts_to_media_in_the_projected_space():
     shares = {task: sum(right) / sum(of) for task, (right, of) in tests.items()}
     assert min(shares[task] for task in ablations.PROJECTED) > 0.8
     assert max(shares[task] for task in ablations.SPACE) < 0.3
+
+
+def test_an_unknown_regime_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        ablations.main(["fwe"])
+    assert "regime='fwe' (did you mean 'few'?): expected one of plenty, few, at odds, narrow" in capsys.readouterr().err

@@ -106,7 +106,7 @@ NEW = {"text_classification": ["classifier.text_classification.bias", "classifie
 
 @pytest.mark.parametrize("task", NEW)
 def test_fine_tuning_initializes_the_heads_that_a_checkpoint_lacks_and_nothing_else(saved, task):
-    with pytest.raises(CheckpointError, match=rf"not in the file[^$]*: train.py --task {task} --init trains it"):
+    with pytest.raises(CheckpointError, match=rf"not in the file[^$]*: train.py --task {task} --init CHECKPOINT"):
         load_model(saved, task)
     found, _, _ = load_model(saved, task, classes={task: ("a", "b")})
     assert sorted(found.newly_initialized) == NEW[task]
@@ -229,8 +229,9 @@ def test_a_checkpoint_of_another_size_is_refused(saved):
     change_config(saved, "model", ff_width=28, latents=4)
     with pytest.raises(CheckpointError, match=r"universal.latents: expected \(4, 16\), found \(3, 16\)"):
         load_model(saved)
-    with pytest.raises(CheckpointError, match=r"contrastive_text.weight: expected \(6, 16\), found \(5, 16\)"):
+    with pytest.raises(CheckpointError, match=r"contrastive_text.weight: expected \(6, 16\), found \(5, 16\)") as error:
         load_model(saved, changes={"contrastive_width": 6, "ff_width": 20, "latents": 3})
+    assert "\nIts settings differ from contrastive_width=6, ff_width=20, latents=3: leave out" in str(error.value)
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.001, 0.5, 0.99])
@@ -242,8 +243,10 @@ def test_truncated_weights_are_reported(saved, kept):
 
 
 def test_missing_files_are_named(saved, tmp_path):
-    with pytest.raises(CheckpointError, match="nowhere is not a checkpoint: it does not contain config.json; expected"):
+    with pytest.raises(CheckpointError, match="nowhere is not a checkpoint: there is no such folder; expected a"):
         load_model(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="is not a checkpoint: it does not contain config.json; expected a"):
+        load_model(tmp_path)
     (saved / "model.safetensors").rename(saved / "weights")
     with pytest.raises(CheckpointError, match=r"model.safetensors: no such file; the checkpoint is incomplete"):
         load_model(saved)

@@ -238,7 +238,8 @@ def test_settings_that_do_not_fit_the_task_are_refused(capsys, tmp_path, argumen
 
 def test_tasks_that_a_checkpoint_cannot_do_are_refused_with_advice(capsys, pretrained, world, tmp_path):
     arguments = ["--checkpoint", pretrained, "--data", world]
-    for task, message in (("grounding", "does not have the modules for grounding; fine-tune it with train.py"),
+    for task, message in (("grounding", "does not have the modules for grounding; fine-tune it with train.py "
+                          "--task grounding --init CHECKPOINT"),
                           ("pretrain", "task 'pretrain' cannot be evaluated")):
         assert message in refused(capsys, evaluation.main, [*arguments, "--task", task], 1)
     message = refused(capsys, train.main, [*FAST, "--task", "video_qa", "--init", pretrained, "--data", world,

@@ -1,7 +1,7 @@
 """The fields of a record: what a JSON value of each may be, and the message for one that is not.
 
-`records.py` reads whole files. Most lines are ordinary: `PLAIN` tells them quickly, and only the others are parsed here
-field by field.
+`records.py` reads whole files. Most lines are ordinary: `PLAIN` recognizes them quickly, and only the others are parsed
+here field by field.
 """
 
 import json

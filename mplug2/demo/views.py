@@ -40,7 +40,7 @@ MOTIONS = {
 
 GENERAL_QUESTIONS = ("which digit is it", "what colour is it", "does it move left or right", "does it move up or down",
                      "how many digits are there", "which colour came first")
-"""Suggested for uploaded files, of which nothing is known."""
+"""Suggested for uploaded files, about which nothing is known."""
 
 SCALE = 96
 """Height of a frame on the page, in pixels."""

@@ -119,7 +119,7 @@ def check_tasks(model: MPLUG2, tasks: Sequence[str]) -> None:
                              f"{', '.join(EVALUATED)}")
         if not supports(model, task):
             raise ValueError(f"a model for {model.task} does not have the modules for {task}; "
-                             f"fine-tune it with train.py --task {task} --init")
+                             f"fine-tune it with train.py --task {task} --init CHECKPOINT")
 
 
 def supports(model: MPLUG2, task: str) -> bool:

@@ -102,7 +102,7 @@ class EMATeacher(nn.Module):
             return  # the training loop will skip this step
         size, count = len(self.queue_meaning), len(positive_id)
         if count > size:
-            raise ValueError(f"queue={size}: expected room for the {count} samples of a batch at least")
+            raise ValueError(f"queue_size={size}: a batch has {count} samples; raise --queue-size to {count} or more")
         positions = (self.queued + torch.arange(count, device=positive_id.device)) % size
         self.queue_vision[positions] = vision.to(self.queue_vision.dtype)
         self.queue_text[positions] = text.to(self.queue_text.dtype)

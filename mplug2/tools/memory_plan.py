@@ -126,7 +126,7 @@ class Workload:
     frames: int = 4
     questions: int = 2
     words: int = 30
-    """Tokens of every text, beside [CLS] and [SEP]."""
+    """Tokens of every text, without [CLS] and [SEP]."""
     task: str = "pretrain"
     low_precision: bool = False
     """Passes under bfloat16 autocast."""

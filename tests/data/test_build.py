@@ -8,7 +8,7 @@ import torch
 from data_helpers import SUBJECTS, assert_equal_batches, make_tokenizer, write_data, write_records
 
 import mplug2
-from mplug2.data.build import DataSettings, TrainingData, build_data, read_sources
+from mplug2.data.build import DataSettings, TrainingData, build_data, held_out_media, read_sources
 from mplug2.data.records import RecordError
 from mplug2.data.shards import pack
 from mplug2.distributed import DistInfo
@@ -37,6 +37,26 @@ def test_sources_are_folders_with_weights():
                           ("a=-1,b", "at least one weight above 0"), ("a=0", "at least one weight above 0")):
         with pytest.raises(ValueError, match=f"data='{text}'.*{message}"):
             read_sources(text)
+
+
+def test_media_that_another_source_holds_out_are_reported(tmp_path, capsys):
+    """As in the union of RefCOCO and RefCOCOg, whose folders link to the same images."""
+    (tmp_path / "coco").mkdir()
+    for name, train, val in (("refcoco", "abc", "de"), ("refcocog", "bde", "af"), ("other", "gh", "i"),
+                             ("single", "j", "j")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "media").symlink_to(tmp_path / "coco")
+        for split, images in (("train", train), ("val", val)):
+            write_records(tmp_path / name, f"grounding.{split}", [
+                {"image": f"media/{image}.png", "text": SUBJECTS[0], "box": [0.5, 0.5, 0.2, 0.2]} for image in images])
+    roots = {name: tmp_path / name for name in ("refcoco", "refcocog", "other", "single")}
+    assert held_out_media([roots["refcoco"], roots["other"]], "grounding") == ""
+    line = held_out_media([roots["refcoco"], roots["refcocog"]], "grounding")
+    assert f"2 in {roots['refcoco']}/grounding.val.jsonl, 1 in {roots['refcocog']}/grounding.val.jsonl; remove" in line
+    build(f"{roots['refcoco']},{roots['refcocog']}", task="grounding", tokenizer=make_tokenizer())
+    assert "media to train on are held out elsewhere: 2 in" in capsys.readouterr().out
+    build(roots["single"], task="grounding", tokenizer=make_tokenizer())  # `python -m mplug2.data` checks one data set
+    assert "held out" not in capsys.readouterr().out
 
 
 def test_the_name_of_a_single_folder_may_have_any_character(tmp_path):

@@ -133,7 +133,7 @@ def test_the_queue_holds_the_newest_vectors(counts):
     vision, text, positive_id = ema_teacher.queue()
     assert sorted(positive_id.tolist()) == whole[-size:].tolist()
     assert vision[:, 0].equal(positive_id.double()) and text[:, 0].equal(-positive_id.double())
-    with pytest.raises(ValueError, match="queue=5: expected room for the 6 samples of a batch at least"):
+    with pytest.raises(ValueError, match="queue_size=5: a batch has 6 samples; raise --queue-size to 6 or more"):
         ema_teacher.enqueue(vision.new_zeros(6, 5), vision.new_zeros(6, 5), torch.arange(6))
 
 

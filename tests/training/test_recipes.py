@@ -34,6 +34,7 @@ def test_the_paper_s_numbers_and_settings():
     assert papers == {
         "msrvtt_qa": "48.0", "msvd_qa": "58.1", "msrvtt_caption": "80.3", "msvd_caption": "165.8", "imagenet": "88.5",
         "kinetics400": "87.1", "msrvtt_retrieval": "53.1", "didemo": "56.4",
+        "refcoco": "90.1 / 92.8 / 86.1", "refcocog": "84.7 / 85.1",
     }
     settings = RECIPES["msrvtt_caption"].settings
     expected = dict(frames=16, epochs=10, lr=2e-5, vision_lr=2e-6, weight_decay=0.02, beta2=0.999, min_lr=1e-6,
