@@ -21,16 +21,27 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 KILLED = ("killed", "timeout", "segfault")
+ELSEWHERE = {
+    "train.py": ["test_train_eval.py"], "eval.py": ["test_train_eval.py"],
+    "mplug2/training/run_checkpoint.py": ["test_checkpoint.py"],
+    "mplug2/evaluation/retrieval.py": ["evaluation/test_evaluate.py", "test_predictor.py"],
+    "mplug2/inference.py": ["evaluation/test_evaluate.py", "test_predictor.py"],
+}
+"""Files whose tests have another name, or lie in another folder."""
 
 
 def tests_of(file: str) -> list[str]:
-    """The test file that mirrors `file`, and the test files that import it (conftest.py and helpers do not count)."""
+    """The test file that mirrors `file`, or else those that import it: of the same folder, or of any."""
+    if file in ELSEWHERE:
+        return [f"tests/{name}" for name in ELSEWHERE[file]]
     package, _, name = file.removesuffix(".py").replace("/", ".").rpartition(".")
-    uses = rf"^\s*(from|import) {package}\.{name}\b|^\s*from {package} import .*\b{name}\b" if package else \
-        rf"^\s*(import .*\b{name}\b|from {name} import)"
-    mirror = ROOT / "tests" / Path(file).relative_to("mplug2" if package else ".").with_name(f"test_{name}.py")
-    return [str(test.relative_to(ROOT)) for test in sorted((ROOT / "tests").rglob("test_*.py"))
-            if test == mirror or re.search(uses, test.read_text(encoding="utf-8"), re.MULTILINE)]
+    mirror = Path("tests", Path(file).relative_to("mplug2").with_name(f"test_{name}.py"))
+    if (ROOT / mirror).exists():
+        return [str(mirror)]
+    imports = re.compile(rf"^\s*(from|import) {package}\.{name}\b|^\s*from {package} import .*\b{name}\b", re.MULTILINE)
+    found = [test.relative_to(ROOT) for test in sorted((ROOT / "tests").rglob("test_*.py"))
+             if imports.search(test.read_text(encoding="utf-8"))]
+    return list(map(str, [test for test in found if test.parent == mirror.parent] or found))
 
 
 def copy_tree(folder: Path, file: str, tests: list[str]) -> None:
