@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -350,6 +351,22 @@ def test_leftovers_of_an_earlier_attempt_do_not_get_into_a_checkpoint(tmp_path):
     assert names(tmp_path) == ["last", "step_0000001", "step_0000002"]
     assert "debris" not in names(tmp_path / "last")
     assert_same_weights(load_model(tmp_path / "last")[0], make_model(seed=2))
+
+
+def test_the_state_of_a_run_cannot_run_code(tmp_path):
+    """Only tensors, numbers and texts are read: no object of a class that a file names."""
+    save_checkpoint(tmp_path, "step_0000001", make_model(), TOKENIZER, PREPROCESS, {"step": 1, "path": tmp_path}, 1)
+    with pytest.raises(pickle.UnpicklingError):
+        load_training(tmp_path / "last")
+
+
+def test_a_checkpoint_that_was_moved_aside_is_moved_back_unless_the_new_one_has_its_name(tmp_path):
+    for name in (".step_0000001.old", ".step_0000002.old", "step_0000002", ".step_0000003.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    clean_partial(tmp_path)
+    assert {path.name: (path / "file").read_text() for path in tmp_path.iterdir()} == {
+        "step_0000001": ".step_0000001.old", "step_0000002": "step_0000002"}
 
 
 @pytest.fixture
