@@ -373,13 +373,14 @@ def test_a_checkpoint_that_was_moved_aside_is_moved_back_unless_the_new_one_has_
 def journal(monkeypatch) -> list[tuple]:
     """What happens to files from now on, in order: inodes that are flushed, renames by name, and folders removed."""
     calls, flush, remove = [], os.fsync, shutil.rmtree
+    move = {name: getattr(os, name) for name in ("rename", "replace")}
     monkeypatch.setattr(os, "fsync", lambda handle: (calls.append(("flush", os.fstat(handle).st_ino)), flush(handle)))
-    for name in ("rename", "replace"):
-        def move(source, target, real=getattr(os, name)) -> None:
+    for name in move:
+        def note_and_move(source, target, name=name) -> None:
             calls.append(("rename", Path(source).name, Path(target).name))
-            real(source, target)
+            move[name](source, target)
 
-        monkeypatch.setattr(os, name, move)
+        monkeypatch.setattr(os, name, note_and_move)
 
     def remove_folder(path, *given, **how) -> None:
         if Path(path).exists():

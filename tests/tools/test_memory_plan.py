@@ -170,7 +170,8 @@ def test_each_device_keeps_four_bytes_of_each_number_or_its_share():
     costs, (whole, outside, block, matrices) = Cost(1.0, 7000, 9000), parameter_counts(small())
     model = MPLUG2(small())
     blocks = [sum(p.numel() for p in m.parameters()) for m in model.modules() if isinstance(m, Block)]
-    assert (outside, block) == (whole - sum(blocks), max(blocks)) and whole == sum(p.numel() for p in model.parameters())
+    assert whole == sum(p.numel() for p in model.parameters())
+    assert (outside, block) == (whole - sum(blocks), max(blocks))
 
     def memory(gpus: int, sharded: bool, **changes) -> dict[str, int]:
         return device_memory(Workload(small(), b=1, **changes), costs, gpus, sharded)
