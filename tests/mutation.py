@@ -33,7 +33,7 @@ ELSEWHERE = {
 
 
 def tests_of(file: str) -> list[str]:
-    """The test file that mirrors `file`, or else those that import it: of the same folder, or of any."""
+    """The test file that mirrors `file`; or else those that import it, of the same folder or of any; or the folder."""
     if file in ELSEWHERE:
         return [f"tests/{name}" for name in ELSEWHERE[file]]
     package, _, name = file.removesuffix(".py").replace("/", ".").rpartition(".")
@@ -41,9 +41,10 @@ def tests_of(file: str) -> list[str]:
     if (ROOT / mirror).exists():
         return [str(mirror)]
     imports = re.compile(rf"^\s*(from|import) {package}\.{name}\b|^\s*from {package} import .*\b{name}\b", re.MULTILINE)
-    found = [test.relative_to(ROOT) for test in sorted((ROOT / "tests").rglob("test_*.py"))
-             if imports.search(test.read_text(encoding="utf-8"))]
-    return list(map(str, [test for test in found if test.parent == mirror.parent] or found))
+    every = [test.relative_to(ROOT) for test in sorted((ROOT / "tests").rglob("test_*.py"))]
+    found = [test for test in every if imports.search((ROOT / test).read_text(encoding="utf-8"))]
+    near = next(near for folder in mirror.parents if (near := [test for test in every if test.parent == folder]))
+    return list(map(str, [test for test in found if test in near] or found or near))
 
 
 def copy_tree(folder: Path, file: str, tests: list[str]) -> None:
