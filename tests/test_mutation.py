@@ -13,7 +13,7 @@ FILES = [str(file.relative_to(ROOT)) for file in sorted((ROOT / "mplug2").rglob(
 
 def test_the_tests_of_a_file_mirror_it_or_import_it_or_are_named():
     assert mutation.tests_of("mplug2/model/fusion.py") == ["tests/model/test_fusion.py"]
-    assert mutation.tests_of("mplug2/objectives/packing.py") == ["tests/objectives/test_objectives.py"]  # the only importer
+    assert mutation.tests_of("mplug2/objectives/packing.py") == ["tests/objectives/test_objectives.py"]  # imports it
     assert mutation.tests_of("mplug2/model/decoder.py") == ["tests/model/test_decoder.py", "tests/test_generation.py"]
     assert mutation.tests_of("mplug2/data/adapters/web.py")[0] == "tests/data/test_adapters.py"  # the folder
     assert all(map(mutation.tests_of, FILES))
