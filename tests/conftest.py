@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
 
@@ -12,6 +12,7 @@ settings.register_profile(
     "tests", max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("tests")
+settings.register_profile("mutation", phases=[Phase.explicit, Phase.generate])  # of mutation.py: nothing is shrunk
 
 
 def pytest_addoption(parser):

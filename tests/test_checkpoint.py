@@ -2,6 +2,8 @@
 
 import json
 import os
+import pickle
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -352,6 +354,66 @@ def test_leftovers_of_an_earlier_attempt_do_not_get_into_a_checkpoint(tmp_path):
     assert names(tmp_path) == ["last", "step_0000001", "step_0000002"]
     assert "debris" not in names(tmp_path / "last")
     assert_same_weights(load_model(tmp_path / "last")[0], make_model(seed=2))
+
+
+def test_the_state_of_a_run_cannot_run_code(tmp_path):
+    """Only tensors, numbers and texts are read: no object of a class that a file names."""
+    save_checkpoint(tmp_path, "step_0000001", make_model(), TOKENIZER, PREPROCESS, {"step": 1, "path": tmp_path}, 1)
+    with pytest.raises(pickle.UnpicklingError):
+        load_training(tmp_path / "last")
+
+
+def test_a_checkpoint_that_was_moved_aside_is_moved_back_unless_the_new_one_has_its_name(tmp_path):
+    for name in (".step_0000001.old", ".step_0000002.old", "step_0000002", ".step_0000003.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    clean_partial(tmp_path)
+    assert {path.name: (path / "file").read_text() for path in tmp_path.iterdir()} == {
+        "step_0000001": ".step_0000001.old", "step_0000002": "step_0000002"}
+
+
+@pytest.fixture
+def journal(monkeypatch) -> list[tuple]:
+    """What happens to files from now on, in order: inodes that are flushed, renames by name, and folders removed."""
+    calls, flush, remove = [], os.fsync, shutil.rmtree
+    move = {name: getattr(os, name) for name in ("rename", "replace")}
+    monkeypatch.setattr(os, "fsync", lambda handle: (calls.append(("flush", os.fstat(handle).st_ino)), flush(handle)))
+    for name in move:
+        def note_and_move(source, target, name=name) -> None:
+            calls.append(("rename", Path(source).name, Path(target).name))
+            move[name](source, target)
+
+        monkeypatch.setattr(os, name, note_and_move)
+
+    def remove_folder(path, *given, **how) -> None:
+        if Path(path).exists():
+            calls.append(("remove", Path(path).name))
+        remove(path, *given, **how)
+
+    monkeypatch.setattr(shutil, "rmtree", remove_folder)
+    return calls
+
+
+def test_a_checkpoint_is_on_disk_before_it_has_its_name_and_its_name_before_another_is_removed(tmp_path, journal):
+    """So a power failure at any moment leaves a complete one. The second one replaces a checkpoint of its step."""
+    for step in (1, 2, 2):
+        del journal[:]
+        folder = save(tmp_path, step, make_model("video_caption"), keep=1)
+        named = journal.index(("rename", f".{folder.name}.part", folder.name))
+        for path in (*folder.iterdir(), folder):
+            assert ("flush", path.stat().st_ino) in journal[:named], path.name
+        pointed = journal.index(("rename", ".last.part", "last"))
+        assert named < pointed < journal.index(("flush", tmp_path.stat().st_ino))
+        removed = [number for number, call in enumerate(journal) if call[0] == "remove"]
+        assert len(removed) == (step > 1) and all(journal[number - 1][0] == "flush" for number in removed)
+
+
+def test_a_score_is_on_disk_before_it_replaces_the_manifest(tmp_path, journal):
+    folder = save(tmp_path, 1, make_model("video_caption"))
+    del journal[:]
+    record_score(tmp_path, folder.name, 0.5, keep=2)
+    assert journal == [("flush", (folder / "manifest.json").stat().st_ino),
+                       ("rename", "manifest.part", "manifest.json"), ("rename", ".best.part", "best")]
 
 
 def run_until_killed(action: Callable[[], object], moment: int) -> bool:

@@ -64,6 +64,37 @@ def test_crops_cover_the_whole_range_of_areas():
         assert least - 0.02 < min(shares) < least + 0.05 and 0.9 < max(shares) <= 1
 
 
+def test_the_area_is_drawn_evenly_and_the_aspect_evenly_by_its_logarithm():
+    """Of crops so small that none is rejected for being wider or higher than the image."""
+    rng = np.random.default_rng(0)
+    boxes = np.array([crop_box(1000, 1000, 0.2, rng) for _ in range(3000)])
+    w, h = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    fits = w * h < 0.7e6
+    area, ratio = (w * h)[fits] / 1e6, np.log(w / h)[fits] / np.log(4 / 3)
+    for found, low, high in ((area, 0.2, 0.7), (ratio, -1, 1)):
+        counts = np.histogram(found, 4, (low, high))[0]
+        assert counts.sum() > 0.998 * fits.sum() > 1500
+        assert counts / counts.sum() == pytest.approx([0.25] * 4, abs=0.04)
+
+
+def test_a_crop_is_anywhere_in_the_image_up_to_its_edges():
+    rng = np.random.default_rng(0)
+    boxes = np.array([crop_box(12, 12, 0.5, rng) for _ in range(2000)])
+    for first, last in ((0, 2), (1, 3)):  # left and right, top and bottom
+        for side in np.unique(boxes[:, last] - boxes[:, first]):
+            starts = boxes[boxes[:, last] - boxes[:, first] == side, first]
+            assert len(starts) < 100 or set(starts) == set(range(int(12 - side) + 1))
+        assert {0, 1, 2, 3} <= set(boxes[:, first]) and {12, 11, 10, 9} <= set(boxes[:, last])
+
+
+def test_pretraining_videos_are_cropped_up_to_the_edges(monkeypatch):
+    """14 of 15 pixels: two positions in each direction."""
+    monkeypatch.setattr("mplug2.data.transforms.draw_operations", lambda *_: [])
+    style, frames = Augmentation("pretrain", flip=False), noise(1, 15, 15)
+    made = {augment(frames, 14, "video", style, np.random.default_rng(s)).tobytes() for s in range(60)}
+    assert made == {frames[:, top: top + 14, left: left + 14].tobytes() for top in (0, 1) for left in (0, 1)}
+
+
 @pytest.mark.parametrize("flip, expected", [(True, {0, 1}), (False, {0})])
 def test_flips_are_a_setting(flip, expected, monkeypatch):
     monkeypatch.setattr("mplug2.data.transforms.draw_operations", lambda *_: [])
@@ -116,6 +147,8 @@ def test_every_operation_is_drawn_and_images_skip_half_of_them():
     drawn = [draw_operations("image", 224, rng) for _ in range(500)]
     assert {name for of_one in drawn for name, _ in of_one} == set(IMAGE_OPERATIONS)
     assert 0.45 < np.mean([len(of_one) for of_one in drawn]) / 2 < 0.55
+    signs = [np.sign(value) for of_one in drawn for name, value in of_one if name.startswith(("shear", "tr", "rot"))]
+    assert abs(np.mean(signs)) < 0.2  # to either side
     of_videos = {name for _ in range(300) for name, _ in draw_operations("video", 224, rng)}
     assert of_videos == set(VIDEO_OPERATIONS)
 
@@ -141,7 +174,10 @@ def test_what_each_operation_does():
     np.testing.assert_array_equal(after("translate_y", -3)[3:], pixels[:17])
     np.testing.assert_allclose(after("shear_x", 0.3)[0, :19], pixels[0, :19], atol=20)  # shifted by 0.15 of a pixel
     assert (after("shear_x", 0.3)[19, 15:] == GRAY).all()
+    across = np.asarray(apply(image.transpose(Image.Transpose.TRANSPOSE), "shear_x", 0.3)).astype(int)
+    np.testing.assert_array_equal(after("shear_y", 0.3), across.transpose(1, 0, 2))
     np.testing.assert_array_equal(after("rotate", 90), np.rot90(pixels))
+    assert GRAY == (128, 128, 128) and (after("rotate", 45)[[0, 0, -1, -1], [0, -1, 0, -1]] == GRAY).all()
     np.testing.assert_array_equal(after("flip", 1), pixels[:, ::-1])
 
 

@@ -292,6 +292,8 @@ def test_vqa_accuracy_normalizes_as_the_official_evaluation():
     ("3.5 m.", "3.5 m"),
     ("u.s.", "us"),
     ("t-shirt", "t shirt"),
+    ("an x-ray - or the t-shirt", "xray or tshirt"),  # a mark at the edge of a word is removed everywhere
+    ("一只 red狗", "一 只 red 狗"),
     ("wont", "won't"),
     ("couldn'tve", "couldn't've"),
     ("yall'd've", "y'all'd've"),

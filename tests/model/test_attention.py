@@ -16,7 +16,7 @@ from helpers import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mplug2.model.attention import CrossAttention, SelfAttention, causal_mask, padding_mask
+from mplug2.model.attention import CrossAttention, KVCache, SelfAttention, causal_mask, padding_mask
 
 sizes = st.integers(1, 4)
 heads_and_widths = st.tuples(st.integers(1, 4), st.integers(1, 5))
@@ -86,6 +86,23 @@ def test_causal_mask_hides_later_tokens(l, position, seed):
     assert_same(after[:, :position], before[:, :position])
     for later in range(position, l):
         assert_differs(after[:, later], before[:, later])
+
+
+@given(b=sizes, pieces=st.lists(st.integers(1, 3), min_size=1, max_size=4), seed=seeds)
+def test_a_cache_continues_a_sequence_and_can_be_reordered(b, pieces, seed):
+    """Keys and values grow by the new tokens, and each row of the batch can move or be repeated."""
+    module, l = randomized(SelfAttention(6, 2), seed), sum(pieces)
+    x, mask, cache, found, rows = noise(b, l, 6, seed=seed), random_mask(b, l, seed), KVCache(), [], torch.arange(b)
+    expected = module(x, causal_mask(mask))
+    for piece in x.split(pieces, dim=1):
+        start = sum(part.shape[1] for part in found)
+        visible = causal_mask(mask)[rows, :, start: start + piece.shape[1], : start + piece.shape[1]]
+        found.append(expected[rows, start: start + piece.shape[1]])
+        assert_same(module(piece[rows], visible, cache), found[-1])
+        assert cache.key.shape == cache.value.shape == (len(rows), 2, start + piece.shape[1], 3)
+        kept = torch.randint(len(rows), (len(rows) + 1,), generator=torch.Generator().manual_seed(seed))
+        cache.reorder(kept)
+        rows = rows[kept]
 
 
 @given(l=st.integers(2, 5), m=st.integers(2, 5), seed=seeds)

@@ -95,7 +95,8 @@ def test_contrastive_distillation_is_the_formula(b, queued, seed):
     model, ema_teacher = make("video_retrieval", alpha=0.3, queue=8)
     ema_teacher.steps += 1
     rng = torch.Generator().manual_seed(seed)
-    vision, text, teacher_vision, teacher_text = (unit(rng, b, 5) for _ in range(4))
+    vision, text = (unit(rng, b, 5).requires_grad_() for _ in range(2))
+    teacher_vision, teacher_text = (unit(rng, b, 5) for _ in range(2))
     positive_id, others = torch.arange(b), torch.randint(0, b + 1, (queued,), generator=rng)
     old_vision, old_text = unit(rng, queued, 5), unit(rng, queued, 5)
     if queued:
@@ -109,11 +110,27 @@ def test_contrastive_distillation_is_the_formula(b, queued, seed):
     ):
         columns = torch.cat([columns, old])
         for i in range(b):
-            ours, theirs = ((one[i] @ columns.T / 0.2).softmax(0) for one in (rows, teacher_rows))
+            ours = (rows[i] @ columns.T / model.temperature).softmax(0)
+            theirs = (teacher_rows[i] @ columns.T / 0.2).softmax(0)  # a target: no gradient of the temperature
             positive = (all_ids == positive_id[i]).double()
             target = 0.3 * theirs + 0.7 * positive / positive.sum()
             expected = expected - (target * ours.log()).sum() / (2 * b)
     torch.testing.assert_close(found, expected)
+    learned = (vision, text, model.temperature)
+    torch.testing.assert_close(torch.autograd.grad(found, learned), torch.autograd.grad(expected, learned))
+
+
+def test_contrastive_distillation_refuses_wrong_shapes():
+    model, ema_teacher = make("video_retrieval", queue=4)
+    rng = torch.Generator().manual_seed(0)
+    for number in range(4):
+        vectors = [unit(rng, 3, 5) for _ in range(4)]
+        vectors[number] = vectors[number][:2]
+        with pytest.raises(ValueError, match=r"expected shape \(b e\) with b=\d, e=5, found"):
+            distilled_contrastive_loss(*vectors[:2], model.temperature, torch.arange(3), *vectors[2:], ema_teacher)
+    vectors = [unit(rng, 3, 5) for _ in range(4)]
+    with pytest.raises(ValueError, match=r"expected shape \(b\) with b=3, found \(1,\)"):
+        distilled_contrastive_loss(*vectors[:2], model.temperature, torch.arange(1), *vectors[2:], ema_teacher)
 
 
 def test_with_alpha_zero_and_an_empty_queue_it_is_the_plain_loss():

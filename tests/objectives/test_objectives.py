@@ -56,6 +56,14 @@ def test_contrastive_loss_is_the_formula_with_a_target_that_positives_share(posi
     assert found.item() == pytest.approx(expected, rel=1e-9)
 
 
+def test_the_contrastive_gradient_is_that_of_both_sides_and_of_the_temperature():
+    """Also through the columns that a row is compared with."""
+    rng = torch.Generator().manual_seed(0)
+    arguments = *(unit(rng, 4).requires_grad_() for _ in range(2)), torch.tensor(0.2).double().requires_grad_()
+    positive_id = torch.tensor([0, 1, 0, 2])
+    assert torch.autograd.gradcheck(lambda *given: contrastive_loss(*given, positive_id), arguments)
+
+
 @settings(max_examples=20, deadline=None)
 @given(seeds)
 def test_the_order_of_positives_makes_no_difference(seed):

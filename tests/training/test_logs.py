@@ -1,6 +1,7 @@
 """The log: means, MFU, TensorBoard, skipped files, and the lines that a resumed run removes."""
 
 import json
+import re
 import sys
 import types
 from pathlib import Path
@@ -50,6 +51,29 @@ def test_a_resumed_run_removes_the_lines_of_steps_that_it_repeats(tmp_path):
     assert lines(tmp_path) == []
 
 
+def test_lines_are_removed_all_at_once(tmp_path, monkeypatch):
+    """A run that is killed before the rename has lost nothing."""
+    text = "".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3))
+    (tmp_path / "metrics.jsonl").write_text(text)
+    monkeypatch.setattr(logs.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        Log(tmp_path, ALONE, 1, 9)
+    assert (tmp_path / "metrics.jsonl").read_text() == text
+
+
+def test_means_are_those_of_all_ranks_and_memory_is_that_of_the_rank_with_most(tmp_path, monkeypatch):
+    monkeypatch.setattr(logs.distributed, "all_reduce_sum", lambda x: x + 10)
+    monkeypatch.setattr(logs.distributed, "all_gather_object", lambda one: [([], 0.25), one, ([], 0.5)])
+    for own, most in ((0.75, 0.75), (0.0, 0.5)):
+        monkeypatch.setattr(logs, "peak_memory_gib", lambda device, own=own: own)
+        log = Log(tmp_path, DistInfo(0, 4, torch.device("cpu")), 0, 9)
+        log.step({"loss": torch.tensor(2.0)}, torch.tensor(6.0), 8, [])
+        log.write(1, {})
+        log.close()
+        line = lines(tmp_path)[-1]
+        assert (line["loss"], line["grad_norm"], line["memory_gib"]) == (3.0, 4.0, most)
+
+
 def test_only_the_main_process_writes(tmp_path):
     log = Log(tmp_path, DistInfo(1, 2, torch.device("cpu")), 0, 9)
     log.line({"step": 1})
@@ -57,13 +81,15 @@ def test_only_the_main_process_writes(tmp_path):
     assert not Log(tmp_path, ALONE, 0, 9).bar.disable
 
 
-def test_files_that_cannot_be_decoded_are_counted_over_all_ranks(tmp_path, monkeypatch):
+def test_files_that_cannot_be_decoded_are_counted_over_all_ranks(tmp_path, monkeypatch, capsys):
     """Each of two ranks is within the limit, but both together are not. The line is written first."""
     monkeypatch.setattr(logs.distributed, "all_gather_object", lambda one: [one, (["c: gone", "d: gone"], 0.5)])
     log = Log(tmp_path, ALONE, 0, 9)
-    log.skipped_files(["a: gone"], 100, 0.03)
+    log.skipped_files(["a: gone", "a: gone"], 100, 0.03)
     log.write(1, {})
-    log.skipped_files(["a: gone", "b: gone"], 100, 0.03)
+    log.skipped_files(["b: gone", "a: gone"], 100, 0.03)
+    log.skipped_files([], 100, 0.03)
+    assert re.findall("skipped: (.*)", capsys.readouterr().err) == ["a: gone", "b: gone"]  # each once
     with pytest.raises(AllRanksError, match="4 of 100 media files cannot be decoded, more than max_skipped=0.03"):
         log.write(2, {})
     log.close()
@@ -71,8 +97,8 @@ def test_files_that_cannot_be_decoded_are_counted_over_all_ranks(tmp_path, monke
 
 
 def test_a_step_that_is_not_finite_is_reported_with_the_samples_of_the_ranks_that_saw_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(logs.distributed, "all_gather_object", lambda one: [one, (False, ["b:2"], {"vtc": 3.0})])
-    for finite, losses, names in ((True, "vtc 3", "b:2"), (False, "vtc inf", "a:1, b:2")):
+    monkeypatch.setattr(logs.distributed, "all_gather_object", lambda one: [one, (False, ["b:2", "b:3"], {"vtc": 3.0})])
+    for finite, losses, names in ((True, "vtc 3", "b:2, b:3"), (False, "vtc inf", "a:1, b:2, b:3")):
         log = Log(tmp_path, ALONE, 0, 9)
         message = log.nonfinite(4, {"loss/vtc": torch.tensor(float("inf"))}, torch.tensor(7.0), ["a:1"], finite)
         assert message == f"step 4 is not finite: {losses}, gradient norm 7; samples: {names}"
@@ -105,7 +131,22 @@ def test_tensorboard_gets_the_same_numbers_if_it_is_installed(tmp_path, monkeypa
     assert written == ([(tmp_path / "tensorboard", 5), ("loss", 2.0, 5)] if installed else [])
 
 
-def test_the_peak_of_a_device_is_known_by_its_name(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    assert peak_tflops(torch.device("cuda")) == 989 and peak_tflops(torch.device("cpu")) == 0
-    assert 0.01 < peak_memory_gib(torch.device("cpu")) < 1000
+@pytest.mark.parametrize("name, peak", [
+    ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H200", 989), ("NVIDIA B200", 2250),
+    ("NVIDIA L40S", 362), ("NVIDIA GeForce RTX 4090", 165), ("Another GPU", 0),
+])
+def test_the_peak_of_a_device_is_known_by_its_name(monkeypatch, name, peak):
+    """The data sheets name twice as much for some of them, with 2:4 sparsity."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_tflops(torch.device("cuda")) == peak and peak_tflops(torch.device("cpu")) == 0
+
+
+def test_memory_is_in_gib(monkeypatch):
+    """Linux reports KiB, macOS bytes; so does CUDA."""
+    for platform, unit in (("linux", 2**10), ("darwin", 1)):
+        monkeypatch.setattr(logs.sys, "platform", platform)
+        usage = types.SimpleNamespace(ru_maxrss=3 * 2**30 // unit)
+        monkeypatch.setattr(logs.resource, "getrusage", lambda who, usage=usage: usage)
+        assert peak_memory_gib(torch.device("cpu")) == 3
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5 * 2**30)
+    assert peak_memory_gib(torch.device("cuda")) == 5
