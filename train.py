@@ -134,13 +134,13 @@ class Trainer:
                 if step % run.eval_every == 0 and self.data.eval_root and not stopping:
                     self.keep_best(self.validate("val", run.eval_limit) or {}, saves)
             del batches  # ends the workers
+            self.log.bar.close()
+            results = {} if stopping else self.evaluate()
+            if stopping and self.process.is_main:
+                print(f"{self.stop.name or 'another rank got a signal'}: saved after step {step} of {steps}; continue "
+                      f"with --resume from {self.folder / 'last'}")
             self.log.close()
-            if not stopping:
-                return self.evaluate()
-        if self.process.is_main:
-            print(f"{self.stop.name or 'another rank got a signal'}: saved after step {step} of {steps}; continue with "
-                  f"--resume from {self.folder / 'last'}")
-        return {}
+        return results
 
     def backward(self, batches: Iterator[dict]) -> tuple[dict[str, Tensor], list[str], list[str]]:
         """Forward and backward passes of the micro-batches of a step. Gradients and losses are their means.

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
+os.environ.pop("WANDB_PROJECT", None)  # no run of a test goes to the account of the person who tests
 torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
 
 settings.register_profile(

@@ -63,12 +63,8 @@ def written_files(commands: list[Command]) -> set[str]:
         given, words = options(command.words), command.words
         if "train.py" in words:
             run = given.get("name") or given.get("recipe") or given.get("task", "tiny")
-<<<<<<< HEAD
-            found |= {f"{given.get('out', 'runs')}/{run}{file}" for file in ("", "/last", "/metrics.jsonl")}
-=======
             folder = f"{given.get('out', 'runs')}/{run}"
             found |= {folder, f"{folder}/last", f"{folder}/metrics.jsonl"}
->>>>>>> w12
         elif "out" in given:
             found.add(given["out"])
         found |= {f"{code[1]}" for code in re.finditer(r"\.save\('(.*?)'\)", shlex.join(words).replace("'\"'\"'", "'"))}

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+import types
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -246,13 +247,26 @@ def test_both_forms_of_the_model_train_resume_bit_for_bit_and_are_fine_tuned(for
                     "--form", other, "--max-steps", 1])
 
 
-def test_a_finished_run_can_be_resumed_to_train_longer(light, tmp_path):
+def test_a_finished_run_can_be_resumed_to_train_longer(light, tmp_path, monkeypatch):
+    """Its wandb run continues, too. It ends after the evaluation, and so gets every line of metrics.jsonl."""
+    started, logged = [], []
+
+    def init(**given):
+        started.append(given)
+        return types.SimpleNamespace(id="abc", define_metric=lambda *_, **__: None, finish=lambda: logged.append("end"),
+                                     log=lambda values: logged.append(values["step"]))
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    monkeypatch.setenv("WANDB_PROJECT", "tiny")
     arguments = ["--out", str(tmp_path), "--task", "video_qa"]
     train.main([*MODEL, *FAST, *arguments, "--data", str(light), "--max-steps", "1"])
     train.main([*arguments, "--resume"])  # nothing left to do but to evaluate
     train.main([*arguments, "--resume", "--max-steps", "2"])
     assert os.readlink(tmp_path / "video_qa" / "last") == "step_0000002"
     assert [line["step"] for line in lines(tmp_path / "video_qa") if "loss" in line] == [1, 2]
+    assert logged == [1, 1, "end", 1, "end", 2, 2, "end"]
+    assert [given["id"] for given in started] == [None, "abc", "abc"]
+    assert [len(given["config"]["commands"]) for given in started] == [1, 2, 3]
 
 
 def test_another_task_starts_from_the_weights_of_a_checkpoint(run, light, tmp_path):

@@ -139,16 +139,26 @@ def draw_clip(
     return Clip(frames, "image" if kind == "image" else "video", tuple(asked))
 
 
+@contextmanager
+def names_only(paths: Sequence[Path]) -> Iterator[None]:
+    """A MediaError inside names a file without its folder: the page does not show where uploads are stored."""
+    try:
+        yield
+    except MediaError as error:
+        message = str(error)
+        for path in paths:
+            message = message.replace(str(path), path.name)
+        raise MediaError(message) from None
+
+
 def read_clip(path: str | Path, predictor: Predictor) -> Clip:
     """An image or video file as the model sees it: sampled and resized. Raises MediaError, which names the file without
     its folder."""
     path = Path(path)
-    try:
+    with names_only([path]):
         frames = read_media(path, predictor.preprocess.frames)
         pixels = to_pixels(frames, predictor.model.config.image_size)
         return Clip(to_frames(pixels), kind_of(path), tuple((question, "") for question in GENERAL_QUESTIONS))
-    except MediaError as error:
-        raise MediaError(str(error).replace(str(path), path.name)) from None
 
 
 def _shuffle(frames: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The log: means, MFU, TensorBoard, skipped files, and the lines that a resumed run removes."""
+"""The log: means, MFU, TensorBoard, wandb, skipped files, and the lines that a resumed run removes."""
 
 import json
 import re
@@ -74,10 +74,12 @@ def test_means_are_those_of_all_ranks_and_memory_is_that_of_the_rank_with_most(t
         assert (line["loss"], line["grad_norm"], line["memory_gib"]) == (3.0, 4.0, most)
 
 
-def test_only_the_main_process_writes(tmp_path):
+def test_only_the_main_process_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(logs, "TensorBoard", lambda *_: pytest.fail("opened on another rank"))
     log = Log(tmp_path, DistInfo(1, 2, torch.device("cpu")), 0, 9)
     log.line({"step": 1})
     assert list(tmp_path.iterdir()) == [] and log.bar.disable
+    monkeypatch.undo()
     assert not Log(tmp_path, ALONE, 0, 9).bar.disable
 
 
@@ -150,3 +152,61 @@ def test_memory_is_in_gib(monkeypatch):
         assert peak_memory_gib(torch.device("cpu")) == 3
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5 * 2**30)
     assert peak_memory_gib(torch.device("cuda")) == 5
+
+
+@pytest.mark.parametrize("fails_at", ["init", "write", "close"])
+def test_a_logger_that_fails_costs_one_warning_and_no_line(tmp_path, monkeypatch, capsys, fails_at):
+    class Broken:
+        def __init__(self, *_):
+            self.fail("init")
+
+        def fail(self, at: str) -> None:
+            if at == fails_at:
+                raise OSError("disk full")
+
+        def write(self, *_) -> None:
+            self.fail("write")
+
+        def close(self) -> None:
+            self.fail("close")
+
+    monkeypatch.setattr(logs, "TensorBoard", Broken)
+    log = Log(tmp_path, ALONE, 0, 9)
+    for step in (1, 2):
+        log.line({"step": step})
+    log.close()
+    assert lines(tmp_path) == [{"step": 1}, {"step": 2}]
+    assert capsys.readouterr().err.count("failed: OSError: disk full") == 1
+
+
+def test_wandb_is_asked_for_by_its_environment_variable(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    (tmp_path / "settings.json").write_text("{}")
+    Log(tmp_path, ALONE, 0, 9).close()
+    assert "warning" not in capsys.readouterr().err
+    monkeypatch.setenv("WANDB_PROJECT", "tiny")
+    log = Log(tmp_path, ALONE, 0, 9)
+    log.line({"step": 1})
+    assert "WANDB_PROJECT is set, but wandb is not installed: pip install -e '.[wandb]'" in capsys.readouterr().err
+    assert lines(tmp_path) == [{"step": 1}]
+
+
+def test_a_resumed_run_continues_its_wandb_run_offline(tmp_path, monkeypatch):
+    """With the real package: two folders of the same run, which `wandb sync` uploads as one."""
+    wandb = pytest.importorskip("wandb", reason="the logger needs its extra: pip install -e '.[wandb]'")
+    for name, value in {"PROJECT": "tiny", "MODE": "offline", "SILENT": "true"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    (tmp_path / "settings.json").write_text(json.dumps({"train": {"lr": 0.515625}}))
+    Log(tmp_path, DistInfo(1, 2, torch.device("cpu")), 0, 9).line({"step": 1})
+    assert not (tmp_path / "wandb").exists()  # only the main process writes
+    for first in (0, 2, 0):
+        log = Log(tmp_path, ALONE, first, 9)
+        log.line({"step": first + 1, "loss": 3.0625 + first, "standard_errors": {"loss": 0.1}})
+        log.close()
+    wandb.teardown()
+    runs = sorted((tmp_path / "wandb").glob("offline-run-*"), key=lambda run: run.stat().st_mtime_ns)
+    first, resumed, again = (run.name.split("-")[-1] for run in runs)
+    assert first == resumed != again == (tmp_path / "wandb_id").read_text().strip()
+    written = [(run / f"run-{run.name.split('-')[-1]}.wandb").read_bytes() for run in runs]
+    assert [[b"3.0625" in one, b"5.0625" in one] for one in written] == [[True, False], [False, True], [True, False]]
+    assert all(b"standard_errors" not in one and b"0.515625" in one for one in written)  # the settings are there
