@@ -148,6 +148,8 @@ class Predictor(BatchRunner):
         self, memory: Tensor, prompt: Tensor, how: Generation, max_length: int, memory_mask: Tensor | None = None
     ) -> list[str]:
         """Texts that continue the prompts `(b r) l`, about the memory `b m d`."""
+        if how.min_length > max_length:
+            raise ValueError(f"min_length={how.min_length}: a text has at most {max_length} tokens; raise --max-length")
         if how.beams == 1 and not how.min_length:
             ids = greedy(self.model, memory, prompt, self.special_tokens, max_length, memory_mask)
         else:
