@@ -23,6 +23,7 @@ from mplug2.data.text import clean
 from mplug2.generation import beam_search, best_texts, greedy, rank_answers
 from mplug2.hub import model_card, recorded
 from mplug2.inference import BatchRunner, Media, Text, repeat_to, require_list
+from mplug2.model.attention import JointMemory
 from mplug2.model.mplug2 import answer_memory
 from mplug2.tasks import INSTRUCTIONS, PROMPTS
 
@@ -125,17 +126,17 @@ class Predictor(BatchRunner):
             cleaned = [clean(text, self.preprocess.max_words) for text in answer_list]
             answers = [x.to(self.device) for x in self.tokenizer.encode(cleaned, self.model.config.max_positions)]
 
-        def write(memory: Tensor, memory_mask: Tensor) -> list[str]:
+        def write(memory: Tensor | JointMemory, memory_mask: Tensor) -> list[str]:
             if answer_list is not None:
                 best = rank_answers(self.model, memory, *answers, CANDIDATES, memory_mask)[0][:, 0]
                 return [answer_list[number] for number in best.tolist()]
             max_length = how.max_length or self.preprocess.max_length or 10
-            return self._write(memory, self.start(len(memory)), how, max_length, memory_mask)
+            return self._write(memory, self.start(memory.shape[0]), how, max_length, memory_mask)
 
         def about_media(vision: Tensor, _, indices: list[int]) -> list[str]:
             text, mask = self.encode_text([questions[i] for i in indices])
             vision, fused = self.model.fuse(vision, text, mask)
-            return write(*answer_memory(vision, fused, mask))
+            return write(JointMemory(vision, fused), torch.nn.functional.pad(mask, (vision.shape[1], 0), value=True))
 
         return self.on_texts(questions, write) if media is None else self.on_media(media, about_media)
 
@@ -145,14 +146,18 @@ class Predictor(BatchRunner):
         return self.model.instruction_memory(vision, ids.to(self.device), mask.to(self.device))
 
     def _write(
-        self, memory: Tensor, prompt: Tensor, how: Generation, max_length: int, memory_mask: Tensor | None = None
+        self, memory: Tensor | JointMemory, prompt: Tensor, how: Generation, max_length: int,
+        memory_mask: Tensor | None = None,
     ) -> list[str]:
         """Texts that continue the prompts `(b r) l`, about the memory `b m d`."""
+        if how.min_length > max_length:
+            raise ValueError(f"min_length={how.min_length}: a text has at most {max_length} tokens; raise --max-length")
         if how.beams == 1 and not how.min_length:
             ids = greedy(self.model, memory, prompt, self.special_tokens, max_length, memory_mask)
         else:
+            memory = memory if memory.shape[0] == len(prompt) else repeat_to(memory, len(prompt))
             hypotheses = beam_search(
-                self.model, repeat_to(memory, len(prompt)), prompt, self.special_tokens, how.beams,
+                self.model, memory, prompt, self.special_tokens, how.beams,
                 how.min_length or 1, max_length, memory_mask=memory_mask,
             )
             ids = best_texts(hypotheses, self.special_tokens)

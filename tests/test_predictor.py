@@ -25,8 +25,8 @@ from mplug2.evaluation.data import EvalOptions, EvalSplit
 from mplug2.evaluation.evaluate import evaluate
 from mplug2.evaluation.predictions import Prediction
 from mplug2.evaluation.retrieval import evaluate_retrieval
-from mplug2.generation import beam_search, best_texts, greedy
-from mplug2.inference import Inference
+from mplug2.generation import beam_search, best_texts, greedy, rank_answers
+from mplug2.inference import Inference, repeat_to
 from mplug2.model.mplug2 import answer_memory
 from mplug2.predictor import Predictor
 from mplug2.tasks import INSTRUCTIONS, PROMPTS
@@ -175,6 +175,42 @@ def test_a_file_with_several_questions_is_read_and_encoded_once(predictor, media
     with patch.object(predictor.model, "encode_vision", wraps=predictor.model.encode_vision) as encode:
         predictor.answer([media[0]] * 3, QUESTIONS[:3])
     assert [call.args[0].shape[0] for call in encode.call_args_list] == [1]
+
+
+@pytest.mark.parametrize("settings", [{}, {"beams": 3}, {"answer_list": TEXTS}], ids=["greedy", "beams", "ranked"])
+def test_keys_and_values_of_a_file_are_computed_once_for_all_its_questions(media, settings, monkeypatch):
+    """In every cross-attention of fusion and decoder. Each question adds its own words only."""
+    predictor, rows, asked = make_predictor(batch_size=8), Counter(), [*QUESTIONS, *QUESTIONS[:3]]
+    for name, module in predictor.model.named_modules():
+        if name.startswith(("fusion", "decoder")) and name.endswith("key_value"):
+            module.register_forward_pre_hook(
+                lambda _, inputs, name=name: rows.update({name: inputs[0][..., 0].numel()}))
+    answers = predictor.answer([media[0]] * 4 + [media[2]] * 3, asked, **settings)
+    v = [predictor.encode_media([file])[0].shape[0] for file in (media[0], media[2])]
+    l = [predictor.encode_text(part)[1].numel() for part in (asked[:4], asked[4:])]
+    assert {name: count for name, count in rows.items() if name.startswith("decoder")} == {
+        f"decoder.layers.{i}.cross_attention.key_value": sum(v) + sum(l) for i in range(2)}
+    assert {count for name, count in rows.items() if name.startswith("fusion")} == {sum(v)}
+
+    def and_joined(function):
+        def compare(model, memory, *others, **named):
+            """The plain form, one memory for each question, has the same ids, scores, and probabilities."""
+            found = function(model, memory, *others, **named)
+            rows.clear()
+            joined = torch.cat([repeat_to(memory.vision, len(memory.text)), memory.text], dim=1)
+            plain = function(model, joined, *others, **named)
+            assert rows["decoder.layers.0.cross_attention.key_value"] == joined[..., 0].numel()
+            if function is rank_answers:
+                torch.testing.assert_close(found, plain, atol=1e-6, rtol=0)
+            if function is beam_search:
+                scores = [[score for beams in one for score, _ in beams] for one in (found, plain)]
+                assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+            return plain
+        return compare
+
+    for function in (greedy, beam_search, rank_answers):
+        monkeypatch.setattr(mplug2.predictor, function.__name__, and_joined(function))
+    assert predictor.answer([media[0]] * 4 + [media[2]] * 3, asked, **settings) == answers
 
 
 def test_embeddings_are_unit_vectors_of_media_and_texts_and_similarity_their_cosines(predictor, media):

@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 import types
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 

@@ -16,7 +16,7 @@ from helpers import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mplug2.model.attention import CrossAttention, KVCache, SelfAttention, causal_mask, padding_mask
+from mplug2.model.attention import CrossAttention, JointMemory, KVCache, SelfAttention, causal_mask, padding_mask
 
 sizes = st.integers(1, 4)
 heads_and_widths = st.tuples(st.integers(1, 4), st.integers(1, 5))
@@ -49,6 +49,21 @@ def test_sharing_a_memory_is_repeating_it(b, r, l, m, seed):
     repeated, repeated_mask = memory.repeat_interleave(r, dim=0), mask.repeat_interleave(r, dim=0)
     assert_same(module(x, memory), module(x, repeated))
     assert_same(module(x, memory, padding_mask(mask)), module(x, repeated, padding_mask(repeated_mask)))
+
+
+@given(b=sizes, r=sizes, l=sizes, v=sizes, m=sizes, seed=seeds)
+def test_a_memory_in_two_pieces_is_the_joined_one(b, r, l, v, m, seed):
+    """The texts of one image or video share the first piece, which is projected once."""
+    module, x = randomized(CrossAttention(6, 2), seed), noise(b * r, l, 6, seed=seed)
+    vision, text = noise(b, v, 6, seed=seed + 1), noise(b * r, m, 6, seed=seed + 2)
+    joined, rows = torch.cat([vision.repeat_interleave(r, dim=0), text], dim=1), []
+    module.key_value.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0][..., 0].numel()))
+    memory = JointMemory(vision, text)
+    assert memory.shape == joined.shape
+    assert_same(torch.stack(module.keys_and_values(memory)), torch.stack(module.keys_and_values(joined)))
+    assert rows == [b * v, b * r * m, b * r * (v + m)]
+    mask = padding_mask(random_mask(b * r, v + m, seed))
+    assert_same(module(x, memory, mask), module(x, joined, mask))
 
 
 @given(b=sizes, l=sizes, seed=seeds)
