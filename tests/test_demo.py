@@ -203,9 +203,9 @@ def test_the_page_captions_and_answers_what_is_drawn_and_changed(page):
     page.locator("#temporal input").check()
     page.get_by_label("as they are").check()
     wait_for(page, CAPTION + "return caption.includes('right')")
-    page.locator("#question input").fill("which colour is it")
+    page.locator("#question input").fill("which color is it")
     page.locator("#question input").press("Enter")
-    wait_for(page, "return document.querySelector('#words')?.innerText.includes('colour')")
+    wait_for(page, "return document.querySelector('#words')?.innerText.includes('color')")
     page.locator("#words").get_by_text("red").last.click()
     wait_for(page, "return document.querySelector('#explained')?.innerText.includes('written with probability')")
     assert page.locator("#attention img").count() == 1
