@@ -124,7 +124,7 @@ def arrow(path: str) -> str:
 
 def answers(model: mplug2.Predictor, out: Path) -> None:
     """One row per question about a test video: frames, the answer, and where the answer attends."""
-    kinds, rows = ["order", "digit", "colour"], []
+    kinds, rows = ["order", "digit", "color"], []
     for record in read_records(tiny_data.ensure(), "video_qa", "test"):
         for question in record.qa:
             if kinds and question.kind == kinds[0]:

@@ -145,7 +145,7 @@ REGIMES = {  # flags of train.py
 # ---- claims: a signed sum of scores, and the tasks whose scores are averaged -----------------------------------------
 
 VIDEO, IMAGE = ("video_caption", "video_qa", "video_retrieval"), ("image_caption", "image_qa", "image_retrieval")
-COLOR = ("video_qa colour", "image_qa colour")
+COLOR = ("video_qa color", "image_qa color")
 SPACE, PROJECTED = (tuple(f"transfer {kind} {of}" for of in ("video", "image")) for kind in ("space", "projected"))
 Terms = dict[tuple[str, str], int]
 
@@ -241,9 +241,9 @@ def written(lines: list[dict], root: Path) -> Tests:
         kinds = [[question.kind for question in record.qa] for record in records]
         answers = [[next(right) for _ in of_record] for of_record in kinds]
         tests[task] = list(map(sum, answers)), list(map(len, answers))
-        tests[f"{task} colour"] = (
-            [sum(yes for yes, kind in zip(*both) if kind == "colour") for both in zip(answers, kinds)],
-            [of_record.count("colour") for of_record in kinds])
+        tests[f"{task} color"] = (
+            [sum(yes for yes, kind in zip(*both) if kind == "color") for both in zip(answers, kinds)],
+            [of_record.count("color") for of_record in kinds])
     return tests
 
 

@@ -71,7 +71,7 @@ def write_data(root: Path) -> Path:
     ])
     write_records(root, "video_qa.train", [
         {"video": f"{i}.gif", "positive_id": f"left {i % 3}", "qa": [
-            {"question": "which colour is it?", "answers": ["red", "scarlet"], "kind": "colour"},
+            {"question": "which color is it?", "answers": ["red", "scarlet"], "kind": "color"},
             {"question": "what digit is it?", "answers": ["three"], "kind": "digit"},
             {"question": "which digit is shown?", "answers": ["three"], "kind": "digit"},
         ]} for i in range(VIDEOS)
@@ -84,8 +84,8 @@ def write_data(root: Path) -> Path:
 
 
 def make_tokenizer() -> Tokenizer:
-    words = "a an red blue green three seven one moving going left here is which colour what digit it shown scarlet the"
-    return Tokenizer.train([words, "video picture of does describe", *SUBJECTS], 120)
+    words = "a an red blue green three seven one moving going left here is which color what digit it shown scarlet the"
+    return Tokenizer.train([words, "video picture image of does describe", *SUBJECTS], 120)
 
 
 def dataset(samples: dict[str, list[Sample]], **changes) -> Samples:

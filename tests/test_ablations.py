@@ -190,7 +190,7 @@ def test_a_run_is_recorded_with_its_bits(tmp_path, monkeypatch):
     expected = {
         "video_caption": metrics["caption_exact"], "image_caption": metrics["image_caption_exact"],
         "video_qa": metrics["qa_accuracy"], "image_qa": metrics["image_qa_accuracy"],
-        "video_qa colour": metrics["qa_colour"], "image_qa colour": metrics["image_qa_colour"],
+        "video_qa color": metrics["qa_color"], "image_qa color": metrics["image_qa_color"],
         "video_retrieval": (metrics["v2t_r1"] + metrics["t2v_r1"]) / 2,  # by cosine, not re-ranked
         "image_retrieval": (metrics["i2t_r1"] + metrics["t2i_r1"]) / 2,
     }

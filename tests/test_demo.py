@@ -217,9 +217,9 @@ def test_the_page_captions_and_answers_what_is_drawn_and_changed(page):
     page.locator("#temporal input").check()
     page.get_by_label("as they are").check()
     wait_for(page, CAPTION + "return caption.includes('right')")
-    page.locator("#question input").fill("which colour is it")
+    page.locator("#question input").fill("which color is it")
     page.locator("#question input").press("Enter")
-    wait_for(page, "return document.querySelector('#words')?.innerText.includes('colour')")
+    wait_for(page, "return document.querySelector('#words')?.innerText.includes('color')")
     page.locator("#words").get_by_text("red").last.click()
     wait_for(page, "return document.querySelector('#explained')?.innerText.includes('written with probability')")
     assert page.locator("#attention img").count() == 1
@@ -285,7 +285,7 @@ def test_wrong_and_too_large_files_are_a_sentence_in_the_page(page, tmp_path):
         wait_for(page, CAPTION + "return caption.includes('right')")
         page.get_by_text("Upload an image, GIF, or video").click()
     page.locator("#upload input[type=file]").set_input_files(write_media(tmp_path / "one.png", 0, 1))
-    wait_for(page, ANSWERS + "return answers.includes('which colour came first')")
+    wait_for(page, ANSWERS + "return answers.includes('which color came first')")
 
 
 @pytest.mark.browser
@@ -340,7 +340,7 @@ def test_odd_questions_and_hasty_clicks(page):
     for text, shown in (
         ("\N{GRINNING FACE}", "no question: write one, with letters or digits"),
         ("zebra " * 400, "tokens with [CLS] and [SEP], more than max_length=32: shorten it"),
-        ("which colour is it <img src=x onerror=document.title='run'>", "which \ncolour \nis \nit \ni \n##m"),
+        ("which color is it <img src=x onerror=document.title='run'>", "which \ncolor \nis \nit \ni \n##m"),
     ):
         question.fill(text)
         question.press("Enter")

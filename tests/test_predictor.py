@@ -32,8 +32,8 @@ from mplug2.predictor import Predictor
 from mplug2.tasks import INSTRUCTIONS, PROMPTS
 from mplug2.tools.plots import draw_curves
 
-QUESTIONS = ("which colour is it", "is it red", "which digit", "up or down")
-COLOURS = ("red", "green", "blue")
+QUESTIONS = ("which color is it", "is it red", "which digit", "up or down")
+COLORS = ("red", "green", "blue")
 TEXTS = ("a red one", "two moving left", "three up", "green and blue", "down right", "a digit")
 
 
@@ -130,7 +130,7 @@ def test_a_caption_by_instruction_is_the_answer_to_the_instruction(predictor, me
 
 
 def test_without_media_the_answer_is_decoded_from_the_text_alone(predictor):
-    questions = ["which digit is it there is a red seven", "what colour is it", "is it a red one moving left"]
+    questions = ["which digit is it there is a red seven", "what color is it", "is it a red one moving left"]
     found = predictor.answer(None, questions, max_length=6)
     for question, text in zip(questions, found, strict=True):
         ids, mask = predictor.tokenizer.encode([question])
@@ -166,8 +166,8 @@ def test_the_likelihood_of_a_text_is_the_product_of_its_tokens_probabilities(pre
 
 
 def test_a_model_without_a_decoder_shows_the_attention_of_the_words_of_a_text(media):
-    written, words = make_predictor("visual_entailment").explain(media[1], "which colour is it")
-    assert written == "" and [word.word for word in words] == ["which", "colour", "is", "it"]
+    written, words = make_predictor("visual_entailment").explain(media[1], "which color is it")
+    assert written == "" and [word.word for word in words] == ["which", "color", "is", "it"]
     assert {word.module.split(".")[0] for word in words} == {"fusion"}
 
 
@@ -246,13 +246,13 @@ def test_inputs_that_do_not_fit_are_refused(predictor, media, tmp_path):
     path = str(media[0])
     for wrong in (
         lambda: predictor.caption(path), lambda: predictor.caption(media[0]), lambda: predictor.embed("a red one"),
-        lambda: predictor.answer(path, ["which"]), lambda: predictor.answer([path], "which colour"),
+        lambda: predictor.answer(path, ["which"]), lambda: predictor.answer([path], "which color"),
         lambda: predictor.similarity(path, ["a"]), lambda: predictor.similarity([path], "a"),
     ):
         with pytest.raises(TypeError, match="found the single '.*': expected a list of paths or texts"):
             wrong()
     with pytest.raises(ValueError, match="2 media, but 1 questions: expected one question per medium"):
-        predictor.answer(media[:2], ["which colour"])
+        predictor.answer(media[:2], ["which color"])
     with pytest.raises(MediaError, match="nowhere.gif does not exist"):
         predictor.caption([tmp_path / "nowhere.gif"])
     with pytest.raises(MediaError, match="notes.txt: suffix '.txt' is not that of an image or a video"):
@@ -269,7 +269,7 @@ def test_inputs_that_do_not_fit_are_refused(predictor, media, tmp_path):
 def test_a_model_without_the_modules_says_so(media):
     captioner, retriever = make_predictor("video_caption"), make_predictor("image_retrieval")
     with pytest.raises(ValueError, match="a model for the task 'video_caption' has no text_encoder; build it for an"):
-        captioner.answer(media[:1], ["which colour"])
+        captioner.answer(media[:1], ["which color"])
     with pytest.raises(ValueError, match="'video_caption' has no contrastive_vision"):
         captioner.embed(media[:1])
     with pytest.raises(ValueError, match="'image_retrieval' has no decoder"):
@@ -299,9 +299,9 @@ def root(tmp_path_factory) -> Path:
     for i in range(4):
         write_media(folder / f"{i}.png", 50 + i, 1)
     clips = [
-        {"video": f"{i}.gif", "captions": [f"A {COLOURS[i % 3]} one, moving left", COLOURS[i % 3]]} for i in range(6)
+        {"video": f"{i}.gif", "captions": [f"A {COLORS[i % 3]} one, moving left", COLORS[i % 3]]} for i in range(6)
     ]
-    images = [{"image": f"{i}.png", "captions": [f"a {COLOURS[i % 3]} two"]} for i in range(4)]
+    images = [{"image": f"{i}.png", "captions": [f"a {COLORS[i % 3]} two"]} for i in range(4)]
     write_records(folder, "video_caption.test", clips)
     write_records(folder, "image_caption.test", images)
     write_records(folder, "video_retrieval.test", [
@@ -311,7 +311,7 @@ def root(tmp_path_factory) -> Path:
     write_records(folder, "image_retrieval.test", images)
     write_records(folder, "video_qa.test", [
         {"video": f"{i}.gif", "qa": [
-            {"question": "Which colour is it?", "answers": [COLOURS[i % 3]], "kind": "colour"},
+            {"question": "Which color is it?", "answers": [COLORS[i % 3]], "kind": "color"},
             {"question": "is it one", "answers": ["yes", "Yeah"], "kind": "yesno"},
             {"question": "which", "answers": ["one"]},
         ]} for i in range(6)
@@ -326,12 +326,12 @@ class Oracle(Predictor):
         paths = [medium.paths[0] for medium in media]
         right = {".gif": "a {} one moving left", ".png": "a {} two"}
         numbers = [int(path.stem) for path in paths]
-        return ["nonsense" if number % 2 else right[path.suffix].format(COLOURS[number % 3])
+        return ["nonsense" if number % 2 else right[path.suffix].format(COLORS[number % 3])
                 for number, path in zip(numbers, paths)]
 
     def answer(self, media: list[Medium], questions: list[str], **settings) -> list[str]:
         numbers = [int(medium.paths[0].stem) for medium in media]
-        return [COLOURS[number % 3] if "colour" in question else "no" if number % 2 else "yes"
+        return [COLORS[number % 3] if "color" in question else "no" if number % 2 else "yes"
                 for number, question in zip(numbers, questions)]
 
 
@@ -341,18 +341,18 @@ def test_captions_and_answers_are_scored_by_kind(root, predictor):
     metrics, predictions = result.metrics, result.predictions
     assert result.records == 6 + 6 + 6 + 4 + 4 and result.skipped == {}
     assert metrics["caption_exact"] == metrics["image_caption_exact"] == 0.5
-    assert metrics["qa_colour"] == 1.0 and metrics["qa_yesno"] == 0.5 and metrics["qa_accuracy"] == 0.5
+    assert metrics["qa_color"] == 1.0 and metrics["qa_yesno"] == 0.5 and metrics["qa_accuracy"] == 0.5
     assert 0 < metrics["caption_bleu4"] < 1 and metrics["caption_cider"] > 0
     galleries = {f"{way}_{key}" for way in ("t2v", "v2t", "t2i", "i2t")
                  for key in ("r1", "r5", "r10", "median_rank", "r1_rerank")}
     scores = ("exact", "cider", "bleu4", "rouge_l")
     described = {f"{prefix}caption_{key}" for prefix in ("", "image_") for key in scores}
-    assert set(metrics) == galleries | described | {"qa_colour", "qa_yesno", "qa_accuracy"}
+    assert set(metrics) == galleries | described | {"qa_color", "qa_yesno", "qa_accuracy"}
     assert predictions[0] == Prediction(
         "video_caption", (root / "0.gif",), "", "a red one moving left", ("a red one moving left", "red"),
         "video_caption.test.jsonl:1",
     )
-    assert predictions[6] == Prediction("video_qa", (root / "0.gif",), "Which colour is it?", "red", ("red",),
+    assert predictions[6] == Prediction("video_qa", (root / "0.gif",), "Which color is it?", "red", ("red",),
                                         "video_qa.test.jsonl:1")
     assert [prediction.right for prediction in predictions[:2]] == [True, False]
     retrieved = [prediction for prediction in predictions if "retrieval" in prediction.task]
@@ -430,7 +430,7 @@ def test_a_model_is_evaluated_on_the_tasks_that_it_has_modules_and_records_for(r
     keys = evaluate(make_predictor("video_caption"), EvalSplit(root, "test", limit=2)).metrics
     assert {key.removeprefix("image_").split("_")[0] for key in keys} == {"caption"}
     result = evaluate(make_predictor("video_qa"), EvalSplit(root, "test", limit=2))
-    assert {"qa_colour", "caption_exact"} <= set(result.metrics) and not any("r1" in key for key in result.metrics)
+    assert {"qa_color", "caption_exact"} <= set(result.metrics) and not any("r1" in key for key in result.metrics)
     assert len(result.predictions) == 2 + 6 + 2
     result = evaluate(make_predictor("image_retrieval"), EvalSplit(root, "test"))
     assert {key[:3] for key in result.metrics} == {"t2v", "v2t", "t2i", "i2t"}
@@ -481,7 +481,7 @@ def test_the_shipped_checkpoint_captions_the_tiny_world():
 def test_classes_and_boxes_come_in_the_order_of_the_inputs_whatever_the_batches(media):
     tasks = "text_classification,image_classification,visual_entailment,image_pair_reasoning,grounding,pretrain"
     predictor = make_predictor(tasks, classes=dict.fromkeys(tasks.split(",")[:4], ("a", "b", "c")))
-    texts = [f"{colour} {text}" for text, colour in zip(TEXTS * 2, COLOURS * 3)][: len(media)]
+    texts = [f"{color} {text}" for text, color in zip(TEXTS * 2, COLORS * 3)][: len(media)]
     stills = [path for path in media if path.suffix in (".png", ".jpg")]
     pairs = list(zip(stills * 2, (stills[1:] + stills) * 2))[: len(texts)]
     for task, shown, said in (

@@ -40,7 +40,7 @@ from tiny_data.writer import VERSION
 HERE = Path(train.__file__).parent
 KEYS = (
     ["caption_exact", "caption_cider", "caption_bleu4", "caption_rouge_l"]
-    + [f"qa_{kind}" for kind in ("accuracy", "order", "colour", "digit", "count", "yesno", "binding")]
+    + [f"qa_{kind}" for kind in ("accuracy", "order", "color", "digit", "count", "yesno", "binding")]
     + [f"{way}_{key}" for way in ("t2v", "v2t") for key in ("r1", "r5", "r10", "median_rank", "r1_rerank")]
 )
 """The metrics of videos. Those of images have a prefix, except in retrieval, and there are no questions about order."""

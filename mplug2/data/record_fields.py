@@ -48,7 +48,7 @@ class Question:
     answers: tuple[str, ...]
     """All correct answers; at least one, unless the record is unlabelled. Repeated answers are kept: they are votes."""
     kind: str | None = None
-    """The kind of the question ("colour", "order", ...); accuracy is also reported for each kind."""
+    """The kind of the question ("color", "order", ...); accuracy is also reported for each kind."""
 
 
 def _plain_text(value: Any) -> bool:

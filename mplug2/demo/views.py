@@ -38,8 +38,8 @@ MOTIONS = {
 }
 """Names of the kinds of scenes on the page."""
 
-GENERAL_QUESTIONS = ("which digit is it", "what colour is it", "does it move left or right", "does it move up or down",
-                     "how many digits are there", "which colour came first")
+GENERAL_QUESTIONS = ("which digit is it", "what color is it", "does it move left or right", "does it move up or down",
+                     "how many digits are there", "which color came first")
 """Suggested for uploaded files, about which nothing is known."""
 
 SCALE = 96

@@ -116,7 +116,7 @@ def test_an_epoch_sees_each_caption_or_question_once(root, tmp_path):
 
 def test_a_vocabulary_is_trained_on_the_texts_unless_there_is_a_tokenizer(root, tmp_path):
     trained = build(root).tokenizer
-    for text in (*SUBJECTS, "which digit is shown scarlet", "a video of", "what does the picture describe"):
+    for text in (*SUBJECTS, "which digit is shown scarlet", "a video of", "what does the image describe"):
         assert trained.unk not in trained.encode([text])[0]
     given = make_tokenizer()
     assert build(root, tokenizer=given).tokenizer is given

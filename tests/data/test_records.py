@@ -68,7 +68,7 @@ def write(root: Path, task: str, *lines: object, split: str = "train") -> Path:
 
 GOOD = {
     "video_caption": {"video": "clips/1.gif", "captions": ["a red three moves left"]},
-    "image_qa": {"image": "1.png", "qa": [{"question": "what colour?", "answers": ["red"], "kind": "colour"}]},
+    "image_qa": {"image": "1.png", "qa": [{"question": "what color?", "answers": ["red"], "kind": "color"}]},
     "text_only": {"text": "a three"},
     "text_pair_classification": {"texts": ["a", "b"], "label": "same"},
     "visual_entailment": {"image": "1.png", "text": "it is red", "label": "neutral"},

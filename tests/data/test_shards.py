@@ -447,7 +447,7 @@ def test_a_damaged_field_costs_its_sample_and_not_the_run(root, tmp_path, tokeni
 
 
 OWN = {"source": "x.jsonl:3", "positive_id": 5, "captions": ["a red three"],
-       "qa": [{"question": "which colour", "answers": ["red"], "kind": "colour"}]}
+       "qa": [{"question": "which color", "answers": ["red"], "kind": "color"}]}
 
 
 @pytest.mark.parametrize("fields", [

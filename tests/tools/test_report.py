@@ -56,7 +56,7 @@ def media(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("media")
     paths = {name: folder / name for name in ("clip.gif", "large & 'quoted'.png", "gone.gif", "broken.png")}
     paths = {name.split()[0]: path for name, path in paths.items()}
-    grounds = [Image.new("RGB", (32, 32), colour) for colour in (COLOR, (0, 0, 0), (0, 250, 0))]
+    grounds = [Image.new("RGB", (32, 32), color) for color in (COLOR, (0, 0, 0), (0, 250, 0))]
     grounds[0].save(paths["clip.gif"], save_all=True, append_images=grounds[1:], duration=100)
     noise = np.random.default_rng(0).integers(0, 256, (900, 1600, 3), np.uint8)
     Image.fromarray(noise).save(paths["large"])
@@ -69,7 +69,7 @@ def run(media, tmp_path_factory) -> Path:
     clip, large = media["clip.gif"], media["large"]
     lines = [
         line("video_caption", [clip], EVIL, ["a red seven"]),
-        line("video_qa", [clip], "red", ["Red!", "blue"], "which colour is it"),
+        line("video_qa", [clip], "red", ["Red!", "blue"], "which color is it"),
         line("video_qa", [clip], "red", ["green"], f"is it {EVIL}"),
         line("video_qa", [media["gone.gif"]], "left", ["right"], "gone"),
         line("image_caption", [media["broken.png"]], "up", ["down"]),
@@ -103,7 +103,7 @@ def test_it_shows_settings_results_by_kind_predictions_and_the_command(page):
     for text in (
         "1,234,567", "torchrun train.py --name", "mine: pretrain", "max_steps", "6 of 9",
         "Answers by kind of question, videos", "qa_order", "75.0 %", "62.5 %", "Captions, images", "Retrieval, images",
-        "Classes, labels, and boxes", "which colour is it", "Attention of the words: which colour is it", "2.50",
+        "Classes, labels, and boxes", "which color is it", "Attention of the words: which color is it", "2.50",
         "4.00", "one text / another text", "validation: answers by kind of question, videos", "the box that misses",
     ):
         assert text in page.text, text
