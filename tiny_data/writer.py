@@ -80,9 +80,12 @@ class SplitWriter:
 
     def write(self, sizes: Sizes) -> None:
         clips, images, texts, labelled = sizes.for_split(self.split)
-        training = self.split == "train"
-        self._described("video", self.source.training_clips(clips) if training else self.source.testing_clips(clips))
-        self._described("image", self.source.training_images(images) if training else self.source.testing_images(images))
+        if self.split == "train":
+            self._described("video", self.source.training_clips(clips))
+            self._described("image", self.source.training_images(images))
+        else:
+            self._described("video", self.source.testing_clips(clips))
+            self._described("image", self.source.testing_images(images))
         if self.split in ("test", "combos"):
             self._galleries("video", [self.source.clip_gallery() for _ in range(sizes.galleries)])
             self._galleries("image", [self.source.image_gallery() for _ in range(sizes.galleries)])
