@@ -105,11 +105,11 @@ class SceneSource:
     # --- the contents of a split ---
 
     def training_clips(self, n: int) -> list[Scene]:
-        """Clips for training: 51% move, 5% stay, 26% are pairs (color-swapped twins), 18% are sequences; shuffled.
+        """Clips for training: 55% move, 5% stay, 22% are pairs (color-swapped twins), 18% are sequences; shuffled.
 
         Two digits are frequent because it takes many questions to learn which digit has which color.
         """
-        pairs, sequences, stay = 2 * (13 * n // 100), 18 * n // 100, 5 * n // 100
+        pairs, sequences, stay = 2 * (11 * n // 100), 18 * n // 100, 5 * n // 100
         scenes = self._all_twins(["pair"], pairs // 2)
         scenes += [self.scene("sequence") for _ in range(sequences)] + [self.scene("stay") for _ in range(stay)]
         scenes += [self.moving() for _ in range(n - len(scenes))]
@@ -124,8 +124,8 @@ class SceneSource:
         return self._shuffled(scenes + [self.scene("stay") for _ in range(n - len(scenes))])
 
     def training_images(self, n: int) -> list[Scene]:
-        """Images for training: half show color-swapped twins, 20% one large digit, 30% one digit; shuffled."""
-        scenes = self._all_twins(["pair"], n // 4) + [self.scene("large") for _ in range(n // 5)]
+        """Images for training: 44% show color-swapped twins, 20% one large digit, 36% one digit; shuffled."""
+        scenes = self._all_twins(["pair"], 22 * n // 100) + [self.scene("large") for _ in range(n // 5)]
         return self._shuffled(scenes + [self.scene("image") for _ in range(n - len(scenes))])
 
     def testing_images(self, n: int) -> list[Scene]:
