@@ -21,6 +21,7 @@ from mplug2.data.media import is_media  # noqa: E402
 from mplug2.demo import views  # noqa: E402
 from mplug2.demo.settings import ROOT, DemoSettings  # noqa: E402
 from mplug2.evaluation.own_files import find  # noqa: E402
+from mplug2.predictor import Word  # noqa: E402
 from tiny_data.world import COLOR_NAMES, DIGITS  # noqa: E402
 
 UPLOAD_LIMIT, SEARCH_LIMIT = "50mb", 200
@@ -105,7 +106,7 @@ class Demo:
             if "decoder" not in self.predictor.model.components:
                 raise ValueError(f"a model for {self.predictor.model.task} has no decoder, and writes nothing; "
                                  "the tabs that need other heads still work")
-            text, words = views.look(self.predictor, clip, **DECODING[decoding])
+            text, words = self.predictor.trace(clip, **DECODING[decoding])
             rows = views.answers(self.predictor, clip) if "fusion" in self.predictor.model.components else []
         return views.strip(clip.frames), text, _table(("question", "answer", "true answer"), rows), words
 
@@ -113,7 +114,7 @@ class Demo:
         if not question.strip():
             raise ValueError("no question: write one, or choose a suggested one")
         with views.local_temporal_off(self.predictor, not temporal):
-            return views.look(self.predictor, views.reorder(clip, order), question)
+            return self.predictor.trace(views.reorder(clip, order), question)
 
     def attention(self, clip, order, word, layer, head):
         """Where a word attends in one layer, by one head or by all."""
@@ -176,7 +177,7 @@ def _table(names: tuple[str, ...], rows: list[tuple]) -> str:
     return f"<table><tr>{line}</tr>{''.join(f'<tr>{each}</tr>' for each in lines)}</table>"
 
 
-def _highlighted(words: list[views.Word]) -> list[tuple[str, float | None]]:
+def _highlighted(words: list[Word]) -> list[tuple[str, float | None]]:
     """Words for gr.HighlightedText: colored by probability."""
     return [(word.text + " ", word.probability) for word in words]
 
