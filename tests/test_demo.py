@@ -111,7 +111,7 @@ def test_without_the_local_temporal_modules_the_order_of_frames_is_not_seen(pred
 
 @pytest.mark.parametrize("question", ["", "which digit is it"])
 def test_words_have_their_probabilities_and_attention_over_all_patches(predictor, clip, question):
-    written, words = views.look(predictor, clip, question)
+    written, words = predictor.trace(clip, question)
     asked = len(question.split())
     assert " ".join(word.text for word in words[asked:]) == written
     assert [word.text for word in words[:asked]] == question.split()

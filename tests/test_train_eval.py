@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import types
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -842,20 +842,27 @@ def test_two_processes_of_torchrun_evaluate_like_one_and_write_each_file_once(ru
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-def test_an_evaluation_can_be_stopped(run, cache, number):
+@pytest.mark.parametrize(("number", "ranks"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGINT, 2)],
+                         ids=["SIGINT", "SIGTERM", "SIGINT to torchrun and both ranks"])
+def test_an_evaluation_can_be_stopped(run, cache, tmp_path, number, ranks):
+    """One line says so, and nothing is written. The exit code of torchrun is 1, whatever its ranks return."""
+    torchrun = "-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node 2".split()
     process = subprocess.Popen(
-        [sys.executable, str(HERE / "eval.py"), "--checkpoint", str(run / "last"), "--batch-size", "1"], text=True,
+        [sys.executable, *(torchrun if ranks > 1 else ()), str(HERE / "eval.py"), "--checkpoint", str(run / "last"),
+         "--batch-size", "1", "--device", "cpu", "--out", str(tmp_path / "out")], text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}, bufsize=1,
     )
     try:
         assert process.stdout.readline().startswith("data: ")
-        process.send_signal(number)
+        os.killpg(process.pid, number)  # as Ctrl-C does
         _, said = process.communicate(timeout=60)
     finally:
-        process.kill()
-    assert process.returncode == 130
-    assert f"eval.py: stopped by {number.name}" in said and "Traceback" not in said
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == (130 if ranks == 1 else 1)
+    assert said.count(f"eval.py: stopped by {number.name}; the evaluation is not written") == 1, said
+    assert said.count("stopping after this batch") == 1 and ("Traceback" not in said or ranks > 1)
+    assert not (tmp_path / "out/metrics.json").exists()
 
 
 @pytest.mark.slow

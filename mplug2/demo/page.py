@@ -22,6 +22,7 @@ from mplug2.data.text import clean  # noqa: E402
 from mplug2.demo import views  # noqa: E402
 from mplug2.demo.settings import ROOT, DemoSettings  # noqa: E402
 from mplug2.evaluation.own_files import find  # noqa: E402
+from mplug2.predictor import Word  # noqa: E402
 from tiny_data.world import COLOR_NAMES, DIGITS  # noqa: E402
 
 UPLOAD_LIMIT, SEARCH_LIMIT = "50mb", 200
@@ -109,14 +110,14 @@ class Demo:
         if "decoder" not in self.predictor.model.components:
             return views.strip(clip.frames), NOTHING_WRITTEN, "", []
         with views.local_temporal_off(self.predictor, not temporal):
-            text, words = views.look(self.predictor, clip, **DECODING[decoding])
+            text, words = self.predictor.trace(clip, **DECODING[decoding])
             rows = views.answers(self.predictor, clip) if "fusion" in self.predictor.model.components else []
         return views.strip(clip.frames), text, _table(("question", "answer", "true answer"), rows), words
 
     def ask(self, clip, order, temporal, question):
         question = _with_words(question, "question")
         with views.local_temporal_off(self.predictor, not temporal):
-            return views.look(self.predictor, views.reorder(clip, order), question)
+            return self.predictor.trace(views.reorder(clip, order), question)
 
     def attention(self, clip, order, word, layer, head):
         """Where a word attends in one layer, by one head or by all."""
@@ -190,7 +191,7 @@ def _table(names: tuple[str, ...], rows: list[tuple]) -> str:
     return f"<table><tr>{line}</tr>{''.join(f'<tr>{each}</tr>' for each in lines)}</table>"
 
 
-def _highlighted(words: list[views.Word]) -> list[tuple[str, float | None]]:
+def _highlighted(words: list[Word]) -> list[tuple[str, float | None]]:
     """Words for gr.HighlightedText: colored by probability."""
     return [(word.text + " ", word.probability) for word in words]
 

@@ -17,6 +17,7 @@ import eval as evaluation
 import train
 from mplug2.checkpoint import read_config, read_data
 from mplug2.inference import BatchRunner
+from mplug2.training.fault_tolerance import Watchdog
 from mplug2.training.run_checkpoint import load_training
 from tiny_data import write
 
@@ -123,6 +124,28 @@ def test_a_signal_during_a_validation_ends_it_and_the_run_is_saved(world, tmp_pa
     else:
         assert f"SIGINT: saved after step {step + 1} of 3" in said.out
         assert os.readlink(tmp_path / "run/last") == f"step_000000{step + 1}"
+
+
+def test_the_watchdog_covers_start_up_and_every_batch_of_every_evaluation(world, tmp_path, monkeypatch):
+    """The final evaluation too. Before each batch, an evaluation that hangs would be noticed."""
+    heard, heartbeat, encode = [], Watchdog.heartbeat, BatchRunner.vision_tokens
+
+    def noted(self, step, activity, **more):
+        heard.append((step, activity))
+        heartbeat(self, step, activity, **more)
+
+    def encoded(self, pixels):
+        if self.inference.on_batch:  # the report reads a few files again
+            computed.append(heard[-1])
+            heard.append("a batch")
+        return encode(self, pixels)
+
+    computed: list[tuple[int, str]] = []
+    monkeypatch.setattr(Watchdog, "heartbeat", noted)
+    monkeypatch.setattr(BatchRunner, "vision_tokens", encoded)
+    train.main(arguments(world, tmp_path, "--eval-every", "1"))
+    assert heard[0] == (0, "starting")
+    assert set(computed) == {(1, "validating"), (2, "validating")} and len(computed) > 6
 
 
 def stopped_in_a_validation(rank: int, arguments: list[str], limit: int) -> tuple[dict, str]:

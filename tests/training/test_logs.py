@@ -26,18 +26,19 @@ def test_a_line_has_the_means_since_the_previous_one(tmp_path, monkeypatch):
     log = Log(tmp_path, ALONE, 0, 9, peak=2.0, flops={"video": 0.75e12, "image": 0.25e12}.get)
     for loss in (1.0, 2.0):
         log.waited(0.5)
-        losses = {"loss": torch.tensor(loss), "loss/vtc": torch.tensor(3 * loss)}
+        losses = {"loss": torch.tensor(loss), "loss/mlm": torch.tensor(2.0), "loss/vtc": torch.tensor(3 * loss)}
         log.step(losses, torch.tensor(7.0), 8, ["video", "image"])
     log.skipped_files(["b: gone"], 100, 0.02)
     log.write(3, {"lr": 0.1})
+    assert log.bar.postfix == "mlm 2.00 vtc 4.50 4 samples/s"
     log.step({"loss": torch.tensor(5.0)}, torch.tensor(7.0), 8, [])
     log.write(4, {"lr": 0.1})
     log.close()
     first, second = lines(tmp_path)
     assert first.pop("memory_gib") > 0.01
     assert first == {
-        "step": 3, "loss": 1.5, "loss/vtc": 4.5, "grad_norm": 7.0, "lr": 0.1, "samples_per_second": 4.0,
-        "waiting_for_data": 0.25, "skipped_files": 1, "mfu": 2e12 / 4 / 2e12,
+        "step": 3, "loss": 1.5, "loss/mlm": 2.0, "loss/vtc": 4.5, "grad_norm": 7.0, "lr": 0.1,
+        "samples_per_second": 4.0, "waiting_for_data": 0.25, "skipped_files": 1, "mfu": 2e12 / 4 / 2e12,
     }
     assert second["loss"] == 5.0 and second["samples_per_second"] == 8 / 10 and "loss/vtc" not in second
 
@@ -71,7 +72,7 @@ def test_means_are_those_of_all_ranks_and_memory_is_that_of_the_rank_with_most(t
         log.write(1, {})
         log.close()
         line = lines(tmp_path)[-1]
-        assert (line["loss"], line["grad_norm"], line["memory_gib"]) == (3.0, 4.0, most)
+        assert (line["loss"], line["grad_norm"], line["memory_gib"]) == (3.0, 4.0, most) and "mfu" not in line
 
 
 def test_only_the_main_process_writes(tmp_path, monkeypatch):
@@ -99,8 +100,9 @@ def test_files_that_cannot_be_decoded_are_counted_over_all_ranks(tmp_path, monke
 
 
 def test_a_step_that_is_not_finite_is_reported_with_the_samples_of_the_ranks_that_saw_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(logs.distributed, "all_gather_object", lambda one: [one, (False, ["b:2", "b:3"], {"vtc": 3.0})])
-    for finite, losses, names in ((True, "vtc 3", "b:2, b:3"), (False, "vtc inf", "a:1, b:2, b:3")):
+    other = False, ["b:2", "b:3"], {"vtc": 3.0, "mlm": 1.0}
+    monkeypatch.setattr(logs.distributed, "all_gather_object", lambda one: [one, other])
+    for finite, losses, names in ((True, "vtc 3, mlm 1", "b:2, b:3"), (False, "vtc inf", "a:1, b:2, b:3")):
         log = Log(tmp_path, ALONE, 0, 9)
         message = log.nonfinite(4, {"loss/vtc": torch.tensor(float("inf"))}, torch.tensor(7.0), ["a:1"], finite)
         assert message == f"step 4 is not finite: {losses}, gradient norm 7; samples: {names}"
@@ -150,8 +152,8 @@ def test_memory_is_in_gib(monkeypatch):
         usage = types.SimpleNamespace(ru_maxrss=3 * 2**30 // unit)
         monkeypatch.setattr(logs.resource, "getrusage", lambda who, usage=usage: usage)
         assert peak_memory_gib(torch.device("cpu")) == 3
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5 * 2**30)
-    assert peak_memory_gib(torch.device("cuda")) == 5
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5 * 2**30 * device.index)
+    assert peak_memory_gib(torch.device("cuda:1")) == 5
 
 
 @pytest.mark.parametrize("fails_at", ["init", "write", "close"])
