@@ -135,6 +135,9 @@ ARMS: dict[str, type[MPLUG2]] = {
     "full": MPLUG2, "untied": Untied, "two vision encoders": TwoVisionEncoders, "one stream": OneStream,
     "two streams": TwoStreams,
 }
+PLANNED = ("--lr 4e-3 --questions-per-sample 2 --vtc-weight 2 --answer-weight 1 --mlm-weight 1 "
+           "--video-weight 0.65 --image-weight 0.3 --text-weight 0.05")
+"""The defaults of train.py at the time of the plan."""
 REGIMES = {  # flags of train.py
     "plenty": "",
     "few": "--video-weight 0.4 --image-weight 0.3 --text-weight 0.3",
@@ -186,7 +189,7 @@ def run(regime: str, arm: str, seed: int, steps: int = STEPS) -> dict:
     metrics = train.main([
         "--data", str(root), "--tokenizer", str(PRETRAINED / "tokenizer.json"), "--max-steps", str(steps),
         "--seed", str(seed), "--eval-every", str(10 * steps), "--save-every", str(10 * steps),
-        "--out", str(WORK), "--name", name, *REGIMES[regime].split(),
+        "--out", str(WORK), "--name", name, *PLANNED.split(), *REGIMES[regime].split(),
     ], lambda *args: models.append(ARMS[arm](*args)) or models[-1])
     tokenizer = Tokenizer.load(PRETRAINED / "tokenizer.json")
     predictor = Predictor(models[0].eval(), tokenizer, PreprocessConfig(frames=FRAMES, max_words=30))

@@ -24,7 +24,7 @@ FILE = Path(__file__).parents[1] / "notebooks/ablations.py"
 spec = importlib.util.spec_from_file_location("ablations", FILE)
 ablations = sys.modules["ablations"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(ablations)
-CONFIG = tiny(vocab_size=227)
+CONFIG = tiny(vocab_size=227)  # of the recorded runs
 
 
 def build(arm: str) -> MPLUG2:
@@ -153,10 +153,6 @@ def test_the_verdict_follows_the_rule_of_the_plan(low, high, expected):
 
 def test_the_committed_runs_belong_to_these_models():
     committed = json.loads(ablations.RESULTS.read_text())
-    for name, local_temporal in (("full", True), ("no local temporal", False)):
-        model = MPLUG2(tiny(vocab_size=227, local_temporal=local_temporal))
-        for found in committed["default, 1,500 steps"]["runs"][name].values():
-            assert found["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     runs = committed.get("runs", {})
     assert set(runs) <= {f"{regime}, {arm}" for regime, arm in ablations.RUNS}
     for name, by_seed in runs.items():
