@@ -30,8 +30,8 @@ VISION, TIME, TEXT, SHARED, JOINED = "#2f6fb3", "#b3541e", "#2e7d4f", "#7a4fa3",
 """Colors of the boxes: vision only, video only, text only, shared by text and vision, both together."""
 EXAMPLES = {
     "blue_seven_left": "blue 7 left", "blue_seven_right": "blue 7 right", "green_two_left": "green 2 left",
-    "red_seven_growing": "red 7 grow", "yellow_three_then_blue_zero": "yellow 3 > blue 0",
-    "green_two_and_purple_three": "green 2 + purple 3",
+    "red_seven_growing": "red 7 grow", "red_eight_then_blue_zero": "red 8 > blue 0",
+    "blue_three_and_green_two": "blue 3 + green 2",
 }
 """Names of the example videos, and the `positive_id` of the records that they come from."""
 
