@@ -135,14 +135,16 @@ def test_tensorboard_gets_the_same_numbers_if_it_is_installed(tmp_path, monkeypa
     assert written == ([(tmp_path / "tensorboard", 5), ("loss", 2.0, 5)] if installed else [])
 
 
-@pytest.mark.parametrize("name, peak", [
-    ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H200", 989), ("NVIDIA B200", 2250),
-    ("NVIDIA L40S", 362), ("NVIDIA GeForce RTX 4090", 165), ("Another GPU", 0),
+@pytest.mark.parametrize("name, peaks", [
+    ("NVIDIA A100-SXM4-80GB", (312, 19.5)), ("NVIDIA H100 80GB HBM3", (989, 67)), ("NVIDIA H200", (989, 67)),
+    ("NVIDIA B200", (2250, 75)), ("NVIDIA L40S", (362, 91.6)), ("NVIDIA GeForce RTX 4090", (165, 82.6)),
+    ("Another GPU", (0, 0)),
 ])
-def test_the_peak_of_a_device_is_known_by_its_name(monkeypatch, name, peak):
-    """The data sheets name twice as much for some of them, with 2:4 sparsity."""
+def test_the_peak_of_a_device_is_known_by_its_name(monkeypatch, name, peaks):
+    """In bfloat16 and float32. The data sheets name twice as much for some of them, with 2:4 sparsity."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert peak_tflops(torch.device("cuda")) == peak and peak_tflops(torch.device("cpu")) == 0
+    assert tuple(peak_tflops(torch.device("cuda"), low_precision=low) for low in (True, False)) == peaks
+    assert peak_tflops(torch.device("cpu"), low_precision=True) == 0
 
 
 def test_memory_is_in_gib(monkeypatch):
