@@ -111,8 +111,8 @@ def test_fine_tuning_has_its_own_defaults_and_flags_take_precedence(tmp_path):
     assert settings(task="grounding") == ("grounding", 300, 2e-3)
     assert settings(task="video_qa,grounding", lr=1.0) == ("video_qa,grounding", 400, 1.0)
     assert settings(task="grounding", max_steps=7, name="boxes") == ("boxes", 7, 2e-3)
-    assert settings() == settings(task="pretrain") == ("tiny", 1500, 4e-3)
-    assert settings(task="pretrain,video_qa")[1:] == (1500, 4e-3)
+    assert settings() == settings(task="pretrain") == ("tiny", 1500, 2.5e-3)
+    assert settings(task="pretrain,video_qa")[1:] == (1500, 2.5e-3)
 
 
 def test_a_checkpoint_is_evaluated_on_every_task_that_it_has_the_modules_for(pretrained, world):
