@@ -5,7 +5,6 @@ field by field.
 """
 
 import json
-import math
 import os
 import reprlib
 from collections.abc import Callable
@@ -32,6 +31,9 @@ Benchmarks keep the labels of their test sets on a server. Such a record can be 
 """
 
 BOX_SLACK = 1e-3  # how far a box may reach outside its image, in image sizes: rounding to three digits causes this much
+
+
+LARGEST_LABEL = 3.4e38  # the range of float32
 
 
 class RecordError(ValueError):
@@ -197,7 +199,9 @@ def _question(unlabelled: bool, at: str, value: Any) -> Question:
 def _label(labels: tuple[str, ...], numbers: bool, at: str, value: Any) -> str | float:
     if labels and value not in labels:
         _fail(at, value, f"one of {listing(labels)}")
-    if numbers and type(value) in (int, float) and math.isfinite(value):
+    if numbers and type(value) in (int, float):
+        if not abs(value) <= LARGEST_LABEL:  # NaN too
+            _fail(at, value, f"a number between -{LARGEST_LABEL:g} and {LARGEST_LABEL:g}, or a string")
         return float(value)
     return _string(at, value)
 
