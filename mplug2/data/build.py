@@ -7,6 +7,7 @@ source on, the number of the source follows ("video@1").
 import copy
 import itertools
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,8 +35,8 @@ class DataSettings:
     task_weights: str = ""
     """Shares of the steps of several tasks, in their order, such as 3,1; empty: equal shares."""
     data: str = ""
-    """Folder with <task>.<split>.jsonl files or tar shards, or several with weights, DIR=2,OTHER=1; empty: the tiny
-    world, written to a cache on first use."""
+    """Folder with <task>.<split>.jsonl files or tar shards, or several with weights, DIR=2,OTHER=1 (names may
+    have "=" and ","); empty: the tiny world, written to a cache on first use."""
     eval_data: str = ""
     """Folder with <task>.<split>.jsonl files for validation; empty: the first folder of --data that has some."""
     tokenizer: str = ""
@@ -288,19 +289,29 @@ def eval_root(settings: DataSettings, roots: Mapping[Path, float]) -> Path | Non
 
 
 def read_sources(text: str) -> dict[Path, float]:
-    """The folders in `DIR=2,OTHER=1`, or in `DIR`, and their weights. A single folder may have any name."""
-    if Path(text).is_dir():
-        return {Path(text): 1.0}
-    sources: dict[Path, float] = {}
-    for part in text.split(","):
-        name, _, weight = part.rpartition("=") if "=" in part else (part, "", "1")
-        try:
-            sources[Path(name)] = float(weight)
-        except ValueError as error:
-            raise ValueError(f"data={text!r}: expected folders with weights, such as DIR=2,OTHER=1") from error
-    if len(sources) < len(text.split(",")) or min(sources.values()) < 0 or not sum(sources.values()):
+    """The folders in `DIR=2,OTHER=1`, or in `DIR`, and their weights.
+
+    Names may contain "," and "=": an existing folder takes precedence, and so does the longest name. ValueError for
+    weights that are not numbers, for a folder that is named twice, and if no weight is above 0.
+    """
+    parts, sources = text.split(","), []
+    while parts:
+        for count in range(len(parts), 0, -1):
+            name, equals, weight = (one := ",".join(parts[:count])).rpartition("=")
+            if os.path.isdir(one) or not equals or "," in weight:
+                name, weight = one, "1"
+            if os.path.isdir(name):
+                break
+        sources.append((Path(name), weight))
+        del parts[:count]
+    try:
+        weights = {root: float(weight) for root, weight in sources}
+    except ValueError as error:
+        raise ValueError(f"data={text!r}: expected folders with weights, such as DIR=2,OTHER=1; for a folder whose "
+                         "name has '=' or ',', check that it exists") from error
+    if len(weights) < len(sources) or not min(weights.values()) >= 0 or not 0 < sum(weights.values()) < math.inf:
         raise ValueError(f"data={text!r}: expected each folder once, and at least one weight above 0")
-    return sources
+    return weights
 
 
 def read_streams(

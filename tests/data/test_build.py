@@ -45,6 +45,23 @@ def test_the_name_of_a_single_folder_may_have_any_character(tmp_path):
         assert read_sources(str(tmp_path / name)) == {tmp_path / name: 1.0}
 
 
+def test_names_with_commas_and_equals_signs_are_found_in_a_list(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("lr=2", "a,b", "a", "x=1,y=2", "c"):
+        (tmp_path / name).mkdir()
+    for text, expected in (
+        ("lr=2,c", {"lr=2": 1, "c": 1}), ("lr=2=3,c=0.5", {"lr=2": 3, "c": 0.5}), ("c,a,b=2", {"c": 1, "a,b": 2}),
+        ("a=2,c", {"a": 2, "c": 1}), ("x=1,y=2=0.25,a,b", {"x=1,y=2": 0.25, "a,b": 1}),
+        ("c=2,gone", {"c": 2, "gone": 1}),
+    ):
+        assert {str(root): weight for root, weight in read_sources(text).items()} == expected, text
+    with pytest.raises(ValueError, match="name has '=' or ',', check that it exists"):
+        read_sources("gone=new,c")
+    for text in ("a=nan,c", "a=inf,c"):
+        with pytest.raises(ValueError, match="at least one weight above 0"):
+            read_sources(text)
+
+
 def test_the_share_of_a_batch_type_is_divided_among_its_sources(root, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
