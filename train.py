@@ -110,7 +110,8 @@ class Trainer:
         if resume:
             self.state.load_state_dict(saved)
         distributed.run_on_main(partial(self.start_folder, arguments), process)
-        self.log = Log(self.folder, process, self.state.step, self.data.steps, peak_tflops(process.device),
+        peak = peak_tflops(process.device, settings.parallel.low_precision)
+        self.log = Log(self.folder, process, self.state.step, self.data.steps, peak,
                        step_flops(settings, self.model.config, process.world_size))
         max_length = min(self.data.longest_text(), self.model.config.max_positions)
         self.preprocess = PreprocessConfig(settings.data.frames, settings.data.max_words, max_length)

@@ -271,12 +271,9 @@ def build_data(
         None if settings.augment == "none" else Augmentation(settings.augment, settings.hflip),
     )
     sizes = {stream: len(of_stream) for stream, of_stream in {**samples, **shards}.items()}
-    steps = settings.max_steps
-    if settings.epochs is not None:
-        steps = max(1, math.ceil(settings.epochs * texts_per_epoch(settings, samples, shards) / settings.batch_size))
     batches = MixedBatches(
-        sizes, weights, settings.batch_size, steps, seed, 0, process.rank, process.world_size,
-        settings.accumulation_steps,
+        sizes, weights, settings.batch_size, number_of_steps(settings, samples, shards), seed, 0, process.rank,
+        process.world_size, settings.accumulation_steps,
     )
     return TrainingData(settings, process, seed, roots, samples, shards, tokenizer, classes, dataset, batches)
 
@@ -349,6 +346,15 @@ def by_batch_type(samples: dict[str, Sequence[Sample]]) -> dict[str, Sequence[Sa
     for stream, of_stream in samples.items():
         parts.setdefault(stream_kind(stream), []).append(of_stream)
     return {kind: Joined(of_kind) for kind, of_kind in parts.items()}
+
+
+def number_of_steps(
+    settings: DataSettings, samples: dict[str, Sequence[Sample]], shards: dict[str, ShardSet]
+) -> int:
+    """The steps of the whole run: those of `epochs` where it is given, otherwise `max_steps`."""
+    if settings.epochs is None:
+        return settings.max_steps
+    return max(1, math.ceil(settings.epochs * texts_per_epoch(settings, samples, shards) / settings.batch_size))
 
 
 def texts_per_epoch(settings: DataSettings, samples: dict[str, Sequence[Sample]], shards: dict[str, ShardSet]) -> int:

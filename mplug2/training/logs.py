@@ -14,14 +14,17 @@ from tqdm import tqdm
 from mplug2 import distributed
 from mplug2.distributed import DistInfo
 
-PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362, "RTX 4090": 165}
-"""Peak dense bfloat16 TFLOP/s, by a part of the device's name. Source: NVIDIA's data sheets."""
+PEAK_TFLOPS = {"A100": (312, 19.5), "H100": (989, 67), "H200": (989, 67), "B200": (2250, 75), "L40S": (362, 91.6),
+               "RTX 4090": (165, 82.6)}
+"""Peak dense TFLOP/s in bfloat16 and in float32, by a part of the device's name. Source: NVIDIA's data sheets. float32
+is without TF32 (on an H100 494.5), which torch does not use for matrix products by default."""
 
 
-def peak_tflops(device: torch.device) -> float:
-    """Peak TFLOP/s of the device, or 0 if its name is not known."""
+def peak_tflops(device: torch.device, low_precision: bool) -> float:
+    """Peak TFLOP/s of the device, for passes in bfloat16 or float32; 0 if its name is not known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), 0)
+    bfloat16, float32 = next((peaks for part, peaks in PEAK_TFLOPS.items() if part in name), (0, 0))
+    return bfloat16 if low_precision else float32
 
 
 def peak_memory_gib(device: torch.device) -> float:

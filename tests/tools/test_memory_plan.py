@@ -1,5 +1,6 @@
 """The plan: what a step costs, counted on fake tensors, against a real step; and what sharding leaves to a device."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,8 +11,19 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mplug2.config import ModelConfig, large, tiny
+from mplug2.data.build import build_data
+from mplug2.distributed import DistInfo
 from mplug2.model.mplug2 import MPLUG2
-from mplug2.tools.memory_plan import PlanSettings, Workload, cost, device_memory, main, parameter_counts
+from mplug2.tools.memory_plan import (
+    PlanSettings,
+    Workload,
+    cost,
+    device_memory,
+    main,
+    parameter_counts,
+    training_load,
+)
+from mplug2.training.settings import Settings, with_defaults
 
 SIZES = dict(
     image_size=48, patch_size=8, vision_width=192, vision_layers=2, vision_head_width=32, width=192, heads=4,
@@ -107,4 +119,34 @@ def test_every_task_has_a_plan_of_what_it_sees(capsys):
     assert "100 images, 2 times: 25 steps" in said and "video" not in said
     with pytest.raises(SystemExit):
         main("--task text_classification --batch-size 8".split())
-    assert "the plan is for images and videos; text_classification with --images" in capsys.readouterr().err
+    assert "without --data the plan is for images and videos; text_classification" in capsys.readouterr().err
+
+
+def test_a_recipe_and_data_give_the_steps_that_training_would_take(tmp_path, capsys):
+    """Three questions for each of two videos: at one question a sample and 10 epochs, 60 samples."""
+    questions = [{"question": f"what is {number}", "answers": ["a"], "kind": "k"} for number in range(3)]
+    (tmp_path / "video_qa.train.jsonl").write_text("".join(
+        json.dumps({"video": f"{number}.gif", "qa": questions}) + "\n" for number in range(2)))
+    small = [*SHALLOW, *"--preset tiny --recipe msrvtt_qa --gpus 2 --batch-size 4 --frames 2".split()]
+    main([*small, "--data", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "2 samples of video_qa, 10 times: 15 steps, 0.0 days at 40% of 989 TFLOP/s" in said
+    settings = Settings.from_flat(with_defaults(
+        {"recipe": "msrvtt_qa", "preset": "tiny", "batch_size": 4, "data": str(tmp_path)}))
+    data = build_data(settings.data, tiny(), DistInfo(0, 1, torch.device("cpu")), 0)
+    assert data.steps == 15
+    with pytest.raises(SystemExit):
+        main(small)
+    assert "recipe='msrvtt_qa' trains on msrvtt_qa: add --data DIR" in capsys.readouterr().err
+
+
+def test_batches_of_text_count_with_their_share_of_the_steps(tmp_path):
+    (tmp_path / "text_only.train.jsonl").write_text('{"text": "a"}\n' * 3)
+    (tmp_path / "image_caption.train.jsonl").write_text('{"image": "a.png", "captions": ["a", "b"]}\n')
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "text_only.train.jsonl").write_text('{"text": "b"}\n')
+    settings = Settings.from_flat({"data": f"{tmp_path},{tmp_path / 'other'}=2", "max_steps": 7, "image_weight": 0.6,
+                                   "text_weight": 0.2, "video_weight": 0.0})
+    load = training_load(PlanSettings(), settings)
+    assert load.shares == pytest.approx({"image": 0.75, "text": 0.25}) and list(load.shares) == ["image", "text"]
+    assert load.steps == 7 and load.description == "1 samples of image and 4 samples of text"

@@ -107,5 +107,7 @@ def test_tensorboard_gets_the_same_numbers_if_it_is_installed(tmp_path, monkeypa
 
 def test_the_peak_of_a_device_is_known_by_its_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    assert peak_tflops(torch.device("cuda")) == 989 and peak_tflops(torch.device("cpu")) == 0
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert (peak_tflops(cuda, low_precision=True), peak_tflops(cuda, low_precision=False)) == (989, 67)
+    assert peak_tflops(cpu, low_precision=True) == 0
     assert 0.01 < peak_memory_gib(torch.device("cpu")) < 1000
