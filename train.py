@@ -185,9 +185,8 @@ class Trainer:
         else:
             state.nonfinite_in_a_row = 0
             self.optimizer.step()
-            if self.objectives.ema_teacher:
-                self.objectives.ema_teacher.update(self.model)
             self.log.step(losses, norm, len(sources) * self.process.world_size, kinds)
+        self.objectives.after_step(skip)
         self.optimizer.zero_grad(set_to_none=True)
         return stopping
 

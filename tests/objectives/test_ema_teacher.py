@@ -142,10 +142,36 @@ def test_training_fills_the_queue_with_the_teachers_vectors_and_evaluation_does_
     objectives, batch = Objectives(model, ema_teacher), make_batch("image")
     objectives.eval()(batch)
     assert ema_teacher.queued == 0
-    losses = objectives.train()(batch)
-    assert ema_teacher.queued == 3 and set(losses) == {"vtc", "vtm", "mlm", "caption", "answer"}
+    objectives.after_step(skipped=False)
+    assert ema_teacher.queued == 0
     expected = ema_teacher.teacher.project_vision(ema_teacher.teacher.encode_vision(batch["pixels"]))
+    objectives.train()(batch)
+    objectives.after_step(skipped=True)  # its vectors may be NaN
+    assert ema_teacher.queued == 0 and not ema_teacher.pending and ema_teacher.steps == 1
+    losses = objectives(batch)
+    objectives.after_step(skipped=False)
+    assert ema_teacher.queued == 3 and not ema_teacher.pending
+    assert set(losses) == {"vtc", "vtm", "mlm", "caption", "answer"}
     torch.testing.assert_close(ema_teacher.queue()[0], expected)
+
+
+def test_no_step_reads_a_value_from_the_device(monkeypatch):
+    """A process that reads one waits for its GPU."""
+    model, ema_teacher = make("pretrain", queue=6, alpha=0.4)
+    objectives, batch = Objectives(model, ema_teacher).train(), make_batch("image")
+    vision, text = (unit(torch.Generator().manual_seed(seed), 3, 5) for seed in (0, 1))
+
+    def read(tensor):
+        raise AssertionError("a value is read from a tensor")
+
+    with monkeypatch.context() as patch:
+        for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__"):
+            patch.setattr(torch.Tensor, name, read)
+        for _ in range(3):
+            ema_teacher.contrastive_loss(batch, vision, text, model.temperature, enqueue=True)
+            ema_teacher.answer_logits(batch)
+            objectives.after_step(skipped=False)
+    assert (ema_teacher.steps, ema_teacher.queued) == (3, 9)
 
 
 def test_its_state_dict_is_complete():
@@ -156,5 +182,5 @@ def test_its_state_dict_is_complete():
     other.load_state_dict(ema_teacher.state_dict())
     for one, two in zip(ema_teacher.queue(), other.queue()):
         assert one.equal(two)
-    assert other.steps == 1
+    assert other.steps == 1 and other.queued == 3
     assert all(a.equal(b) for a, b in zip(ema_teacher.teacher.parameters(), other.teacher.parameters()))

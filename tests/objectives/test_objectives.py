@@ -81,6 +81,9 @@ def test_the_temperature_stays_in_its_range_and_its_gradient_is_never_stuck_at_z
     Objectives(trained)(batch)["vtc"].backward()
     assert trained.temperature.item() == pytest.approx(edge)
     assert trained.temperature.grad != 0
+    trained.temperature.data.fill_(start)  # as after a step of the optimizer: a checkpoint may follow
+    Objectives(trained).after_step(skipped=False)
+    assert trained.temperature.item() == pytest.approx(edge) and trained.temperature.requires_grad
 
 
 def test_similarities_are_float32_under_autocast():
