@@ -101,8 +101,8 @@ class Objectives(nn.Module):
 
     @torch.no_grad()
     def after_step(self, skipped: bool) -> None:
-        """After each step of the optimizer, or in its place if it is skipped: clamp the temperature, so that checkpoints
-        have one in its range, and update the EMA teacher."""
+        """After each step of the optimizer, or in its place if it is skipped: clamp the temperature, so that a
+        checkpoint has one in its range, and update the EMA teacher."""
         if skipped:
             if self.ema_teacher:
                 self.ema_teacher.pending.clear()
