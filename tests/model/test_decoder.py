@@ -41,6 +41,7 @@ def test_it_is_embeddings_causal_layers_and_tied_head(config, l, m, seed):
         x = layer_by_hand(layer, x, causal, memory, memory_mask[:, None, :].expand(-1, l, -1))
     assert len(module.layers) == config.decoder_layers
     assert_same(module.hidden(ids, mask, memory, memory_mask), x)
+    assert_same(module.hidden(module.embeddings.word(ids), mask, memory, memory_mask), x)
     assert_same(module(ids, mask, memory, memory_mask), module.head(x, module.embeddings.word.weight))
 
 
