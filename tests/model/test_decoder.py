@@ -109,6 +109,8 @@ def test_refuses_wrong_shapes():
         module(ids[0], mask[0], memory)
     with pytest.raises(ValueError, match=re.escape("(br l) with br=2, l=5, found (2, 4)")):
         module(ids, mask[:, 1:], memory)
+    with pytest.raises(ValueError, match=re.escape("(br l) with br=2, l=5, found (2, 4)")):
+        module.hidden(module.embeddings.word(ids), mask[:, 1:], memory)
     with pytest.raises(ValueError, match=re.escape("(b m d) with d=16, found (2, 4, 15)")):
         module(ids, mask, memory[..., 1:])
     with pytest.raises(ValueError, match="2 sequences cannot share 3 memories evenly"):
