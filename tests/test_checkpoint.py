@@ -15,9 +15,10 @@ import torch
 from helpers import randomized, seeds, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mplug2.checkpoint import CheckpointError, PreprocessConfig, load_model, read_config, save_model
+from mplug2.checkpoint import CheckpointError, PreprocessConfig, load_model, read_config, read_data, save_model
 from mplug2.config import form_fields
 from mplug2.data.text import Tokenizer
 from mplug2.model.mplug2 import MPLUG2
@@ -74,6 +75,15 @@ def test_loading_is_bit_identical_to_what_was_saved(tmp_path_factory, task, seed
     assert not found.training
     assert read_config(folder) == (task, model.config, PREPROCESS)
     assert {file.name for file in folder.iterdir()} == {"model.safetensors", "config.json", "tokenizer.json"}
+
+
+def test_a_model_folder_keeps_the_stride_of_time_its_data_and_what_other_programs_ask_for(tmp_path):
+    model = make_model("video_caption", temporal_stride=3, vocab_size=len(TOKENIZER))  # just enough for the tokenizer
+    save_model(tmp_path, model, TOKENIZER, PREPROCESS, data=[tmp_path / "a", "b"])
+    assert read_config(tmp_path)[1].temporal_stride == 3 and load_model(tmp_path)[0].config == model.config
+    assert read_data(tmp_path) == [tmp_path / "a", Path("b").absolute()]
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}  # transformers refuses files without it
 
 
 @pytest.mark.parametrize("readout", ["released", "figure"])

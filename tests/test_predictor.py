@@ -71,6 +71,19 @@ def test_the_model_of_these_tests_distinguishes_its_inputs(alone):
     assert len({tuple(row) for row in alone["vectors"].round(decimals=3).tolist()}) == 7
 
 
+def test_a_text_starts_with_cls_and_the_words_of_the_prompt(predictor):
+    ids, word = predictor.start(2, "a video of"), predictor.tokenizer.lengths
+    assert word(["a video of"]) == [5] and ids.shape == (2, 4)  # [CLS] and three words, without [SEP]
+    assert predictor.tokenizer.decode(ids) == ["a video of"] * 2 and (ids[:, 0] == predictor.tokenizer.cls).all()
+    assert predictor.start(3).tolist() == [[predictor.tokenizer.cls]] * 3
+
+
+def test_each_text_is_encoded_once_in_batches(predictor):
+    with patch.object(predictor.model, "encode_text", wraps=predictor.model.encode_text) as encoded:
+        vectors = predictor.embed_texts(TEXTS[:5])
+    assert [len(call.args[0]) for call in encoded.call_args_list] == [3, 2] and len(vectors) == 5
+
+
 @settings(max_examples=8, deadline=None)
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=8), st.integers(1, 4))
 def test_results_come_in_the_order_of_the_paths_whatever_the_batches(predictor, media, alone, order, batch_size):

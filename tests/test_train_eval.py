@@ -772,6 +772,12 @@ def test_your_own_files_are_captioned_and_asked_about(run, own_files, capsys, na
     assert capsys.readouterr().out == model.answer([own_files / name], ["which digit is it"])[0] + "\n"
 
 
+def test_a_single_file_that_cannot_be_read_is_refused(capsys, run, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no image")
+    message = refused(capsys, evaluation.main, ["--checkpoint", run / "last", "--input", tmp_path / "a.png"], 1)
+    assert "a.png cannot be decoded" in message
+
+
 def test_a_folder_is_searched_for_the_best_matches(run, own_files, capsys):
     evaluation.main(["--checkpoint", str(run / "last"), "--input", str(own_files), "--find", "a red seven"])
     found = [line.split() for line in capsys.readouterr().out.splitlines()]

@@ -59,6 +59,14 @@ def test_media_that_another_source_holds_out_are_reported(tmp_path, capsys):
     assert "held out" not in capsys.readouterr().out
 
 
+def test_the_ranks_share_the_batches_of_one_process(root):
+    """Two micro-batches a step, on two ranks: every sample is drawn by exactly one of them."""
+    whole = list(build(root, accumulation_steps=2).batches)
+    parts = [list(build(root, 2, rank, accumulation_steps=2).batches) for rank in (0, 1)]
+    assert [sorted(one + other) for one, other in zip(*parts, strict=True)] == list(map(sorted, whole))
+    assert len(whole) == 12 and parts[0] != parts[1]
+
+
 def test_the_name_of_a_single_folder_may_have_any_character(tmp_path):
     for name in ("lr=2", "a,b", "x=1,y=2"):
         (tmp_path / name).mkdir()

@@ -142,6 +142,22 @@ def test_operations_and_their_values(seed):
             assert abs(value) == pytest.approx(largest * level if largest else color)
 
 
+def test_the_operations_are_those_of_the_released_code():
+    """ALBEF's for images; videos have contrast in place of the two that look at all pixels at once."""
+    shared = ["identity", "brightness", "sharpness", "shear_x", "shear_y", "translate_x", "translate_y", "rotate"]
+    assert sorted(IMAGE_OPERATIONS) == sorted([*shared, "autocontrast", "equalize"])
+    assert sorted(VIDEO_OPERATIONS) == sorted([*shared, "contrast"])
+
+
+def test_crops_are_resized_bicubically(monkeypatch):
+    monkeypatch.setattr("mplug2.data.transforms.draw_operations", lambda *_: [])
+    monkeypatch.setattr("mplug2.data.transforms.crop_box", lambda *_: (2, 1, 18, 20))
+    frames = noise(1, 20, 20)
+    made = augment(frames, 8, "image", Augmentation("finetune", flip=False), np.random.default_rng(0))
+    expected = Image.fromarray(frames[0]).resize((8, 8), Image.Resampling.BICUBIC, box=(2, 1, 18, 20))
+    np.testing.assert_array_equal(made[0], np.asarray(expected))
+
+
 def test_every_operation_is_drawn_and_images_skip_half_of_them():
     rng = np.random.default_rng(0)
     drawn = [draw_operations("image", 224, rng) for _ in range(500)]
@@ -167,6 +183,8 @@ def test_what_each_operation_does():
         np.testing.assert_array_equal(after(name, 1.0), pixels)  # the factor of videos changes nothing
     np.testing.assert_allclose(after("brightness", 0.5), pixels * 0.5, atol=1)
     assert after("contrast", 1.36).std() > pixels.std() * 1.2
+    gray = image.convert("L").convert("RGB")
+    assert np.asarray(apply(gray, "contrast", 1.36)).std() > np.asarray(gray).std() * 1.2
     assert after("autocontrast", 1).min() == 0 and after("autocontrast", 1).max() == 255
     assert after("equalize", 1).max() == 255 and after("equalize", 1).min() < 10
     np.testing.assert_array_equal(after("translate_x", 3)[:, :17], pixels[:, 3:])

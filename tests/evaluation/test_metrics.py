@@ -134,6 +134,23 @@ def test_a_perfect_model_has_perfect_scores_in_every_script(language):
         assert vqa_accuracy([[text] * 9 + ["x"] for text in texts], written) == [1, 1]
 
 
+def test_the_metrics_of_the_papers_are_those_of_pycocoevalcap(monkeypatch, capsys):
+    """With another tokenizer and another METEOR, so that it runs without Java."""
+    split = SimpleNamespace(tokenize=lambda texts: {i: [one["caption"] for one in of] for i, of in texts.items()})
+    monkeypatch.setattr("pycocoevalcap.tokenizer.ptbtokenizer.PTBTokenizer", lambda: split)
+    meteor = SimpleNamespace(compute_score=lambda *_: (0.25, []))
+    monkeypatch.setattr("pycocoevalcap.meteor.meteor.Meteor", lambda: meteor)
+    monkeypatch.setattr(shutil, "which", {"java": "/usr/bin/java"}.get)
+    references, texts = [["a red seven moves", "a seven"], ["a blue one"]], ["a red seven", "a blue two"]
+    found = paper_captions(references, texts)
+    own = bleu(bleu_counts(references, texts).sum(axis=0))
+    assert [found.pop(f"bleu{n}") for n in (1, 2, 3, 4)] == pytest.approx(own.tolist())
+    truths, written = {0: references[0], 1: references[1]}, {0: texts[:1], 1: texts[1:]}
+    assert found == {"meteor": 0.25, "rouge_l": pytest.approx(np.mean(rouge_l(references, texts))),
+                     "cider": pytest.approx(Cider().compute_score(truths, written)[0])}
+    assert capsys.readouterr().out == ""
+
+
 def test_the_pipeline_of_the_papers_names_what_it_needs(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match="there is no `java`: install a Java runtime, or leave the flag out"):

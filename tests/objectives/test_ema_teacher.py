@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mplug2.model.mplug2 import MPLUG2, answer_memory
+from mplug2.objectives.build import LossSettings
 from mplug2.objectives.ema_teacher import EMATeacher, distilled_contrastive_loss
 from mplug2.objectives.losses import contrastive_loss, language_loss
 from mplug2.objectives.objectives import Objectives
@@ -35,6 +36,10 @@ def test_every_parameter_follows_the_model_and_none_has_gradients(task):
         torch.testing.assert_close(parameter, 0.9 * before[name] + 0.1 * dict(model.named_parameters())[name])
         assert not parameter.requires_grad
     assert ema_teacher.steps == 1
+
+
+def test_the_decay_is_that_of_albef():
+    assert EMATeacher(MPLUG2(small(), "video_qa")).decay == LossSettings().ema_decay == 0.995
 
 
 def test_a_new_teacher_is_the_model_without_dropout():

@@ -141,6 +141,24 @@ def test_hard_negatives_are_drawn_with_the_softmax_of_the_similarity():
     assert ((found - expected).abs() <= 4 * deviation + 1e-4).all(), (found, expected)
 
 
+def test_negatives_without_a_chance_are_drawn_alike():
+    """Where a positive has all of the probability, the softmax of each negative is zero in float32."""
+    torch.manual_seed(0)
+    similarity = torch.tensor([1e4, 0.0, 0.0, 0.0]).expand(4, 4)
+    chosen = torch.cat([hard_negatives(similarity, torch.arange(4))[0][:1] for _ in range(300)])
+    assert chosen.bincount(minlength=4)[0] == 0 and chosen.bincount(minlength=4)[1:].min() > 70
+
+
+def test_the_matching_gradient_reaches_each_pair_and_its_negatives():
+    vision, text = (noise(2, size, 16, seed=size).requires_grad_() for size in (3, 4))
+    mask, positive_id = torch.ones(2, 4, dtype=torch.bool), torch.arange(2)
+
+    def loss(vision, text):
+        return matching_loss(model, vision, text, mask, similarity_for([1, 0]), positive_id)
+
+    assert torch.autograd.gradcheck(loss, (vision, text), fast_mode=True)
+
+
 @pytest.mark.parametrize("positive_id", [[0, 1, 2], [0, 1, 1], [5, 5, 5]])
 def test_matching_loss_is_over_each_pair_and_its_two_hard_negatives(positive_id):
     torch.manual_seed(0)
