@@ -35,10 +35,11 @@ def test_a_new_module_changes_nothing_yet_gets_gradients(config, t, n, seed):
     assert module.up.weight.grad.abs().max() > 0 and module.up.bias.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("groups", [1, 32])
-def test_the_convolution_starts_like_that_of_torch(groups):
+@pytest.mark.parametrize("channels, groups", [(64, 1), (1024, 32)])
+def test_the_convolution_starts_like_that_of_torch(channels, groups):
     """Evenly within one over the square root of the inputs of a channel; the bias starts at zero."""
-    module = TemporalConv(2048 // groups if groups > 1 else 64, groups)
+    torch.manual_seed(0)
+    module = TemporalConv(channels, groups)
     bound = (3 * module.channels / groups) ** -0.5
     assert 0.995 * bound < module.weight.abs().max() <= bound and not module.bias.any()
     assert module.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.03)
