@@ -75,7 +75,7 @@ def _generate(
 ) -> list[list[int]]:
     """The loop of `greedy` and `sample`. `choose(logits, rows)` returns the next tokens of the texts in these rows of
     `prompt`; logits are `rows s`."""
-    b, texts, device = check(memory, "b m d")["b"], check(prompt, "br l")["br"], memory.device
+    b, texts, device = check(memory, "b m d")["b"], check(prompt, "br l")["br"], prompt.device
     if texts % b:
         raise ValueError(f"{texts} texts cannot share {b} memories evenly")
     decoder, steps = model.require("decoder"), _max_new_tokens(model, prompt, max_length)
@@ -110,7 +110,7 @@ def beam_search(
     continuations. A beam that ends below the top is stored, but also continues. When the top beam ends, or after
     `max_length` tokens, all beams are stored and the sample is done. As in the released code, ids include [SEP].
     """
-    b, device = check(memory, "b m d")["b"], memory.device
+    b, device = check(memory, "b m d")["b"], prompt.device
     check(prompt, "b l", b=b)
     decoder, steps = model.require("decoder"), _max_new_tokens(model, prompt, max_length)
     state = decoder.init_state(memory, memory_mask)

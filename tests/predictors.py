@@ -14,7 +14,7 @@ from mplug2.inference import Inference
 from mplug2.model.mplug2 import MPLUG2
 from mplug2.predictor import Predictor
 
-WORDS = ("a video of a picture of red green blue one two three moving left right which color digit is it and "
+WORDS = ("a video of a picture of red green blue one two three moving left right which colour digit is it and "
          "yes no up down")
 
 

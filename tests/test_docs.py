@@ -324,7 +324,7 @@ def test_the_first_commands_of_the_readme_find_what_they_name(monkeypatch, capsy
     for arguments in shown:
         eval_program.main(list(arguments))
         said.append(capsys.readouterr().out.strip().splitlines()[0])
-    assert said[:2] == ["a blue seven moving left", "seven"] and said[2].endswith("blue_seven_left.gif")
+    assert said[:2] == ["a blue seven that moves to the left", "seven"] and said[2].endswith("blue_seven_left.gif")
 
 
 def test_the_text_cites_no_section_of_the_paper():

@@ -32,7 +32,7 @@ from mplug2.predictor import Predictor
 from mplug2.tasks import INSTRUCTIONS, PROMPTS
 from mplug2.tools.plots import draw_curves
 
-QUESTIONS = ("which color is it", "is it red", "which digit", "up or down")
+QUESTIONS = ("which colour is it", "is it red", "which digit", "up or down")
 COLORS = ("red", "green", "blue")
 TEXTS = ("a red one", "two moving left", "three up", "green and blue", "down right", "a digit")
 
@@ -143,7 +143,7 @@ def test_a_caption_by_instruction_is_the_answer_to_the_instruction(predictor, me
 
 
 def test_without_media_the_answer_is_decoded_from_the_text_alone(predictor):
-    questions = ["which digit is it there is a red seven", "what color is it", "is it a red one moving left"]
+    questions = ["which digit is it there is a red seven", "what colour is it", "is it a red one moving left"]
     found = predictor.answer(None, questions, max_length=6)
     for question, text in zip(questions, found, strict=True):
         ids, mask = predictor.tokenizer.encode([question])
@@ -179,8 +179,8 @@ def test_the_likelihood_of_a_text_is_the_product_of_its_tokens_probabilities(pre
 
 
 def test_a_model_without_a_decoder_shows_the_attention_of_the_words_of_a_text(media):
-    written, words = make_predictor("visual_entailment").explain(media[1], "which color is it")
-    assert written == "" and [word.word for word in words] == ["which", "color", "is", "it"]
+    written, words = make_predictor("visual_entailment").explain(media[1], "which colour is it")
+    assert written == "" and [word.word for word in words] == ["which", "colour", "is", "it"]
     assert {word.module.split(".")[0] for word in words} == {"fusion"}
 
 
@@ -259,13 +259,13 @@ def test_inputs_that_do_not_fit_are_refused(predictor, media, tmp_path):
     path = str(media[0])
     for wrong in (
         lambda: predictor.caption(path), lambda: predictor.caption(media[0]), lambda: predictor.embed("a red one"),
-        lambda: predictor.answer(path, ["which"]), lambda: predictor.answer([path], "which color"),
+        lambda: predictor.answer(path, ["which"]), lambda: predictor.answer([path], "which colour"),
         lambda: predictor.similarity(path, ["a"]), lambda: predictor.similarity([path], "a"),
     ):
         with pytest.raises(TypeError, match="found the single '.*': expected a list of paths or texts"):
             wrong()
     with pytest.raises(ValueError, match="2 media, but 1 questions: expected one question per medium"):
-        predictor.answer(media[:2], ["which color"])
+        predictor.answer(media[:2], ["which colour"])
     with pytest.raises(MediaError, match="nowhere.gif does not exist"):
         predictor.caption([tmp_path / "nowhere.gif"])
     with pytest.raises(MediaError, match="notes.txt: suffix '.txt' is not that of an image or a video"):
@@ -282,7 +282,7 @@ def test_inputs_that_do_not_fit_are_refused(predictor, media, tmp_path):
 def test_a_model_without_the_modules_says_so(media):
     captioner, retriever = make_predictor("video_caption"), make_predictor("image_retrieval")
     with pytest.raises(ValueError, match="a model for the task 'video_caption' has no text_encoder; build it for an"):
-        captioner.answer(media[:1], ["which color"])
+        captioner.answer(media[:1], ["which colour"])
     with pytest.raises(ValueError, match="'video_caption' has no contrastive_vision"):
         captioner.embed(media[:1])
     with pytest.raises(ValueError, match="'image_retrieval' has no decoder"):
@@ -324,7 +324,7 @@ def root(tmp_path_factory) -> Path:
     write_records(folder, "image_retrieval.test", images)
     write_records(folder, "video_qa.test", [
         {"video": f"{i}.gif", "qa": [
-            {"question": "Which color is it?", "answers": [COLORS[i % 3]], "kind": "color"},
+            {"question": "Which colour is it?", "answers": [COLORS[i % 3]], "kind": "color"},
             {"question": "is it one", "answers": ["yes", "Yeah"], "kind": "yesno"},
             {"question": "which", "answers": ["one"]},
         ]} for i in range(6)
@@ -344,7 +344,7 @@ class Oracle(Predictor):
 
     def answer(self, media: list[Medium], questions: list[str], **settings) -> list[str]:
         numbers = [int(medium.paths[0].stem) for medium in media]
-        return [COLORS[number % 3] if "color" in question else "no" if number % 2 else "yes"
+        return [COLORS[number % 3] if "colour" in question else "no" if number % 2 else "yes"
                 for number, question in zip(numbers, questions)]
 
 
@@ -365,7 +365,7 @@ def test_captions_and_answers_are_scored_by_kind(root, predictor):
         "video_caption", (root / "0.gif",), "", "a red one moving left", ("a red one moving left", "red"),
         "video_caption.test.jsonl:1",
     )
-    assert predictions[6] == Prediction("video_qa", (root / "0.gif",), "Which color is it?", "red", ("red",),
+    assert predictions[6] == Prediction("video_qa", (root / "0.gif",), "Which colour is it?", "red", ("red",),
                                         "video_qa.test.jsonl:1")
     assert [prediction.right for prediction in predictions[:2]] == [True, False]
     retrieved = [prediction for prediction in predictions if "retrieval" in prediction.task]

@@ -233,7 +233,7 @@ def test_training_is_balanced_in_time():
     for before, after in REVERSED.items():
         assert abs(kinds[before] - kinds[after]) < 5 * np.sqrt(kinds[before] + kinds[after])
         assert kinds[before] > kinds["stay"]
-    assert kinds["pair"] == 1440 and kinds["sequence"] == 1560
+    assert kinds["pair"] == 2640 and kinds["sequence"] == 2160
 
 
 # --- sentences -------------------------------------------------------------------------------------------------------
@@ -299,9 +299,12 @@ def test_answers_are_true_of_the_pixels(root):
             assert len(frames) == (4 if modality == "video" else 1) and frames.shape[1:] == (32, 32, 3)
             shown = None if split == "train" else contents(frames)
             for qa in record["qa"]:
-                check_answer(qa["question"], qa["kind"], qa["answers"][0], frames, shown)
+                kind = qa["kind"].split("_")[0]
+                assert (kind != qa["kind"]) == (split == "train" and kind == "binding")  # binding_color, binding_digit
+                check_answer(qa["question"], kind, qa["answers"][0], frames, shown)
                 checked[qa["kind"]] += 1
-    assert set(checked) == {"digit", "color", "binding", "order", "yesno", "count"} and min(checked.values()) > 20
+    asked = {"digit", "color", "binding", "binding_color", "binding_digit", "order", "yesno", "count"}
+    assert set(checked) == asked and min(checked.values()) > 20
 
 
 def check_answer(question: str, kind: str, answer: str, frames: np.ndarray, shown: set | None) -> None:

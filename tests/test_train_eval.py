@@ -32,6 +32,7 @@ from mplug2.evaluation.data import EvalOptions, EvalSplit
 from mplug2.predictor import Generation
 from mplug2.tools import report
 from mplug2.training.optim import OptimizerSettings
+from mplug2.training.recipes import PRETRAINING
 from mplug2.training.run_checkpoint import load_training
 from mplug2.training.settings import GROUPS
 from tiny_data import write
@@ -105,7 +106,7 @@ def test_a_run_writes_settings_metrics_a_curve_and_checkpoints(run):
     settings = json.loads((run / "settings.json").read_text())
     assert settings["commands"] == ["python train.py " + " ".join([*MODEL, *FAST, "--workers 1 --max-steps 4 "
                                                                    "--save-every 2 --eval-every 2 --out ."])]
-    assert settings["train"]["max_steps"] == 4 and settings["train"]["lr"] == OptimizerSettings().lr
+    assert settings["train"]["max_steps"] == 4 and settings["train"]["lr"] == PRETRAINING["tiny"]["lr"]
     assert settings["model"]["width"] == 32 and settings["model"]["patch_size"] == 8
     task, config, preprocess = read_config(run / "last")
     assert (task, config.width, preprocess.frames, preprocess.max_words) == ("pretrain", 32, 4, 30)
@@ -429,7 +430,7 @@ def update_by_hand(finite: bool, **state) -> SimpleNamespace:
     trainer = SimpleNamespace(
         state=SimpleNamespace(step=5, **state), wrapped=torch.nn.Identity(), parameters=[weight], stepped=[],
         settings=SimpleNamespace(optimizer=OptimizerSettings()), process=DistInfo(1, 3, CPU),
-        objectives=SimpleNamespace(ema_teacher=None), optimizer=torch.optim.SGD([weight], lr=0.5),
+        objectives=SimpleNamespace(after_step=lambda skipped: None), optimizer=torch.optim.SGD([weight], lr=0.5),
     )
     trainer.log = SimpleNamespace(step=lambda *given: trainer.stepped.append(given[2:]), nonfinite=lambda *_: "message")
     train.Trainer.update(trainer, {"loss": torch.tensor(2.0)}, ["a", "b"], ["video"], False)
@@ -680,7 +681,7 @@ def test_an_evaluation_has_the_options_of_its_command_and_ranks_the_answers_of_t
         monkeypatch.setattr(module, name, lambda *_: None)
     monkeypatch.setattr(train.Trainer, "evaluate", lambda self: {})
     train.main([*PLAIN, *f"--data {data} --out {tmp_path} --name run --task video_caption,video_qa".split()])
-    evaluated, chances, checked = (spy(evaluation, name) for name in ("evaluate", "chance_level", "check_texts"))
+    evaluated, chances, checked = (spy(evaluation, name) for name in ("evaluate", "chance_level", "check_data"))
     arguments = f"--checkpoint {tmp_path / 'run/last'} --data {data} --out {out} --splits val,test --limit 2".split()
     found = evaluation.main([*arguments, *"--protocol released --all-captions --answers train".split(),
                              "--task", "video_qa", "--json", str(tmp_path / "flat.json")])

@@ -33,10 +33,6 @@ class JointMemory:
         """`(b r) (v+l) d`"""
         return len(self.text), self.vision.shape[1] + self.text.shape[1], self.text.shape[2]
 
-    @property
-    def device(self) -> torch.device:
-        return self.text.device
-
 
 Memory = Tensor | JointMemory | tuple[Tensor, Tensor]
 """What cross-attention reads: a sequence `b m d`, in one piece or in two, or its keys and values, each `b c m e`."""

@@ -37,6 +37,9 @@ class DecoderState:
             self.memory_attention_mask = self.memory_attention_mask[rows]
 
 
+Source = Tensor | JointMemory | DecoderState  # a memory, or a state, which has the keys and values of its memory
+
+
 class Decoder(nn.Module):
     """Token ids `(b r) l` and a memory `b m d` -> logits `(b r) l s`: at each position, for the next token."""
 
@@ -47,18 +50,13 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(BertLayer(config, cross=True) for _ in range(config.decoder_layers))
         self.head = LanguageModelHead(config)
 
-    def forward(
-        self, ids: Tensor, mask: Tensor, memory: Tensor | DecoderState, memory_mask: Tensor | None = None
-    ) -> Tensor:
-        """mask `(b r) l` and memory_mask `b m`: true = real token. Without memory_mask all memory tokens are real. A
-        state stands for its memory, whose keys and values it has."""
+    def forward(self, ids: Tensor, mask: Tensor, memory: Source, memory_mask: Tensor | None = None) -> Tensor:
+        """mask `(b r) l` and memory_mask `b m`: true = real token. Without memory_mask all memory tokens are real."""
         logits = self.logits(self.hidden(ids, mask, memory, memory_mask))
         check(logits, "br l s", **check(ids, "br l"), s=self.vocab_size)
         return logits
 
-    def hidden(
-        self, ids: Tensor, mask: Tensor, memory: Tensor | DecoderState, memory_mask: Tensor | None = None
-    ) -> Tensor:
+    def hidden(self, ids: Tensor, mask: Tensor, memory: Source, memory_mask: Tensor | None = None) -> Tensor:
         """`forward` without the language-model head: hidden states `(b r) l d`. ids may be embeddings `(b r) l d`."""
         sizes = check(ids, "br l d" if ids.dim() == 3 else "br l", d=self.width)
         check(mask, "br l", **sizes)

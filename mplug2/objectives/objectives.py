@@ -101,15 +101,12 @@ class Objectives(nn.Module):
 
     @torch.no_grad()
     def after_step(self, skipped: bool) -> None:
-        """After each step of the optimizer, or in its place if it is skipped: clamp the temperature, so that a
-        checkpoint has one in its range, and update the EMA teacher."""
-        if skipped:
-            if self.ema_teacher:
-                self.ema_teacher.pending.clear()
-            return
+        """After a step, also a skipped one: clamp the temperature (checkpoints save it), and update the teacher."""
         if "contrastive" in self.model.components:
             self.model.temperature.clamp_(*TEMPERATURE_RANGE)
-        if self.ema_teacher:
+        if self.ema_teacher and skipped:
+            self.ema_teacher.pending.clear()
+        elif self.ema_teacher:
             self.ema_teacher.update(self.model)
 
     def pair_losses(self, batch: dict, vision: Tensor, text: Tensor) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ def data(tmp_path) -> Path:
         write_media(folder / f"{i}.gif", i, 4)
         write_media(folder / f"{i}.png", i, 1)
     write_records(folder, "video_caption.test", [{"video": f"{i}.gif", "captions": ["a red one"]} for i in range(3)])
-    asked = [{"question": "which color is it", "answers": ["red"]}]
+    asked = [{"question": "which colour is it", "answers": ["red"]}]
     write_records(folder, "video_qa.test", [{"video": f"{i}.gif", "qa": asked} for i in range(3)])
     return folder
 

@@ -51,7 +51,7 @@ def root(tmp_path_factory) -> Path:
     (root / "5.gif").write_bytes(b"damaged")
     (root / "6.png").unlink()
     said = [f"a {COLORS[i % 3]} {word}" for i, word in enumerate("one two three one two three one two".split())]
-    qa = [[{"question": f"which color is it {word}".strip(), "answers": [COLORS[i % 3]], "kind": "color"}
+    qa = [[{"question": f"which colour is it {word}".strip(), "answers": [COLORS[i % 3]], "kind": "color"}
            for word in ("now", "", "up", "down", "left")[: 1 + i % 5]] for i in range(8)]
     for modality, files in (("video", videos), ("image", images)):
         media = [{modality: file} for file in files]
@@ -148,7 +148,7 @@ def count_encoded(root: Path) -> int:
 @pytest.mark.slow
 def test_an_error_on_one_rank_is_raised_on_all_of_them(root, processes, tmp_path):
     shutil.copytree(root, tmp_path / "data")
-    lines = (tmp_path / "data/video_qa.test.jsonl").read_text().replace("which color is it now", "?", 1)
+    lines = (tmp_path / "data/video_qa.test.jsonl").read_text().replace("which colour is it now", "?", 1)
     (tmp_path / "data/video_qa.test.jsonl").write_text(lines)
     found = processes.run(error_of, (tmp_path / "data",), (tmp_path / "data",))
     assert len(set(found)) == 1 and "is empty" in found[0]
@@ -283,7 +283,7 @@ def test_the_length_of_a_text_is_that_of_the_checkpoint_unless_told(root):
     for length in (1, 2, 5):
         predictor.preprocess = dataclasses.replace(predictor.preprocess, max_length=length)
         assert predictor.caption(media) == predictor.caption(media, max_length=length)
-        questions = ["which color is it"] * 2
+        questions = ["which colour is it"] * 2
         assert predictor.answer(media, questions) == predictor.answer(media, questions, max_length=length)
         ids = predictor.tokenizer.encode(predictor.caption(media), special=False)[0]
         assert ids.shape[1] <= length

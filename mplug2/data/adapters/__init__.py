@@ -2,9 +2,9 @@
 
     for record in read("msrvtt_caption", Files("downloads/msrvtt")): ...
 
-`python -m mplug2.data NAME ROOT` checks a download, and with `--out DIR` writes JSONL files for training. `source.py`
-has what all adapters share; `video.py`, `image.py`, `text.py` and `web.py` have one small function per data
-set.
+`python -m mplug2.data msrvtt_qa ROOT` checks a download, and with `--out DIR` writes JSONL files for training.
+`source.py` has what all adapters share; `video.py`, `image.py`, `text.py` and `web.py` have one small function per
+data set.
 """
 
 from collections.abc import Callable, Iterator
