@@ -24,15 +24,14 @@ from pathlib import Path
 import tiny_data
 from mplug2 import distributed
 from mplug2.checkpoint import read_config, read_data, real_folder
-from mplug2.data.records import available
 from mplug2.data.text import clean
 from mplug2.data.text_check import describe_unknown, unknown_words
-from mplug2.evaluation import own_files, submissions
+from mplug2.evaluation import own_files, results, submissions
+from mplug2.evaluation.captions import check_paper_captions
 from mplug2.evaluation.chance import chance_level
-from mplug2.evaluation.data import EvalOptions, EvalSplit, find_data, read_answer_list
-from mplug2.evaluation.evaluate import check_texts, evaluate
+from mplug2.evaluation.data import EvalOptions, choose_splits, find_data, read_answer_list
+from mplug2.evaluation.evaluate import check_data, evaluate, evaluated_tasks
 from mplug2.evaluation.own_files import InputSettings
-from mplug2.evaluation.results import describe, describe_skipped, flat_metrics, write_metrics, write_predictions
 from mplug2.evaluation.settings import RuntimeSettings, WritingSettings
 from mplug2.flags import Parser, check_range, warning_only
 from mplug2.hub import is_address
@@ -75,6 +74,8 @@ class EvalSettings:
             raise ValueError("no checkpoint: name its folder with --checkpoint, such as runs/tiny/last")
         if self.answers not in ("", "train") and not Path(self.answers).is_file():
             raise ValueError(f"answers={self.answers!r}: no such file; expected one answer per line, or the word train")
+        if self.paper_captions:
+            check_paper_captions()
         if self.server and self.server not in submissions.BENCHMARKS:
             raise ValueError(f"server={self.server!r}: expected one of {', '.join(submissions.BENCHMARKS)}")
         check_range(self, "limit", 0)
@@ -92,6 +93,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     given = parser.read(arguments)
     try:
         config, files, writing, runtime = (cls(**given[cls.__name__]) for cls in GROUPS)
+        if files.input and (scoring := given["EvalSettings"].keys() - {"checkpoint"}):
+            raise ValueError(f"{', '.join(sorted(scoring))}: only for records; leave out with --input")
         if is_address(config.checkpoint) and not config.out:  # not into the cache of the Hub
             config = dataclasses.replace(config, out=f"runs/{Path(config.checkpoint).name}/eval")
         config = dataclasses.replace(config, checkpoint=str(real_folder(config.checkpoint)))
@@ -111,7 +114,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
                 return {}
             return score(predictor, config, writing, process, say)
     except Stopped as error:
-        print(f"eval.py: stopped by {stop.name}; the evaluation is not written", file=sys.stderr)
+        lost = "" if files.input else "; the evaluation is not written"
+        say(f"eval.py: stopped by {stop.name or 'a signal to another rank'}{lost}", file=sys.stderr)
         raise SystemExit(130) from error
     except (ValueError, OSError) as error:
         if process.is_main or not isinstance(error, distributed.AllRanksError):
@@ -138,7 +142,8 @@ def use_files(
     elif files.attention:
         written, words = predictor.explain(first, files.question)
         title = f"{files.question}?\n{written}" if files.question else written
-        draw_attention(first, predictor.preprocess.frames, words, title, Path(files.attention))
+        if predictor.is_main:
+            draw_attention(first, predictor.preprocess.frames, words, title, Path(files.attention))
         say(f"{written}\nattention: {files.attention}")
     elif files.question:
         say(predictor.answer([first], [files.question], **vars(how))[0])
@@ -150,46 +155,45 @@ def score(
     predictor: Predictor, config: EvalSettings, writing: WritingSettings, process: distributed.DistInfo, say: Callable
 ) -> dict[str, float]:
     """Evaluate the splits, print the table, and write metrics, predictions, and a report."""
-    root, why = find_data(config.data, read_data(config.checkpoint), config.splits.split(","))
+    names = config.splits.replace(" ", "").split(",")
+    root, why = find_data(config.data, read_data(config.checkpoint), names)
     if root is None:
         distributed.run_on_main(tiny_data.ensure, process)
         root = tiny_data.ensure()
-    say(f"data: {root} ({why})", flush=True)
-    there = {split for splits in available(root).values() for split in splits}
-    splits = [EvalSplit(root, split, config.limit) for split in config.splits.split(",") if split in there]
-    if not splits:
-        raise ValueError(f"{root} has none of the splits {config.splits}; it has {', '.join(sorted(there))}")
-    tasks = None if config.task == "all" else config.task.split(",")
+    splits, missing = choose_splits(root, names, config.limit)
+    say(f"data: {root} ({why})" + (f"; it has no split {', '.join(missing)}" if missing else ""), flush=True)
+    tasks = None if config.task == "all" else config.task.replace(" ", "").split(",")
     answer_list = read_answer_list(config.answers, root) if config.answers else None
     options = EvalOptions(writing.generation("caption"), writing.generation("answer"), answer_list,
                           config.paper_captions, config.all_captions)
-    distributed.run_on_main(partial(check_texts, predictor, splits, tasks), process)
-    results = {data.split: evaluate(predictor, data, tasks, options) for data in splits}
-    records = sum(result.records for result in results.values())
-    skipped = sum(len(result.skipped) for result in results.values())
+    folder = Path(config.out or Path(config.checkpoint) / "eval")
+    file, predictions = Path(config.json or folder / "metrics.json"), folder / "predictions.jsonl"
+    distributed.run_on_main(partial(check_data, predictor, splits, tasks), process)
+    distributed.run_on_main(partial(results.check_writable, file, predictions), process)
+    found = {data.split: evaluate(predictor, data, tasks, options) for data in splits}
+    records = sum(result.records for result in found.values())
+    skipped = sum(len(result.skipped) for result in found.values())
     if not records:
         raise ValueError(f"{root} has no records, in the splits {config.splits}, of a task that this checkpoint can do "
                          f"(--task {config.task}; it was trained for {predictor.model.task})")
     if process.is_main:
-        folder = Path(config.out or Path(config.checkpoint) / "eval")
-        folder.mkdir(parents=True, exist_ok=True)
-        file, predictions = Path(config.json or folder / "metrics.json"), folder / "predictions.jsonl"
-        write_metrics(file, results)
-        write_predictions(predictions, results)
-        if config.server:
-            for split, result in results.items():
-                sent = submissions.write_submission(config.server, folder, split, result.predictions)
-                print(f"for the server of {config.server}: {sent}")
-        chance = chance_level(splits[0])
-        print("\n".join(filter(None, [describe(results, chance), describe_skipped(results)])))
+        chance: dict[str, float] = {}
+        with warning_only("the chance level"):
+            chance = chance_level(splits[0], evaluated_tasks(found))
+        print("\n".join(filter(None, [results.describe(found, chance), results.describe_skipped(found)])))
+        results.write_metrics(file, found)
+        results.write_predictions(predictions, found)
         print(f"metrics: {file}; predictions: {predictions}")
         with warning_only("the report"):
             predictor.inference = Inference()  # of this process alone
-            print(f"on one page: {write_evaluation_report(folder, results, chance, predictor)}")
+            print(f"on one page: {write_evaluation_report(folder, found, chance, predictor)}")
+        for split, result in found.items() if config.server else ():
+            sent = submissions.write_submission(config.server, folder, split, result.predictions)
+            print(f"for the server of {config.server}: {sent}")
     if skipped > config.max_skipped * records:
         raise distributed.AllRanksError(f"{skipped:,} of {records:,} records were skipped, more than max_skipped="
                                         f"{config.max_skipped} allows; repair the files above, or raise --max-skipped")
-    return flat_metrics(results)
+    return results.flat_metrics(found)
 
 
 if __name__ == "__main__":

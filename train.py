@@ -110,7 +110,8 @@ class Trainer:
         if resume:
             self.state.load_state_dict(saved)
         distributed.run_on_main(partial(self.start_folder, arguments), process)
-        self.log = Log(self.folder, process, self.state.step, self.data.steps, peak_tflops(process.device),
+        peak = peak_tflops(process.device, settings.parallel.low_precision)
+        self.log = Log(self.folder, process, self.state.step, self.data.steps, peak,
                        step_flops(settings, self.model.config, process.world_size))
         max_length = min(self.data.longest_text(), self.model.config.max_positions)
         self.preprocess = PreprocessConfig(settings.data.frames, settings.data.max_words, max_length)
@@ -134,13 +135,13 @@ class Trainer:
                 if step % run.eval_every == 0 and self.data.eval_root and not stopping:
                     self.keep_best(self.validate("val", run.eval_limit) or {}, saves)
             del batches  # ends the workers
+            self.log.bar.close()
+            results = {} if stopping else self.evaluate()
+            if stopping and self.process.is_main:
+                print(f"{self.stop.name or 'another rank got a signal'}: saved after step {step} of {steps}; continue "
+                      f"with --resume from {self.folder / 'last'}")
             self.log.close()
-            if not stopping:
-                return self.evaluate()
-        if self.process.is_main:
-            print(f"{self.stop.name or 'another rank got a signal'}: saved after step {step} of {steps}; continue with "
-                  f"--resume from {self.folder / 'last'}")
-        return {}
+        return results
 
     def backward(self, batches: Iterator[dict]) -> tuple[dict[str, Tensor], list[str], list[str]]:
         """Forward and backward passes of the micro-batches of a step. Gradients and losses are their means.
@@ -184,9 +185,8 @@ class Trainer:
         else:
             state.nonfinite_in_a_row = 0
             self.optimizer.step()
-            if self.objectives.ema_teacher:
-                self.objectives.ema_teacher.update(self.model)
             self.log.step(losses, norm, len(sources) * self.process.world_size, kinds)
+        self.objectives.after_step(skip)
         self.optimizer.zero_grad(set_to_none=True)
         return stopping
 

@@ -20,7 +20,8 @@ import mplug2
 import tiny_data
 from mplug2.data.media import read_media
 from mplug2.data.records import read_records
-from mplug2.tools.pictures import overlay
+from mplug2.flags import Parser
+from mplug2.tools.drawing import overlay
 from mplug2.tools.plots import draw_attention, draw_curves
 
 HERE = Path(__file__).parent
@@ -29,8 +30,8 @@ VISION, TIME, TEXT, SHARED, JOINED = "#2f6fb3", "#b3541e", "#2e7d4f", "#7a4fa3",
 """Colors of the boxes: vision only, video only, text only, shared by text and vision, both together."""
 EXAMPLES = {
     "blue_seven_left": "blue 7 left", "blue_seven_right": "blue 7 right", "green_two_left": "green 2 left",
-    "red_seven_growing": "red 7 grow", "yellow_three_then_blue_zero": "yellow 3 > blue 0",
-    "green_two_and_purple_three": "green 2 + purple 3",
+    "red_seven_growing": "red 7 grow", "red_eight_then_blue_zero": "red 8 > blue 0",
+    "blue_three_and_green_two": "blue 3 + green 2",
 }
 """Names of the example videos, and the `positive_id` of the records that they come from."""
 
@@ -123,7 +124,7 @@ def arrow(path: str) -> str:
 
 def answers(model: mplug2.Predictor, out: Path) -> None:
     """One row per question about a test video: frames, the answer, and where the answer attends."""
-    kinds, rows = ["order", "digit", "colour"], []
+    kinds, rows = ["order", "digit", "color"], []
     for record in read_records(tiny_data.ensure(), "video_qa", "test"):
         for question in record.qa:
             if kinds and question.kind == kinds[0]:
@@ -162,10 +163,15 @@ def examples(folder: Path) -> None:
         shutil.copyfile(videos[positive_id], folder / f"{name}.gif")
 
 
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None) -> None:
+    Parser(__doc__, "python docs/draw.py").read(arguments)  # it has no flags: any argument is refused
     predictor = mplug2.load(HERE.parent / "tiny_data" / "pretrained")
     (HERE / "architecture.svg").write_text(architecture(), encoding="utf-8")
     draw_curves(HERE / "metrics.jsonl", HERE / "curves.png")
     examples(HERE / "examples")
     answers(predictor, HERE / "frames.png")
     attended_words(predictor, HERE / "attention.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -86,19 +86,24 @@ def save_model(
 
 def real_folder(folder: Path | str) -> Path:
     """The checkpoint folder that a path such as runs/tiny/last names, or an address such as hf://user/name (hub.py).
-    On a file system without symbolic links, `last` and `best` are text files with the name of a folder beside them."""
+    On a file system without symbolic links, `last` and `best` are text files with the name of a folder next to them.
+    """
     if hub.is_address(str(folder)):
         return hub.download(str(folder))
     path = Path(folder)
-    return path.parent / path.read_text().strip() if path.is_file() else path
+    if not path.is_file():
+        return path
+    named = path.parent / path.read_bytes()[:200].decode(errors="ignore").strip()
+    return named if named.is_dir() else path
 
 
 def read_config(folder: Path | str) -> tuple[str, ModelConfig, PreprocessConfig]:
     """The task, the model settings and the preprocessing that a model was saved with."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise CheckpointError(f"{folder} is not a checkpoint: it does not contain {path.name}; "
-                              "expected a folder such as runs/tiny/last")
+        problem = f"it does not contain {path.name}" if path.parent.is_dir() else "there is no such folder"
+        raise CheckpointError(f"{folder} is not a checkpoint: {problem}; expected a folder that train.py has written, "
+                              "such as runs/tiny/last, or tiny_data/pretrained")
     try:
         saved = json.loads(path.read_text())
         if saved["format"] != FORMAT:
@@ -151,9 +156,8 @@ def load_model(
     folder = Path(folder)
     if (folder / "manifest.json").exists():
         verify(folder, MODEL_FILES)
-    saved_task, config, preprocess = read_config(folder)
-    if changes:
-        config = dataclasses.replace(config, **changes)
+    saved_task, saved_config, preprocess = read_config(folder)
+    config = dataclasses.replace(saved_config, **(changes or {}))
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     if len(tokenizer) > config.vocab_size:
         raise CheckpointError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, but the model has only "
@@ -169,7 +173,14 @@ def load_model(
     if classes is not None:
         new += tuple(f"classifier.{name}" for name, names in model.classes.items() if names != saved_classes.get(name))
         may_be_new = NEW_MODULES
-    model.newly_initialized = load_weights(model, folder / "model.safetensors", saved_task, new, may_be_new)
+    try:
+        model.newly_initialized = load_weights(model, folder / "model.safetensors", saved_task, new, may_be_new)
+    except CheckpointError as error:
+        changed = [f"{name}={value}" for name, value in (changes or {}).items() if value != getattr(saved_config, name)]
+        if not changed:
+            raise
+        raise CheckpointError(f"{error}\nIts settings differ from {', '.join(changed)}: leave out what changes the "
+                              "shape of its weights, or train from scratch") from error
     return model.eval(), tokenizer, preprocess
 
 
@@ -198,9 +209,9 @@ def load_weights(
     if lines:
         listed = "\n".join(lines[:LISTED]) + (f"\n  and {len(lines) - LISTED} more" if len(lines) > LISTED else "")
         new_heads = sorted({name.split(".")[0] for name in wanted if name not in weights} & {*NEW_MODULES})
-        hint = f"\n{', '.join(new_heads)}: train.py --task {model.task} --init trains it" if new_heads else ""
-        raise CheckpointError(f"{path}, saved for {saved_task}, does not fit this model for {model.task}:\n"
-                              f"{listed}{hint}")
+        if new_heads:
+            listed += f"\n{', '.join(new_heads)}: train.py --task {model.task} --init CHECKPOINT trains it"
+        raise CheckpointError(f"{path}, saved for {saved_task}, does not fit this model for {model.task}:\n{listed}")
     model.load_state_dict({**model.state_dict(), **{name: weights[name] for name in wanted}})
     return initialized
 

@@ -109,7 +109,9 @@ class Parser(argparse.ArgumentParser):
             except ValueError:
                 self.error(f"{name.upper()}: expected an {kind.__name__}, found {value!r}")
         if len(others) > len(self.positional):
-            self.error(f"unknown argument {others[len(self.positional)]}")
+            stray = others[len(self.positional)]
+            meant = f" (did you mean '--{stray}'?)" if f"--{stray}" in self._option_string_actions else ""
+            self.error(f"unknown argument {stray}{meant or ': expected a flag before it'}")
         if wants_help:
             if defaults:
                 try:

@@ -14,6 +14,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
+from mplug2.model.attention import JointMemory
 from mplug2.model.mplug2 import MPLUG2
 from mplug2.model.shapes import check
 
@@ -29,7 +30,7 @@ class SpecialTokens:
 
 @torch.no_grad()
 def greedy(
-    model: MPLUG2, memory: Tensor, prompt: Tensor, special_tokens: SpecialTokens, max_length: int = 20,
+    model: MPLUG2, memory: Tensor | JointMemory, prompt: Tensor, special_tokens: SpecialTokens, max_length: int = 20,
     memory_mask: Tensor | None = None,
 ) -> list[list[int]]:
     """Take the most likely token at each step, until [SEP] or `max_length` tokens.
@@ -41,7 +42,7 @@ def greedy(
 
 @torch.no_grad()
 def sample(
-    model: MPLUG2, memory: Tensor, prompt: Tensor, special_tokens: SpecialTokens, max_length: int = 20,
+    model: MPLUG2, memory: Tensor | JointMemory, prompt: Tensor, special_tokens: SpecialTokens, max_length: int = 20,
     temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, generator: torch.Generator | None = None,
     memory_mask: Tensor | None = None,
 ) -> list[list[int]]:
@@ -69,12 +70,12 @@ def sample(
 
 
 def _generate(
-    model: MPLUG2, memory: Tensor, prompt: Tensor, special_tokens: SpecialTokens, max_length: int,
+    model: MPLUG2, memory: Tensor | JointMemory, prompt: Tensor, special_tokens: SpecialTokens, max_length: int,
     memory_mask: Tensor | None, choose: Callable[[Tensor, Tensor], Tensor],
 ) -> list[list[int]]:
     """The loop of `greedy` and `sample`. `choose(logits, rows)` returns the next tokens of the texts in these rows of
     `prompt`; logits are `rows s`."""
-    b, texts, device = check(memory, "b m d")["b"], check(prompt, "br l")["br"], memory.device
+    b, texts, device = check(memory, "b m d")["b"], check(prompt, "br l")["br"], prompt.device
     if texts % b:
         raise ValueError(f"{texts} texts cannot share {b} memories evenly")
     decoder, steps = model.require("decoder"), _max_new_tokens(model, prompt, max_length)
@@ -99,8 +100,8 @@ def _generate(
 
 @torch.no_grad()
 def beam_search(
-    model: MPLUG2, memory: Tensor, prompt: Tensor, special_tokens: SpecialTokens, beams: int = 5, min_length: int = 1,
-    max_length: int = 20, length_penalty: float = 0.6, memory_mask: Tensor | None = None,
+    model: MPLUG2, memory: Tensor | JointMemory, prompt: Tensor, special_tokens: SpecialTokens, beams: int = 5,
+    min_length: int = 1, max_length: int = 20, length_penalty: float = 0.6, memory_mask: Tensor | None = None,
 ) -> list[list[tuple[float, list[int]]]]:
     """Beam search with the rules of the released code: the hypotheses of each sample as (score, ids), best first.
 
@@ -109,7 +110,7 @@ def beam_search(
     continuations. A beam that ends below the top is stored, but also continues. When the top beam ends, or after
     `max_length` tokens, all beams are stored and the sample is done. As in the released code, ids include [SEP].
     """
-    b, device = check(memory, "b m d")["b"], memory.device
+    b, device = check(memory, "b m d")["b"], prompt.device
     check(prompt, "b l", b=b)
     decoder, steps = model.require("decoder"), _max_new_tokens(model, prompt, max_length)
     state = decoder.init_state(memory, memory_mask)
@@ -155,7 +156,7 @@ def best_texts(hypotheses: list[list[tuple[float, list[int]]]], special_tokens: 
 
 @torch.no_grad()
 def rank_answers(
-    model: MPLUG2, memory: Tensor, answers: Tensor, answers_mask: Tensor, candidates: int,
+    model: MPLUG2, memory: Tensor | JointMemory, answers: Tensor, answers_mask: Tensor, candidates: int,
     memory_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rank a closed list of answers: indices into the list, most likely first, and probabilities, each `b r`.
@@ -166,10 +167,11 @@ def rank_answers(
     b, a = check(memory, "b m d")["b"], check(answers_mask, "a l", **check(answers, "a l"))["a"]
     r, decoder = min(candidates, a), model.require("decoder")
     cls_only = repeat(answers[0, :1], "l -> b l", b=b)
-    first = decoder.step(cls_only, decoder.init_state(memory, memory_mask)).softmax(dim=-1)
+    state = decoder.init_state(memory, memory_mask)
+    first = decoder.step(cls_only, state).softmax(dim=-1)
     first_probability, chosen = first[:, answers[:, 1]].topk(r, dim=-1)
     ids, mask = (rearrange(x[chosen], "b r l -> (b r) l", b=b, r=r) for x in (answers, answers_mask))
-    logits = model.decode(ids, mask, memory, memory_mask)
+    logits = decoder(ids, mask, state)
     token_log_probs = logits[:, :-1].log_softmax(dim=-1).gather(2, ids[:, 1:, None])[:, :, 0]
     whole = (token_log_probs * mask[:, 1:]).sum(dim=-1)
     scores = first_probability.log() + rearrange(whole, "(b r) -> b r", b=b, r=r)

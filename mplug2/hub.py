@@ -82,6 +82,6 @@ def model_card(
 
 
 def recorded(checkpoint: Path) -> tuple[dict[str, object], dict[str, object]]:
-    """The results and the settings that lie beside a checkpoint: of eval.py, and of the run. Empty if they do not."""
+    """The results and the settings that lie next to a checkpoint: of eval.py, and of the run. Empty if they do not."""
     files = checkpoint / "eval" / "metrics.json", checkpoint.resolve().parent / "settings.json"
     return tuple(json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {} for file in files)

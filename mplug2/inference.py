@@ -52,7 +52,10 @@ class Inference:
 
 
 class Stopped(Exception):
-    """`Inference.on_batch` asked to stop."""
+    """`Inference.on_batch` asked to stop. `found` are the results so far, by the index of their input."""
+
+    def __init__(self, found: dict):
+        self.found = found
 
 
 def require_list(inputs: Sequence) -> None:
@@ -150,7 +153,7 @@ class BatchRunner:
         return [found.get(i) for i in range(len(media))]
 
     def _known(self, media: Sequence[Media]) -> dict[int, Medium]:
-        """The media by their index, without files whose modality cannot be told."""
+        """The media by their index, without files whose modality is unknown."""
         known: dict[int, Medium] = {}
         for i, item in enumerate(media):
             try:
@@ -193,7 +196,7 @@ class BatchRunner:
             self.unreadable = {medium: error for _, errors, _, _ in shares for medium, error in errors.items()}
             stopped = any(stopped for _, _, _, stopped in shares)
         if stopped:
-            raise Stopped()
+            raise Stopped(found)
         return found
 
 

@@ -6,7 +6,8 @@
     model.similarity(["video.mp4"], ["a red seven"])      # tensor of cosines, media by texts
     model.classify("visual_entailment", ["a.jpg"], ["a dog runs"])     # ["neutral"], after fine-tuning
 
-Axes: b media, r inputs (questions, texts) about each, v visual tokens, l text tokens, e contrastive width, y classes.
+Axes: b media, r inputs (questions, texts) about each, v visual tokens, l text tokens, e contrastive width, y classes,
+c heads.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from mplug2.data.text import clean
 from mplug2.generation import beam_search, best_texts, greedy, rank_answers
 from mplug2.hub import model_card, recorded
 from mplug2.inference import BatchRunner, Media, Text, repeat_to, require_list
+from mplug2.model.attention import JointMemory
 from mplug2.model.mplug2 import answer_memory
 from mplug2.tasks import INSTRUCTIONS, PROMPTS
 
@@ -54,6 +56,19 @@ class Generation:
     """Captions continue the prompt of their modality, "a video of"; otherwise they start from [CLS] alone."""
     instructed: bool = False
     """Captions answer the instruction of their modality, "what does the video describe", as in Figure 1."""
+
+
+@dataclass(frozen=True, eq=False)
+class Word:
+    """A word of a question or of the written text, with all that `Predictor.trace` finds about it."""
+
+    text: str
+    probability: float | None
+    """Of a written word, given the words before it."""
+    others: tuple[tuple[str, float], ...]
+    """The most likely words at the position of a written word, with their probabilities."""
+    maps: dict[str, Tensor]
+    """Attention over the patches, `c t h w`, by the name of the cross-attention."""
 
 
 @dataclass(frozen=True)
@@ -125,17 +140,17 @@ class Predictor(BatchRunner):
             cleaned = [clean(text, self.preprocess.max_words) for text in answer_list]
             answers = [x.to(self.device) for x in self.tokenizer.encode(cleaned, self.model.config.max_positions)]
 
-        def write(memory: Tensor, memory_mask: Tensor) -> list[str]:
+        def write(memory: Tensor | JointMemory, memory_mask: Tensor) -> list[str]:
             if answer_list is not None:
                 best = rank_answers(self.model, memory, *answers, CANDIDATES, memory_mask)[0][:, 0]
                 return [answer_list[number] for number in best.tolist()]
             max_length = how.max_length or self.preprocess.max_length or 10
-            return self._write(memory, self.start(len(memory)), how, max_length, memory_mask)
+            return self._write(memory, self.start(memory.shape[0]), how, max_length, memory_mask)
 
         def about_media(vision: Tensor, _, indices: list[int]) -> list[str]:
             text, mask = self.encode_text([questions[i] for i in indices])
             vision, fused = self.model.fuse(vision, text, mask)
-            return write(*answer_memory(vision, fused, mask))
+            return write(JointMemory(vision, fused), torch.nn.functional.pad(mask, (vision.shape[1], 0), value=True))
 
         return self.on_texts(questions, write) if media is None else self.on_media(media, about_media)
 
@@ -145,14 +160,18 @@ class Predictor(BatchRunner):
         return self.model.instruction_memory(vision, ids.to(self.device), mask.to(self.device))
 
     def _write(
-        self, memory: Tensor, prompt: Tensor, how: Generation, max_length: int, memory_mask: Tensor | None = None
+        self, memory: Tensor | JointMemory, prompt: Tensor, how: Generation, max_length: int,
+        memory_mask: Tensor | None = None,
     ) -> list[str]:
         """Texts that continue the prompts `(b r) l`, about the memory `b m d`."""
+        if how.min_length > max_length:
+            raise ValueError(f"min_length={how.min_length}: a text has at most {max_length} tokens; raise --max-length")
         if how.beams == 1 and not how.min_length:
             ids = greedy(self.model, memory, prompt, self.special_tokens, max_length, memory_mask)
         else:
+            memory = memory if memory.shape[0] == len(prompt) else repeat_to(memory, len(prompt))
             hypotheses = beam_search(
-                self.model, repeat_to(memory, len(prompt)), prompt, self.special_tokens, how.beams,
+                self.model, memory, prompt, self.special_tokens, how.beams,
                 how.min_length or 1, max_length, memory_mask=memory_mask,
             )
             ids = best_texts(hypotheses, self.special_tokens)
@@ -216,48 +235,73 @@ class Predictor(BatchRunner):
 
         return self.on_media(media, on_vision)
 
-    @torch.no_grad()
     def explain(self, medium: Media, question: str = "") -> tuple[str, list[WordAttention]]:
         """The answer to a question, or a caption, and the attention of every word, averaged over the heads.
 
         Words of the question come from the last cross-attention of fusion, written words from that of the decoder. A
         model without a decoder writes nothing; `question` is then the text that a label or a box is about.
         """
-        words: list[WordAttention] = []
-        writes = "decoder" in self.model.components
-        written = "" if not writes else self.answer([medium], [question])[0] if question else self.caption([medium])[0]
-        config = self.model.config
+        written, words = self.trace(medium, question)
+        last = [(word.text, *list(word.maps.items())[-1]) for word in words]
+        return written, [WordAttention(text, module, weights.mean(dim=0)) for text, module, weights in last]
 
-        def collect(maps: dict[str, Tensor], component: str, ids: list[int], v: int) -> None:
-            module = [name for name in maps if name.startswith(component)][-1]
-            side = config.image_size // config.patch_size
-            weights = maps[module].mean(dim=1)[0, :, 1:v].cpu()
-            for number, row in zip(ids, rearrange(weights, "l (t h w) -> l t h w", h=side, w=side)):
-                if (word := self.tokenizer.decode([[number]])[0]):
-                    words.append(WordAttention(word, module, row))
+    @torch.no_grad()
+    def trace(self, medium: Media, question: str = "", **settings) -> tuple[str, list[Word]]:
+        """What `explain` averages: the written text, and all words with the attention of every layer and head.
+
+        `settings` are fields of `Generation`.
+        """
+        how, words, written = Generation(**settings), [], ""
+        writes, decode = "decoder" in self.model.components, self.tokenizer.decode
+        if writes:
+            (written,) = (self.answer([medium], [question], **settings) if question
+                          else self.caption([medium], **settings))
+        side = self.model.config.image_size // self.model.config.patch_size
+
+        def collect(maps: dict[str, Tensor], component: str, ids: Tensor, logits: Tensor | None, v: int) -> None:
+            grids = {name: rearrange(weights[0, :, :, 1:v].cpu(), "c l (t h w) -> l c t h w", h=side, w=side)
+                     for name, weights in maps.items() if name.startswith(component)}
+            for i, number in enumerate(ids.tolist()):
+                if not (text := decode([[number]])[0]):
+                    continue
+                probability, others = None, ()
+                if logits is not None:
+                    likely = logits[i].softmax(dim=-1)
+                    top = likely.topk(min(5, len(likely)))
+                    probability = likely[number].item()
+                    others = tuple((decode([[j]])[0] or "[end]", value)
+                                   for j, value in zip(top.indices.tolist(), top.values.tolist()))
+                words.append(Word(text, probability, others, {name: grid[i] for name, grid in grids.items()}))
 
         def record(vision: Tensor, modality: str, _) -> list[None]:
-            memory, memory_mask, start = vision, None, self.start(1, "" if question else PROMPTS[modality])
-            if question:
-                ids, mask = self.tokenizer.encode([clean(question, self.preprocess.max_words)])
-                ids, mask = ids.to(self.device), mask.to(self.device)
-                with attention_maps(self.model) as maps:
-                    seen, fused = self.model.fuse(vision, self.model.encode_text(ids, mask), mask)
-                collect(maps, "fusion", ids[0].tolist(), vision.shape[1])
-                memory, memory_mask = answer_memory(seen, fused, mask)
+            with attention_maps(self.model) as maps:
+                memory, memory_mask, start, ids = self.decoder_inputs(vision, modality, question, how)
+            collect(maps, "fusion", ids[0], None, vision.shape[1])
             if not writes:
                 return [None]
-            # A token is predicted at the position before it.
             new = self.tokenizer.encode([written], special=False)[0].to(self.device) if written else start[:, :0]
-            ids = torch.cat([start, new], dim=1)[:, : config.max_positions]
-            with attention_maps(self.model) as maps:
-                self.model.decode(ids, torch.ones_like(ids, dtype=torch.bool), memory, memory_mask)
-            maps = {name: weights[:, :, start.shape[1] - 1:] for name, weights in maps.items()}
-            collect(maps, "decoder", new[0].tolist(), vision.shape[1])
+            ids, first = torch.cat([start, new], dim=1)[:, : self.model.config.max_positions], start.shape[1] - 1
+            with attention_maps(self.model) as maps:  # a token is predicted at the position before it
+                logits = self.model.decode(ids, torch.ones_like(ids, dtype=torch.bool), memory, memory_mask)
+            maps = {name: weights[:, :, first:] for name, weights in maps.items()}
+            collect(maps, "decoder", ids[0, first + 1:], logits[0, first:], vision.shape[1])
             return [None]
 
         self.on_media([medium], record)
         return written, words
+
+    def decoder_inputs(
+        self, vision: Tensor, modality: str, question: str, how: Generation
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """For one V' `1 v d`: the memory of the decoder and its mask, the first tokens of its text, and the tokens of
+        the question or instruction, all `1 ...`."""
+        if not question and not how.instructed:
+            prompt = self.start(1, PROMPTS[modality] if how.prompted else "")
+            return vision, None, prompt, prompt[:, :0]
+        text = clean(question, self.preprocess.max_words) if question else INSTRUCTIONS[modality]
+        ids, mask = (x.to(self.device) for x in self.tokenizer.encode([text]))
+        seen, fused = self.model.fuse(vision, self.model.encode_text(ids, mask), mask)
+        return *answer_memory(seen, fused, mask), self.start(1), ids
 
     def embed(self, inputs: Sequence[str | Path]) -> Tensor:
         """Unit vectors `b e` of media and texts, which may be mixed: a `Path` is opened, a string is a text."""

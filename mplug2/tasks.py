@@ -37,7 +37,7 @@ NEW_HEADS = ("classifier", "box", "pair")
 PROMPTS = {"video": "a video of", "image": "a picture of"}
 """Captions continue this prompt, by modality."""
 
-INSTRUCTIONS = {"video": "what does the video describe", "image": "what does the picture describe"}
+INSTRUCTIONS = {"video": "what does the video describe", "image": "what does the image describe"}
 """Captions are also trained as answers to this instruction, by modality."""
 
 

@@ -6,7 +6,7 @@
 
 A run calls train.py with settings of its own and, through the hook `train.main(arguments, model_class)`, with a model
 of its own. Its results are added to notebooks/ablations.json; runs that are in the file are skipped, so the program can
-be stopped at any time and goes on where it was. Notebook 06 shows the results.
+be stopped at any time and continues where it was. Notebook 06 shows the results.
 """
 
 import copy
@@ -16,6 +16,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,9 @@ from mplug2.config import ModelConfig
 from mplug2.data.media_batches import Medium
 from mplug2.data.records import Record, read_records
 from mplug2.data.text import Tokenizer
+from mplug2.did_you_mean import did_you_mean
 from mplug2.evaluation.ranking import ranks
+from mplug2.flags import parse
 from mplug2.inference import repeat_to
 from mplug2.model.mplug2 import MPLUG2, init_weights
 from mplug2.model.patch_embed import PatchEmbed, patchify
@@ -92,7 +95,7 @@ class OneStream(MPLUG2):
     """A single network for all modalities: after its embedding, vision passes through the same layers as text.
 
     Six shared layers replace the vision encoder, the text encoder and the universal layers. Patches of all frames
-    attend to each other; a learned position tells the frames apart.
+    attend to each other; a learned position distinguishes the frames.
     """
 
     def __init__(self, config: ModelConfig, *args):
@@ -132,6 +135,9 @@ ARMS: dict[str, type[MPLUG2]] = {
     "full": MPLUG2, "untied": Untied, "two vision encoders": TwoVisionEncoders, "one stream": OneStream,
     "two streams": TwoStreams,
 }
+PLANNED = ("--lr 4e-3 --questions-per-sample 2 --vtc-weight 2 --answer-weight 1 --mlm-weight 1 "
+           "--video-weight 0.65 --image-weight 0.3 --text-weight 0.05")
+"""The defaults of train.py at the time of the plan."""
 REGIMES = {  # flags of train.py
     "plenty": "",
     "few": "--video-weight 0.4 --image-weight 0.3 --text-weight 0.3",
@@ -142,7 +148,7 @@ REGIMES = {  # flags of train.py
 # ---- claims: a signed sum of scores, and the tasks whose scores are averaged -----------------------------------------
 
 VIDEO, IMAGE = ("video_caption", "video_qa", "video_retrieval"), ("image_caption", "image_qa", "image_retrieval")
-COLOR = ("video_qa colour", "image_qa colour")
+COLOR = ("video_qa color", "image_qa color")
 SPACE, PROJECTED = (tuple(f"transfer {kind} {of}" for of in ("video", "image")) for kind in ("space", "projected"))
 Terms = dict[tuple[str, str], int]
 
@@ -183,7 +189,7 @@ def run(regime: str, arm: str, seed: int, steps: int = STEPS) -> dict:
     metrics = train.main([
         "--data", str(root), "--tokenizer", str(PRETRAINED / "tokenizer.json"), "--max-steps", str(steps),
         "--seed", str(seed), "--eval-every", str(10 * steps), "--save-every", str(10 * steps),
-        "--out", str(WORK), "--name", name, *REGIMES[regime].split(),
+        "--out", str(WORK), "--name", name, *PLANNED.split(), *REGIMES[regime].split(),
     ], lambda *args: models.append(ARMS[arm](*args)) or models[-1])
     tokenizer = Tokenizer.load(PRETRAINED / "tokenizer.json")
     predictor = Predictor(models[0].eval(), tokenizer, PreprocessConfig(frames=FRAMES, max_words=30))
@@ -238,9 +244,9 @@ def written(lines: list[dict], root: Path) -> Tests:
         kinds = [[question.kind for question in record.qa] for record in records]
         answers = [[next(right) for _ in of_record] for of_record in kinds]
         tests[task] = list(map(sum, answers)), list(map(len, answers))
-        tests[f"{task} colour"] = (
-            [sum(yes for yes, kind in zip(*both) if kind == "colour") for both in zip(answers, kinds)],
-            [of_record.count("colour") for of_record in kinds])
+        tests[f"{task} color"] = (
+            [sum(yes for yes, kind in zip(*both) if kind == "color") for both in zip(answers, kinds)],
+            [of_record.count("color") for of_record in kinds])
     return tests
 
 
@@ -363,17 +369,28 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str]) -> None:
-    """Make the missing runs, of all regimes or of those named, or print the effects."""
-    results = read()
-    if arguments == ["--effects"]:
+@dataclass(frozen=True)
+class AblationSettings:
+    regime: str = field(default="", metadata={"positional": True, "known": tuple(REGIMES)})
+    """Make only the missing runs of this regime."""
+    effects: bool = False
+    """Make no runs; print the table of effects, from the runs that exist."""
+
+    def __post_init__(self):
+        if self.regime and self.regime not in REGIMES:
+            raise ValueError(f"regime={self.regime!r}{did_you_mean(self.regime, REGIMES)}: expected one of "
+                             f"{', '.join(REGIMES)}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Make the missing runs, or print the effects."""
+    settings, results = parse(AblationSettings, __doc__, "python notebooks/ablations.py", arguments), read()
+    if settings.effects:
         print(table(results))
         return
-    if unknown := set(arguments) - set(REGIMES):
-        raise SystemExit(f"unknown: {', '.join(unknown)}; expected regimes ({', '.join(REGIMES)}) or --effects")
     missing = [(regime, arm, seed) for seed in SEEDS for regime, arm in RUNS
                if str(seed) not in results["runs"].get(f"{regime}, {arm}", {})
-               and (not arguments or regime in arguments)]
+               and settings.regime in ("", regime)]
     for done, (regime, arm, seed) in enumerate(missing):
         start = time.time()
         found = run(regime, arm, seed)
@@ -394,4 +411,4 @@ def read() -> dict:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

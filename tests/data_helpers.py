@@ -1,6 +1,8 @@
 """A small data set on disk, and the samples and batches made from it, for all tests that need one."""
 
+import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,35 @@ from mplug2.data.text import Tokenizer
 
 VIDEOS, IMAGES = 6, 5
 SUBJECTS = ("a red three", "a blue seven", "a green one")
+
+
+DEEP: list = []
+for _ in range(300):
+    DEEP = [DEEP]
+HOSTILE = (
+    None, True, 0, -1, 3.7, 1e308, 10**30, 10**400, float("nan"), float("-inf"), "", " ", "?!", "5", "[MASK]", "\n",
+    "\ud800", "a\ud83d red", "a\x00b.gif", "x" * 10_000, "red " * 2500, "a/" * 3000, [], [[]], [{}], [None], [1], ["a"],
+    [""], ["", ""], [["a red three"]], [1e308] * 4, [True] * 4, DEEP, [DEEP], {}, {"a": 1}, {"question": DEEP},
+    [{"question": "a", "answers": ["red"]}], [{"question": ["a"], "answers": {"red": 1}}],
+)
+"""JSON values that people have by mistake, or in order to do harm."""
+
+
+def hostile_versions(fields: dict) -> Iterator[tuple[tuple, dict]]:
+    """Copies of JSON fields, in which one value at any depth is a hostile one: (where, fields)."""
+    def places(value, where: tuple = ()):
+        if isinstance(value, dict | list):
+            for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+                yield (*where, key)
+                yield from places(inner, (*where, key))
+
+    for where in places(fields):
+        for value in HOSTILE:
+            changed = inner = copy.deepcopy(fields)
+            for key in where[:-1]:
+                inner = inner[key]
+            inner[where[-1]] = value
+            yield where, changed
 
 
 def write_gif(path: Path, seed: int, frames: int = 4) -> None:
@@ -40,7 +71,7 @@ def write_data(root: Path) -> Path:
     ])
     write_records(root, "video_qa.train", [
         {"video": f"{i}.gif", "positive_id": f"left {i % 3}", "qa": [
-            {"question": "which colour is it?", "answers": ["red", "scarlet"], "kind": "colour"},
+            {"question": "which color is it?", "answers": ["red", "scarlet"], "kind": "color"},
             {"question": "what digit is it?", "answers": ["three"], "kind": "digit"},
             {"question": "which digit is shown?", "answers": ["three"], "kind": "digit"},
         ]} for i in range(VIDEOS)
@@ -53,8 +84,8 @@ def write_data(root: Path) -> Path:
 
 
 def make_tokenizer() -> Tokenizer:
-    words = "a an red blue green three seven one moving going left here is which colour what digit it shown scarlet the"
-    return Tokenizer.train([words, "video picture of does describe", *SUBJECTS], 120)
+    words = "a an red blue green three seven one moving going left here is which color what digit it shown scarlet the"
+    return Tokenizer.train([words, "video picture image of does describe", *SUBJECTS], 120)
 
 
 def dataset(samples: dict[str, list[Sample]], **changes) -> Samples:

@@ -32,7 +32,7 @@ def serve(rank: int, world: int, jobs: mp.Queue, results: mp.Queue) -> None:
         except BaseException:  # reported to the test that sent the job
             results.put(Failed(traceback.format_exc()))
         shutdown()
-        gc.collect()  # frees the process group, whose threads would go on
+        gc.collect()  # frees the process group, whose threads would keep running
 
 
 class Failed(str):

@@ -1,4 +1,5 @@
-"""The commands that README, docs, notebooks and docstrings show, as the shell would run them."""
+"""The commands that README, docs, notebooks and docstrings show, and those of docs/results.json, as the shell would run
+them."""
 
 import ast
 import json
@@ -15,10 +16,11 @@ MARKDOWN = [
 ]
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 CODE = [
-    REPOSITORY / "train.py", REPOSITORY / "eval.py", REPOSITORY / "docs" / "draw.py",
+    REPOSITORY / "train.py", REPOSITORY / "eval.py", *sorted((REPOSITORY / "docs").glob("*.py")),
     *sorted((REPOSITORY / "notebooks").glob("*.py")), *sorted((REPOSITORY / "mplug2").rglob("*.py")),
     *sorted((REPOSITORY / "tiny_data").glob("*.py")),
 ]
+RESULTS = REPOSITORY / "docs" / "results.json"
 PROGRAMS = ("torchrun", "python", "pytest", "pip", "bash", "ruff", "autopep8", "jupyter", "cp", "sbatch")
 
 
@@ -49,7 +51,18 @@ def shown_commands() -> list[Command]:
         commands += [one for cell in cells(path, "code") for text in strings_of(cell) for one in statements(text, path)]
     for path in CODE:
         commands += [one for text in docstrings_of(path) for one in from_markdown(text, path)]
+    for text in recorded_commands():
+        commands += statements(text, RESULTS)
     return list(dict.fromkeys(commands))
+
+
+def recorded_commands() -> Iterator[str]:
+    """The commands that made the results and figures, for the first seed of an experiment and for each of its tasks."""
+    recorded = json.loads(RESULTS.read_text(encoding="utf-8"))
+    for entry in [*recorded["experiments"].values(), *recorded["figures"].values()]:
+        for task in entry.get("tasks", [""]):
+            for command in entry["commands"]:
+                yield command.replace("{task}", task).replace("{seed}", str(entry.get("seeds", [0])[0]))
 
 
 def strings_of(cell: str) -> list[str]:

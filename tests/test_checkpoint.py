@@ -2,6 +2,8 @@
 
 import json
 import os
+import pickle
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -13,9 +15,10 @@ import torch
 from helpers import randomized, seeds, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mplug2.checkpoint import CheckpointError, PreprocessConfig, load_model, read_config, save_model
+from mplug2.checkpoint import CheckpointError, PreprocessConfig, load_model, read_config, read_data, save_model
 from mplug2.config import form_fields
 from mplug2.data.text import Tokenizer
 from mplug2.model.mplug2 import MPLUG2
@@ -74,6 +77,15 @@ def test_loading_is_bit_identical_to_what_was_saved(tmp_path_factory, task, seed
     assert {file.name for file in folder.iterdir()} == {"model.safetensors", "config.json", "tokenizer.json"}
 
 
+def test_a_model_folder_keeps_the_stride_of_time_its_data_and_what_other_programs_ask_for(tmp_path):
+    model = make_model("video_caption", temporal_stride=3, vocab_size=len(TOKENIZER))  # just enough for the tokenizer
+    save_model(tmp_path, model, TOKENIZER, PREPROCESS, data=[tmp_path / "a", "b"])
+    assert read_config(tmp_path)[1].temporal_stride == 3 and load_model(tmp_path)[0].config == model.config
+    assert read_data(tmp_path) == [tmp_path / "a", Path("b").absolute()]
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}  # transformers refuses files without it
+
+
 @pytest.mark.parametrize("readout", ["released", "figure"])
 def test_a_checkpoint_from_before_the_class_token_setting_loads_unless_it_has_the_old_readout(tmp_path, readout):
     model = make_model(universal_readout=readout)
@@ -106,7 +118,7 @@ NEW = {"text_classification": ["classifier.text_classification.bias", "classifie
 
 @pytest.mark.parametrize("task", NEW)
 def test_fine_tuning_initializes_the_heads_that_a_checkpoint_lacks_and_nothing_else(saved, task):
-    with pytest.raises(CheckpointError, match=rf"not in the file[^$]*: train.py --task {task} --init trains it"):
+    with pytest.raises(CheckpointError, match=rf"not in the file[^$]*: train.py --task {task} --init CHECKPOINT"):
         load_model(saved, task)
     found, _, _ = load_model(saved, task, classes={task: ("a", "b")})
     assert sorted(found.newly_initialized) == NEW[task]
@@ -229,8 +241,9 @@ def test_a_checkpoint_of_another_size_is_refused(saved):
     change_config(saved, "model", ff_width=28, latents=4)
     with pytest.raises(CheckpointError, match=r"universal.latents: expected \(4, 16\), found \(3, 16\)"):
         load_model(saved)
-    with pytest.raises(CheckpointError, match=r"contrastive_text.weight: expected \(6, 16\), found \(5, 16\)"):
+    with pytest.raises(CheckpointError, match=r"contrastive_text.weight: expected \(6, 16\), found \(5, 16\)") as error:
         load_model(saved, changes={"contrastive_width": 6, "ff_width": 20, "latents": 3})
+    assert "\nIts settings differ from contrastive_width=6, ff_width=20, latents=3: leave out" in str(error.value)
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.001, 0.5, 0.99])
@@ -242,8 +255,10 @@ def test_truncated_weights_are_reported(saved, kept):
 
 
 def test_missing_files_are_named(saved, tmp_path):
-    with pytest.raises(CheckpointError, match="nowhere is not a checkpoint: it does not contain config.json; expected"):
+    with pytest.raises(CheckpointError, match="nowhere is not a checkpoint: there is no such folder; expected a"):
         load_model(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="is not a checkpoint: it does not contain config.json; expected a"):
+        load_model(tmp_path)
     (saved / "model.safetensors").rename(saved / "weights")
     with pytest.raises(CheckpointError, match=r"model.safetensors: no such file; the checkpoint is incomplete"):
         load_model(saved)
@@ -349,6 +364,66 @@ def test_leftovers_of_an_earlier_attempt_do_not_get_into_a_checkpoint(tmp_path):
     assert names(tmp_path) == ["last", "step_0000001", "step_0000002"]
     assert "debris" not in names(tmp_path / "last")
     assert_same_weights(load_model(tmp_path / "last")[0], make_model(seed=2))
+
+
+def test_the_state_of_a_run_cannot_run_code(tmp_path):
+    """Only tensors, numbers and texts are read: no object of a class that a file names."""
+    save_checkpoint(tmp_path, "step_0000001", make_model(), TOKENIZER, PREPROCESS, {"step": 1, "path": tmp_path}, 1)
+    with pytest.raises(pickle.UnpicklingError):
+        load_training(tmp_path / "last")
+
+
+def test_a_checkpoint_that_was_moved_aside_is_moved_back_unless_the_new_one_has_its_name(tmp_path):
+    for name in (".step_0000001.old", ".step_0000002.old", "step_0000002", ".step_0000003.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    clean_partial(tmp_path)
+    assert {path.name: (path / "file").read_text() for path in tmp_path.iterdir()} == {
+        "step_0000001": ".step_0000001.old", "step_0000002": "step_0000002"}
+
+
+@pytest.fixture
+def journal(monkeypatch) -> list[tuple]:
+    """What happens to files from now on, in order: inodes that are flushed, renames by name, and folders removed."""
+    calls, flush, remove = [], os.fsync, shutil.rmtree
+    move = {name: getattr(os, name) for name in ("rename", "replace")}
+    monkeypatch.setattr(os, "fsync", lambda handle: (calls.append(("flush", os.fstat(handle).st_ino)), flush(handle)))
+    for name in move:
+        def note_and_move(source, target, name=name) -> None:
+            calls.append(("rename", Path(source).name, Path(target).name))
+            move[name](source, target)
+
+        monkeypatch.setattr(os, name, note_and_move)
+
+    def remove_folder(path, *given, **how) -> None:
+        if Path(path).exists():
+            calls.append(("remove", Path(path).name))
+        remove(path, *given, **how)
+
+    monkeypatch.setattr(shutil, "rmtree", remove_folder)
+    return calls
+
+
+def test_a_checkpoint_is_on_disk_before_it_has_its_name_and_its_name_before_another_is_removed(tmp_path, journal):
+    """So a power failure at any moment leaves a complete one. The second one replaces a checkpoint of its step."""
+    for step in (1, 2, 2):
+        del journal[:]
+        folder = save(tmp_path, step, make_model("video_caption"), keep=1)
+        named = journal.index(("rename", f".{folder.name}.part", folder.name))
+        for path in (*folder.iterdir(), folder):
+            assert ("flush", path.stat().st_ino) in journal[:named], path.name
+        pointed = journal.index(("rename", ".last.part", "last"))
+        assert named < pointed < journal.index(("flush", tmp_path.stat().st_ino))
+        removed = [number for number, call in enumerate(journal) if call[0] == "remove"]
+        assert len(removed) == (step > 1) and all(journal[number - 1][0] == "flush" for number in removed)
+
+
+def test_a_score_is_on_disk_before_it_replaces_the_manifest(tmp_path, journal):
+    folder = save(tmp_path, 1, make_model("video_caption"))
+    del journal[:]
+    record_score(tmp_path, folder.name, 0.5, keep=2)
+    assert journal == [("flush", (folder / "manifest.json").stat().st_ino),
+                       ("rename", "manifest.part", "manifest.json"), ("rename", ".best.part", "best")]
 
 
 def run_until_killed(action: Callable[[], object], moment: int) -> bool:

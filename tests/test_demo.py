@@ -1,5 +1,6 @@
 """The demo: what the page computes, and the page itself in Chromium (marked `browser`; needs the extra `demo`)."""
 
+import json
 import shutil
 import sys
 import time
@@ -18,7 +19,8 @@ from mplug2.demo.__main__ import main
 from mplug2.demo.settings import DemoSettings
 from tiny_data.world import COLOR_NAMES, DIGITS
 
-PRETRAINED = Path(__file__).parents[1] / "tiny_data" / "pretrained"
+ROOT = Path(__file__).parents[1]
+PRETRAINED, EXAMPLES = ROOT / "tiny_data" / "pretrained", ROOT / "docs" / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +111,7 @@ def test_without_the_local_temporal_modules_the_order_of_frames_is_not_seen(pred
 
 @pytest.mark.parametrize("question", ["", "which digit is it"])
 def test_words_have_their_probabilities_and_attention_over_all_patches(predictor, clip, question):
-    written, words = views.look(predictor, clip, question)
+    written, words = predictor.trace(clip, question)
     asked = len(question.split())
     assert " ".join(word.text for word in words[asked:]) == written
     assert [word.text for word in words[:asked]] == question.split()
@@ -155,26 +157,38 @@ def test_without_gradio_the_command_says_what_to_install(monkeypatch, capsys):
 
 
 @pytest.fixture(scope="module")
-def page():
-    """The page, opened in headless Chromium, on a computer whose browser reaches nothing else."""
+def open_page():
+    """A function that serves the page with some settings and opens it in headless Chromium. Requests of the page to
+    any other address are kept in `elsewhere`."""
     pytest.importorskip("gradio", reason="the demo needs its extra: pip install -e '.[demo]'")
     playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
     from browser import NAMES
     from processes import free_port
 
     from mplug2.demo.page import serve
-    port, browser = free_port(), next(filter(None, map(shutil.which, NAMES)))
-    serve(DemoSettings(port=port), block=False)
+    browser = next(filter(None, map(shutil.which, NAMES)))
     with playwright.sync_playwright() as driver:
         chromium = driver.chromium.launch(executable_path=browser, args=["--no-sandbox"])
-        opened = chromium.new_page(viewport={"width": 1180, "height": 1500})
-        opened.elsewhere = []
-        opened.on("request", lambda request: opened.elsewhere.append(request.url) if not request.url.startswith(
-            (f"http://127.0.0.1:{port}", "data:", "blob:")) else None)
-        opened.address = f"http://127.0.0.1:{port}"
-        opened.goto(opened.address)
-        yield opened
+
+        def open_one(**settings):
+            port = free_port()
+            serve(DemoSettings(port=port, **settings), block=False)
+            opened = chromium.new_page(viewport={"width": 1180, "height": 1500})
+            opened.elsewhere = []
+            opened.on("request", lambda request: opened.elsewhere.append(request.url) if not request.url.startswith(
+                (f"http://127.0.0.1:{port}/", "data:", "blob:")) else None)
+            opened.address = f"http://127.0.0.1:{port}"
+            opened.goto(opened.address)
+            return opened
+
+        yield open_one
         chromium.close()
+
+
+@pytest.fixture(scope="module")
+def page(open_page):
+    """The page of the shipped checkpoint."""
+    return open_page()
 
 
 def wait_for(page, condition: str) -> None:
@@ -203,9 +217,9 @@ def test_the_page_captions_and_answers_what_is_drawn_and_changed(page):
     page.locator("#temporal input").check()
     page.get_by_label("as they are").check()
     wait_for(page, CAPTION + "return caption.includes('right')")
-    page.locator("#question input").fill("which colour is it")
+    page.locator("#question input").fill("which color is it")
     page.locator("#question input").press("Enter")
-    wait_for(page, "return document.querySelector('#words')?.innerText.includes('colour')")
+    wait_for(page, "return document.querySelector('#words')?.innerText.includes('color')")
     page.locator("#words").get_by_text("red").last.click()
     wait_for(page, "return document.querySelector('#explained')?.innerText.includes('written with probability')")
     assert page.locator("#attention img").count() == 1
@@ -244,23 +258,160 @@ def test_a_video_is_uploaded_captioned_and_deleted(page):
     page.goto(page.address)
     wait_for(page, CAPTION + "return caption.includes('right')")
     page.get_by_text("Upload an image, GIF, or video").click()
-    video = PRETRAINED.parents[1] / "docs" / "examples" / "blue_seven_left.gif"
-    page.locator("#upload input[type=file]").set_input_files(video)
+    page.locator("#upload input[type=file]").set_input_files(EXAMPLES / "blue_seven_left.gif")
     wait_for(page, CAPTION + "return caption.includes('blue') && caption.includes('left')")
     assert not list(Path(UPLOADS.name).rglob("*.gif"))
 
 
 @pytest.mark.browser
 @pytest.mark.timeout(300)
-def test_wrong_files_are_a_sentence_in_the_page(page, tmp_path):
+def test_wrong_and_too_large_files_are_a_sentence_in_the_page(page, tmp_path):
+    """The next file is read as if nothing had happened."""
+    from mplug2.demo.page import UPLOADS
+
     (tmp_path / "note.mp4").write_bytes(b"<html>not a video</html>")
+    with open(tmp_path / "large.mp4", "wb") as large:
+        large.truncate(51 * 2**20)
     page.goto(page.address)
     wait_for(page, CAPTION + "return caption.includes('right')")
     page.get_by_text("Upload an image, GIF, or video").click()
-    page.locator("#upload input[type=file]").set_input_files(tmp_path / "note.mp4")
-    wait_for(page, "return document.body.innerText.includes('note.mp4')"
-                   " && document.body.innerText.includes('is an HTML page')")
-    assert "Traceback" not in page.inner_text("body") and str(tmp_path) not in page.inner_text("body")
+    for name, problem in (("large.mp4", "exceed the maximum allowed size of 50.0 Mb"), ("note.mp4", "is an HTML page")):
+        page.locator("#upload input[type=file]").set_input_files(tmp_path / name)
+        wait_for(page, f"const text = document.body.innerText; return text.includes('{name}')"
+                       f" && text.includes('{problem}')")
+        assert "Traceback" not in page.inner_text("body") and str(tmp_path) not in page.inner_text("body")
+        assert UPLOADS.name not in page.inner_text("body") and not list(Path(UPLOADS.name).rglob(name))
+        page.goto(page.address)
+        wait_for(page, CAPTION + "return caption.includes('right')")
+        page.get_by_text("Upload an image, GIF, or video").click()
+    page.locator("#upload input[type=file]").set_input_files(write_media(tmp_path / "one.png", 0, 1))
+    wait_for(page, ANSWERS + "return answers.includes('which color came first')")
+
+
+@pytest.mark.browser
+@pytest.mark.timeout(300)
+def test_a_folder_is_searched_and_its_files_are_deleted(page, tmp_path):
+    from mplug2.demo.page import UPLOADS
+
+    def search(*names: str) -> None:
+        folder = tmp_path / names[0]
+        folder.mkdir()
+        for name in names[1:]:
+            source = EXAMPLES / name
+            (folder / name).write_bytes(source.read_bytes() if source.exists() else b"damaged")
+        page.goto(page.address)
+        wait_for(page, CAPTION + "return caption.includes('right')")
+        page.get_by_role("tab", name="Search", exact=True).click()
+        page.locator("#folder input[type=file]").set_input_files(folder)
+        wait_for(page, f"return document.querySelector('#folder').innerText.includes('{names[-1].split('.')[0]}')")
+        page.get_by_role("button", name="Search", exact=True).click()
+
+    search("good", "red_seven_growing.gif", "blue_seven_left.gif", "note.txt")
+    wait_for(page, "return /blue_seven_left.gif\\t[\\d.]+\\n\\s*red_seven_growing.gif"
+                   "/.test(document.querySelector('#found').innerText)")
+    assert page.inner_text("#found").count("\t") == 3 and not list(Path(UPLOADS.name).rglob("*.gif"))
+    search("without", "note.txt")
+    wait_for(page, "return document.body.innerText.includes('the folder has 0 images, GIFs and videos: choose one')")
+    search("bad", "broken.gif")
+    wait_for(page, "return document.body.innerText.includes('broken.gif cannot be decoded')")
+    assert UPLOADS.name not in page.inner_text("body") and not list(Path(UPLOADS.name).rglob("*.gif"))
+
+
+@pytest.mark.browser
+@pytest.mark.timeout(300)
+def test_a_word_is_chosen_with_the_keyboard(page):
+    page.goto(page.address)
+    wait_for(page, "return document.querySelectorAll('#words [role=button]').length === 5")
+    page.locator("#words [role=button]").first.focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    wait_for(page, "return document.querySelector('#explained')?.innerText.startsWith('seven: written with')")
+    wait_for(page, "return document.querySelectorAll('#attention img').length === 1")
+
+
+@pytest.mark.browser
+@pytest.mark.timeout(300)
+def test_odd_questions_and_hasty_clicks(page):
+    """Emoji are not words, and markup is text. The last of several choices counts, in each of two tabs."""
+    page.goto(page.address)
+    wait_for(page, CAPTION + "return caption.includes('right')")
+    question = page.locator("#question input")
+    for text, shown in (
+        ("\N{GRINNING FACE}", "no question: write one, with letters or digits"),
+        ("zebra " * 400, "tokens with [CLS] and [SEP], more than max_length=32: shorten it"),
+        ("which color is it <img src=x onerror=document.title='run'>", "which \ncolor \nis \nit \ni \n##m"),
+    ):
+        question.fill(text)
+        question.press("Enter")
+        wait_for(page, f"return document.body.innerText.includes({json.dumps(shown)})")
+    assert page.title() == "mPLUG-2"
+    other = page.context.browser.new_page()
+    other.goto(page.address)
+    wait_for(other, CAPTION + "return caption.includes('right')")
+    for name in ("reverse", "shuffle", "freeze", "reverse"):
+        page.get_by_label(name).check()
+    other.get_by_label("freeze").check()
+    wait_for(page, CAPTION + "return caption.includes('left')")
+    wait_for(other, CAPTION + "return !caption.includes('left') && !caption.includes('right')")
+    other.close()
+    assert "left" in page.input_value("#caption textarea")
+
+
+@pytest.mark.browser
+@pytest.mark.timeout(300)
+def test_the_browser_refuses_every_other_address(page):
+    """Also another name of this computer, with any protocol."""
+    other = page.context.browser.new_page()
+    other.goto(page.address)
+    other.evaluate("""() => {
+        window.refused = [];
+        document.addEventListener('securitypolicyviolation', event => refused.push(event.blockedURI));
+        const there = '//localhost:' + location.port;
+        fetch('http:' + there).catch(() => {});
+        try { new WebSocket('ws:' + there); } catch {}
+        for (const name of ['img', 'script', 'iframe']) {
+            const element = document.createElement(name);
+            element.src = 'http:' + there;
+            document.body.append(element);
+        }
+    }""")
+    wait_for(other, "return refused.filter(address => address.includes('//localhost:')).length === 5")
+    other.close()
+
+
+@pytest.mark.browser
+@pytest.mark.timeout(300)
+def test_two_models_are_compared_side_by_side(open_page, page, tmp_path):
+    """By default the model is compared with itself, without its local temporal modules."""
+    make_predictor("pretrain").save(tmp_path / "untrained")
+    page.goto(page.address)
+    for opened, name in ((page, "pretrained, local temporal modules off"),
+                         (open_page(compare=str(tmp_path / "untrained")), "untrained")):
+        wait_for(opened, CAPTION + "return caption.includes('right')")
+        opened.get_by_role("tab", name="Compare", exact=True).click()
+        opened.get_by_role("button", name="Compare", exact=True).click()
+        wait_for(opened, "return document.querySelector('#comparison').innerText.includes('how many digits')")
+        rows = [line.split("\t") for line in opened.inner_text("#comparison").splitlines() if "\t" in line]
+        assert rows[0][1:] == ["pretrained", name] and rows[1][:2] == ["caption", "a red seven moving right"]
+        assert ["does it move right or left", "right"] in [row[:2] for row in rows]
+        assert rows[1][2] != rows[1][1] and opened.elsewhere == []
+
+
+@pytest.mark.browser
+@pytest.mark.timeout(300)
+def test_a_checkpoint_for_grounding_shows_frames_and_a_box_but_no_caption(open_page, tmp_path):
+    make_predictor("grounding").save(tmp_path / "grounding")
+    opened = open_page(checkpoint=str(tmp_path / "grounding"))
+    wait_for(opened, CAPTION + "return caption.includes('this model has no decoder')")
+    wait_for(opened, "return document.querySelector('#frames img')")
+    opened.get_by_role("tab", name="Grounding", exact=True).click()
+    opened.get_by_role("button", name="Find it", exact=True).click()
+    wait_for(opened, "return document.querySelector('#box img')?.naturalWidth === 96")
+    opened.get_by_role("tab", name="Compare", exact=True).click()
+    opened.get_by_role("button", name="Compare", exact=True).click()
+    wait_for(opened, "return document.body.innerText.includes(\"'grounding' has no decoder\")")
+    assert opened.elsewhere == []
 
 
 @pytest.mark.browser

@@ -14,12 +14,18 @@ from processes import Processes
 
 from mplug2 import distributed
 from mplug2.distributed import (
+    AllRanksError,
+    DistInfo,
     all_gather_object,
+    all_gather_vectors,
     all_gather_with_grad,
     all_reduce_sum,
+    all_to_all,
+    any_rank,
     choose_device,
     global_mean,
     init_distributed,
+    run_on_main,
     shutdown,
     world_size,
 )
@@ -85,6 +91,49 @@ def test_a_missing_device_is_refused_with_advice(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="device cuda:2: this machine has 2 GPUs, .* at most one process per GPU"):
         choose_device("cuda", local_rank=2)
+
+
+def test_the_device_of_a_rank_is_the_gpu_of_its_number_on_its_machine(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for name, value in (("RANK", "3"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    for name, device in (("auto", "cuda:1"), ("cuda", "cuda:1"), ("cuda:0", "cuda:0"), ("cpu", "cpu")):
+        assert init_distributed(name).device == torch.device(device)
+    assert chosen == [torch.device("cuda:1")] * 2 + [torch.device("cuda:0")]
+
+
+def exchanges(rank: int) -> tuple:
+    """Flags, errors of the main process, and vectors of unequal lengths; a sum must not change what is summed."""
+    info, ran, raised = DistInfo(rank, 2, torch.device("cpu")), [], []
+    run_on_main(lambda: ran.append(rank), info)
+
+    def fail() -> None:
+        raise OSError("no space left") if rank == 0 else AssertionError("not on the main process")
+
+    try:
+        run_on_main(fail, info)
+    except AllRanksError as error:
+        raised.append(str(error))
+    x = torch.tensor([1.0 + rank])
+    summed = all_reduce_sum(x)
+    sent = [torch.full((1 + target + 2 * rank,), 10.0 * rank + target) for target in (0, 1)]  # 1 2 from 0, 3 4 from 1
+    received = all_to_all(sent, [1 + rank, 3 + rank])
+    gathered = all_gather_vectors(torch.full((1 + rank,), float(rank)), [1, 2])
+    return (any_rank(rank == 0, rank == 1, False), ran, raised, x.item(), summed.item(),
+            [part.tolist() for part in received], [part.tolist() for part in gathered])
+
+
+def test_flags_errors_and_vectors_reach_all_ranks(pair):
+    found = pair.run(exchanges, (0,), (1,))
+    for rank, (flags, ran, raised, x, summed, received, gathered) in enumerate(found):
+        assert flags == [True, True, False] and ran == [0] * (rank == 0) and raised == ["no space left"]
+        assert (x, summed) == (1 + rank, 3)
+        assert received == [[float(rank)] * (1 + rank), [10.0 + rank] * (3 + rank)]
+        assert gathered == [[0.0], [1.0, 1.0]]
+    assert any_rank(True, False) == [True, False]
 
 
 def mean(values: list, valid: list) -> tuple[float, list]:
@@ -156,9 +205,11 @@ def distilled(batches: list[dict], rank: int, world: int) -> tuple[list, list, l
     ema_teacher.teacher = make_model(seed=1)
     ema_teacher.steps += 1
     objectives = Objectives(model, ema_teacher).train()
-    for batch in batches:
-        losses = objectives(rank_share(batch, rank, world))
+    objectives(rank_share(batches[0], rank, world))
+    objectives.after_step(skipped=False)
+    losses = objectives(rank_share(batches[1], rank, world))
     (losses["vtc"] + losses["answer"]).backward()
+    objectives.after_step(skipped=False)
     gradients = [p.grad.numpy() if p.grad is not None else None for p in model.parameters()]
     return [losses["vtc"].item(), losses["answer"].item()], gradients, [part.tolist() for part in ema_teacher.queue()]
 

@@ -63,7 +63,8 @@ def written_files(commands: list[Command]) -> set[str]:
         given, words = options(command.words), command.words
         if "train.py" in words:
             run = given.get("name") or given.get("recipe") or given.get("task", "tiny")
-            found |= {f"{given.get('out', 'runs')}/{run}", f"{given.get('out', 'runs')}/{run}/last"}
+            folder = f"{given.get('out', 'runs')}/{run}"
+            found |= {folder, f"{folder}/last", f"{folder}/metrics.jsonl"}
         elif "out" in given:
             found.add(given["out"])
         found |= {f"{code[1]}" for code in re.finditer(r"\.save\('(.*?)'\)", shlex.join(words).replace("'\"'\"'", "'"))}
@@ -261,7 +262,7 @@ def test_a_wrong_command_is_noticed(text, message, monkeypatch, tmp_path):
 
 def test_commands_are_found_wherever_they_are_shown():
     sources = {command.source for command in COMMANDS}
-    expected = {"README.md", "train.py", "eval.py", "docs/scaling.md", "mplug2/data/__main__.py"}
+    expected = {"README.md", "train.py", "eval.py", "docs/scaling.md", "mplug2/data/__main__.py", "docs/results.json"}
     assert expected <= sources and any(source.endswith(".ipynb") for source in sources)
     assert len(COMMANDS) > 120 and {command.words[0] for command in COMMANDS} <= set(PROGRAMS)
     launches = [command for command in COMMANDS if "--nnodes" in command.words and command.source == "docs/scaling.md"]
@@ -323,7 +324,7 @@ def test_the_first_commands_of_the_readme_find_what_they_name(monkeypatch, capsy
     for arguments in shown:
         eval_program.main(list(arguments))
         said.append(capsys.readouterr().out.strip().splitlines()[0])
-    assert said[:2] == ["a blue seven moving left", "seven"] and said[2].endswith("blue_seven_left.gif")
+    assert said[:2] == ["a blue seven that moves to the left", "seven"] and said[2].endswith("blue_seven_left.gif")
 
 
 def test_the_text_cites_no_section_of_the_paper():

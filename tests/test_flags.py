@@ -154,7 +154,8 @@ def test_an_unknown_flag_is_refused_with_a_guess(capsys):
     assert refusal(capsys, parser, ["--max-step", "3"]) == "unknown argument --max-step (did you mean '--max-steps'?)"
     assert refusal(capsys, parser, ["--max_steps=3"]) == "unknown argument --max_steps=3 (did you mean '--max-steps'?)"
     assert refusal(capsys, parser, ["--zzzzzzzz"]) == "unknown argument --zzzzzzzz"
-    assert refusal(capsys, parser, ["--max-steps", "3", "stray"]) == "unknown argument stray"
+    assert refusal(capsys, parser, ["--max-steps", "3", "stray"]) == "unknown argument stray: expected a flag before it"
+    assert refusal(capsys, parser, ["max-steps", "3"]) == "unknown argument max-steps (did you mean '--max-steps'?)"
 
 
 def test_a_flag_is_not_abbreviated(capsys):
@@ -174,7 +175,7 @@ def test_fields_without_a_default_are_positional_arguments(capsys):
     assert refusal(capsys, parser_of(Copy), ["a"]) == "PARTS: not given"
     assert refusal(capsys, parser_of(Copy), []) == "ROOT and PARTS: not given"
     assert refusal(capsys, parser_of(Copy), ["a", "many"]) == "PARTS: expected an int, found 'many'"
-    assert refusal(capsys, parser_of(Copy), ["a", "3", "c"]) == "unknown argument c"
+    assert refusal(capsys, parser_of(Copy), ["a", "3", "c"]) == "unknown argument c: expected a flag before it"
     text = help_of(capsys, parser_of(Copy))
     assert text.startswith("usage: program ROOT PARTS [flags]\n") and "ROOT: Folder to read." in text
 

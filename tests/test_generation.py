@@ -1,6 +1,7 @@
 """Generation: caches change nothing; greedy, sampling, beam search and ranking equal their definitions."""
 
 import itertools
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -99,6 +100,18 @@ def test_greedy_takes_the_most_likely_token_until_sep_or_the_end(seed, b, prompt
                 break
             expected.append(token)
         assert found[i] == expected
+
+
+@settings(max_examples=20, deadline=None)
+@given(seeds, st.integers(1, 4), st.integers(1, 3))
+def test_a_memory_is_no_longer_read_when_all_of_its_texts_have_ended(seed, b, r):
+    model, rows = make_model(seed, end=1.0), []
+    prompt = torch.randint(3, S, (b * r, 2), generator=generator(seed))
+    step = model.decoder.step
+    with patch.object(model.decoder, "step", lambda ids, state: rows.append(len(ids)) or step(ids, state)):
+        written = greedy(model, make_memory(seed, b)[0], prompt, SPECIAL, max_length=6)
+    longest = [max(map(len, written[r * i: r * i + r])) for i in range(b)]
+    assert rows == [r * count for j in range(6) if (count := sum(length >= j for length in longest))]
 
 
 def test_greedy_ends_at_once_or_never_if_the_model_does():

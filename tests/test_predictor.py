@@ -25,15 +25,15 @@ from mplug2.evaluation.data import EvalOptions, EvalSplit
 from mplug2.evaluation.evaluate import evaluate
 from mplug2.evaluation.predictions import Prediction
 from mplug2.evaluation.retrieval import evaluate_retrieval
-from mplug2.generation import beam_search, best_texts, greedy
-from mplug2.inference import Inference
+from mplug2.generation import beam_search, best_texts, greedy, rank_answers
+from mplug2.inference import Inference, repeat_to
 from mplug2.model.mplug2 import answer_memory
 from mplug2.predictor import Predictor
 from mplug2.tasks import INSTRUCTIONS, PROMPTS
 from mplug2.tools.plots import draw_curves
 
 QUESTIONS = ("which colour is it", "is it red", "which digit", "up or down")
-COLOURS = ("red", "green", "blue")
+COLORS = ("red", "green", "blue")
 TEXTS = ("a red one", "two moving left", "three up", "green and blue", "down right", "a digit")
 
 
@@ -69,6 +69,19 @@ def test_the_model_of_these_tests_distinguishes_its_inputs(alone):
     assert len({answers[0] for answers in alone["answers"]}) > 3
     assert len(set(alone["answers"][0])) > 2
     assert len({tuple(row) for row in alone["vectors"].round(decimals=3).tolist()}) == 7
+
+
+def test_a_text_starts_with_cls_and_the_words_of_the_prompt(predictor):
+    ids, word = predictor.start(2, "a video of"), predictor.tokenizer.lengths
+    assert word(["a video of"]) == [5] and ids.shape == (2, 4)  # [CLS] and three words, without [SEP]
+    assert predictor.tokenizer.decode(ids) == ["a video of"] * 2 and (ids[:, 0] == predictor.tokenizer.cls).all()
+    assert predictor.start(3).tolist() == [[predictor.tokenizer.cls]] * 3
+
+
+def test_each_text_is_encoded_once_in_batches(predictor):
+    with patch.object(predictor.model, "encode_text", wraps=predictor.model.encode_text) as encoded:
+        vectors = predictor.embed_texts(TEXTS[:5])
+    assert [len(call.args[0]) for call in encoded.call_args_list] == [3, 2] and len(vectors) == 5
 
 
 @settings(max_examples=8, deadline=None)
@@ -177,6 +190,42 @@ def test_a_file_with_several_questions_is_read_and_encoded_once(predictor, media
     assert [call.args[0].shape[0] for call in encode.call_args_list] == [1]
 
 
+@pytest.mark.parametrize("settings", [{}, {"beams": 3}, {"answer_list": TEXTS}], ids=["greedy", "beams", "ranked"])
+def test_keys_and_values_of_a_file_are_computed_once_for_all_its_questions(media, settings, monkeypatch):
+    """In every cross-attention of fusion and decoder. Each question adds its own words only."""
+    predictor, rows, asked = make_predictor(batch_size=8), Counter(), [*QUESTIONS, *QUESTIONS[:3]]
+    for name, module in predictor.model.named_modules():
+        if name.startswith(("fusion", "decoder")) and name.endswith("key_value"):
+            module.register_forward_pre_hook(
+                lambda _, inputs, name=name: rows.update({name: inputs[0][..., 0].numel()}))
+    answers = predictor.answer([media[0]] * 4 + [media[2]] * 3, asked, **settings)
+    v = [predictor.encode_media([file])[0].shape[0] for file in (media[0], media[2])]
+    l = [predictor.encode_text(part)[1].numel() for part in (asked[:4], asked[4:])]
+    assert {name: count for name, count in rows.items() if name.startswith("decoder")} == {
+        f"decoder.layers.{i}.cross_attention.key_value": sum(v) + sum(l) for i in range(2)}
+    assert {count for name, count in rows.items() if name.startswith("fusion")} == {sum(v)}
+
+    def and_joined(function):
+        def compare(model, memory, *others, **named):
+            """The plain form, one memory for each question, has the same ids, scores, and probabilities."""
+            found = function(model, memory, *others, **named)
+            rows.clear()
+            joined = torch.cat([repeat_to(memory.vision, len(memory.text)), memory.text], dim=1)
+            plain = function(model, joined, *others, **named)
+            assert rows["decoder.layers.0.cross_attention.key_value"] == joined[..., 0].numel()
+            if function is rank_answers:
+                torch.testing.assert_close(found, plain, atol=1e-6, rtol=0)
+            if function is beam_search:
+                scores = [[score for beams in one for score, _ in beams] for one in (found, plain)]
+                assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+            return plain
+        return compare
+
+    for function in (greedy, beam_search, rank_answers):
+        monkeypatch.setattr(mplug2.predictor, function.__name__, and_joined(function))
+    assert predictor.answer([media[0]] * 4 + [media[2]] * 3, asked, **settings) == answers
+
+
 def test_embeddings_are_unit_vectors_of_media_and_texts_and_similarity_their_cosines(predictor, media):
     texts = ["a red one", "two moving left"]
     mixed = predictor.embed([texts[0], media[0], media[1], texts[1], media[2]])
@@ -263,9 +312,9 @@ def root(tmp_path_factory) -> Path:
     for i in range(4):
         write_media(folder / f"{i}.png", 50 + i, 1)
     clips = [
-        {"video": f"{i}.gif", "captions": [f"A {COLOURS[i % 3]} one, moving left", COLOURS[i % 3]]} for i in range(6)
+        {"video": f"{i}.gif", "captions": [f"A {COLORS[i % 3]} one, moving left", COLORS[i % 3]]} for i in range(6)
     ]
-    images = [{"image": f"{i}.png", "captions": [f"a {COLOURS[i % 3]} two"]} for i in range(4)]
+    images = [{"image": f"{i}.png", "captions": [f"a {COLORS[i % 3]} two"]} for i in range(4)]
     write_records(folder, "video_caption.test", clips)
     write_records(folder, "image_caption.test", images)
     write_records(folder, "video_retrieval.test", [
@@ -275,7 +324,7 @@ def root(tmp_path_factory) -> Path:
     write_records(folder, "image_retrieval.test", images)
     write_records(folder, "video_qa.test", [
         {"video": f"{i}.gif", "qa": [
-            {"question": "Which colour is it?", "answers": [COLOURS[i % 3]], "kind": "colour"},
+            {"question": "Which colour is it?", "answers": [COLORS[i % 3]], "kind": "color"},
             {"question": "is it one", "answers": ["yes", "Yeah"], "kind": "yesno"},
             {"question": "which", "answers": ["one"]},
         ]} for i in range(6)
@@ -290,12 +339,12 @@ class Oracle(Predictor):
         paths = [medium.paths[0] for medium in media]
         right = {".gif": "a {} one moving left", ".png": "a {} two"}
         numbers = [int(path.stem) for path in paths]
-        return ["nonsense" if number % 2 else right[path.suffix].format(COLOURS[number % 3])
+        return ["nonsense" if number % 2 else right[path.suffix].format(COLORS[number % 3])
                 for number, path in zip(numbers, paths)]
 
     def answer(self, media: list[Medium], questions: list[str], **settings) -> list[str]:
         numbers = [int(medium.paths[0].stem) for medium in media]
-        return [COLOURS[number % 3] if "colour" in question else "no" if number % 2 else "yes"
+        return [COLORS[number % 3] if "colour" in question else "no" if number % 2 else "yes"
                 for number, question in zip(numbers, questions)]
 
 
@@ -305,13 +354,13 @@ def test_captions_and_answers_are_scored_by_kind(root, predictor):
     metrics, predictions = result.metrics, result.predictions
     assert result.records == 6 + 6 + 6 + 4 + 4 and result.skipped == {}
     assert metrics["caption_exact"] == metrics["image_caption_exact"] == 0.5
-    assert metrics["qa_colour"] == 1.0 and metrics["qa_yesno"] == 0.5 and metrics["qa_accuracy"] == 0.5
+    assert metrics["qa_color"] == 1.0 and metrics["qa_yesno"] == 0.5 and metrics["qa_accuracy"] == 0.5
     assert 0 < metrics["caption_bleu4"] < 1 and metrics["caption_cider"] > 0
     galleries = {f"{way}_{key}" for way in ("t2v", "v2t", "t2i", "i2t")
                  for key in ("r1", "r5", "r10", "median_rank", "r1_rerank")}
     scores = ("exact", "cider", "bleu4", "rouge_l")
     described = {f"{prefix}caption_{key}" for prefix in ("", "image_") for key in scores}
-    assert set(metrics) == galleries | described | {"qa_colour", "qa_yesno", "qa_accuracy"}
+    assert set(metrics) == galleries | described | {"qa_color", "qa_yesno", "qa_accuracy"}
     assert predictions[0] == Prediction(
         "video_caption", (root / "0.gif",), "", "a red one moving left", ("a red one moving left", "red"),
         "video_caption.test.jsonl:1",
@@ -394,7 +443,7 @@ def test_a_model_is_evaluated_on_the_tasks_that_it_has_modules_and_records_for(r
     keys = evaluate(make_predictor("video_caption"), EvalSplit(root, "test", limit=2)).metrics
     assert {key.removeprefix("image_").split("_")[0] for key in keys} == {"caption"}
     result = evaluate(make_predictor("video_qa"), EvalSplit(root, "test", limit=2))
-    assert {"qa_colour", "caption_exact"} <= set(result.metrics) and not any("r1" in key for key in result.metrics)
+    assert {"qa_color", "caption_exact"} <= set(result.metrics) and not any("r1" in key for key in result.metrics)
     assert len(result.predictions) == 2 + 6 + 2
     result = evaluate(make_predictor("image_retrieval"), EvalSplit(root, "test"))
     assert {key[:3] for key in result.metrics} == {"t2v", "v2t", "t2i", "i2t"}
@@ -445,7 +494,7 @@ def test_the_shipped_checkpoint_captions_the_tiny_world():
 def test_classes_and_boxes_come_in_the_order_of_the_inputs_whatever_the_batches(media):
     tasks = "text_classification,image_classification,visual_entailment,image_pair_reasoning,grounding,pretrain"
     predictor = make_predictor(tasks, classes=dict.fromkeys(tasks.split(",")[:4], ("a", "b", "c")))
-    texts = [f"{colour} {text}" for text, colour in zip(TEXTS * 2, COLOURS * 3)][: len(media)]
+    texts = [f"{color} {text}" for text, color in zip(TEXTS * 2, COLORS * 3)][: len(media)]
     stills = [path for path in media if path.suffix in (".png", ".jpg")]
     pairs = list(zip(stills * 2, (stills[1:] + stills) * 2))[: len(texts)]
     for task, shown, said in (

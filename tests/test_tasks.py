@@ -111,8 +111,8 @@ def test_fine_tuning_has_its_own_defaults_and_flags_take_precedence(tmp_path):
     assert settings(task="grounding") == ("grounding", 300, 2e-3)
     assert settings(task="video_qa,grounding", lr=1.0) == ("video_qa,grounding", 400, 1.0)
     assert settings(task="grounding", max_steps=7, name="boxes") == ("boxes", 7, 2e-3)
-    assert settings() == settings(task="pretrain") == ("tiny", 1500, 4e-3)
-    assert settings(task="pretrain,video_qa")[1:] == (1500, 4e-3)
+    assert settings() == settings(task="pretrain") == ("tiny", 1500, 2.5e-3)
+    assert settings(task="pretrain,video_qa")[1:] == (1500, 2.5e-3)
 
 
 def test_a_checkpoint_is_evaluated_on_every_task_that_it_has_the_modules_for(pretrained, world):
@@ -238,7 +238,8 @@ def test_settings_that_do_not_fit_the_task_are_refused(capsys, tmp_path, argumen
 
 def test_tasks_that_a_checkpoint_cannot_do_are_refused_with_advice(capsys, pretrained, world, tmp_path):
     arguments = ["--checkpoint", pretrained, "--data", world]
-    for task, message in (("grounding", "does not have the modules for grounding; fine-tune it with train.py"),
+    for task, message in (("grounding", "does not have the modules for grounding; fine-tune it with train.py "
+                          "--task grounding --init CHECKPOINT"),
                           ("pretrain", "task 'pretrain' cannot be evaluated")):
         assert message in refused(capsys, evaluation.main, [*arguments, "--task", task], 1)
     message = refused(capsys, train.main, [*FAST, "--task", "video_qa", "--init", pretrained, "--data", world,

@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from einops import reduce
 
 from tiny_data.world import CELL, COLOR_NAMES, COLORS, IMAGE_SIZE, SCRIPTS, Scene
 
@@ -31,6 +32,28 @@ def _spread(size: int) -> np.ndarray:
     start = np.arange(size)[:, None] * step
     pixel = np.arange(CELL)[None, :]
     return np.clip(np.minimum(start + step, pixel + 1) - np.maximum(start, pixel), 0, None) / step
+
+
+def vary(strokes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The digits (n, 8, 8) in another hand: each is turned by up to 10 degrees, slanted by up to 0.1, made up to 10 %
+    larger or smaller in height and in width, and moved by up to half a pixel. The ink stays between 0 and 1."""
+    n = len(strokes)
+    turn, slant = rng.uniform(-np.pi / 18, np.pi / 18, n), rng.uniform(-0.1, 0.1, n)
+    height, width = np.exp(rng.uniform(-0.1, 0.1, (2, n)))
+    matrix = np.array([[np.cos(turn) * height, slant - np.sin(turn)], [np.sin(turn), np.cos(turn) * width]])
+    move = rng.uniform(-0.5, 0.5, (2, n))
+
+    fine = (np.arange(3 * CELL) + 0.5) / 3 - CELL / 2  # three samples per pixel, as distances from the center
+    y, x = np.einsum("ijn,jhw->inhw", matrix, np.stack(np.meshgrid(fine, fine, indexing="ij"))) + move[..., None, None]
+    paper = np.pad(strokes, ((0, 0), (2, 3), (2, 3)))  # pixel (i, j) of a digit is pixel (i + 2, j + 2) of its paper
+    y, x = (np.clip(side + CELL / 2 - 0.5 + 2, 0, CELL + 3) for side in (y, x))
+    top, left, each = y.astype(int), x.astype(int), np.arange(n)[:, None, None]
+    down, right = y - top, x - left
+    ink = (
+        (1 - down) * ((1 - right) * paper[each, top, left] + right * paper[each, top, left + 1])
+        + down * ((1 - right) * paper[each, top + 1, left] + right * paper[each, top + 1, left + 1])
+    )
+    return reduce(ink, "n (h a) (w b) -> n h w", "mean", n=n, h=CELL, w=CELL, a=3, b=3)
 
 
 def render(scene: Scene, strokes: np.ndarray) -> np.ndarray:

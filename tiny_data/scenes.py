@@ -105,8 +105,11 @@ class SceneSource:
     # --- the contents of a split ---
 
     def training_clips(self, n: int) -> list[Scene]:
-        """Clips for training: 68% move, 7% stay, 12% are pairs (color-swapped twins), 13% are sequences; shuffled."""
-        pairs, sequences, stay = 2 * (6 * n // 100), 13 * n // 100, 7 * n // 100
+        """Clips for training: 55% move, 5% stay, 22% are pairs (color-swapped twins), 18% are sequences; shuffled.
+
+        Two digits are frequent because it takes many questions to learn which digit has which color.
+        """
+        pairs, sequences, stay = 2 * (11 * n // 100), 18 * n // 100, 5 * n // 100
         scenes = self._all_twins(["pair"], pairs // 2)
         scenes += [self.scene("sequence") for _ in range(sequences)] + [self.scene("stay") for _ in range(stay)]
         scenes += [self.moving() for _ in range(n - len(scenes))]
@@ -120,8 +123,14 @@ class SceneSource:
         scenes += self._all_twins(["pair"], pairs)
         return self._shuffled(scenes + [self.scene("stay") for _ in range(n - len(scenes))])
 
-    def images(self, n: int) -> list[Scene]:
-        """Images: two thirds show one digit, a quarter of these large. The rest are color-swapped twins; shuffled."""
+    def training_images(self, n: int) -> list[Scene]:
+        """Images for training: 44% show color-swapped twins, 20% one large digit, 36% one digit; shuffled."""
+        scenes = self._all_twins(["pair"], 22 * n // 100) + [self.scene("large") for _ in range(n // 5)]
+        return self._shuffled(scenes + [self.scene("image") for _ in range(n - len(scenes))])
+
+    def testing_images(self, n: int) -> list[Scene]:
+        """Images for testing: two thirds show one digit, a quarter of these large. The rest are color-swapped twins;
+        shuffled."""
         scenes = self._all_twins(["pair"], n // 6)
         return self._shuffled(scenes + [self.image() for _ in range(n - len(scenes))])
 

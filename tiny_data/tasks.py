@@ -43,7 +43,7 @@ def caption_records(scenes: Sequence[Scene]) -> list[dict]:
     return [{"captions": list(captions(scene)), "positive_id": positive_id(scene)} for scene in scenes]
 
 
-def question_records(scenes: Sequence[Scene], rng: np.random.Generator) -> list[dict]:
+def question_records(scenes: Sequence[Scene], rng: np.random.Generator, training: bool = False) -> list[dict]:
     """One record per scene, for question answering.
 
     "How many" is asked about equally many scenes of one digit and of two digits. Yes and no are equally frequent.
@@ -54,7 +54,7 @@ def question_records(scenes: Sequence[Scene], rng: np.random.Generator) -> list[
     counted = {*one[:rarer], *two[:rarer]}
     yes = rng.permutation(len(scenes)) % 2 == 0
     return [
-        {"qa": questions(scene, rng, yes=bool(yes[i]), count=i in counted), "positive_id": positive_id(scene)}
+        {"qa": questions(scene, rng, bool(yes[i]), i in counted, training), "positive_id": positive_id(scene)}
         for i, scene in enumerate(scenes)
     ]
 
@@ -191,7 +191,7 @@ def image_pair_reasoning(source: SceneSource, n: int) -> list[Shown]:
         if by_digit:
             statements = (f"both pictures show {with_article(named.word)}", "both pictures show the same digit")
         else:
-            statements = (f"both digits are {named.color}", "both digits have the same colour")
+            statements = (f"both digits are {named.color}", "both digits have the same color")
         shown.append(({"text": pick(statements, source.rng), "label": "true" if true else "false"}, scenes))
     return shown
 

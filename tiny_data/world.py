@@ -213,23 +213,26 @@ def sentence(scene: Scene, rng: np.random.Generator) -> str:
 # --- questions -------------------------------------------------------------------------------------------------------
 
 _DIGIT_QUESTIONS = ("which digit is it", "which digit is shown", "what digit is this")
-_COLOR_QUESTIONS = ("what colour is the digit", "which colour is it", "what colour is it")
+_COLOR_QUESTIONS = ("what color is the digit", "which color is it", "what color is it")
 _COUNT_QUESTIONS = ("how many digits are there", "how many digits are shown")
 _ORDER_QUESTIONS = {
     "horizontal": ("does it move left or right", "does it move right or left"),
     "vertical": ("does it move up or down", "does it move down or up"),
     "size": ("does it grow or shrink", "does it shrink or grow"),
     "fade": ("does it appear or vanish", "does it vanish or appear"),
-    "sequence": ("which colour came first", "which colour is shown first", "what was the first colour"),
+    "sequence": ("which color came first", "which color is shown first", "what was the first color"),
 }
 
 
-def questions(scene: Scene, rng: np.random.Generator, yes: bool, count: bool) -> list[dict]:
+def questions(scene: Scene, rng: np.random.Generator, yes: bool, count: bool, training: bool = False) -> list[dict]:
     """Questions about a scene with their answers: the `qa` field of a record.
 
-    Scenes of one digit get `digit` and `colour` questions; scenes of two digits get `binding` questions (which digit
+    Scenes of one digit get `digit` and `color` questions; scenes of two digits get `binding` questions (which digit
     has which color). `order` asks about what changes when time runs backward. Every scene gets a `yesno` question,
     whose answer is set by `yes`. `count` adds the question how many digits there are.
+
+    Training draws kinds evenly, then one question of a kind. For `training`, `binding` is therefore two kinds, and the
+    color of both digits is asked: a model finds "which digit is red" long before "what color is the seven".
     """
     asked = []
 
@@ -239,12 +242,15 @@ def questions(scene: Scene, rng: np.random.Generator, yes: bool, count: bool) ->
     one = scene.things[0]
     if len(scene.things) == 1:
         ask("digit", _DIGIT_QUESTIONS, one.word)
-        ask("colour", _COLOR_QUESTIONS, one.color)
+        ask("color", _COLOR_QUESTIONS, one.color)
     else:
         first, second = rng.permutation(2)
         thing, other = scene.things[first], scene.things[second]
-        ask("binding", (f"what colour is the {thing.word}", f"which colour is the {thing.word}"), thing.color)
-        ask("binding", (f"which digit is {other.color}", f"what digit is {other.color}"), other.word)
+        for named in (thing, other) if training else (thing,):
+            ask("binding_color" if training else "binding",
+                (f"what color is the {named.word}", f"which color is the {named.word}"), named.color)
+        ask("binding_digit" if training else "binding",
+            (f"which digit is {other.color}", f"what digit is {other.color}"), other.word)
     if scene.kind in REVERSED:
         ask("order", _ORDER_QUESTIONS[AXIS_OF[scene.kind]], scene.kind)
     elif scene.kind == "sequence":

@@ -15,12 +15,12 @@ from PIL import Image
 
 from mplug2.tasks import TASKS
 from tiny_data import tasks
-from tiny_data.render import PALETTE, load_digits, render
+from tiny_data.render import PALETTE, load_digits, render, vary
 from tiny_data.scenes import SPLITS, STROKES, SceneSource
 from tiny_data.world import AXES, COLORS, DIGITS, FRAMES, IMAGE_SIZE, Scene, held_out
 
 NAME = "tiny"
-VERSION = 4  # increased whenever the same seed gives different files
+VERSION = 5  # increased whenever the same seed gives different files
 FRAME_MILLISECONDS = 250
 
 
@@ -76,13 +76,16 @@ class SplitWriter:
     def __init__(self, root: Path, split: str, strokes: np.ndarray, labels: np.ndarray, rng: np.random.Generator):
         self.root, self.split, self.strokes, self.rng = root, split, strokes, rng
         self.source = SceneSource(split, labels, rng)
-        self.later = SceneSource(split, labels, rng.spawn(1)[0])  # for tasks added later: others keep their scenes
+        self.hand = rng.spawn(1)[0]  # of the writers: how the handwriting of training varies
 
     def write(self, sizes: Sizes) -> None:
         clips, images, texts, labelled = sizes.for_split(self.split)
-        training = self.split == "train"
-        self._described("video", self.source.training_clips(clips) if training else self.source.testing_clips(clips))
-        self._described("image", self.source.images(images))
+        if self.split == "train":
+            self._described("video", self.source.training_clips(clips))
+            self._described("image", self.source.training_images(images))
+        else:
+            self._described("video", self.source.testing_clips(clips))
+            self._described("image", self.source.testing_images(images))
         if self.split in ("test", "combos"):
             self._galleries("video", [self.source.clip_gallery() for _ in range(sizes.galleries)])
             self._galleries("image", [self.source.image_gallery() for _ in range(sizes.galleries)])
@@ -91,14 +94,14 @@ class SplitWriter:
         for task in TASKS:
             make = getattr(tasks, task, None)  # captions, questions and retrieval are written above
             if make is not None:
-                self._shown(task, make(self.later if task == "text_qa" else self.source, labelled))
+                self._shown(task, make(self.source, labelled))
 
     def _described(self, modality: str, scenes: list[Scene]) -> None:
         """Captions of the scenes and questions about them; outside the test splits, also retrieval among them."""
         paths = [{modality: path} for path in self._media(modality, scenes)]
         captions = _merged(paths, tasks.caption_records(scenes))
         self._records(f"{modality}_caption", captions)
-        self._records(f"{modality}_qa", _merged(paths, tasks.question_records(scenes, self.rng)))
+        self._records(f"{modality}_qa", _merged(paths, tasks.question_records(scenes, self.rng, self.split == "train")))
         if self.split in ("train", "val"):
             self._records(f"{modality}_retrieval", captions)
 
@@ -122,6 +125,8 @@ class SplitWriter:
     def _media(self, name: str, scenes: Sequence[Scene]) -> list[str]:
         """Draw the scenes into files named after `name`. Returns their paths, relative to the root."""
         ink = self.strokes[[thing.stroke for scene in scenes for thing in scene.things]]
+        if self.split == "train" and len(ink):  # 1,140 digits are too few: a model would learn them by heart
+            ink = np.concatenate([vary(some, self.hand) for some in np.array_split(ink, 1 + len(ink) // 1000)])
         (self.root / "media" / self.split).mkdir(parents=True, exist_ok=True)
         paths, start = [], 0
         for i, scene in enumerate(scenes):
@@ -191,8 +196,8 @@ def write(out: Path | str, seed: int = 0, sizes: Sizes = Sizes()) -> Path:
     try:
         rng = np.random.default_rng(seed)
         strokes, labels = load_digits()
-        for split in SPLITS:
-            SplitWriter(aside, split, strokes, labels, rng).write(sizes)
+        for split, split_rng in zip(SPLITS, rng.spawn(len(SPLITS))):  # so that no split depends on another one
+            SplitWriter(aside, split, strokes, labels, split_rng).write(sizes)
         for task, by_class in tasks.class_captions().items():
             (aside / f"{task}.captions.json").write_text(json.dumps(by_class, indent=2) + "\n", encoding="utf-8")
         (aside / "about.json").write_text(json.dumps(about(seed, sizes), indent=2) + "\n", encoding="utf-8")
@@ -212,7 +217,7 @@ def about(seed: int, sizes: Sizes) -> dict:
         "sizes": asdict(sizes),
         "image_size": IMAGE_SIZE,
         "frames": FRAMES,
-        "colours": COLORS,
+        "colors": COLORS,
         "strokes": STROKES,
         "held_out": {
             axis: [f"{c} {d}" for d in range(len(DIGITS)) for c in COLORS if held_out(axis, d, c)] for axis in AXES
@@ -223,7 +228,7 @@ def about(seed: int, sizes: Sizes) -> dict:
 def ensure(root: Path | str | None = None, seed: int = 0) -> Path:
     """The folder of the default world, which is written first if it does not exist.
 
-    `root` is that folder. By default it is `tiny-v4-seed0` (named after the version and the seed) in the cache folder:
+    `root` is that folder. By default it is `tiny-v5-seed0` (named after the version and the seed) in the cache folder:
     MPLUG2_CACHE, else mplug2 in XDG_CACHE_HOME, else ~/.cache/mplug2. Several processes may call this at once: the
     first one to finish provides the folder.
     Raises ValueError if `root` has the world of another version or seed, and FileExistsError if it has something else.

@@ -18,7 +18,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mplug2.data.adapters import ADAPTERS
+from mplug2.data.adapters import ADAPTERS, check_name
 from mplug2.data.adapters.source import Files
 from mplug2.data.check import check_dataset
 from mplug2.data.check_folder import check_folder
@@ -46,6 +46,7 @@ class DownloadSettings:
     """Image file for one drawn sample per task. Default: NAME.png, in --out if given."""
 
     def __post_init__(self):
+        check_name(self.name)
         check_range(self, "decode", 0)
 
 

@@ -5,9 +5,11 @@ source on, the number of the source follows ("video@1").
 """
 
 import copy
+import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +18,7 @@ import tiny_data
 from mplug2.config import ModelConfig
 from mplug2.data.batches import Collate, MixedBatches
 from mplug2.data.loader import make_loader, prefetch
+from mplug2.data.records import available, read_records
 from mplug2.data.samples import Joined, Sample, SampleList, Samples, read_classes, read_samples, stream_kind
 from mplug2.data.shard_stream import ReaderState, stream_batches
 from mplug2.data.shards import ShardSet, is_shards, read_shards
@@ -34,8 +37,8 @@ class DataSettings:
     task_weights: str = ""
     """Shares of the steps of several tasks, in their order, such as 3,1; empty: equal shares."""
     data: str = ""
-    """Folder with <task>.<split>.jsonl files or tar shards, or several with weights, DIR=2,OTHER=1; empty: the tiny
-    world, written to a cache on first use."""
+    """Folder with <task>.<split>.jsonl files or tar shards, or several with weights, DIR=2,OTHER=1 (names may
+    have "=" and ","); empty: the tiny world, written to a cache on first use."""
     eval_data: str = ""
     """Folder with <task>.<split>.jsonl files for validation; empty: the first folder of --data that has some."""
     tokenizer: str = ""
@@ -264,18 +267,18 @@ def build_data(
                                 settings.max_words, settings.max_unknown, classes):
         if process.is_main:
             print(line)
+    if len(roots) > 1 and settings.task != "pretrain" and process.is_main:
+        if line := held_out_media(roots, settings.task):
+            print(line)
     dataset = Samples(
         samples, model.image_size, settings.frames, settings.questions_per_sample, model.max_positions,
         settings.max_words, seed,
         None if settings.augment == "none" else Augmentation(settings.augment, settings.hflip),
     )
     sizes = {stream: len(of_stream) for stream, of_stream in {**samples, **shards}.items()}
-    steps = settings.max_steps
-    if settings.epochs is not None:
-        steps = max(1, math.ceil(settings.epochs * texts_per_epoch(settings, samples, shards) / settings.batch_size))
     batches = MixedBatches(
-        sizes, weights, settings.batch_size, steps, seed, 0, process.rank, process.world_size,
-        settings.accumulation_steps,
+        sizes, weights, settings.batch_size, number_of_steps(settings, samples, shards), seed, 0, process.rank,
+        process.world_size, settings.accumulation_steps,
     )
     return TrainingData(settings, process, seed, roots, samples, shards, tokenizer, classes, dataset, batches)
 
@@ -287,20 +290,48 @@ def eval_root(settings: DataSettings, roots: Mapping[Path, float]) -> Path | Non
     return next((root for root in roots if not is_shards(root)), None)
 
 
+def held_out_media(roots: Iterable[Path], task: str) -> str:
+    """One line, if media that these folders train on are also in another split of one of them; otherwise empty. It
+    happens where data sets divide the same images differently, such as RefCOCO and RefCOCOg."""
+    folder = functools.cache(os.path.realpath)  # of links to the same download
+
+    def media(root: Path, name: str, split: str) -> set[tuple[str, str]]:
+        return {(folder(path.parent), path.name) for record in read_records(root, name, split)
+                for path in (record.image, record.video, *record.images) if path}
+
+    files = [(root, name, split) for root in roots for name, splits in available(root).items()
+             if name in parse_tasks(task) for split in splits]
+    trained = set().union(*(media(*file) for file in files if file[2] == "train"))
+    shared = [(len(trained & media(*file)), file) for file in files if file[2] != "train"]
+    found = [f"{count:,} in {root / name}.{split}.jsonl" for count, (root, name, split) in shared if count]
+    return f"warning: media to train on are held out elsewhere: {', '.join(found)}; remove them from the training " \
+           "files before you report results on these splits" if found else ""
+
+
 def read_sources(text: str) -> dict[Path, float]:
-    """The folders in `DIR=2,OTHER=1`, or in `DIR`, and their weights. A single folder may have any name."""
-    if Path(text).is_dir():
-        return {Path(text): 1.0}
-    sources: dict[Path, float] = {}
-    for part in text.split(","):
-        name, _, weight = part.rpartition("=") if "=" in part else (part, "", "1")
-        try:
-            sources[Path(name)] = float(weight)
-        except ValueError as error:
-            raise ValueError(f"data={text!r}: expected folders with weights, such as DIR=2,OTHER=1") from error
-    if len(sources) < len(text.split(",")) or min(sources.values()) < 0 or not sum(sources.values()):
+    """The folders in `DIR=2,OTHER=1`, or in `DIR`, and their weights.
+
+    Names may contain "," and "=": an existing folder takes precedence, and so does the longest name. ValueError for
+    weights that are not numbers, for a folder that is named twice, and if no weight is above 0.
+    """
+    parts, sources = text.split(","), []
+    while parts:
+        for count in range(len(parts), 0, -1):
+            name, equals, weight = (one := ",".join(parts[:count])).rpartition("=")
+            if os.path.isdir(one) or not equals or "," in weight:
+                name, weight = one, "1"
+            if os.path.isdir(name):
+                break
+        sources.append((Path(name), weight))
+        del parts[:count]
+    try:
+        weights = {root: float(weight) for root, weight in sources}
+    except ValueError as error:
+        raise ValueError(f"data={text!r}: expected folders with weights, such as DIR=2,OTHER=1; for a folder whose "
+                         "name has '=' or ',', check that it exists") from error
+    if len(weights) < len(sources) or not min(weights.values()) >= 0 or not 0 < sum(weights.values()) < math.inf:
         raise ValueError(f"data={text!r}: expected each folder once, and at least one weight above 0")
-    return sources
+    return weights
 
 
 def read_streams(
@@ -338,6 +369,15 @@ def by_batch_type(samples: dict[str, Sequence[Sample]]) -> dict[str, Sequence[Sa
     for stream, of_stream in samples.items():
         parts.setdefault(stream_kind(stream), []).append(of_stream)
     return {kind: Joined(of_kind) for kind, of_kind in parts.items()}
+
+
+def number_of_steps(
+    settings: DataSettings, samples: dict[str, Sequence[Sample]], shards: dict[str, ShardSet]
+) -> int:
+    """The steps of the whole run: those of `epochs` where it is given, otherwise `max_steps`."""
+    if settings.epochs is None:
+        return settings.max_steps
+    return max(1, math.ceil(settings.epochs * texts_per_epoch(settings, samples, shards) / settings.batch_size))
 
 
 def texts_per_epoch(settings: DataSettings, samples: dict[str, Sequence[Sample]], shards: dict[str, ShardSet]) -> int:

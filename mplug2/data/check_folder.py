@@ -1,5 +1,6 @@
 """Check a folder of our JSONL files and its media before any training: everything that is wrong with it, at once."""
 
+import os
 import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from PIL import Image
 
 from mplug2.data.check import print_report
 from mplug2.data.media import MediaError, kind_of, read_image, read_video
+from mplug2.data.record_fields import short
 from mplug2.data.records import Record, RecordError, available, read_records
 from mplug2.data.text import Tokenizer, clean
 from mplug2.data.text_check import describe_equal, describe_unknown, equal_captions, record_texts, unknown_words
@@ -39,7 +41,7 @@ def check_folder(root: Path, decode: int = 32, tokenizer: Path | None = None) ->
             print(f"{task}.{split}: {len(records):,} records, {len(media):,} media files")
             for path in media:
                 owners[task, path].add(split)
-            absent = {path for path in media if not path.is_file()}
+            absent = {path for path in media if not os.path.isfile(path)}  # False for names that no file can have
             missing |= absent
             unreadable |= set(describe_media([path for path in media if path not in absent], media, decode))
             problems += describe_texts(f"{task}.{split}", records, vocabulary)
@@ -112,7 +114,8 @@ def describe_texts(name: str, records: Sequence[Record], tokenizer: Tokenizer | 
             (record.video or record.image or record.images, record.captions, record.qa, record.text, record.texts,
              record.label, record.box) for record in records).items() if count > 1]:
         print(f"  {len(copies):,} records occur more than once")
-    return [f"{source}: the text {text!r} has no words; remove it" for text, source in texts.items() if not words[text]]
+    return [f"{source}: the text {short(text)} has no words; remove it"
+            for text, source in texts.items() if not words[text]]
 
 
 def describe_labels(records: Sequence[Record]) -> None:

@@ -29,7 +29,7 @@ STILL_SUFFIXES = (
     ".tga", ".ico", ".pcx", ".sgi", ".qoi", ".dds", ".psd",
 )
 ANIMATION_SUFFIXES = (".gif", ".webp", ".png", ".apng", ".avif", ".avifs")
-"""These may hold one frame or many. Only the file itself tells."""
+"""These may hold one frame or many. Only the file itself shows which."""
 VIDEO_SUFFIXES = (
     ".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".qt", ".mpg", ".mpeg", ".mpe", ".m1v", ".m2v", ".vob", ".ts",
     ".mts", ".m2ts", ".m2t", ".tod", ".mod", ".wmv", ".asf", ".3gp", ".3g2", ".flv", ".f4v", ".ogv", ".ogm", ".divx",

@@ -1,11 +1,10 @@
 """The fields of a record: what a JSON value of each may be, and the message for one that is not.
 
-`records.py` reads whole files. Most lines are ordinary: `PLAIN` tells them quickly, and only the others are parsed here
-field by field.
+`records.py` reads whole files. Most lines are ordinary: `PLAIN` recognizes them quickly, and only the others are parsed
+here field by field.
 """
 
 import json
-import math
 import os
 import reprlib
 from collections.abc import Callable
@@ -34,6 +33,9 @@ Benchmarks keep the labels of their test sets on a server. Such a record can be 
 BOX_SLACK = 1e-3  # how far a box may reach outside its image, in image sizes: rounding to three digits causes this much
 
 
+LARGEST_LABEL = 3.4e38  # the range of float32
+
+
 class RecordError(ValueError):
     """A line of a data file is not a valid record. The message names file, line, field, and what was expected."""
 
@@ -46,7 +48,7 @@ class Question:
     answers: tuple[str, ...]
     """All correct answers; at least one, unless the record is unlabelled. Repeated answers are kept: they are votes."""
     kind: str | None = None
-    """The kind of the question ("colour", "order", ...); accuracy is also reported for each kind."""
+    """The kind of the question ("color", "order", ...); accuracy is also reported for each kind."""
 
 
 def _plain_text(value: Any) -> bool:
@@ -197,7 +199,9 @@ def _question(unlabelled: bool, at: str, value: Any) -> Question:
 def _label(labels: tuple[str, ...], numbers: bool, at: str, value: Any) -> str | float:
     if labels and value not in labels:
         _fail(at, value, f"one of {listing(labels)}")
-    if numbers and type(value) in (int, float) and math.isfinite(value):
+    if numbers and type(value) in (int, float):
+        if not abs(value) <= LARGEST_LABEL:  # NaN too
+            _fail(at, value, f"a number between -{LARGEST_LABEL:g} and {LARGEST_LABEL:g}, or a string")
         return float(value)
     return _string(at, value)
 

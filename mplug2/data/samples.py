@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mplug2.data.media import MediaError, read_image, read_video, to_pixels
+from mplug2.data.record_fields import short
 from mplug2.data.records import Question, Record, RecordError, Records, available, raise_all, read_records
 from mplug2.data.text import Tokenizer, clean
 from mplug2.data.transforms import Augmentation, augment
@@ -232,15 +233,15 @@ def text_problem(
     """An error message, if a text (or pair of texts) has no words, or more than `limit` tokens with the prompt."""
     texts = (text,) if isinstance(text, str) else text
     if (empty := next((one for one in texts if not clean(one, max_words)), None)) is not None:
-        yield f"{source}: the text {empty!r} has no words; remove it"
+        yield f"{source}: the text {short(empty)} has no words; remove it"
         return
     joined = join_text_pair(texts, max_words)
     # A text has at most as many tokens as letters, so a short one does not need the tokenizer.
     if len(joined) + prompt_length + 2 <= limit:
         return
     if (count := tokenizer.lengths([joined])[0] + prompt_length) > limit:
-        yield (f"{source}: the text {' / '.join(texts)!r} has {count} tokens (with [CLS], [SEP] and prompt), the model "
-               f"takes {limit}; shorten it, lower max_words ({max_words}), or raise max_positions")
+        yield (f"{source}: the text {short(' / '.join(texts))} has {count} tokens (with [CLS], [SEP] and prompt), the "
+               f"model takes {limit}; shorten it, lower max_words ({max_words}), or raise max_positions")
 
 
 def join_text_pair(texts: Sequence[str], max_words: int) -> str:

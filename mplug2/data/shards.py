@@ -29,6 +29,10 @@ from mplug2.data.text import clean
 INDEX = "shards.json"
 MAX_BYTES = 2**30
 """Larger members of a shard are not read."""
+MAX_SOURCE = 400
+"""Letters of the name of a sample that are kept for messages."""
+DAMAGE = (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError, MemoryError)
+"""What `tarfile` raises for headers that are damaged, or made to do harm."""
 
 
 def pack(root: Path | str, out: Path | str, split: str = "train", samples_per_shard: int = 1000) -> dict[str, int]:
@@ -62,7 +66,7 @@ def _write_sample(tar: tarfile.TarFile, key: str, sample: Sample) -> None:
     }
     files = {"json": json.dumps(texts).encode()}
     if sample.media:
-        if not sample.media.is_file():
+        if not os.path.isfile(sample.media):
             raise FileNotFoundError(f"{sample.source}: {sample.media} does not exist; add the file, or remove the line")
         files[sample.media.suffix[1:].lower()] = sample.media.read_bytes()
     for suffix, content in files.items():
@@ -104,13 +108,11 @@ def index_shards(root: Path, before: dict) -> dict[str, list[dict]]:
 def count_samples(path: Path) -> tuple[str, int]:
     """The batch type of a tar's first sample, and the number of its samples. Only the headers are read."""
     key, count, suffixes = None, 0, set()
-    with suppress(tarfile.TarError, EOFError), tarfile.open(path) as tar:  # of a tar that is cut off, the part before
-        for member in tar:
-            if member.isfile():
-                name, suffix = _key(member.name)
-                key, count = name, count + (name != key)
-                if count == 1:
-                    suffixes.add(ending(suffix))
+    with suppress(*DAMAGE), tarfile.open(path) as tar:  # of a tar that is cut off, the part before
+        for name, suffix, _ in _files(tar):
+            key, count = name, count + (name != key)
+            if count == 1:
+                suffixes.add(ending(suffix))
     if suffixes & {*VIDEO_SUFFIXES}:
         return "video", count
     return "image" if suffixes & {*MEDIA_SUFFIXES} else "text", count
@@ -152,11 +154,18 @@ def read_shards(root: Path | str) -> dict[str, ShardSet]:
     return found
 
 
-def _key(name: str) -> tuple[str, str]:
-    """The name of a member up to the first dot of the file, which the members of a sample share, and the rest."""
-    folder, file = os.path.split(name)
-    start, _, suffix = file.partition(".")
-    return f"{folder}/{start}", suffix
+def _files(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """(key, suffix, member) of each file of a sample. The key is the name up to the first dot after the last slash.
+
+    Files without a dot, and hidden ones such as the `._*` of macOS, belong to no sample, as in WebDataset.
+    """
+    for member in tar:
+        if member.size < 0 or tar.offset <= member.offset:  # tarfile would read this member again, for ever
+            raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
+        folder, file = os.path.split(member.name)
+        start, _, suffix = file.partition(".")
+        if member.isfile() and start and suffix:
+            yield f"{folder}/{start}", suffix, member
 
 
 def read_members(path: Path, first: int, stop: int) -> Iterator[tuple[int, dict[str, bytes] | str]]:
@@ -164,10 +173,7 @@ def read_members(path: Path, first: int, stop: int) -> Iterator[tuple[int, dict[
     number, key, files = -1, None, {}
     try:
         with tarfile.open(path) as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                name, suffix = _key(member.name)
+            for name, suffix, member in _files(tar):
                 if name != key:
                     if first <= number < stop:
                         yield number, files
@@ -185,7 +191,7 @@ def read_members(path: Path, first: int, stop: int) -> Iterator[tuple[int, dict[
         if first <= number < stop:
             yield number, files
         number, problem = number + 1, "the shard ends before it"
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (*DAMAGE, OSError) as error:
         problem = f"the shard cannot be read beyond this point ({error})"
     for lost in range(max(number, first), stop):
         yield lost, problem
@@ -204,14 +210,14 @@ def parse_sample(path: Path, number: int, files: dict[str, bytes]) -> tuple[Samp
             if old in texts:
                 texts.setdefault(name, texts.pop(old))
         sample = Sample(
-            source=f"{path}:{number} ({texts['source']})", positive_id=_int64(texts["positive_id"]),
-            captions=tuple(map(_text, texts["captions"])), qa=tuple(map(_question, texts["qa"])),
+            source=f"{path}:{number} ({_printable(texts['source'])})", positive_id=_int64(texts["positive_id"]),
+            captions=_texts(texts["captions"]), qa=tuple(map(_question, _list(texts["qa"]))),
         )
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise RecordError(f"not a sample: its .json or .txt is missing or damaged ({type(error).__name__}: {error})"
                           ) from error
-    if not isinstance(texts["captions"], list) or not sample.captions:  # other ranks have captions and their losses
-        raise RecordError(f"captions: found {texts['captions']!r:.80}; expected a list of one or more strings")
+    if not sample.captions:  # other ranks have captions and their losses
+        raise RecordError("captions: found []; expected a list of one or more strings")
     return sample, media[0] if media else None
 
 
@@ -230,12 +236,15 @@ def _captioned(texts: dict, files: dict[str, bytes]) -> dict:
 
 def _question(fields: dict) -> Question:
     """A list of answers; a single text is one answer."""
-    answers = fields["answers"]
-    answers = tuple(map(_text, [answers] if isinstance(answers, str) else answers))
-    kind = fields.get("kind")
+    answers, kind = fields["answers"], fields.get("kind")
+    answers = _texts([answers] if isinstance(answers, str) else answers)
     if not answers or not isinstance(kind, str | None):
         raise ValueError(f"answers {answers!r:.40}, kind {kind!r:.40}: expected answers, and a text or null")
     return Question(_text(fields["question"]), answers, kind)
+
+
+def _texts(values: object) -> tuple[str, ...]:
+    return tuple(map(_text, _list(values)))
 
 
 def _text(value: object) -> str:
@@ -244,11 +253,21 @@ def _text(value: object) -> str:
     return value
 
 
+def _list(value: object) -> list:
+    if not isinstance(value, list):
+        raise TypeError(f"found {value!r:.40}, expected a list")
+    return value
+
+
 def _int64(value: object) -> int:
-    number = int(value)
-    if not -(2**63) <= number < 2**63:
+    if isinstance(value, bool | float) or not -(2**63) <= (number := int(value)) < 2**63:
         raise ValueError(f"found {str(value):.40}, expected an integer of 64 bits")
     return number
+
+
+def _printable(value: object) -> str:
+    """The start of any value, for messages on one line."""
+    return "".join(letter if letter.isprintable() else "?" for letter in str(value)[:MAX_SOURCE])
 
 
 def ending(suffix: str) -> str:

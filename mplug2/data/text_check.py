@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from mplug2.data.record_fields import short
 from mplug2.data.records import Record, available, raise_all, read_records
 from mplug2.data.samples import Sample, SampleList, sample_of, stream_kind, text_problem, text_problems
 from mplug2.data.text import Tokenizer, clean, normalize
@@ -190,7 +191,7 @@ def _unknown_answers(source: str, answers: Sequence[str], tokenizer: Tokenizer, 
     for answer in dict.fromkeys(answers):
         words = clean(answer, max_words).split()
         if words and all(map(tokenizer.is_unknown, words)):
-            yield (f"{source}: the answer {answer!r} has only words that are unknown to the vocabulary; {ADVICE}")
+            yield (f"{source}: the answer {short(answer)} has only words that are unknown to the vocabulary; {ADVICE}")
 
 
 def _report(

@@ -18,9 +18,11 @@ import gradio as gr  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
 
 from mplug2.data.media import is_media  # noqa: E402
+from mplug2.data.text import clean  # noqa: E402
 from mplug2.demo import views  # noqa: E402
 from mplug2.demo.settings import ROOT, DemoSettings  # noqa: E402
 from mplug2.evaluation.own_files import find  # noqa: E402
+from mplug2.predictor import Word  # noqa: E402
 from tiny_data.world import COLOR_NAMES, DIGITS  # noqa: E402
 
 UPLOAD_LIMIT, SEARCH_LIMIT = "50mb", 200
@@ -31,6 +33,7 @@ DECODING = {
     "greedy, after the prompt": {}, "beam search (5)": {"beams": 5}, "greedy, without prompt": {"prompted": False},
     "by instruction": {"instructed": True},
 }
+NOTHING_WRITTEN = "this model has no decoder: it writes nothing, but the tabs that need other heads work"
 POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self' blob: data:"
 """Content-Security-Policy: the browser refuses everything that does not come from this server."""
 CSS = """
@@ -38,7 +41,10 @@ CSS = """
 footer {display: none !important}
 .tab-wrapper, .tab-container {flex-wrap: wrap !important; height: auto !important; min-width: 0 !important}
 #latents .thumbnail-item {aspect-ratio: 4 / 1 !important}
-#frames img, #attention img, #latents img {image-rendering: pixelated; object-fit: contain}
+#latents .grid-wrap {max-height: none !important; overflow: visible !important; padding-top: 32px}
+#frames img, #attention img, #latents img, #box img {image-rendering: pixelated; object-fit: contain}
+#frames img, #attention img, #box img {padding-top: 26px}
+#tree ul {font-size: 1em}
 """
 INTRO = """# mPLUG-2, {name}
 Change the video and watch what the model writes. {known}"""
@@ -101,19 +107,17 @@ class Demo:
     def show(self, clip, order, temporal, decoding):
         """Frames as the model sees them, its caption, and the answers to the suggested questions."""
         clip = views.reorder(clip, order)
+        if "decoder" not in self.predictor.model.components:
+            return views.strip(clip.frames), NOTHING_WRITTEN, "", []
         with views.local_temporal_off(self.predictor, not temporal):
-            if "decoder" not in self.predictor.model.components:
-                raise ValueError(f"a model for {self.predictor.model.task} has no decoder, and writes nothing; "
-                                 "the tabs that need other heads still work")
-            text, words = views.look(self.predictor, clip, **DECODING[decoding])
+            text, words = self.predictor.trace(clip, **DECODING[decoding])
             rows = views.answers(self.predictor, clip) if "fusion" in self.predictor.model.components else []
         return views.strip(clip.frames), text, _table(("question", "answer", "true answer"), rows), words
 
     def ask(self, clip, order, temporal, question):
-        if not question.strip():
-            raise ValueError("no question: write one, or choose a suggested one")
+        question = _with_words(question, "question")
         with views.local_temporal_off(self.predictor, not temporal):
-            return views.look(self.predictor, views.reorder(clip, order), question)
+            return self.predictor.trace(views.reorder(clip, order), question)
 
     def attention(self, clip, order, word, layer, head):
         """Where a word attends in one layer, by one head or by all."""
@@ -134,11 +138,14 @@ class Demo:
 
     def search(self, files, text):
         """The uploaded folder, or the examples, by their cosine with a text."""
-        paths = [Path(file) for file in files or [] if is_media(file)] or sorted((ROOT / "docs/examples").glob("*.gif"))
+        examples = sorted((ROOT / "docs/examples").glob("*.gif"))
         try:
-            if len(paths) > SEARCH_LIMIT:
-                raise ValueError(f"{len(paths)} files: at most {SEARCH_LIMIT} are searched; choose a smaller folder")
-            rows = find(self.predictor, paths, text)
+            paths = [Path(file) for file in files if is_media(file)] if files else examples
+            if not 1 <= len(paths) <= SEARCH_LIMIT:
+                raise ValueError(f"the folder has {len(paths)} images, GIFs and videos: choose one with 1 to "
+                                 f"{SEARCH_LIMIT}")
+            with views.names_only(paths):
+                rows = find(self.predictor, paths, _with_words(text, "text"))
         finally:
             for file in files or []:
                 Path(file).unlink(missing_ok=True)
@@ -146,7 +153,8 @@ class Demo:
 
     def beams(self, clip, order, temporal, question):
         with views.local_temporal_off(self.predictor, not temporal):
-            return views.beam_tree(self.predictor, views.reorder(clip, order), question.strip())
+            question = _with_words(question, "question") if question.strip() else ""
+            return views.beam_tree(self.predictor, views.reorder(clip, order), question)
 
     def latents(self, clip, order, temporal):
         with views.local_temporal_off(self.predictor, not temporal):
@@ -166,7 +174,14 @@ class Demo:
         return _table(("", self.name, self.other_name), list(rows))
 
     def box(self, clip, text):
-        return views.boxed(self.predictor, clip, text)
+        return views.boxed(self.predictor, clip, _with_words(text, "text"))
+
+
+def _with_words(text: str | None, what: str) -> str:
+    """The text. Raises ValueError if nothing is left of it after `clean`: punctuation and emoji are not words."""
+    if not clean(text or ""):
+        raise ValueError(f"no {what}: write one, with letters or digits")
+    return text
 
 
 def _table(names: tuple[str, ...], rows: list[tuple]) -> str:
@@ -176,7 +191,7 @@ def _table(names: tuple[str, ...], rows: list[tuple]) -> str:
     return f"<table><tr>{line}</tr>{''.join(f'<tr>{each}</tr>' for each in lines)}</table>"
 
 
-def _highlighted(words: list[views.Word]) -> list[tuple[str, float | None]]:
+def _highlighted(words: list[Word]) -> list[tuple[str, float | None]]:
     """Words for gr.HighlightedText: colored by probability."""
     return [(word.text + " ", word.probability) for word in words]
 
@@ -189,9 +204,9 @@ def _video_column(demo: Demo) -> tuple[gr.State, gr.State, list, list]:
     with gr.Row():
         digit = gr.Dropdown(list(DIGITS), value="seven", label="Digit", elem_id="digit")
         color = gr.Dropdown(list(COLOR_NAMES), value="red", label="Color", elem_id="color")
-    with gr.Row():
-        digit2 = gr.Dropdown(list(DIGITS), value="three", label="Second digit", visible=False)
-        color2 = gr.Dropdown(list(COLOR_NAMES), value="blue", label="Its color", visible=False)
+    with gr.Row(visible=False) as second:
+        digit2 = gr.Dropdown(list(DIGITS), value="three", label="Second digit")
+        color2 = gr.Dropdown(list(COLOR_NAMES), value="blue", label="Its color")
     handwriting = gr.Slider(0, 40, 0, step=1, label="Handwriting (of people that training never saw)")
     with gr.Accordion("Draw the digit yourself", open=False):
         drawing = gr.Sketchpad(type="numpy", label="Choose the brush, and draw one digit, large", height=260,
@@ -203,7 +218,7 @@ def _video_column(demo: Demo) -> tuple[gr.State, gr.State, list, list]:
     first = demo.make("moves right", "seven", "red", "three", "blue", 1, 0)
     clip = gr.State(first, time_to_live=3600)
     scene = [motion, digit, color, digit2, color2, speed, handwriting]
-    motion.change(lambda kind: [gr.update(visible=kind.startswith("two"))] * 2, motion, [digit2, color2])
+    motion.change(lambda kind: gr.update(visible=kind.startswith("two")), motion, second)
     for each in scene:
         each.input(demo.guarded(demo.make), scene, clip)
     use_drawing.click(demo.guarded(demo.draw), [*scene, drawing], clip)
@@ -221,11 +236,12 @@ def _tabs(demo: Demo, clip: gr.State, order: gr.Radio, temporal: gr.Checkbox) ->
         gr.Button("Compare the texts").click(run(demo.fit), [*now, texts], table)
         gr.Markdown("Cosine: contrastive head, each side encoded alone. Probability: matching head, after fusion.")
     with gr.Tab("Search"):
-        folder = gr.File(file_count="directory", label="A folder (empty: the six videos of docs/examples)")
-        query, table = gr.Textbox("a blue seven moving left", label="Text"), gr.HTML()
+        folder = gr.File(file_count="directory", label="A folder (empty: the six videos of docs/examples)",
+                         elem_id="folder")
+        query, table = gr.Textbox("a blue seven moving left", label="Text"), gr.HTML(elem_id="found")
         gr.Button("Search").click(run(demo.search), [folder, query], table)
     with gr.Tab("Beam search"):
-        question, tree = gr.Textbox(label="Question (empty: the caption)"), gr.HTML()
+        question, tree = gr.Textbox(label="Question (empty: the caption)"), gr.HTML(elem_id="tree")
         gr.Button("Search with 5 beams").click(run(demo.beams), [*now, question], tree)
         gr.Markdown("Bold: the best hypothesis. Those without an end were cut when the best one ended.")
     with gr.Tab("Latents"):
@@ -238,7 +254,7 @@ def _tabs(demo: Demo, clip: gr.State, order: gr.Radio, temporal: gr.Checkbox) ->
         gr.Markdown(f"**{demo.name}** next to **{demo.other_name}**. Choose another model with `--compare DIR`.")
     with gr.Tab("Grounding"):
         text = gr.Textbox("the red seven", label="What to find in the first frame")
-        image = gr.Image(label="Box", buttons=["fullscreen"])
+        image = gr.Image(label="Box", buttons=["fullscreen"], height=260, elem_id="box")
         gr.Button("Find it").click(run(demo.box), [clip, text], image)
 
 

@@ -1,7 +1,7 @@
 """What the page of the demo computes: frames in; texts, tables and images out. This file does not need Gradio.
 
 A `Clip` is a medium in memory: the frames that the model sees. `ClipPredictor` accepts it wherever `Predictor` accepts
-a file. `local_temporal_off` silences the local temporal modules, `look` keeps what `Predictor.explain` averages away.
+a file. `local_temporal_off` silences the local temporal modules.
 
 Axes: t frames, H W pixels, h w patches, c heads, l words, q latents, v visual tokens.
 """
@@ -21,12 +21,9 @@ from torch import Tensor
 from mplug2.attention_maps import attention_maps
 from mplug2.checkpoint import load_model
 from mplug2.data.media import MediaError, kind_of, read_media, to_frames, to_pixels
-from mplug2.data.text import clean
 from mplug2.generation import beam_search
 from mplug2.model.local_temporal import LocalTemporal
-from mplug2.model.mplug2 import answer_memory
 from mplug2.predictor import Generation, Predictor
-from mplug2.tasks import INSTRUCTIONS, PROMPTS
 from tiny_data.render import PALETTE, load_digits, render
 from tiny_data.scenes import STROKES
 from tiny_data.world import CELL, SCRIPTS, Scene, Thing, questions
@@ -38,9 +35,9 @@ MOTIONS = {
 }
 """Names of the kinds of scenes on the page."""
 
-GENERAL_QUESTIONS = ("which digit is it", "what colour is it", "does it move left or right", "does it move up or down",
-                     "how many digits are there", "which colour came first")
-"""Suggested for uploaded files, of which nothing is known."""
+GENERAL_QUESTIONS = ("which digit is it", "what color is it", "does it move left or right", "does it move up or down",
+                     "how many digits are there", "which color came first")
+"""Suggested for uploaded files, about which nothing is known."""
 
 SCALE = 96
 """Height of a frame on the page, in pixels."""
@@ -139,16 +136,26 @@ def draw_clip(
     return Clip(frames, "image" if kind == "image" else "video", tuple(asked))
 
 
+@contextmanager
+def names_only(paths: Sequence[Path]) -> Iterator[None]:
+    """A MediaError inside names a file without its folder: the page does not show where uploads are stored."""
+    try:
+        yield
+    except MediaError as error:
+        message = str(error)
+        for path in paths:
+            message = message.replace(str(path), path.name)
+        raise MediaError(message) from None
+
+
 def read_clip(path: str | Path, predictor: Predictor) -> Clip:
     """An image or video file as the model sees it: sampled and resized. Raises MediaError, which names the file without
     its folder."""
     path = Path(path)
-    try:
+    with names_only([path]):
         frames = read_media(path, predictor.preprocess.frames)
         pixels = to_pixels(frames, predictor.model.config.image_size)
         return Clip(to_frames(pixels), kind_of(path), tuple((question, "") for question in GENERAL_QUESTIONS))
-    except MediaError as error:
-        raise MediaError(str(error).replace(str(path), path.name)) from None
 
 
 def _shuffle(frames: np.ndarray) -> np.ndarray:
@@ -179,70 +186,7 @@ def reorder(clip: Clip | None, order: str) -> Clip:
     return replace(clip, frames=ORDERS[order](clip.frames), asked=tuple((question, "") for question, _ in clip.asked))
 
 
-# ---- words -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Word:
-    """A word of the question or of the written text."""
-
-    text: str
-    probability: float | None
-    """Of a written word, given the words before it."""
-    others: tuple[tuple[str, float], ...]
-    """The most likely words at this position, with their probabilities."""
-    maps: dict[str, Tensor]
-    """Attention over the patches, `c t h w`, by the name of the cross-attention."""
-
-
-def _memory(predictor: Predictor, vision: Tensor, modality: str, question: str, how: Generation):
-    """What the decoder attends to, its mask, the first tokens of its text, and the tokens of the question."""
-    if not question and not how.instructed:
-        return vision, None, predictor.start(1, PROMPTS[modality] if how.prompted else ""), vision.new_zeros(1, 0)
-    text = clean(question, predictor.preprocess.max_words) if question else INSTRUCTIONS[modality]
-    ids, mask = (x.to(predictor.device) for x in predictor.tokenizer.encode([text]))
-    seen, fused = predictor.model.fuse(vision, predictor.model.encode_text(ids, mask), mask)
-    return *answer_memory(seen, fused, mask), predictor.start(1), ids
-
-
-@torch.no_grad()
-def look(predictor: Predictor, clip: Clip, question: str = "", **settings) -> tuple[str, list[Word]]:
-    """The caption, or the answer to a question, and its words, after those of the question. `settings` are fields of
-    `Generation`."""
-    how, words = Generation(**settings), []
-    (written,) = predictor.answer([clip], [question], **settings) if question else predictor.caption([clip], **settings)
-    model, decode = predictor.model, predictor.tokenizer.decode
-    side = model.config.image_size // model.config.patch_size
-
-    def collect(maps: dict[str, Tensor], component: str, ids: Tensor, logits: Tensor | None, v: int) -> None:
-        grids = {name: rearrange(weights[0, :, :, 1:v], "c l (t h w) -> l c t h w", h=side, w=side)
-                 for name, weights in maps.items() if name.startswith(component)}
-        for i, number in enumerate(ids.tolist()):
-            if not (text := decode([[number]])[0]):
-                continue
-            probability, others = None, ()
-            if logits is not None:
-                likely = logits[i].softmax(dim=-1)
-                top = likely.topk(5)
-                probability = likely[number].item()
-                others = tuple((decode([[j]])[0] or "[end]", value)
-                               for j, value in zip(top.indices.tolist(), top.values.tolist()))
-            words.append(Word(text, probability, others, {name: grid[i] for name, grid in grids.items()}))
-
-    def record(vision: Tensor, modality: str, _) -> list[None]:
-        with attention_maps(model) as maps:
-            memory, memory_mask, start, ids = _memory(predictor, vision, modality, question, how)
-        collect(maps, "fusion", ids[0].long(), None, vision.shape[1])
-        new = predictor.tokenizer.encode([written], special=False)[0].to(predictor.device) if written else start[:, :0]
-        ids, first = torch.cat([start, new], dim=1)[:, : model.config.max_positions], start.shape[1] - 1
-        with attention_maps(model) as maps:  # a token is predicted at the position before it
-            logits = model.decode(ids, torch.ones_like(ids, dtype=torch.bool), memory, memory_mask)
-        maps = {name: weights[:, :, first:] for name, weights in maps.items()}
-        collect(maps, "decoder", ids[0, first + 1:], logits[0, first:], vision.shape[1])
-        return [None]
-
-    predictor.on_media([clip], record)
-    return written, words
+# ---- beam search -----------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -252,7 +196,7 @@ def beam_tree(predictor: Predictor, clip: Clip, question: str = "", beams: int =
     model, special = predictor.model, predictor.special_tokens
 
     def search(vision: Tensor, modality: str, _) -> list[str]:
-        memory, mask, start, _ = _memory(predictor, vision, modality, question, Generation())
+        memory, mask, start, _ = predictor.decoder_inputs(vision, modality, question, Generation())
         length = predictor.preprocess.max_length or 20
         hypotheses = beam_search(model, memory, start, special, beams, 1, length, memory_mask=mask)[0]
         tree: dict = {}

@@ -161,19 +161,12 @@ def paper_captions(references: list[list[str]], hypotheses: list[str]) -> dict[s
     tokenizer and METEOR are Java programs. Raises ValueError as `bleu` does, and if the package or Java is missing.
     """
     check_samples(references, hypotheses)
-    try:
-        from pycocoevalcap.bleu.bleu import Bleu
-        from pycocoevalcap.cider.cider import Cider
-        from pycocoevalcap.meteor.meteor import Meteor
-        from pycocoevalcap.rouge.rouge import Rouge
-        from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-    except ImportError as error:
-        raise ValueError(
-            f"--paper-captions needs the package pycocoevalcap ({error}): pip install mplug2[eval]"
-        ) from error
-    if shutil.which("java") is None:
-        raise ValueError("--paper-captions runs Java (for its tokenizer and METEOR), and there is no `java`: install a "
-                         "Java runtime, or leave the flag out")
+    check_paper_captions()
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.meteor.meteor import Meteor
+    from pycocoevalcap.rouge.rouge import Rouge
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
     tokenizer = PTBTokenizer()
     truths = {i: [{"caption": _one_line(text)} for text in texts] for i, texts in enumerate(references)}
     truths = tokenizer.tokenize(truths)
@@ -182,6 +175,20 @@ def paper_captions(references: list[list[str]], hypotheses: list[str]) -> dict[s
     for name, metric in (("meteor", Meteor()), ("rouge_l", Rouge()), ("cider", Cider())):
         scores[name] = metric.compute_score(truths, found)[0]
     return {name: float(score) for name, score in scores.items()}
+
+
+def check_paper_captions() -> None:
+    """Raise ValueError if the package or Java, which `paper_captions` needs, is missing."""
+    try:
+        import pycocoevalcap.meteor.meteor
+        import pycocoevalcap.tokenizer.ptbtokenizer  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            f"--paper-captions needs the package pycocoevalcap ({error}): pip install mplug2[eval]"
+        ) from error
+    if shutil.which("java") is None:
+        raise ValueError("--paper-captions runs Java (for its tokenizer and METEOR), and there is no `java`: install a "
+                         "Java runtime, or leave the flag out")
 
 
 def _one_line(text: str) -> str:

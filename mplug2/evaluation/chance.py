@@ -17,13 +17,13 @@ from mplug2.tasks import TASKS
 
 
 @lru_cache(maxsize=8)
-def chance_level(data: EvalSplit) -> dict[str, float]:
-    """Metrics of a baseline that answers from the question alone, and otherwise gives the most common label or caption
-    or the mean box of the split, and ranks a gallery at random."""
+def chance_level(data: EvalSplit, tasks: tuple[str, ...] = ()) -> dict[str, float]:
+    """Metrics, for these tasks or for all, of a baseline that answers from the question alone, and otherwise gives the
+    most common label or caption or the mean box of the split, and ranks a gallery at random."""
     levels = {"caption": chance_of_captions, "answer": chance_of_answers, "ranking": chance_of_ranking,
               "label": chance_of_labels, "box": chance_of_boxes}
     found: dict[str, float] = {}
-    for task in data.tasks:
+    for task in tasks or data.tasks:
         if records := [record for record in data.records(task) if not record.unlabelled]:
             chances = levels[TASKS[task].output](task, records, data)
             found |= {metric_prefix(task) + name: value for name, value in chances.items()}

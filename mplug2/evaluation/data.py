@@ -112,6 +112,15 @@ def data_notes(
     return notes
 
 
+def choose_splits(root: Path, names: Sequence[str], limit: int = 0) -> tuple[list[EvalSplit], list[str]]:
+    """Those of the splits that the folder has, and the names of the others. Raises ValueError if it has none."""
+    there = {split for splits in available(root).values() for split in splits}
+    splits = [EvalSplit(root, name, limit) for name in names if name in there]
+    if not splits:
+        raise ValueError(f"{root} has none of the splits {', '.join(names)}; it has {', '.join(sorted(there))}")
+    return splits, [name for name in names if name not in there]
+
+
 def find_data(given: str, recorded: list[Path] | None, splits: Sequence[str]) -> tuple[Path | None, str]:
     """The folder to evaluate on, None for the tiny world, and why: the `given` one, or the training data of the model.
 

@@ -5,7 +5,7 @@ All ranks call `evaluate`. They share the images and videos, and the main rank s
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mplug2.data.media_batches import Medium
@@ -13,7 +13,7 @@ from mplug2.did_you_mean import did_you_mean
 from mplug2.distributed import AllRanksError, all_gather_object
 from mplug2.evaluation.bootstrap import Score
 from mplug2.evaluation.data import EvalOptions, EvalSplit, data_notes
-from mplug2.evaluation.labels import UnknownClasses, evaluate_boxes, evaluate_labels, media_of
+from mplug2.evaluation.labels import UnknownClasses, evaluate_boxes, evaluate_labels, media_of, unknown_labels
 from mplug2.evaluation.metric_names import metric_prefix
 from mplug2.evaluation.predictions import Prediction
 from mplug2.evaluation.retrieval import evaluate_retrieval
@@ -35,7 +35,9 @@ class EvalResult:
     """Every metric with its standard error; on the main rank only."""
     predictions: list[Prediction] = field(default_factory=list)
     records: int = 0
-    """Records of the evaluated tasks, unreadable ones included."""
+    """Records of the evaluated tasks, unreadable and unlabelled ones included."""
+    scored: int = 0
+    """Records that are readable and labelled."""
     skipped: dict[str, str] = field(default_factory=dict)
     """The error of each record whose image or video could not be read, by the place of the record."""
     notes: list[str] = field(default_factory=list)
@@ -66,6 +68,8 @@ def evaluate(
         predictor.description = f"{data.split} {task}"
         try:
             scores, predictions = evaluate_task(predictor, task, data, options or EvalOptions())
+            if predictions and not any(prediction.truth for prediction in predictions):
+                result.notes.append(f"{task}: the records have no truth, so they are predicted, but not scored")
         except UnknownClasses as error:
             if tasks:
                 raise
@@ -78,6 +82,8 @@ def evaluate(
         for record in records:
             if media_of(record) and (error := predictor.unreadable.get(Medium.of_record(record))):
                 result.skipped[record.source] = error
+            elif not record.unlabelled:
+                result.scored += 1
     return result
 
 
@@ -99,16 +105,30 @@ def evaluate_task(
     return scores, predictions
 
 
-def check_texts(predictor: Predictor, splits: Sequence[EvalSplit], tasks: Sequence[str] | None) -> None:
-    """Print what is doubtful about the texts of these splits, before anything is computed.
+def evaluated_tasks(results: Mapping[str, EvalResult]) -> tuple[str, ...]:
+    """The tasks with predictions."""
+    return tuple(dict.fromkeys(one.task for result in results.values() for one in result.predictions))
 
-    Raises RecordError, which lists every text that the model cannot read, with file and line.
+
+def check_data(predictor: Predictor, splits: Sequence[EvalSplit], tasks: Sequence[str] | None) -> None:
+    """Print what is doubtful about the texts and labels of these splits, before anything is computed.
+
+    Raises ValueError for a task that cannot be evaluated or has no records, and RecordError, which lists every text
+    that the model cannot read, with file and line.
     """
+    check_tasks(predictor.model, tasks or ())
+    for task in tasks or ():
+        if not any(task in data.tasks for data in splits):
+            raise ValueError(f"{splits[0].root} has no records of {task} in the splits "
+                             f"{', '.join(data.split for data in splits)}; leave it out of --task, or name other data")
     limit, max_words = predictor.model.config.max_positions, predictor.preprocess.max_words
     for data in splits:
         chosen = [task for task in data.tasks if task in (tasks or data.tasks) and supports(predictor.model, task)]
         for note in data_notes(data, chosen, predictor.tokenizer, limit, max_words):
             print(note, file=sys.stderr)
+        for task in chosen:
+            if note := unknown_labels(predictor, task, data):
+                print(note, file=sys.stderr)
 
 
 def check_tasks(model: MPLUG2, tasks: Sequence[str]) -> None:
@@ -119,7 +139,7 @@ def check_tasks(model: MPLUG2, tasks: Sequence[str]) -> None:
                              f"{', '.join(EVALUATED)}")
         if not supports(model, task):
             raise ValueError(f"a model for {model.task} does not have the modules for {task}; "
-                             f"fine-tune it with train.py --task {task} --init")
+                             f"fine-tune it with train.py --task {task} --init CHECKPOINT")
 
 
 def supports(model: MPLUG2, task: str) -> bool:

@@ -6,6 +6,7 @@ import torch
 
 from mplug2.data.media_batches import Medium
 from mplug2.data.records import Record
+from mplug2.data.text_check import EXAMPLES
 from mplug2.evaluation.bootstrap import Score, Statistic, mean, with_errors
 from mplug2.evaluation.data import EvalOptions, EvalSplit
 from mplug2.evaluation.predictions import Prediction
@@ -58,6 +59,30 @@ def evaluate_labels(
         scores = torch.stack([output for output, _ in labelled]).cpu().numpy()
         statistics["top5"] = mean(in_top_k(scores, [classes.index(truth) for truth in truths], 5))
     return with_errors(statistics), predictions
+
+
+def unknown_labels(predictor: Predictor, task: str, data: EvalSplit) -> str:
+    """One line if records have labels that are not among the classes to choose from; otherwise an empty string.
+
+    Raises ValueError if the model predicts numbers where the labels are class names, or the other way round.
+    """
+    if TASKS[task].output != "label":
+        return ""
+    try:
+        classes = predictor.model.classes.get(task, None)
+        classes = class_captions(task, data) if classes is None else classes
+    except UnknownClasses:
+        return ""
+    labels = {record.label: record.source for record in reversed(data.records(task)) if not record.unlabelled}
+    for label, source in labels.items():
+        if isinstance(label, str) != bool(classes):
+            raise ValueError(f"{source}: found the label {label!r}, but this model predicts "
+                             f"{'class names' if classes else 'numbers'}; check the labels, or fine-tune a model on "
+                             "such records")
+    unknown = sorted(labels.keys() - set(classes)) if classes else []
+    examples = ", ".join(map(repr, unknown[:EXAMPLES]))
+    return (f"{task}, {data.split}: {len(unknown):,} labels are not among the {len(classes):,} classes that are "
+            f"predicted, such as {examples}; every prediction counts as wrong there") if unknown else ""
 
 
 def media_of(record: Record) -> tuple:

@@ -8,10 +8,14 @@ from functools import cached_property
 from pathlib import Path
 
 from mplug2.data.media import is_media
+from mplug2.distributed import DistInfo, all_gather_object, run_on_main
+from mplug2.inference import Stopped
 from mplug2.predictor import Generation, Predictor
 
 CHUNK = 8
 """Batches per process whose results are written at a time."""
+LINE = '{"file": '
+"""How a line of results begins."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class InputSettings:
             raise ValueError(f"input={self.input!r}: found no image, GIF, or video there")
         if self.attention and self.many:
             raise ValueError(f"attention={self.attention!r}: expected one file as --input, not a folder")
+        if self.output and not self.many:
+            raise ValueError(f"output={self.output!r}: expected a folder or a pattern as --input; one file is printed")
 
     @property
     def many(self) -> bool:
@@ -70,30 +76,67 @@ def write(
 ) -> None:
     """Append a line with the caption of each file, or the answer to the question, to the JSONL file `out`.
 
-    Files that it already has, from the same checkpoint and with the same question, are left out. So a call that was
-    stopped continues where it stopped. Files that cannot be read are named and left out.
+    Files that it already has, from the same checkpoint, question and search, are left out. So a call that was stopped
+    continues where it stopped. Files that cannot be read are named and left out. Raises ValueError if `out` has other
+    contents.
     """
-    lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
-    whole = [line for line in lines if line.endswith("}")]
-    if predictor.is_main and whole != lines:  # the last line was cut off
-        out.write_text("".join(line + "\n" for line in whole), encoding="utf-8")
-    known = [json.loads(line) for line in whole]
-    done = {line["file"] for line in known if (line["checkpoint"], line.get("question", "")) == (checkpoint, question)}
-    todo = [file for file in files if str(file) not in done]
-    size, written = predictor.inference.batch_size * predictor.inference.world_size * CHUNK, len(files) - len(todo)
+    changed = {name: value for name, value in vars(how).items() if value != getattr(Generation(), name)}
+    same = {"checkpoint": checkpoint} | ({"question": question} if question else {}) | (
+        {"search": changed} if changed else {})
+    todo: list[Path] = []
+
+    def prepare() -> None:
+        done = {line["file"] for line in read_results(out)
+                if {name: line[name] for name in ("checkpoint", "question", "search") if name in line} == same}
+        todo.extend(file for file in files if str(file) not in done)
+
+    inference = predictor.inference
+    # The other ranks may not see the file, or see it half written.
+    run_on_main(prepare, DistInfo(inference.rank, inference.world_size, predictor.device))
+    todo = all_gather_object(todo)[0]
+    size, written = inference.batch_size * inference.world_size * CHUNK, len(files) - len(todo)
+    before = f", {written:,} of them in earlier calls" if written else ""
     for first in range(0, len(todo), size):
-        chunk = todo[first: first + size]
-        if question:
-            texts = predictor.answer(chunk, [question] * len(chunk), **vars(how))
-        else:
-            texts = predictor.caption(chunk, **vars(how))
+        chunk, stopped = todo[first: first + size], None
+        try:
+            if question:
+                texts = predictor.answer(chunk, [question] * len(chunk), **vars(how))
+            else:
+                texts = predictor.caption(chunk, **vars(how))
+        except Stopped as error:
+            stopped, texts = error, [error.found.get(i) for i in range(len(chunk))]
         found = [(file, text) for file, text in zip(chunk, texts) if text is not None]
         written += len(found)
         if predictor.is_main:
             with out.open("a", encoding="utf-8") as stream:
                 for file, text in found:
-                    asked = {"question": question, "answer": text} if question else {"caption": text}
-                    stream.write(json.dumps({"file": str(file), **asked, "checkpoint": checkpoint}) + "\n")
+                    line = {"file": str(file), "answer" if question else "caption": text, **same}
+                    stream.write(json.dumps(line) + "\n")
+        if stopped:
+            say(f"{out}: {written:,} of {len(files):,} files{before}; the same command continues")
+            raise stopped
     for error in predictor.unreadable.values():
         say(f"skipped: {error}")
-    say(f"{out}: {written:,} of {len(files):,} files")
+    say(f"{out}: {written:,} of {len(files):,} files{before}")
+
+
+def read_results(out: Path) -> list[dict]:
+    """The lines of a file that `write` began, which may not exist yet. A last line that was cut off is removed.
+
+    Raises ValueError, and changes nothing, if a line is not one of `write`; OSError if the file cannot be written.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("a+", encoding="utf-8", newline="") as file:
+        file.seek(0)
+        whole, _, rest = file.read().rpartition("\n")
+        try:
+            lines = [json.loads(line) for line in whole.splitlines()]
+            ours = all({"file", "checkpoint"} <= line.keys() for line in lines) and LINE.startswith(rest[: len(LINE)])
+        except (ValueError, AttributeError):
+            ours = False
+        if not ours:
+            raise ValueError(f"{out} has lines that are no captions or answers of eval.py; name another file with "
+                             "--output")
+        if rest:
+            file.truncate(len(f"{whole}\n".encode()) if lines else 0)
+    return lines

@@ -1,6 +1,7 @@
 """The results of an evaluation as files and as text."""
 
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,13 +19,26 @@ def flat_errors(results: Mapping[str, EvalResult]) -> dict[str, float]:
     return {f"{split}/{name}": error for split, result in results.items() for name, error in result.errors.items()}
 
 
+def check_writable(*files: Path) -> None:
+    """Create the folders of files that will be written at the end. Raises ValueError if one could not be written."""
+    for file in files:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if file.exists():
+                file.open("a").close()
+            else:
+                tempfile.TemporaryFile(dir=file.parent).close()
+        except OSError as error:
+            raise ValueError(f"{file} cannot be written ({error.strerror}): choose another place with --out or --json"
+                             ) from error
+
+
 def write_metrics(file: Path, results: Mapping[str, EvalResult]) -> None:
     """Write the flat metrics and, under keys of their own, their standard errors and the number of scored records."""
     contents = {
         **flat_metrics(results),
         "standard_errors": flat_errors(results),
-        "records": {split: {"scored": result.records - len(result.skipped), "total": result.records}
-                    for split, result in results.items()},
+        "records": {split: {"scored": result.scored, "total": result.records} for split, result in results.items()},
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
@@ -44,7 +58,7 @@ def describe_skipped(results: Mapping[str, EvalResult]) -> str:
         lines += [f"skipped: {source}: {error}" for source, error in result.skipped.items()]
         lines += [f"{split}: {note}" for note in result.notes]
         if result.skipped:
-            lines.append(f"{split}: scored {result.records - len(result.skipped):,} of {result.records:,} records")
+            lines.append(f"{split}: scored {result.scored:,} of {result.records:,} records")
     return "\n".join(lines)
 
 

@@ -33,10 +33,11 @@ def evaluate_retrieval(
     predictor: Predictor, task: str, data: EvalSplit, options: EvalOptions
 ) -> tuple[dict[str, Score], list[Prediction]]:
     """Metrics are means over the galleries. A prediction is the best item after re-ranking: for a text the id of a
-    record, for an image or video a text."""
+    record, for an image or video a text. Unlabelled records, which have no text, are left out."""
     galleries = defaultdict(list)
     for record in data.records(task):
-        galleries[record.gallery].append(record)
+        if not record.unlabelled:
+            galleries[record.gallery].append(record)
     found, predictions = [], []
     for records in galleries.values():
         scores, of_gallery = evaluate_gallery(predictor, task, records, options)

@@ -20,7 +20,7 @@ caption starts from [CLS] alone), and as in Figure 1 of the paper (a caption ans
 @dataclass(frozen=True)
 class WritingSettings:
     protocol: Literal["default", "released", "figure"] = "default"
-    """released: captions and answers as in the released scripts (beam 5; 4 to 20 tokens and no prompt, 1 to 10);
+    """released: 5 beams, as in the released scripts (captions of 4 to 20 tokens without a prompt, answers of 1 to 10);
     figure: captions answer an instruction, "what does the video describe", as in Figure 1."""
     beams: int | None = None
     """Beams of the search for captions and answers; 1 is greedy, the papers use 5. Default: 1."""

@@ -8,15 +8,34 @@ There are two kinds of masks, both boolean:
 Axes: b batch, l tokens, m memory tokens, r sequences that share a memory, d width, c heads, e width of a head.
 """
 
+from dataclasses import dataclass
+
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from mplug2.model.kernels import Linear, attention
 from mplug2.model.shapes import check
 
-Memory = Tensor | tuple[Tensor, Tensor]
-"""What cross-attention reads: a sequence `b m d`, or its keys and values, each `b c m e`."""
+
+@dataclass(frozen=True)
+class JointMemory:
+    """The sequence [V', text] of each of r texts about an image or video: V' `b v d`, text `(b r) l d`.
+
+    Its parts are joined after they are projected, so keys and values of V' are computed once for all r texts.
+    """
+
+    vision: Tensor
+    text: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """`(b r) (v+l) d`"""
+        return len(self.text), self.vision.shape[1] + self.text.shape[1], self.text.shape[2]
+
+
+Memory = Tensor | JointMemory | tuple[Tensor, Tensor]
+"""What cross-attention reads: a sequence `b m d`, in one piece or in two, or its keys and values, each `b c m e`."""
 
 
 def padding_mask(mask: Tensor) -> Tensor:
@@ -91,8 +110,12 @@ class CrossAttention(nn.Module):
         self.key_value = Linear(width, 2 * width)
         self.out = Linear(width, width)
 
-    def keys_and_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_and_values(self, memory: Tensor | JointMemory) -> tuple[Tensor, Tensor]:
         """memory `b m d` -> keys and values, each `b c m e`."""
+        if isinstance(memory, JointMemory):
+            parts = zip(self.keys_and_values(memory.vision), self.keys_and_values(memory.text))
+            r = len(memory.text) // len(memory.vision)
+            return tuple(torch.cat([repeat(v, "b c v e -> (b r) c v e", r=r), l], dim=2) for v, l in parts)
         sizes = check(memory, "b m d", d=self.width)
         pattern = "b m (two c e) -> two b c m e"
         key, value = rearrange(self.key_value(memory), pattern, b=sizes["b"], m=sizes["m"], two=2, c=self.heads)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mplug2.config import ModelConfig
-from mplug2.model.attention import KVCache, causal_mask, padding_mask
+from mplug2.model.attention import JointMemory, KVCache, causal_mask, padding_mask
 from mplug2.model.layers import BertLayer, LanguageModelHead, TextEmbeddings
 from mplug2.model.shapes import check
 
@@ -37,6 +37,9 @@ class DecoderState:
             self.memory_attention_mask = self.memory_attention_mask[rows]
 
 
+Source = Tensor | JointMemory | DecoderState  # a memory, or a state, which has the keys and values of its memory
+
+
 class Decoder(nn.Module):
     """Token ids `(b r) l` and a memory `b m d` -> logits `(b r) l s`: at each position, for the next token."""
 
@@ -47,20 +50,23 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(BertLayer(config, cross=True) for _ in range(config.decoder_layers))
         self.head = LanguageModelHead(config)
 
-    def forward(self, ids: Tensor, mask: Tensor, memory: Tensor, memory_mask: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Tensor, mask: Tensor, memory: Source, memory_mask: Tensor | None = None) -> Tensor:
         """mask `(b r) l` and memory_mask `b m`: true = real token. Without memory_mask all memory tokens are real."""
         logits = self.logits(self.hidden(ids, mask, memory, memory_mask))
         check(logits, "br l s", **check(ids, "br l"), s=self.vocab_size)
         return logits
 
-    def hidden(self, ids: Tensor, mask: Tensor, memory: Tensor, memory_mask: Tensor | None = None) -> Tensor:
+    def hidden(self, ids: Tensor, mask: Tensor, memory: Source, memory_mask: Tensor | None = None) -> Tensor:
         """`forward` without the language-model head: hidden states `(b r) l d`. ids may be embeddings `(b r) l d`."""
         sizes = check(ids, "br l d" if ids.dim() == 3 else "br l", d=self.width)
         check(mask, "br l", **sizes)
-        memory_attention_mask = self._check_memory(memory, memory_mask)
+        if isinstance(memory, DecoderState):
+            memories, memory_attention_mask = memory.memories, memory.memory_attention_mask
+        else:
+            memories, memory_attention_mask = [memory] * len(self.layers), self._check_memory(memory, memory_mask)
         x, attention_mask = self.embeddings(ids), causal_mask(mask)
-        for layer in self.layers:
-            x = layer(x, attention_mask, memory, memory_attention_mask)
+        for layer, of_layer in zip(self.layers, memories):
+            x = layer(x, attention_mask, of_layer, memory_attention_mask)
         check(x, "br l d", **sizes)
         return x
 
@@ -68,7 +74,7 @@ class Decoder(nn.Module):
         """Hidden states `... d` -> logits `... s`."""
         return self.head(hidden, self.embeddings.word.weight)
 
-    def init_state(self, memory: Tensor, memory_mask: Tensor | None = None) -> DecoderState:
+    def init_state(self, memory: Tensor | JointMemory, memory_mask: Tensor | None = None) -> DecoderState:
         """The state before the first `step`, for memory `b m d` with memory_mask `b m`."""
         memory_attention_mask = self._check_memory(memory, memory_mask)
         memories = [layer.cross_attention.keys_and_values(memory) for layer in self.layers]
@@ -90,7 +96,7 @@ class Decoder(nn.Module):
         check(logits, "br s", br=sizes["br"], s=self.vocab_size)
         return logits
 
-    def _check_memory(self, memory: Tensor, memory_mask: Tensor | None) -> Tensor | None:
+    def _check_memory(self, memory: Tensor | JointMemory, memory_mask: Tensor | None) -> Tensor | None:
         """Check memory `b m d` and memory_mask `b m`, and return the attention mask `b 1 1 m`."""
         sizes = check(memory, "b m d", d=self.width)
         if memory_mask is None:

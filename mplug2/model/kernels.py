@@ -8,8 +8,8 @@
 
 The tests compare each fast form with its plain form, values and gradients.
 
-Axes: b batch, t frames, n patches per frame, k taps and z channels of the temporal convolution, l tokens of a sequence,
-m tokens of the memory, d width, c heads, e width of a head.
+Axes: b batch, t frames, n patches per frame, k kernel size and z channels of the temporal convolution, l tokens of a
+sequence, m tokens of the memory, d width, c heads, e width of a head.
 """
 
 from itertools import product

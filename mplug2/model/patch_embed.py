@@ -2,7 +2,7 @@
 
     tokens = LN([class token, linear(patches)] + positions)
 
-Without temporal down-sampling nothing here tells the frames apart: they have the same class token and positions.
+Without temporal down-sampling nothing here distinguishes the frames: they have the same class token and positions.
 
 Axes: as in shapes.py, and p: height and width of a patch in pixels. Here k counts the frames that a patch spans.
 """

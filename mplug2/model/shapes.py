@@ -11,7 +11,7 @@ Every file uses the same letters for the axes:
     r  texts per image or video               d    width of the tokens
     s  vocabulary                             c    attention heads, d = c*e
     y  classes                                e    width of a head, or of the contrastive space
-    k  taps of a convolution over time        z    channels of that convolution
+    k  kernel size of a convolution in time   z    channels of that convolution
 
 In the patterns of `check`, `br` stands for the flattened axis (b r). `past` are the tokens that a cache holds.
 """

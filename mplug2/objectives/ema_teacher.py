@@ -25,20 +25,36 @@ class EMATeacher(nn.Module):
     """`teacher` is a copy of all modules of `model`. `alpha` is the weight of its soft targets; it grows linearly over
     the first `ramp` steps. `queue` is the number of vectors per side that VTC keeps, or 0.
 
-    Weights, step counter and queue are part of the state dict, so a run resumes with them.
+    Weights, counters and queue are part of the state dict, so a run resumes with them. The counters are Python
+    integers: a process would have to wait for its GPU each time that it reads them from there.
     """
 
     def __init__(self, model: MPLUG2, decay: float = 0.995, alpha: float = 0.4, ramp: int = 1, queue: int = 0):
         super().__init__()
         self.decay, self.max_alpha, self.ramp = decay, alpha, ramp
         self.teacher = copy.deepcopy(model).requires_grad_(False).eval()
-        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self.steps = self.queued = 0
+        self.counters = ("steps", "queued") if queue else ("steps",)
+        self.pending: list[tuple[Tensor, Tensor, Tensor]] = []
+        """Vectors and positive ids of the batches since the last update, for the queue."""
         if queue:
             width = model.config.contrastive_width
             self.register_buffer("queue_vision", torch.zeros(queue, width))
             self.register_buffer("queue_text", torch.zeros(queue, width))
             self.register_buffer("queue_meaning", torch.zeros(queue, dtype=torch.long))
-            self.register_buffer("queued", torch.zeros((), dtype=torch.long))
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination |= {prefix + name: torch.tensor(getattr(self, name)) for name in self.counters}
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *others) -> None:
+        self.load_counters(state_dict, prefix)
+        names = {prefix + name for name in self.counters}
+        super()._load_from_state_dict({k: v for k, v in state_dict.items() if k not in names}, prefix, *others)
+
+    def load_counters(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        for name in self.counters:
+            setattr(self, name, int(state_dict[prefix + name]))
 
     def train(self, mode: bool = True) -> "EMATeacher":
         """Stay in evaluation mode: the teacher has no dropout."""
@@ -47,14 +63,18 @@ class EMATeacher(nn.Module):
     @property
     def alpha(self) -> float:
         """The current weight of the soft targets."""
-        return self.max_alpha * min(1.0, self.steps.item() / self.ramp)
+        return self.max_alpha * min(1.0, self.steps / self.ramp)
 
     @torch.no_grad()
     def update(self, model: MPLUG2) -> None:
-        """Follow the model after a step of the optimizer: every parameter, frozen ones too."""
+        """Follow the model after a step of the optimizer: every parameter, frozen ones too. The vectors of the
+        step join the queue."""
         for own, new in zip(self.teacher.parameters(), model.parameters(), strict=True):
             own.lerp_(new.detach().to(own.dtype), 1 - self.decay)
         self.steps += 1
+        for vectors in self.pending:
+            self.enqueue(*vectors)
+        self.pending.clear()
 
     @torch.no_grad()
     def answer_logits(self, batch: dict) -> tuple[Tensor, float]:
@@ -70,7 +90,8 @@ class EMATeacher(nn.Module):
     def contrastive_loss(
         self, batch: dict, vision: Tensor, text: Tensor, temperature: Tensor, enqueue: bool
     ) -> Tensor:
-        """VTC with soft targets of the model's unit vectors `b e`; `enqueue` adds the teacher's to the queue."""
+        """VTC with soft targets of the model's unit vectors `b e`; `enqueue`: the next
+        `update` adds the teacher's to the queue. A step that is skipped has to clear `pending`."""
         teacher, positive_id = self.teacher, batch["positive_id"]
         with torch.no_grad():
             vectors = (
@@ -79,16 +100,16 @@ class EMATeacher(nn.Module):
             )
         loss = distilled_contrastive_loss(vision, text, temperature, positive_id, *vectors, self)
         if enqueue:
-            self.enqueue(*vectors, positive_id)
+            self.pending.append((*vectors, positive_id))
         return loss
 
     @property
     def has_queue(self) -> bool:
-        return hasattr(self, "queued")
+        return "queued" in self.counters
 
     def queue(self) -> tuple[Tensor, Tensor, Tensor]:
         """Vision vectors `i e`, text vectors `i e` and positive ids `i` of the queue, as far as it is filled."""
-        count = min(self.queued.item(), len(self.queue_meaning))
+        count = min(self.queued, len(self.queue_meaning))
         return self.queue_vision[:count], self.queue_text[:count], self.queue_meaning[:count]
 
     @torch.no_grad()
@@ -98,11 +119,9 @@ class EMATeacher(nn.Module):
         Every rank keeps the same queue. Raises ValueError if it is smaller than the batch of all ranks.
         """
         vision, text, positive_id = map(all_gather_with_grad, (vision, text, positive_id))
-        if not (vision.isfinite().all() and text.isfinite().all()):
-            return  # the training loop will skip this step
         size, count = len(self.queue_meaning), len(positive_id)
         if count > size:
-            raise ValueError(f"queue={size}: expected room for the {count} samples of a batch at least")
+            raise ValueError(f"queue_size={size}: a batch has {count} samples; raise --queue-size to {count} or more")
         positions = (self.queued + torch.arange(count, device=positive_id.device)) % size
         self.queue_vision[positions] = vision.to(self.queue_vision.dtype)
         self.queue_text[positions] = text.to(self.queue_text.dtype)

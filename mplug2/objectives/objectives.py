@@ -99,6 +99,16 @@ class Objectives(nn.Module):
                 losses |= box_losses(model.predict_box(*read), batch["box"])
         return losses
 
+    @torch.no_grad()
+    def after_step(self, skipped: bool) -> None:
+        """After a step, also a skipped one: clamp the temperature (checkpoints save it), and update the teacher."""
+        if "contrastive" in self.model.components:
+            self.model.temperature.clamp_(*TEMPERATURE_RANGE)
+        if self.ema_teacher and skipped:
+            self.ema_teacher.pending.clear()
+        elif self.ema_teacher:
+            self.ema_teacher.update(self.model)
+
     def pair_losses(self, batch: dict, vision: Tensor, text: Tensor) -> dict[str, Tensor]:
         """VTC and VTM of V' `b v d` and the captions of the batch, `b l d`."""
         model, positive_id, losses = self.model, batch["positive_id"], {}

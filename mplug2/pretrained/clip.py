@@ -49,13 +49,13 @@ NEVER_USED = (  # the text tower, and the projections of both towers
 def from_clip(model: MPLUG2, source: str | Path | Mapping[str, Tensor], settings: Mapping | None = None) -> None:
     """Fill the vision encoder of `model` with the weights of a CLIP ViT. `source` is a file, a folder or a state dict.
 
-    `settings` tell the number of heads and the activation. By default they are read from the file next to the weights:
+    `settings` give the number of heads and the activation. By default they are read from the file next to the weights:
     Hugging Face's `config.json` or open_clip's `open_clip_config.json`. OpenAI's files have no settings, but the same
     names as open_clip's files, so `{"quick_gelu": True}` must be given for them.
 
     The local temporal modules are reset to identities. For images the encoder then computes what CLIP computes, with
     its last LayerNorm on every token. Positions are resized to the model's resolution. With temporal down-sampling the
-    patch kernel is put at the center tap.
+    patch kernel is put at the center of the three frames.
 
     Raises ValueError if sizes, heads or activation differ from the model's, or if entries are missing or left over.
     """

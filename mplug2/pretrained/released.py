@@ -149,7 +149,7 @@ def to_released(model: MPLUG2) -> dict[str, Tensor]:
 
 
 def released_config(run_config: Mapping, bert_config: Mapping, state: Mapping[str, Tensor]) -> ModelConfig:
-    """Our settings from the two dictionaries of a released run. Only the weights tell the number of latents.
+    """Our settings from the two dictionaries of a released run. The number of latents is read from the weights.
 
     There is one dropout rate, `hidden_dropout_prob`, which applies to attention as well. Raises ValueError for a
     setting that is missing or that this model does not support.

@@ -45,6 +45,7 @@ from mplug2.data.batches import Collate, MixedBatches, label_positions
 from mplug2.data.loader import make_loader, prefetch
 from mplug2.data.samples import Samples, check_texts, read_samples
 from mplug2.data.text import Tokenizer, clean
+from mplug2.distributed import choose_device
 from mplug2.flags import check_range, one_line_errors, parse
 from mplug2.generation import SpecialTokens, beam_search
 from mplug2.model import attention, kernels
@@ -302,6 +303,7 @@ def bench_data(options: BenchSettings) -> dict[str, float]:
 def main(arguments: list[str] | None = None) -> None:
     options = parse(BenchSettings, __doc__, PROG, arguments)
     with one_line_errors(PROG):
+        choose_device(options.device, local_rank=0)  # refuses a GPU that is not there
         if options.evaluation:
             found = bench_evaluation(options.evaluation)
         elif options.media:

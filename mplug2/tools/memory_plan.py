@@ -4,6 +4,7 @@ A training step is gone through on fake tensors, which have shapes but no memory
 counted from its birth to its death. What FSDP2 shares out is then divided by the number of devices.
 
     python -m mplug2.tools.memory_plan --preset large --gpus 64 --batch-size 1024 --frames 4 --precision bfloat16
+    python -m mplug2.tools.memory_plan --preset base --recipe msrvtt_qa --data DIR --gpus 8
 
 Axes: b samples of a micro-batch on one device, r questions a sample, t frames, l text tokens.
 """
@@ -11,6 +12,7 @@ Axes: b samples of a micro-batch on one device, r questions a sample, t frames, 
 import dataclasses
 import math
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,13 +26,17 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from mplug2.config import ModelConfig
+from mplug2.data.build import number_of_steps, read_sources, read_streams
+from mplug2.data.samples import stream_kind
 from mplug2.flags import Parser, check_range
 from mplug2.model.attention import CrossAttention, SelfAttention
 from mplug2.model.layers import Block
 from mplug2.model.mplug2 import MPLUG2
 from mplug2.objectives.objectives import Objectives
 from mplug2.tasks import BATCH_TYPES, TASKS, batch_types, parse_tasks
+from mplug2.training.logs import PEAK_TFLOPS
 from mplug2.training.parallel import checkpoint_activations
+from mplug2.training.recipes import RECIPES
 from mplug2.training.settings import GROUPS, Settings, default_values, run_flags, with_defaults
 
 aten = torch.ops.aten
@@ -41,11 +47,12 @@ class PlanSettings:
     gpus: int = 8
     """Number of devices."""
     images: int = 14_000_000
-    """Images of the training data; the default is the paper's (COCO, Visual Genome, SBU, CC3M, CC12M)."""
+    """Without --data: images of the training data; the default is the paper's (COCO, Visual Genome, SBU, CC3M, CC12M).
+    """
     videos: int = 2_500_000
-    """Videos of the training data; the default is the paper's (WebVid-2M)."""
+    """Without --data: videos of the training data; the default is the paper's (WebVid-2M)."""
     device_tflops: float | None = None
-    """Peak TFLOP/s of a device. Default: that of an H100 or H200, 989 in bfloat16 and 67 in float32."""
+    """Peak TFLOP/s of a device. Default: that of an H100 or H200 in the precision of the passes, 989 or 67."""
     utilization: float = 0.4
     """Assumed fraction of peak FLOP/s (MFU)."""
 
@@ -126,7 +133,7 @@ class Workload:
     frames: int = 4
     questions: int = 2
     words: int = 30
-    """Tokens of every text, beside [CLS] and [SEP]."""
+    """Tokens of every text, without [CLS] and [SEP]."""
     task: str = "pretrain"
     low_precision: bool = False
     """Passes under bfloat16 autocast."""
@@ -235,6 +242,47 @@ def step_flops(settings: Settings, config: ModelConfig, world_size: int) -> Call
     return cache(lambda kind: cost(work, kind).flops)
 
 
+@dataclass(frozen=True)
+class Load:
+    """What a whole run trains on."""
+
+    shares: dict[str, float]
+    """Share of the samples by batch type; their sum is 1. The type that needs most memory is the first."""
+    steps: int
+    description: str
+
+
+def training_load(plan: PlanSettings, settings: Settings) -> Load:
+    """The samples and steps of a run: those that train.py would take with --data, or those of --images and --videos.
+
+    Raises what reading the data raises, and ValueError for a task without images and videos, or a recipe without data.
+    """
+    data, recipe = settings.data, RECIPES.get(settings.run.recipe)
+    if data.data:
+        samples, shards, weights = read_streams(data, read_sources(data.data))
+        sizes, shares = Counter(), Counter()
+        for stream, of_stream in {**samples, **shards}.items():
+            sizes[stream_kind(stream)] += len(of_stream)
+            shares[stream_kind(stream)] += weights[stream] / sum(weights.values())
+        kinds = sorted(sizes, key=lambda kind: ("video", "image", "text").index(BATCH_TYPES[kind].modality))
+        passes = f", {data.epochs:g} times" if data.epochs else ""
+        return Load({kind: shares[kind] for kind in kinds}, number_of_steps(data, samples, shards),
+                    " and ".join(f"{sizes[kind]:,} samples of {kind}" for kind in kinds) + passes)
+    if recipe and recipe.data and (plan.images, plan.videos) == (PlanSettings.images, PlanSettings.videos):
+        raise ValueError(f"recipe={settings.run.recipe!r} trains on {recipe.data}: add --data DIR, the folder that "
+                         f"python -m mplug2.data {recipe.data} ROOT --out DIR writes, or --images and --videos")
+    kinds = {kind.modality: name for task in parse_tasks(data.task) for name, kind in batch_types(task).items()}
+    counts = {kinds[modality]: count for modality, count in (("video", plan.videos), ("image", plan.images))
+              if count and modality in kinds}
+    if not counts:
+        raise ValueError(f"without --data the plan is for images and videos; {data.task} with --images {plan.images} "
+                         f"and --videos {plan.videos} has none of them")
+    total, passes = sum(counts.values()), data.epochs or PASSES
+    described = " and ".join(f"{count:,} {BATCH_TYPES[kind].modality}s" for kind, count in counts.items())
+    return Load({kind: count / total for kind, count in counts.items()}, int(passes * total // data.batch_size),
+                f"{described}, {passes:g} times")
+
+
 def format_plan(plan: PlanSettings, settings: Settings) -> str:
     """The plan as text."""
     work, accumulate = workload(settings, settings.model_config(), plan.gpus), settings.data.accumulation_steps
@@ -245,13 +293,8 @@ def format_plan(plan: PlanSettings, settings: Settings) -> str:
              f"{'bfloat16' if work.low_precision else 'float32'} passes",
              "", f"{'GiB on each device':<34}{'parameters':>11}{'optimizer':>11}{'gradients':>11}{'activations':>13}"
                  f"{'in all':>9}"]
-    kinds = {kind.modality: name for task in parse_tasks(work.task) for name, kind in batch_types(task).items()}
-    counts = {kinds[modality]: count for modality, count in (("video", plan.videos), ("image", plan.images))
-              if count and modality in kinds}
-    if not counts:
-        raise ValueError(f"the plan is for images and videos; {work.task} with --images {plan.images} and --videos "
-                         f"{plan.videos} has none of them")
-    costs = {recompute: cost(work, next(iter(counts)), recompute) for recompute in (False, True)}
+    load = training_load(plan, settings)
+    costs = {recompute: cost(work, next(iter(load.shares)), recompute) for recompute in (False, True)}
     for sharded in (False, True):
         for recompute in (False, True):
             memory = device_memory(work, costs[recompute], plan.gpus, sharded)
@@ -260,27 +303,24 @@ def format_plan(plan: PlanSettings, settings: Settings) -> str:
                      (("parameters", 11), ("optimizer", 11), ("gradients", 11), ("activations", 13), ("in all", 9))]
             lines.append(f"{name:<34}" + "".join(cells))
     flops = {kind: (costs[False] if number == 0 else cost(work, kind)).flops / work.b
-             for number, kind in enumerate(counts)}
-    passes = settings.data.epochs or PASSES
-    peak = plan.device_tflops or (989 if settings.parallel.low_precision else 67)
-    steps = int(passes * sum(counts.values()) // batch_size)
-    load = passes * sum(counts[kind] * flops[kind] for kind in counts)
-    days = load / (plan.gpus * peak * 1e12 * plan.utilization) / 86400
-    names = {kind: BATCH_TYPES[kind].modality for kind in counts}
-    lines += ["", ", ".join(f"{flops[kind] / 1e12:.3f} TFLOP per {names[kind]}" for kind in counts)
+             for number, kind in enumerate(load.shares)}
+    peak = plan.device_tflops or PEAK_TFLOPS["H100"][0 if settings.parallel.low_precision else 1]
+    operations = load.steps * batch_size * sum(share * flops[kind] for kind, share in load.shares.items())
+    days = operations / (plan.gpus * peak * 1e12 * plan.utilization) / 86400
+    names = {kind: BATCH_TYPES[kind].modality for kind in load.shares}
+    lines += ["", ", ".join(f"{flops[kind] / 1e12:.3f} TFLOP per {names[kind]}" for kind in load.shares)
               + " (forward and backward, all losses)",
-              " and ".join(f"{counts[kind]:,} {names[kind]}s" for kind in counts)
-              + f", {passes:g} times: {steps:,} steps, {days:.1f} "
-              f"days at {plan.utilization:.0%} of {peak:g} TFLOP/s",
+              f"{load.description}: {load.steps:,} steps, {days:.1f} days at {plan.utilization:.0%} of {peak:g} "
+              "TFLOP/s",
               "A step that recomputes activations takes about a third longer. Not counted: buffers of libraries, and",
               "memory that is free, but in pieces: leave a tenth."]
     return "\n".join(lines)
 
 
 PASSES = 30
-"""Passes through the training data, without --epochs and a recipe or preset that has them: those of mPLUG."""
+"""Passes through --images and --videos, without --epochs and a recipe or preset that has them: those of mPLUG."""
 FLAGS_OF_TRAINING = {
-    "recipe", "preset", "init", "task", "epochs", "batch_size", "accumulation_steps", "frames", "max_words",
+    "recipe", "preset", "init", "task", "data", "epochs", "batch_size", "accumulation_steps", "frames", "max_words",
     "questions_per_sample", "optimizer", "precision",
 }
 """The flags of train.py that change the plan."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mplug2.data.media import read_media
 from mplug2.predictor import WordAttention
-from mplug2.tools.pictures import attended_frames, overlay
+from mplug2.tools.drawing import attended_frames, overlay
 
 
 def draw_curves(metrics_file: Path, out: Path) -> None:

@@ -1,4 +1,4 @@
-"""Logging on the main process: metrics.jsonl, TensorBoard if installed, and a progress bar."""
+"""Logging on the main process: metrics.jsonl, the loggers of loggers.py, and a progress bar."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -13,15 +14,20 @@ from tqdm import tqdm
 
 from mplug2 import distributed
 from mplug2.distributed import DistInfo
+from mplug2.flags import warning_only
+from mplug2.training.loggers import TensorBoard, WandB
 
-PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362, "RTX 4090": 165}
-"""Peak dense bfloat16 TFLOP/s, by a part of the device's name. Source: NVIDIA's data sheets."""
+PEAK_TFLOPS = {"A100": (312, 19.5), "H100": (989, 67), "H200": (989, 67), "B200": (2250, 75), "L40S": (362, 91.6),
+               "RTX 4090": (165, 82.6)}
+"""Peak dense TFLOP/s in bfloat16 and in float32, by a part of the device's name. Source: NVIDIA's data sheets. float32
+is without TF32 (on an H100 494.5), which torch does not use for matrix products by default."""
 
 
-def peak_tflops(device: torch.device) -> float:
-    """Peak TFLOP/s of the device, or 0 if its name is not known."""
+def peak_tflops(device: torch.device, low_precision: bool) -> float:
+    """Peak TFLOP/s of the device, for passes in bfloat16 or float32; 0 if its name is not known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), 0)
+    bfloat16, float32 = next((peaks for part, peaks in PEAK_TFLOPS.items() if part in name), (0, 0))
+    return bfloat16 if low_precision else float32
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -45,16 +51,16 @@ class Log:
         self.path, self.process, self.peak, self.flops = folder / "metrics.jsonl", process, peak, flops
         self.failed: set[str] = set()
         self.failed_anywhere: set[str] = set()
-        self.files, self.allowed, self.board = 0, 0.0, None
+        self.files, self.allowed = 0, 0.0
+        self.loggers: list[TensorBoard | WandB] = []
         self.bar = tqdm(total=steps, initial=first_step, disable=not process.is_main, unit="step", mininterval=0.5)
         if process.is_main:
             self._remove_lines_after(first_step)
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.board = SummaryWriter(folder / "tensorboard", purge_step=first_step + 1)
-            except ImportError:  # it is optional: metrics.jsonl has the same numbers
-                self.board = None
+            with warning_only("TensorBoard"), suppress(ImportError):  # metrics.jsonl has the same numbers
+                self.loggers.append(TensorBoard(folder, first_step))
+            if os.environ.get("WANDB_PROJECT"):
+                with warning_only("WandB"):
+                    self.loggers.append(WandB(folder, first_step))
         self._reset()
 
     def _remove_lines_after(self, step: int) -> None:
@@ -145,13 +151,17 @@ class Log:
             return
         with open(self.path, "a") as file:
             file.write(json.dumps(values) + "\n")
-        if self.board:
-            for name, value in values.items():
-                if name != "step" and not isinstance(value, dict):  # standard errors
-                    self.board.add_scalar(name, value, values["step"])
-            self.board.flush()
+        # Standard errors are a dictionary: the loggers show numbers.
+        numbers = {name: value for name, value in values.items() if name != "step" and not isinstance(value, dict)}
+        loggers, self.loggers = self.loggers, []
+        for logger in loggers:
+            with warning_only(f"{type(logger).__name__}, which gets no more lines,"):
+                logger.write(values["step"], numbers)
+                self.loggers.append(logger)
 
     def close(self) -> None:
+        """Close the loggers, after the last line."""
         self.bar.close()
-        if self.board:
-            self.board.close()
+        for logger in self.loggers:
+            with warning_only(type(logger).__name__):
+                logger.close()

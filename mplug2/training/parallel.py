@@ -34,7 +34,7 @@ class ParallelSettings:
     device: str = "auto"
     """cpu, cuda, cuda:1 or mps; auto: cuda if there is a GPU, otherwise cpu."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """What several ranks share: ddp, the gradients; fsdp (FSDP2), also parameters and optimizer state."""
+    """ddp: each rank has the whole model, gradients are averaged; fsdp (FSDP2): all is sharded among the ranks."""
     cpu_offload: bool = False
     """With --parallel fsdp: keep parameters and optimizer state in CPU memory."""
     precision: Literal["float32", "bfloat16"] = "float32"

@@ -69,7 +69,7 @@ def check_files(saved: dict[str, list[tuple[str, int]]] | None, own: dict[str, l
 
 
 @torch.no_grad()
-def load_extra_state(objectives: nn.Module, saved: dict[str, Tensor]) -> None:
+def load_extra_state(objectives: Objectives, saved: dict[str, Tensor]) -> None:
     """Load what was saved of `_extra_tensors`. CheckpointError if the run was started with other settings."""
     own = _extra_tensors(objectives)
     # Runs that were saved before the teacher was renamed call it "momentum".
@@ -79,6 +79,8 @@ def load_extra_state(objectives: nn.Module, saved: dict[str, Tensor]) -> None:
                               "not in both; resume with the settings that the run was started with")
     for name, tensor in own.items():
         tensor.copy_(shard_like(saved[name], tensor))
+    if objectives.ema_teacher:
+        objectives.ema_teacher.load_counters(saved, "ema_teacher.")
 
 
 def _extra_tensors(objectives: nn.Module) -> dict[str, Tensor]:

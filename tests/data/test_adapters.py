@@ -198,9 +198,10 @@ def test_missing_files_and_unknown_names_are_explained(tmp_path, capsys):
         found_in("coco", tmp_path)
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         Files(tmp_path / "nowhere")
-    with pytest.raises(SystemExit):
-        main(["msrvtt_captions", str(tmp_path)])
-    assert "unknown data set 'msrvtt_captions' (did you mean 'msrvtt_caption'?); expected" in capsys.readouterr().err
+    for name, meant in (("msrvtt_captions", "msrvtt_caption"), ("chekc", "check")):
+        with pytest.raises(SystemExit):
+            main([name, str(tmp_path / "nowhere")])
+        assert f"unknown data set {name!r} (did you mean {meant!r}?); expected" in capsys.readouterr().err
 
 
 def test_a_validation_class_without_training_images_is_refused(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from data_helpers import SUBJECTS, assert_equal_batches, make_tokenizer, write_data, write_records
 
 import mplug2
-from mplug2.data.build import DataSettings, TrainingData, build_data, read_sources
+from mplug2.data.build import DataSettings, TrainingData, build_data, held_out_media, read_sources
 from mplug2.data.records import RecordError
 from mplug2.data.shards import pack
 from mplug2.distributed import DistInfo
@@ -39,10 +39,55 @@ def test_sources_are_folders_with_weights():
             read_sources(text)
 
 
+def test_media_that_another_source_holds_out_are_reported(tmp_path, capsys):
+    """As in the union of RefCOCO and RefCOCOg, whose folders link to the same images."""
+    (tmp_path / "coco").mkdir()
+    for name, train, val in (("refcoco", "abc", "de"), ("refcocog", "bde", "af"), ("other", "gh", "i"),
+                             ("single", "j", "j")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "media").symlink_to(tmp_path / "coco")
+        for split, images in (("train", train), ("val", val)):
+            write_records(tmp_path / name, f"grounding.{split}", [
+                {"image": f"media/{image}.png", "text": SUBJECTS[0], "box": [0.5, 0.5, 0.2, 0.2]} for image in images])
+    roots = {name: tmp_path / name for name in ("refcoco", "refcocog", "other", "single")}
+    assert held_out_media([roots["refcoco"], roots["other"]], "grounding") == ""
+    line = held_out_media([roots["refcoco"], roots["refcocog"]], "grounding")
+    assert f"2 in {roots['refcoco']}/grounding.val.jsonl, 1 in {roots['refcocog']}/grounding.val.jsonl; remove" in line
+    build(f"{roots['refcoco']},{roots['refcocog']}", task="grounding", tokenizer=make_tokenizer())
+    assert "media to train on are held out elsewhere: 2 in" in capsys.readouterr().out
+    build(roots["single"], task="grounding", tokenizer=make_tokenizer())  # `python -m mplug2.data` checks one data set
+    assert "held out" not in capsys.readouterr().out
+
+
+def test_the_ranks_share_the_batches_of_one_process(root):
+    """Two micro-batches a step, on two ranks: every sample is drawn by exactly one of them."""
+    whole = list(build(root, accumulation_steps=2).batches)
+    parts = [list(build(root, 2, rank, accumulation_steps=2).batches) for rank in (0, 1)]
+    assert [sorted(one + other) for one, other in zip(*parts, strict=True)] == list(map(sorted, whole))
+    assert len(whole) == 12 and parts[0] != parts[1]
+
+
 def test_the_name_of_a_single_folder_may_have_any_character(tmp_path):
     for name in ("lr=2", "a,b", "x=1,y=2"):
         (tmp_path / name).mkdir()
         assert read_sources(str(tmp_path / name)) == {tmp_path / name: 1.0}
+
+
+def test_names_with_commas_and_equals_signs_are_found_in_a_list(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("lr=2", "a,b", "a", "x=1,y=2", "c"):
+        (tmp_path / name).mkdir()
+    for text, expected in (
+        ("lr=2,c", {"lr=2": 1, "c": 1}), ("lr=2=3,c=0.5", {"lr=2": 3, "c": 0.5}), ("c,a,b=2", {"c": 1, "a,b": 2}),
+        ("a=2,c", {"a": 2, "c": 1}), ("x=1,y=2=0.25,a,b", {"x=1,y=2": 0.25, "a,b": 1}),
+        ("c=2,gone", {"c": 2, "gone": 1}),
+    ):
+        assert {str(root): weight for root, weight in read_sources(text).items()} == expected, text
+    with pytest.raises(ValueError, match="name has '=' or ',', check that it exists"):
+        read_sources("gone=new,c")
+    for text in ("a=nan,c", "a=inf,c"):
+        with pytest.raises(ValueError, match="at least one weight above 0"):
+            read_sources(text)
 
 
 def test_the_share_of_a_batch_type_is_divided_among_its_sources(root, tmp_path):
@@ -79,7 +124,7 @@ def test_an_epoch_sees_each_caption_or_question_once(root, tmp_path):
 
 def test_a_vocabulary_is_trained_on_the_texts_unless_there_is_a_tokenizer(root, tmp_path):
     trained = build(root).tokenizer
-    for text in (*SUBJECTS, "which digit is shown scarlet", "a video of", "what does the picture describe"):
+    for text in (*SUBJECTS, "which digit is shown scarlet", "a video of", "what does the image describe"):
         assert trained.unk not in trained.encode([text])[0]
     given = make_tokenizer()
     assert build(root, tokenizer=given).tokenizer is given

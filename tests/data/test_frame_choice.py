@@ -76,6 +76,7 @@ def test_a_long_frame_at_the_end_fills_its_share():
     """Nine frames in the first second, the tenth for nine seconds."""
     assert choose_frames([1 / 9] * 9 + [9], 5) == [4, 9, 9, 9, 9]
     assert choose_frames([1] * 9 + [9], 3) == [2, 8, 9]
+    assert choose_frames([1, 3], 1) == [1]  # a frame is shown from the moment on at which the one before it ends
 
 
 @pytest.mark.parametrize("frames", [3, 4, 6])

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from video_files import CODECS, counter, numbers_of, write_animation, write_video
 
 from mplug2.data.media import (
@@ -194,6 +195,10 @@ def test_to_frames_is_the_inverse_of_to_pixels_to_the_level(t, size, seed):
     pixels = to_pixels(frames, size)
     assert pixels.dtype == torch.float32 and pixels.shape == (3, t, size, size) and pixels.is_contiguous()
     assert np.array_equal(to_frames(pixels), frames)
+
+
+def test_pixels_are_normalized_as_for_clip():
+    assert (list(CLIP_MEAN), list(CLIP_STD)) == (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
 
 
 @given(st.integers(0, 255), st.integers(0, 255), st.integers(0, 255))

@@ -3,12 +3,15 @@
 import json
 import pickle
 import string
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from data_helpers import hostile_versions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mplug2.data.check_folder import check_folder
 from mplug2.data.record_fields import OPTIONAL_FIELDS, PLAIN
 from mplug2.data.records import RECORD_FIELDS, Question, Record, RecordError, available, read_records
 
@@ -65,7 +68,7 @@ def write(root: Path, task: str, *lines: object, split: str = "train") -> Path:
 
 GOOD = {
     "video_caption": {"video": "clips/1.gif", "captions": ["a red three moves left"]},
-    "image_qa": {"image": "1.png", "qa": [{"question": "what colour?", "answers": ["red"], "kind": "colour"}]},
+    "image_qa": {"image": "1.png", "qa": [{"question": "what color?", "answers": ["red"], "kind": "color"}]},
     "text_only": {"text": "a three"},
     "text_pair_classification": {"texts": ["a", "b"], "label": "same"},
     "visual_entailment": {"image": "1.png", "text": "it is red", "label": "neutral"},
@@ -201,7 +204,9 @@ BAD = [  # task, changes to the good line (None removes a field), parts of the m
     ("text_pair_classification", {"texts": ["a", ""]}, ["texts[1]: found ", "expected a string that is not empty"]),
     ("visual_entailment", {"label": 1.5}, ["label: found 1.5; expected one of"]),
     ("text_pair_classification", {"label": True}, ["label: found True; expected a string"]),
-    ("text_pair_classification", {"label": float("nan")}, ["label: found nan; expected a string"]),
+    ("text_pair_classification", {"label": float("nan")}, ["label: found nan; expected a number between"]),
+    ("text_pair_classification", {"label": 10**400}, ["label: found 1000", "; expected a number between -3.4e+38"]),
+    ("text_pair_classification", {"label": 1e39}, ["label: found 1e+39; expected a number between"]),
     ("visual_entailment", {"label": "maybe"}, ["label: found 'maybe'; expected one of entailment, neutral"]),
     ("image_pair_reasoning", {"label": True}, ["label: found True; expected one of true, false"]),
     ("image_pair_reasoning", {"images": ["a.png", "/b.png"]}, ["images[1]: found '/b.png'; expected the path of"]),
@@ -258,6 +263,23 @@ def test_any_value_of_any_field_is_a_record_or_a_record_error(tmp_path_factory, 
         assert len(read_records(root, task, "train")) == 1
     except RecordError as error:
         assert f"{task}.train.jsonl:1: {field}" in str(error)
+
+
+@pytest.mark.parametrize("task", sorted(GOOD))
+def test_a_hostile_value_at_any_depth_is_a_record_or_a_short_message_with_its_line(tmp_path, task):
+    """Records that are accepted can be used: whatever their names are, their media are looked for."""
+    for where, fields in hostile_versions(GOOD[task] | {"id": "x", "positive_id": "y"}):
+        path = write(tmp_path, task, GOOD[task], fields)
+        try:
+            records = read_records(tmp_path, task, "train")
+        except RecordError as error:
+            message = str(error)
+            assert message.startswith(f"{path}:2: {where[0]}"), message
+            assert len(message) < len(str(path)) + 400 and message.encode()
+        else:
+            assert list(records)[1].source == f"{path}:2" and len(list(records.texts())) == 2
+            with suppress(RecordError):  # the media do not exist
+                check_folder(tmp_path)
 
 
 def test_a_file_without_records_is_an_error(tmp_path):

@@ -64,6 +64,37 @@ def test_crops_cover_the_whole_range_of_areas():
         assert least - 0.02 < min(shares) < least + 0.05 and 0.9 < max(shares) <= 1
 
 
+def test_the_area_is_drawn_evenly_and_the_aspect_evenly_by_its_logarithm():
+    """Of crops so small that none is rejected for being wider or higher than the image."""
+    rng = np.random.default_rng(0)
+    boxes = np.array([crop_box(1000, 1000, 0.2, rng) for _ in range(3000)])
+    w, h = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    fits = w * h < 0.7e6
+    area, ratio = (w * h)[fits] / 1e6, np.log(w / h)[fits] / np.log(4 / 3)
+    for found, low, high in ((area, 0.2, 0.7), (ratio, -1, 1)):
+        counts = np.histogram(found, 4, (low, high))[0]
+        assert counts.sum() > 0.998 * fits.sum() > 1500
+        assert counts / counts.sum() == pytest.approx([0.25] * 4, abs=0.04)
+
+
+def test_a_crop_is_anywhere_in_the_image_up_to_its_edges():
+    rng = np.random.default_rng(0)
+    boxes = np.array([crop_box(12, 12, 0.5, rng) for _ in range(2000)])
+    for first, last in ((0, 2), (1, 3)):  # left and right, top and bottom
+        for side in np.unique(boxes[:, last] - boxes[:, first]):
+            starts = boxes[boxes[:, last] - boxes[:, first] == side, first]
+            assert len(starts) < 100 or set(starts) == set(range(int(12 - side) + 1))
+        assert {0, 1, 2, 3} <= set(boxes[:, first]) and {12, 11, 10, 9} <= set(boxes[:, last])
+
+
+def test_pretraining_videos_are_cropped_up_to_the_edges(monkeypatch):
+    """14 of 15 pixels: two positions in each direction."""
+    monkeypatch.setattr("mplug2.data.transforms.draw_operations", lambda *_: [])
+    style, frames = Augmentation("pretrain", flip=False), noise(1, 15, 15)
+    made = {augment(frames, 14, "video", style, np.random.default_rng(s)).tobytes() for s in range(60)}
+    assert made == {frames[:, top: top + 14, left: left + 14].tobytes() for top in (0, 1) for left in (0, 1)}
+
+
 @pytest.mark.parametrize("flip, expected", [(True, {0, 1}), (False, {0})])
 def test_flips_are_a_setting(flip, expected, monkeypatch):
     monkeypatch.setattr("mplug2.data.transforms.draw_operations", lambda *_: [])
@@ -111,11 +142,29 @@ def test_operations_and_their_values(seed):
             assert abs(value) == pytest.approx(largest * level if largest else color)
 
 
+def test_the_operations_are_those_of_the_released_code():
+    """ALBEF's for images; videos have contrast in place of the two that look at all pixels at once."""
+    shared = ["identity", "brightness", "sharpness", "shear_x", "shear_y", "translate_x", "translate_y", "rotate"]
+    assert sorted(IMAGE_OPERATIONS) == sorted([*shared, "autocontrast", "equalize"])
+    assert sorted(VIDEO_OPERATIONS) == sorted([*shared, "contrast"])
+
+
+def test_crops_are_resized_bicubically(monkeypatch):
+    monkeypatch.setattr("mplug2.data.transforms.draw_operations", lambda *_: [])
+    monkeypatch.setattr("mplug2.data.transforms.crop_box", lambda *_: (2, 1, 18, 20))
+    frames = noise(1, 20, 20)
+    made = augment(frames, 8, "image", Augmentation("finetune", flip=False), np.random.default_rng(0))
+    expected = Image.fromarray(frames[0]).resize((8, 8), Image.Resampling.BICUBIC, box=(2, 1, 18, 20))
+    np.testing.assert_array_equal(made[0], np.asarray(expected))
+
+
 def test_every_operation_is_drawn_and_images_skip_half_of_them():
     rng = np.random.default_rng(0)
     drawn = [draw_operations("image", 224, rng) for _ in range(500)]
     assert {name for of_one in drawn for name, _ in of_one} == set(IMAGE_OPERATIONS)
     assert 0.45 < np.mean([len(of_one) for of_one in drawn]) / 2 < 0.55
+    signs = [np.sign(value) for of_one in drawn for name, value in of_one if name.startswith(("shear", "tr", "rot"))]
+    assert abs(np.mean(signs)) < 0.2  # to either side
     of_videos = {name for _ in range(300) for name, _ in draw_operations("video", 224, rng)}
     assert of_videos == set(VIDEO_OPERATIONS)
 
@@ -134,6 +183,8 @@ def test_what_each_operation_does():
         np.testing.assert_array_equal(after(name, 1.0), pixels)  # the factor of videos changes nothing
     np.testing.assert_allclose(after("brightness", 0.5), pixels * 0.5, atol=1)
     assert after("contrast", 1.36).std() > pixels.std() * 1.2
+    gray = image.convert("L").convert("RGB")
+    assert np.asarray(apply(gray, "contrast", 1.36)).std() > np.asarray(gray).std() * 1.2
     assert after("autocontrast", 1).min() == 0 and after("autocontrast", 1).max() == 255
     assert after("equalize", 1).max() == 255 and after("equalize", 1).min() < 10
     np.testing.assert_array_equal(after("translate_x", 3)[:, :17], pixels[:, 3:])
@@ -141,7 +192,10 @@ def test_what_each_operation_does():
     np.testing.assert_array_equal(after("translate_y", -3)[3:], pixels[:17])
     np.testing.assert_allclose(after("shear_x", 0.3)[0, :19], pixels[0, :19], atol=20)  # shifted by 0.15 of a pixel
     assert (after("shear_x", 0.3)[19, 15:] == GRAY).all()
+    across = np.asarray(apply(image.transpose(Image.Transpose.TRANSPOSE), "shear_x", 0.3)).astype(int)
+    np.testing.assert_array_equal(after("shear_y", 0.3), across.transpose(1, 0, 2))
     np.testing.assert_array_equal(after("rotate", 90), np.rot90(pixels))
+    assert GRAY == (128, 128, 128) and (after("rotate", 45)[[0, 0, -1, -1], [0, -1, 0, -1]] == GRAY).all()
     np.testing.assert_array_equal(after("flip", 1), pixels[:, ::-1])
 
 

@@ -87,7 +87,9 @@ def test_errors_are_the_same_in_every_run_and_do_not_depend_on_other_metrics():
 def test_a_single_record_and_a_constant_have_no_error():
     assert with_errors({"a": mean([1.0])})["a"] == Score(1.0, 0.0)
     assert with_errors({"a": mean([1, 1, 1])})["a"] == Score(1.0, 0.0)
-    assert with_errors({"a": correlation([2, 2, 2], [1, 2, 3])})["a"] == Score(0.0, 0.0)
+    for constant in (2, 0):
+        for sides in (([constant] * 3, [1, 2, 3]), ([1, 2, 3], [constant] * 3)):
+            assert with_errors({"a": correlation(*sides)})["a"] == Score(0.0, 0.0)
     assert with_errors({}) == {}
 
 

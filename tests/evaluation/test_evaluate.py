@@ -51,7 +51,7 @@ def root(tmp_path_factory) -> Path:
     (root / "5.gif").write_bytes(b"damaged")
     (root / "6.png").unlink()
     said = [f"a {COLORS[i % 3]} {word}" for i, word in enumerate("one two three one two three one two".split())]
-    qa = [[{"question": f"which colour is it {word}".strip(), "answers": [COLORS[i % 3]], "kind": "colour"}
+    qa = [[{"question": f"which colour is it {word}".strip(), "answers": [COLORS[i % 3]], "kind": "color"}
            for word in ("now", "", "up", "down", "left")[: 1 + i % 5]] for i in range(8)]
     for modality, files in (("video", videos), ("image", images)):
         media = [{modality: file} for file in files]

@@ -3,9 +3,11 @@
 import re
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -13,9 +15,13 @@ from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
+from mplug2.data.records import Record
 from mplug2.data.text import Tokenizer, clean, normalize
 from mplug2.evaluation.captions import CiderD, bleu, bleu_counts, cider_d, paper_captions, rouge_l
+from mplug2.evaluation.chance import chance_of_boxes
+from mplug2.evaluation.labels import evaluate_boxes
 from mplug2.evaluation.metric_names import format_table, heading, is_fraction, main_score, mean_score, metric_prefix
+from mplug2.evaluation.predictions import is_right
 from mplug2.evaluation.ranking import box_iou, f1, in_top_k, matthews, pearson, ranks, retrieval, spearman
 from mplug2.evaluation.vqa import exact_match, vqa_accuracy, vqa_normalize
 from mplug2.tasks import EVALUATED, TASKS
@@ -126,6 +132,23 @@ def test_a_perfect_model_has_perfect_scores_in_every_script(language):
     if language in ("Chinese", "Korean"):  # the official normalization keeps marks, which BERT drops
         assert vqa_accuracy([[text.rstrip("。")] * 10 for text in texts], written) == [1, 1]
         assert vqa_accuracy([[text] * 9 + ["x"] for text in texts], written) == [1, 1]
+
+
+def test_the_metrics_of_the_papers_are_those_of_pycocoevalcap(monkeypatch, capsys):
+    """With another tokenizer and another METEOR, so that it runs without Java."""
+    split = SimpleNamespace(tokenize=lambda texts: {i: [one["caption"] for one in of] for i, of in texts.items()})
+    monkeypatch.setattr("pycocoevalcap.tokenizer.ptbtokenizer.PTBTokenizer", lambda: split)
+    meteor = SimpleNamespace(compute_score=lambda *_: (0.25, []))
+    monkeypatch.setattr("pycocoevalcap.meteor.meteor.Meteor", lambda: meteor)
+    monkeypatch.setattr(shutil, "which", {"java": "/usr/bin/java"}.get)
+    references, texts = [["a red seven moves", "a seven"], ["a blue one"]], ["a red seven", "a blue two"]
+    found = paper_captions(references, texts)
+    own = bleu(bleu_counts(references, texts).sum(axis=0))
+    assert [found.pop(f"bleu{n}") for n in (1, 2, 3, 4)] == pytest.approx(own.tolist())
+    truths, written = {0: references[0], 1: references[1]}, {0: texts[:1], 1: texts[1:]}
+    assert found == {"meteor": 0.25, "rouge_l": pytest.approx(np.mean(rouge_l(references, texts))),
+                     "cider": pytest.approx(Cider().compute_score(truths, written)[0])}
+    assert capsys.readouterr().out == ""
 
 
 def test_the_pipeline_of_the_papers_names_what_it_needs(monkeypatch):
@@ -292,6 +315,8 @@ def test_vqa_accuracy_normalizes_as_the_official_evaluation():
     ("3.5 m.", "3.5 m"),
     ("u.s.", "us"),
     ("t-shirt", "t shirt"),
+    ("an x-ray - or the t-shirt", "xray or tshirt"),  # a mark at the edge of a word is removed everywhere
+    ("一只 red狗", "一 只 red 狗"),
     ("wont", "won't"),
     ("couldn'tve", "couldn't've"),
     ("yall'd've", "y'all'd've"),
@@ -375,6 +400,21 @@ def test_boxes_by_hand():
     assert box_iou(truths, found) == pytest.approx(expected)
     with pytest.raises(ValueError, match=r"shapes \(5, 4\) and \(3, 4\): expected two arrays"):
         box_iou(truths, found[:3])
+    for boxes in (np.zeros((2, 3)), np.zeros(4), np.zeros((0, 4)), np.zeros((1, 4, 4))):
+        with pytest.raises(ValueError, match=r"expected two arrays \(sample, 4\)"):
+            box_iou(boxes, boxes)
+
+
+def test_a_box_that_overlaps_by_exactly_one_half_is_right_wherever_it_is_counted(tmp_path):
+    """In the metric, in predictions.jsonl, and in the baseline that answers with the mean box."""
+    true, half, less = (0.5, 0.5, 0.5, 0.5), (0.5, 0.5, 0.25, 0.5), (0.5, 0.5, 0.125, 0.5)
+    assert [is_right("grounding", box, [true]) for box in (half, less)] == [True, False]
+    records = [Record(f"{n}", f"{n}", f"a:{n}", tmp_path / "a.png", text="it", box=true) for n in (1, 2)]
+    predictor = SimpleNamespace(is_main=True, predict_boxes=lambda *_: [torch.tensor(half), torch.tensor(less)])
+    data = SimpleNamespace(records=lambda task: records)
+    assert evaluate_boxes(predictor, "grounding", data, None)[0]["accuracy"].value == 0.5
+    wide = [SimpleNamespace(box=(0.5, 0.5, width, 0.5)) for width in (0.5, 1.5)]  # the mean is 1 wide
+    assert chance_of_boxes("grounding", wide, None)["accuracy"] == 1
 
 
 def test_fractions_are_all_metrics_except_cider_and_ranks():

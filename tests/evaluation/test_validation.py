@@ -1,9 +1,11 @@
 """Validation during a run: on one rank and several, by its main metric, interrupted; what a checkpoint records."""
 
+import io
 import json
 import os
 import shutil
 import signal
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,9 @@ from runs import FAST, MODEL, SIZES, lines
 import eval as evaluation
 import train
 from mplug2.checkpoint import read_config, read_data
+from mplug2.inference import BatchRunner
+from mplug2.training.fault_tolerance import Watchdog
+from mplug2.training.run_checkpoint import load_training
 from tiny_data import write
 
 TASK = "--task video_qa,video_caption --max-steps 2 --eval-every 2 --lr 0".split()
@@ -119,6 +124,72 @@ def test_a_signal_during_a_validation_ends_it_and_the_run_is_saved(world, tmp_pa
     else:
         assert f"SIGINT: saved after step {step + 1} of 3" in said.out
         assert os.readlink(tmp_path / "run/last") == f"step_000000{step + 1}"
+
+
+def test_the_watchdog_covers_start_up_and_every_batch_of_every_evaluation(world, tmp_path, monkeypatch):
+    """The final evaluation too. Before each batch, an evaluation that hangs would be noticed."""
+    heard, heartbeat, encode = [], Watchdog.heartbeat, BatchRunner.vision_tokens
+
+    def noted(self, step, activity, **more):
+        heard.append((step, activity))
+        heartbeat(self, step, activity, **more)
+
+    def encoded(self, pixels):
+        if self.inference.on_batch:  # the report reads a few files again
+            computed.append(heard[-1])
+            heard.append("a batch")
+        return encode(self, pixels)
+
+    computed: list[tuple[int, str]] = []
+    monkeypatch.setattr(Watchdog, "heartbeat", noted)
+    monkeypatch.setattr(BatchRunner, "vision_tokens", encoded)
+    train.main(arguments(world, tmp_path, "--eval-every", "1"))
+    assert heard[0] == (0, "starting")
+    assert set(computed) == {(1, "validating"), (2, "validating")} and len(computed) > 6
+
+
+def stopped_in_a_validation(rank: int, arguments: list[str], limit: int) -> tuple[dict, str]:
+    """Train, and send a SIGINT to rank 1 during the evaluation of `limit` records: the results, and what is printed."""
+    encode, printed = BatchRunner.vision_tokens, io.StringIO()
+
+    def interrupted(self, pixels):
+        if rank == 1 and (self.description == "val video_qa") and validations[-1] == limit:
+            os.kill(os.getpid(), signal.SIGINT)
+        return encode(self, pixels)
+
+    def evaluate(predictor, data, tasks, evaluate=train.evaluate):
+        validations.append(data.limit)
+        return evaluate(predictor, data, tasks)
+
+    validations: list[int] = []
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        patch.setattr(BatchRunner, "vision_tokens", interrupted)
+        patch.setattr(train, "evaluate", evaluate)
+        return train.main(arguments), printed.getvalue()
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_ranks_in_a_validation_ends_the_run_on_both(world, tmp_path):
+    """In the validation after step 1, and in the evaluation at the end. The run is saved, and can be continued."""
+    processes = Processes(2)
+    try:
+        for limit, step, message in (
+            (4, 2, "another rank got a signal: saved after step 2 of 3; continue with --resume from"),
+            (0, 3, "another rank got a signal: the training is complete, its evaluation is not; python eval.py"),
+        ):
+            out = tmp_path / str(limit)
+            job = arguments(world, out, *"--max-steps 3 --eval-every 1 --save-every 3".split())
+            (main, said), (other, silent) = processes.run(
+                stopped_in_a_validation, (0, job, limit), (1, job, limit), joined=False)
+            assert main == other == {} and silent == "" and said.count(message) == 1, said
+            assert os.readlink(out / "run/last") == f"step_{step:07d}"
+            assert load_training(out / "run/last")["step"] == step
+        resumed = ["--resume", "--out", str(tmp_path / "4"), "--name", "run"]
+        first, second = processes.run(run_training, (resumed,), (resumed,), joined=False)
+        assert first == second and "qa_accuracy" in first
+        assert [line["step"] for line in lines(tmp_path / "4/run") if "loss" in line] == [1, 2, 3]
+    finally:
+        assert processes.close() == [0, 0]
 
 
 def test_an_unreadable_validation_file_is_named_and_costs_nothing(world, tmp_path, capsys):

@@ -16,7 +16,7 @@ from helpers import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mplug2.model.attention import CrossAttention, SelfAttention, causal_mask, padding_mask
+from mplug2.model.attention import CrossAttention, JointMemory, KVCache, SelfAttention, causal_mask, padding_mask
 
 sizes = st.integers(1, 4)
 heads_and_widths = st.tuples(st.integers(1, 4), st.integers(1, 5))
@@ -49,6 +49,21 @@ def test_sharing_a_memory_is_repeating_it(b, r, l, m, seed):
     repeated, repeated_mask = memory.repeat_interleave(r, dim=0), mask.repeat_interleave(r, dim=0)
     assert_same(module(x, memory), module(x, repeated))
     assert_same(module(x, memory, padding_mask(mask)), module(x, repeated, padding_mask(repeated_mask)))
+
+
+@given(b=sizes, r=sizes, l=sizes, v=sizes, m=sizes, seed=seeds)
+def test_a_memory_in_two_pieces_is_the_joined_one(b, r, l, v, m, seed):
+    """The texts of one image or video share the first piece, which is projected once."""
+    module, x = randomized(CrossAttention(6, 2), seed), noise(b * r, l, 6, seed=seed)
+    vision, text = noise(b, v, 6, seed=seed + 1), noise(b * r, m, 6, seed=seed + 2)
+    joined, rows = torch.cat([vision.repeat_interleave(r, dim=0), text], dim=1), []
+    module.key_value.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0][..., 0].numel()))
+    memory = JointMemory(vision, text)
+    assert memory.shape == joined.shape
+    assert_same(torch.stack(module.keys_and_values(memory)), torch.stack(module.keys_and_values(joined)))
+    assert rows == [b * v, b * r * m, b * r * (v + m)]
+    mask = padding_mask(random_mask(b * r, v + m, seed))
+    assert_same(module(x, memory, mask), module(x, joined, mask))
 
 
 @given(b=sizes, l=sizes, seed=seeds)
@@ -86,6 +101,23 @@ def test_causal_mask_hides_later_tokens(l, position, seed):
     assert_same(after[:, :position], before[:, :position])
     for later in range(position, l):
         assert_differs(after[:, later], before[:, later])
+
+
+@given(b=sizes, pieces=st.lists(st.integers(1, 3), min_size=1, max_size=4), seed=seeds)
+def test_a_cache_continues_a_sequence_and_can_be_reordered(b, pieces, seed):
+    """Keys and values grow by the new tokens, and each row of the batch can move or be repeated."""
+    module, l = randomized(SelfAttention(6, 2), seed), sum(pieces)
+    x, mask, cache, found, rows = noise(b, l, 6, seed=seed), random_mask(b, l, seed), KVCache(), [], torch.arange(b)
+    expected = module(x, causal_mask(mask))
+    for piece in x.split(pieces, dim=1):
+        start = sum(part.shape[1] for part in found)
+        visible = causal_mask(mask)[rows, :, start: start + piece.shape[1], : start + piece.shape[1]]
+        found.append(expected[rows, start: start + piece.shape[1]])
+        assert_same(module(piece[rows], visible, cache), found[-1])
+        assert cache.key.shape == cache.value.shape == (len(rows), 2, start + piece.shape[1], 3)
+        kept = torch.randint(len(rows), (len(rows) + 1,), generator=torch.Generator().manual_seed(seed))
+        cache.reorder(kept)
+        rows = rows[kept]
 
 
 @given(l=st.integers(2, 5), m=st.integers(2, 5), seed=seeds)

@@ -41,6 +41,7 @@ def test_it_is_embeddings_causal_layers_and_tied_head(config, l, m, seed):
         x = layer_by_hand(layer, x, causal, memory, memory_mask[:, None, :].expand(-1, l, -1))
     assert len(module.layers) == config.decoder_layers
     assert_same(module.hidden(ids, mask, memory, memory_mask), x)
+    assert_same(module.hidden(module.embeddings.word(ids), mask, memory, memory_mask), x)
     assert_same(module(ids, mask, memory, memory_mask), module.head(x, module.embeddings.word.weight))
 
 
@@ -108,6 +109,8 @@ def test_refuses_wrong_shapes():
         module(ids[0], mask[0], memory)
     with pytest.raises(ValueError, match=re.escape("(br l) with br=2, l=5, found (2, 4)")):
         module(ids, mask[:, 1:], memory)
+    with pytest.raises(ValueError, match=re.escape("(br l) with br=2, l=5, found (2, 4)")):
+        module.hidden(module.embeddings.word(ids), mask[:, 1:], memory)
     with pytest.raises(ValueError, match=re.escape("(b m d) with d=16, found (2, 4, 15)")):
         module(ids, mask, memory[..., 1:])
     with pytest.raises(ValueError, match="2 sequences cannot share 3 memories evenly"):

@@ -21,7 +21,7 @@ from helpers import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mplug2.model.attention import padding_mask
+from mplug2.model.attention import KVCache, causal_mask, padding_mask
 from mplug2.model.layers import BertLayer, DropPath, FeedForward, LanguageModelHead, TextEmbeddings
 
 sizes = st.integers(1, 4)
@@ -71,12 +71,45 @@ def test_a_layer_without_cross_attention_has_no_weights_for_it():
     assert without == {name for name in with_cross if not name.startswith("cross_")} != with_cross
 
 
+@given(first=st.integers(1, 3), second=st.integers(1, 3), seed=seeds)
+def test_a_layer_and_embeddings_continue_after_earlier_tokens(first, second, seed):
+    """With a cache, and with the position of the first token."""
+    layer, embeddings = randomized(BertLayer(small(), cross=True), seed), randomized(TextEmbeddings(small()), seed)
+    ids, memory, cache = random_ids(2, first + second, seed), noise(2, 3, 16, seed=seed), KVCache()
+    x, visible = embeddings(ids), causal_mask(torch.ones(2, first + second, dtype=torch.bool))
+    assert_same(embeddings(ids[:, first:], first), x[:, first:])
+    expected = layer(x, visible, memory)
+    assert_same(layer(x[:, :first], visible[..., :first, :first], memory, cache=cache), expected[:, :first])
+    assert_same(layer(x[:, first:], visible[..., first:, :], memory, cache=cache), expected[:, first:])
+
+
+def test_a_block_that_recomputes_runs_twice_and_only_where_gradients_are_needed():
+    layer, runs = randomized(BertLayer(small(dropout=0.3))).train(), []
+    layer.feed_forward.register_forward_hook(lambda *_: runs.append(None))
+    x = noise(2, 3, 16).requires_grad_()
+
+    def gradient(recompute: bool) -> torch.Tensor:
+        layer.recompute = recompute
+        torch.manual_seed(0)
+        return torch.autograd.grad(layer(x).square().sum(), x)[0]
+
+    plain, count = gradient(False), len(runs)
+    assert_same(gradient(True), plain)
+    assert (count, len(runs)) == (1, 3)
+    with torch.no_grad():
+        layer(x)
+    assert len(runs) == 4
+
+
 @given(b=sizes, l=st.integers(1, 11), seed=seeds)
 def test_embeddings_are_word_plus_position_plus_first_token_type(b, l, seed):
     module, ids = randomized(TextEmbeddings(small()), seed), random_ids(b, l, seed)
     positions = torch.stack([module.position.weight[i] for i in range(l)])
     total = torch.stack([torch.stack([module.word.weight[i] for i in row]) for row in ids]) + positions
-    assert_same(module(ids), norm_by_hand(module.norm, total + module.token_type.weight[0]))
+    expected = norm_by_hand(module.norm, total + module.token_type.weight[0])
+    assert_same(module(ids), expected)
+    assert_same(module(module.word(ids)), expected)  # word embeddings in place of ids
+    assert module.token_type.weight.shape == (2, 16)  # BERT's two types
 
 
 def test_a_text_longer_than_the_positions_is_refused():
@@ -119,6 +152,16 @@ def test_dropout_applies_to_every_branch_of_the_layer():
     for norm in (layer.self_norm, layer.cross_norm, layer.feed_forward_norm):
         expected = norm_by_hand(norm, expected)
     assert_same(layer.train()(x, memory=x), expected)
+
+
+def test_dropout_applies_to_the_weights_of_both_attentions():
+    layer, x = randomized(BertLayer(small(dropout=0.5), cross=True)).train(), noise(2, 5, 16)
+    layer.dropout.p = 0.0
+    expected = layer.eval()(x, memory=x)
+    for dropping, other in ((layer.self_attention, layer.cross_attention),
+                            (layer.cross_attention, layer.self_attention)):
+        other.train(False), dropping.train()
+        assert_differs(layer(x, memory=x), expected)
 
 
 def test_refuses_wrong_shapes():

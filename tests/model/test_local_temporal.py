@@ -35,6 +35,16 @@ def test_a_new_module_changes_nothing_yet_gets_gradients(config, t, n, seed):
     assert module.up.weight.grad.abs().max() > 0 and module.up.bias.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("channels, groups", [(64, 1), (1024, 32)])
+def test_the_convolution_starts_like_that_of_torch(channels, groups):
+    """Evenly within one over the square root of the inputs of a channel; the bias starts at zero."""
+    torch.manual_seed(0)
+    module = TemporalConv(channels, groups)
+    bound = (3 * module.channels / groups) ** -0.5
+    assert 0.995 * bound < module.weight.abs().max() <= bound and not module.bias.any()
+    assert module.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.03)
+
+
 def test_reset_up_restores_the_zero_start():
     module, x = randomized(LocalTemporal(small())), noise(1, 3, 2, 24)
     assert_differs(module(x), torch.zeros_like(x))

@@ -295,6 +295,7 @@ def test_classes_and_boxes_are_read_from_the_class_token(config, seed):
 @given(side=st.integers(2, 4), seed=seeds)
 def test_a_box_is_centered_where_the_token_attends(side, seed):
     head = randomized(BoxHead(6, side), seed)
+    assert head.key.bias is None  # the softmax over the patches would not notice it
     token, patches = noise(2, 6, seed=seed), noise(2, side * side, 6, seed=seed + 1)
     weights = ((patches @ head.key.weight.T) @ head.query(token)[:, :, None] / 6**0.5)[..., 0].softmax(-1)
     center = [sum(weights[:, row * side + column] * ((column, row)[axis] + 0.5) / side

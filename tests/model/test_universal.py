@@ -23,6 +23,7 @@ from helpers import (
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mplug2.model.attention import CrossAttention, SelfAttention
 from mplug2.model.universal import UniversalLayers
 
 sizes = st.integers(2, 6)
@@ -168,3 +169,10 @@ def test_refuses_wrong_shapes():
         module.text(torch.zeros(2, 5, 15), random_mask(2, 5))
     with pytest.raises(ValueError, match=re.escape("(b l) with b=2, l=5, found (2, 4)")):
         module.text(torch.zeros(2, 5, 16), random_mask(2, 4))
+
+
+@pytest.mark.parametrize("form", [released, figure])
+def test_every_attention_drops_weights_at_the_rate_of_the_config(form):
+    module = UniversalLayers(small(dropout=0.3, **form), for_vision=True, for_text=True)
+    rates = [part.dropout for part in module.modules() if isinstance(part, (SelfAttention, CrossAttention))]
+    assert rates == [0.3] * (6 if form is figure else 4)

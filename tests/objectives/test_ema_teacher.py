@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mplug2.model.mplug2 import MPLUG2, answer_memory
+from mplug2.objectives.build import LossSettings
 from mplug2.objectives.ema_teacher import EMATeacher, distilled_contrastive_loss
 from mplug2.objectives.losses import contrastive_loss, language_loss
 from mplug2.objectives.objectives import Objectives
@@ -35,6 +36,10 @@ def test_every_parameter_follows_the_model_and_none_has_gradients(task):
         torch.testing.assert_close(parameter, 0.9 * before[name] + 0.1 * dict(model.named_parameters())[name])
         assert not parameter.requires_grad
     assert ema_teacher.steps == 1
+
+
+def test_the_decay_is_that_of_albef():
+    assert EMATeacher(MPLUG2(small(), "video_qa")).decay == LossSettings().ema_decay == 0.995
 
 
 def test_a_new_teacher_is_the_model_without_dropout():
@@ -95,7 +100,8 @@ def test_contrastive_distillation_is_the_formula(b, queued, seed):
     model, ema_teacher = make("video_retrieval", alpha=0.3, queue=8)
     ema_teacher.steps += 1
     rng = torch.Generator().manual_seed(seed)
-    vision, text, teacher_vision, teacher_text = (unit(rng, b, 5) for _ in range(4))
+    vision, text = (unit(rng, b, 5).requires_grad_() for _ in range(2))
+    teacher_vision, teacher_text = (unit(rng, b, 5) for _ in range(2))
     positive_id, others = torch.arange(b), torch.randint(0, b + 1, (queued,), generator=rng)
     old_vision, old_text = unit(rng, queued, 5), unit(rng, queued, 5)
     if queued:
@@ -109,11 +115,27 @@ def test_contrastive_distillation_is_the_formula(b, queued, seed):
     ):
         columns = torch.cat([columns, old])
         for i in range(b):
-            ours, theirs = ((one[i] @ columns.T / 0.2).softmax(0) for one in (rows, teacher_rows))
+            ours = (rows[i] @ columns.T / model.temperature).softmax(0)
+            theirs = (teacher_rows[i] @ columns.T / 0.2).softmax(0)  # a target: no gradient of the temperature
             positive = (all_ids == positive_id[i]).double()
             target = 0.3 * theirs + 0.7 * positive / positive.sum()
             expected = expected - (target * ours.log()).sum() / (2 * b)
     torch.testing.assert_close(found, expected)
+    learned = (vision, text, model.temperature)
+    torch.testing.assert_close(torch.autograd.grad(found, learned), torch.autograd.grad(expected, learned))
+
+
+def test_contrastive_distillation_refuses_wrong_shapes():
+    model, ema_teacher = make("video_retrieval", queue=4)
+    rng = torch.Generator().manual_seed(0)
+    for number in range(4):
+        vectors = [unit(rng, 3, 5) for _ in range(4)]
+        vectors[number] = vectors[number][:2]
+        with pytest.raises(ValueError, match=r"expected shape \(b e\) with b=\d, e=5, found"):
+            distilled_contrastive_loss(*vectors[:2], model.temperature, torch.arange(3), *vectors[2:], ema_teacher)
+    vectors = [unit(rng, 3, 5) for _ in range(4)]
+    with pytest.raises(ValueError, match=r"expected shape \(b\) with b=3, found \(1,\)"):
+        distilled_contrastive_loss(*vectors[:2], model.temperature, torch.arange(1), *vectors[2:], ema_teacher)
 
 
 def test_with_alpha_zero_and_an_empty_queue_it_is_the_plain_loss():
@@ -133,7 +155,7 @@ def test_the_queue_holds_the_newest_vectors(counts):
     vision, text, positive_id = ema_teacher.queue()
     assert sorted(positive_id.tolist()) == whole[-size:].tolist()
     assert vision[:, 0].equal(positive_id.double()) and text[:, 0].equal(-positive_id.double())
-    with pytest.raises(ValueError, match="queue=5: expected room for the 6 samples of a batch at least"):
+    with pytest.raises(ValueError, match="queue_size=5: a batch has 6 samples; raise --queue-size to 6 or more"):
         ema_teacher.enqueue(vision.new_zeros(6, 5), vision.new_zeros(6, 5), torch.arange(6))
 
 
@@ -142,10 +164,36 @@ def test_training_fills_the_queue_with_the_teachers_vectors_and_evaluation_does_
     objectives, batch = Objectives(model, ema_teacher), make_batch("image")
     objectives.eval()(batch)
     assert ema_teacher.queued == 0
-    losses = objectives.train()(batch)
-    assert ema_teacher.queued == 3 and set(losses) == {"vtc", "vtm", "mlm", "caption", "answer"}
+    objectives.after_step(skipped=False)
+    assert ema_teacher.queued == 0
     expected = ema_teacher.teacher.project_vision(ema_teacher.teacher.encode_vision(batch["pixels"]))
+    objectives.train()(batch)
+    objectives.after_step(skipped=True)  # its vectors may be NaN
+    assert ema_teacher.queued == 0 and not ema_teacher.pending and ema_teacher.steps == 1
+    losses = objectives(batch)
+    objectives.after_step(skipped=False)
+    assert ema_teacher.queued == 3 and not ema_teacher.pending
+    assert set(losses) == {"vtc", "vtm", "mlm", "caption", "answer"}
     torch.testing.assert_close(ema_teacher.queue()[0], expected)
+
+
+def test_no_step_reads_a_value_from_the_device(monkeypatch):
+    """A process that reads one waits for its GPU."""
+    model, ema_teacher = make("pretrain", queue=6, alpha=0.4)
+    objectives, batch = Objectives(model, ema_teacher).train(), make_batch("image")
+    vision, text = (unit(torch.Generator().manual_seed(seed), 3, 5) for seed in (0, 1))
+
+    def read(tensor):
+        raise AssertionError("a value is read from a tensor")
+
+    with monkeypatch.context() as patch:
+        for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__"):
+            patch.setattr(torch.Tensor, name, read)
+        for _ in range(3):
+            ema_teacher.contrastive_loss(batch, vision, text, model.temperature, enqueue=True)
+            ema_teacher.answer_logits(batch)
+            objectives.after_step(skipped=False)
+    assert (ema_teacher.steps, ema_teacher.queued) == (3, 9)
 
 
 def test_its_state_dict_is_complete():
@@ -156,5 +204,5 @@ def test_its_state_dict_is_complete():
     other.load_state_dict(ema_teacher.state_dict())
     for one, two in zip(ema_teacher.queue(), other.queue()):
         assert one.equal(two)
-    assert other.steps == 1
+    assert other.steps == 1 and other.queued == 3
     assert all(a.equal(b) for a, b in zip(ema_teacher.teacher.parameters(), other.teacher.parameters()))

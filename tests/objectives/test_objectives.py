@@ -56,6 +56,14 @@ def test_contrastive_loss_is_the_formula_with_a_target_that_positives_share(posi
     assert found.item() == pytest.approx(expected, rel=1e-9)
 
 
+def test_the_contrastive_gradient_is_that_of_both_sides_and_of_the_temperature():
+    """Also through the columns that a row is compared with."""
+    rng = torch.Generator().manual_seed(0)
+    arguments = *(unit(rng, 4).requires_grad_() for _ in range(2)), torch.tensor(0.2).double().requires_grad_()
+    positive_id = torch.tensor([0, 1, 0, 2])
+    assert torch.autograd.gradcheck(lambda *given: contrastive_loss(*given, positive_id), arguments)
+
+
 @settings(max_examples=20, deadline=None)
 @given(seeds)
 def test_the_order_of_positives_makes_no_difference(seed):
@@ -81,6 +89,9 @@ def test_the_temperature_stays_in_its_range_and_its_gradient_is_never_stuck_at_z
     Objectives(trained)(batch)["vtc"].backward()
     assert trained.temperature.item() == pytest.approx(edge)
     assert trained.temperature.grad != 0
+    trained.temperature.data.fill_(start)  # as after a step of the optimizer: a checkpoint may follow
+    Objectives(trained).after_step(skipped=False)
+    assert trained.temperature.item() == pytest.approx(edge) and trained.temperature.requires_grad
 
 
 def test_similarities_are_float32_under_autocast():
@@ -128,6 +139,24 @@ def test_hard_negatives_are_drawn_with_the_softmax_of_the_similarity():
     assert found[1] == found[4] == 0
     deviation = (expected * (1 - expected) / n).sqrt()
     assert ((found - expected).abs() <= 4 * deviation + 1e-4).all(), (found, expected)
+
+
+def test_negatives_without_a_chance_are_drawn_alike():
+    """Where a positive has all of the probability, the softmax of each negative is zero in float32."""
+    torch.manual_seed(0)
+    similarity = torch.tensor([1e4, 0.0, 0.0, 0.0]).expand(4, 4)
+    chosen = torch.cat([hard_negatives(similarity, torch.arange(4))[0][:1] for _ in range(300)])
+    assert chosen.bincount(minlength=4)[0] == 0 and chosen.bincount(minlength=4)[1:].min() > 70
+
+
+def test_the_matching_gradient_reaches_each_pair_and_its_negatives():
+    vision, text = (noise(2, size, 16, seed=size).requires_grad_() for size in (3, 4))
+    mask, positive_id = torch.ones(2, 4, dtype=torch.bool), torch.arange(2)
+
+    def loss(vision, text):
+        return matching_loss(model, vision, text, mask, similarity_for([1, 0]), positive_id)
+
+    assert torch.autograd.gradcheck(loss, (vision, text), fast_mode=True)
 
 
 @pytest.mark.parametrize("positive_id", [[0, 1, 2], [0, 1, 1], [5, 5, 5]])

@@ -1,6 +1,8 @@
 """The benchmark: what it counts and reports. Also activation checkpointing and compilation, which it measures."""
 
+import itertools
 import json
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -58,6 +60,7 @@ def test_activation_checkpointing_stores_little_more_than_the_inputs_of_a_block(
 # ---- compilation -----------------------------------------------------------------------------------------------------
 
 
+PEAK_MEMORY = bench.peak_memory
 plain_compile = torch.nn.Module.compile
 
 
@@ -135,6 +138,43 @@ def test_the_table_and_its_numbers(tmp_path, capsys, monkeypatch):
         assert f"\n{name} " in printed
 
 
+def test_a_measurement_is_the_median_of_runs_after_a_warmup(monkeypatch):
+    """Products of 10 x 10 matrices in 1, 2, 4 and 8 microseconds, and runs of 1, 5 and 2 seconds between them."""
+    seconds, clock, runs = [9, 1e-6, 1, 2e-6, 5, 4e-6, 2, 8e-6], [], []
+    for number, duration in enumerate(seconds):
+        clock += [100.0 * number, 100.0 * number + duration]
+    ticks = iter(clock)
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    monkeypatch.setattr(bench, "prepare", lambda name, options: lambda: runs.append(name))
+    monkeypatch.setattr(bench, "peak_memory", lambda: 3_500_000_000)
+    monkeypatch.setattr(bench, "MATMUL", 10)
+    found = bench.measure("train", bench.BenchSettings(repeats=3))
+    assert found == {"s": 2, "matmul_gflops": pytest.approx((1.0 + 0.5) / 2, rel=1e-3), "peak_gb": 3.5}
+    assert runs == ["train"] * 5
+    for platform, unit in (("linux", 1024), ("darwin", 1)):  # Linux reports KiB, macOS bytes
+        monkeypatch.setattr(bench.sys, "platform", platform)
+        usage = SimpleNamespace(ru_maxrss=2**30 // unit)
+        monkeypatch.setattr(bench.resource, "getrusage", lambda who, usage=usage: usage)
+        assert PEAK_MEMORY() == 2**30
+
+
+def test_a_row_of_the_table_by_hand(monkeypatch, capsys):
+    """Four videos in half a second and 10 GFLOP, on a machine with 100 GFLOP/s."""
+    rates = itertools.cycle([90.0, 100.0, 140.0, 120.0])
+
+    def computed(function, *_) -> object:
+        return 10 * 10**9 if function is bench.count_flops else {
+            "s": 0.5, "matmul_gflops": next(rates), "peak_gb": 1.5}
+
+    monkeypatch.setattr(bench, "in_new_process", computed)
+    found = bench.bench(bench.BenchSettings(preset="tiny", batch_size=4, peak_tflops=2.0))
+    assert (found["matmul_gflops"], found["mfu"]) == (110, pytest.approx(0.01))
+    printed = capsys.readouterr().out
+    row = next(line for line in printed.splitlines() if line.startswith("generation "))
+    assert row.split() == ["generation", "0.500", "8.00", "10", "20%", "50", "1.50"]
+    assert "training step: 1.0% of 2 TFLOP/s" in printed and "110 GFLOP/s" in printed
+
+
 def decoding_flops() -> int:
     """FLOPs of universal layers and decoder in a captioning step with 2 frames and 20 labels, from the sizes."""
     config = PRESETS["tiny"]()
@@ -158,17 +198,22 @@ def test_search_with_and_without_caches_returns_the_same_tokens():
 def test_the_data_path_is_measured(tmp_path, capsys, monkeypatch):
     root = write(tmp_path / "world", sizes=Sizes(*[16] * 12, galleries=1))
     monkeypatch.setattr(bench, "DATA_STEPS", 3)
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
     bench.main(options("--batch-size", "4", "--data", str(root), "--json", str(tmp_path / "data.json")))
     found = json.loads((tmp_path / "data.json").read_text())
-    assert found["read_per_second"] > 0 and 0 < found["waiting_share"] < 1
+    # A second for each look at the clock. Two batches of four are read in one; of five seconds of training, the second
+    # before each of two batches is spent waiting.
+    assert found == {"read_per_second": 8, "waiting_share": 0.4}
     assert "waiting for data" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--frames", "0"], "frames=0: expected a number of at least 1"),
     (["--data", "nowhere"], "nowhere"),
+    (["--device", "cuda"], "device cuda:0: this machine or this build of torch has no CUDA; use --device cpu"),
 ])
-def test_impossible_options_are_refused(arguments, message, capsys):
+def test_impossible_options_are_refused(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
         bench.main(arguments)
     assert message in capsys.readouterr().err

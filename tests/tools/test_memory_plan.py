@@ -1,5 +1,6 @@
 """The plan: what a step costs, counted on fake tensors, against a real step; and what sharding leaves to a device."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,11 +8,29 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import small
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mplug2.config import ModelConfig, large, tiny
+from mplug2.data.build import build_data
+from mplug2.distributed import DistInfo
+from mplug2.model.attention import CrossAttention, SelfAttention
+from mplug2.model.layers import Block
 from mplug2.model.mplug2 import MPLUG2
-from mplug2.tools.memory_plan import PlanSettings, Workload, cost, device_memory, main, parameter_counts
+from mplug2.tools import memory_plan
+from mplug2.tools.memory_plan import (
+    Cost,
+    PlanSettings,
+    Workload,
+    _Counter,
+    cost,
+    device_memory,
+    main,
+    parameter_counts,
+    training_load,
+)
+from mplug2.training.settings import Settings, with_defaults
 
 SIZES = dict(
     image_size=48, patch_size=8, vision_width=192, vision_layers=2, vision_head_width=32, width=192, heads=4,
@@ -101,10 +120,124 @@ def test_the_plan_is_printed(capsys):
         PlanSettings(images=0, videos=0)
 
 
-def test_every_task_has_a_plan_of_what_it_sees(capsys):
-    main([*SHALLOW, *"--task grounding --gpus 4 --batch-size 8 --images 100 --epochs 2".split()])
+def test_every_task_has_a_plan_of_what_it_sees(capsys, monkeypatch):
+    planned, objectives = [], Workload.objectives
+    monkeypatch.setattr(Workload, "objectives", lambda self: planned.append(objectives(self)) or planned[-1])
+    main([*SHALLOW, *"--task grounding --gpus 4 --batch-size 8 --images 100 --epochs 2 --dropout 0.1".split()])
     said = capsys.readouterr().out
+    rates = {m.dropout for m in planned[0].modules() if isinstance(m, (SelfAttention, CrossAttention))}
+    assert rates == {0.0} and planned[0].model.config.dropout == 0.1  # kernels of a GPU do not store that mask
     assert "100 images, 2 times: 25 steps" in said and "video" not in said
     with pytest.raises(SystemExit):
         main("--task text_classification --batch-size 8".split())
-    assert "the plan is for images and videos; text_classification with --images" in capsys.readouterr().err
+    assert "without --data the plan is for images and videos; text_classification" in capsys.readouterr().err
+
+
+def test_a_recipe_and_data_give_the_steps_that_training_would_take(tmp_path, capsys):
+    """Three questions for each of two videos: at one question a sample and 10 epochs, 60 samples."""
+    questions = [{"question": f"what is {number}", "answers": ["a"], "kind": "k"} for number in range(3)]
+    (tmp_path / "video_qa.train.jsonl").write_text("".join(
+        json.dumps({"video": f"{number}.gif", "qa": questions}) + "\n" for number in range(2)))
+    small = [*SHALLOW, *"--preset tiny --recipe msrvtt_qa --gpus 2 --batch-size 4 --frames 2".split()]
+    main([*small, "--data", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "2 samples of video_qa, 10 times: 15 steps, 0.0 days at 40% of 989 TFLOP/s" in said
+    settings = Settings.from_flat(with_defaults(
+        {"recipe": "msrvtt_qa", "preset": "tiny", "batch_size": 4, "data": str(tmp_path)}))
+    data = build_data(settings.data, tiny(), DistInfo(0, 1, torch.device("cpu")), 0)
+    assert data.steps == 15
+    with pytest.raises(SystemExit):
+        main(small)
+    assert "recipe='msrvtt_qa' trains on msrvtt_qa: add --data DIR" in capsys.readouterr().err
+
+
+def test_batches_of_text_count_with_their_share_of_the_steps(tmp_path):
+    (tmp_path / "text_only.train.jsonl").write_text('{"text": "a"}\n' * 3)
+    (tmp_path / "image_caption.train.jsonl").write_text('{"image": "a.png", "captions": ["a", "b"]}\n')
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "text_only.train.jsonl").write_text('{"text": "b"}\n')
+    settings = Settings.from_flat({"data": f"{tmp_path},{tmp_path / 'other'}=2", "max_steps": 7, "image_weight": 0.6,
+                                   "text_weight": 0.2, "video_weight": 0.0})
+    load = training_load(PlanSettings(), settings)
+    assert load.shares == pytest.approx({"image": 0.75, "text": 0.25}) and list(load.shares) == ["image", "text"]
+    assert load.steps == 7 and load.description == "1 samples of image and 4 samples of text"
+
+
+# ---- by hand ---------------------------------------------------------------------------------------------------------
+
+
+def test_bytes_are_counted_from_the_birth_of_a_tensor_to_its_death_and_gradients_apart():
+    with FakeTensorMode(allow_non_fake_inputs=True), _Counter() as counter:
+        first = torch.zeros(100)
+        second = first + 1
+        second.view(10, 10)  # no memory of its own
+        del first
+        third = torch.zeros(50, dtype=torch.int8)
+        assert (counter.alive, counter.peak) == (450, 800)
+        parameter = torch.nn.Parameter(torch.zeros(30))
+        parameter.grad = torch.ones(30)
+        counter.is_gradient(parameter)
+        assert (counter.alive, counter.gradients) == (690, 120)
+        fourth = torch.zeros(100)
+        assert (counter.peak, counter.activation_peak) == (1090, 970)
+        parameter.grad = None
+        assert (counter.alive, counter.gradients) == (970, 0)
+        del second, third, fourth
+
+
+@pytest.mark.parametrize("kind, frames", [("video", 3), ("image", 1)])
+def test_the_batch_of_a_plan_has_the_shapes_of_a_real_one(kind, frames):
+    batch = Workload(small(max_positions=11), b=4, frames=3, questions=2, words=7).batch(kind)
+    shapes = {name: tuple(value.shape) for name, value in batch.items() if torch.is_tensor(value)}
+    assert shapes == {
+        "pixels": (4, 3, frames, 8, 8), "positive_id": (4,), "masked_ids": (4, 9),
+        "masked_positions": (6,),  # 15 % of 4 x 9, rounded up
+        **{f"{name}_{part}": (rows, 9) for name, rows in (("caption", 4), ("prompted", 4), ("question", 8),
+                                                          ("answer", 8)) for part in ("ids", "mask")},
+        "prompted_positions": (32,), "answer_positions": (64,),  # every token after [CLS]
+    }
+    assert Workload(small(max_positions=11), b=1, words=30).batch(kind)["caption_ids"].shape == (1, 11)
+
+
+def test_each_device_keeps_four_bytes_of_each_number_or_its_share():
+    """AdamW has two numbers for each parameter, Muon one for those in matrices. Passes in bfloat16 halve what is
+    gathered for them: all that is in no block with its gradients, and two blocks with the gradients of one."""
+    costs, (whole, outside, block, matrices) = Cost(1.0, 7000, 9000), parameter_counts(small())
+    model = MPLUG2(small())
+    blocks = [sum(p.numel() for p in m.parameters()) for m in model.modules() if isinstance(m, Block)]
+    assert whole == sum(p.numel() for p in model.parameters())
+    assert (outside, block) == (whole - sum(blocks), max(blocks))
+
+    def memory(gpus: int, sharded: bool, **changes) -> dict[str, int]:
+        return device_memory(Workload(small(), b=1, **changes), costs, gpus, sharded)
+
+    shared = {"parameters": 4 * whole, "optimizer": 8 * whole, "gradients": 4 * whole, "activations": 7000}
+    assert memory(4, False) == {**shared, "in all": 16 * whole + 7000}
+    assert memory(1, False) == {**shared, "gradients": 2000, "in all": 12 * whole + 9000}
+    assert memory(4, False)["optimizer"] - memory(4, False, optimizer="muon")["optimizer"] == 4 * matrices
+    many = 10**9  # devices: what is left is there for the passes alone
+    assert memory(many, True) == {"parameters": 4 * (outside + 2 * block), "optimizer": 0,
+                                  "gradients": 4 * (outside + block), "activations": 7000,
+                                  "in all": 8 * outside + 12 * block + 7000}
+    assert memory(many, True, low_precision=True)["in all"] == 4 * outside + 6 * block + 7000
+    assert memory(4, True)["in all"] - memory(many, True)["in all"] == 2 * (4 * whole // 4) + 8 * whole // 4
+
+
+def test_the_numbers_of_a_plan(monkeypatch, capsys):
+    """A video costs 2 TFLOP and an image 1; a device computes 989 TFLOP/s in bfloat16, 40 % of them used."""
+    monkeypatch.setattr(memory_plan, "parameter_counts", lambda config: (2**30, 0, 0, 0))
+    monkeypatch.setattr(memory_plan, "cost", lambda work, kind, checkpointing=False: Cost(
+        1e12 * work.b * (1 + (kind == "video")), 2**(28 if checkpointing else 29), 2**30))
+    main("--gpus 4 --batch-size 16 --accumulation-steps 2 --precision bfloat16".split())
+    said = capsys.readouterr().out
+    assert "1,073.7 M parameters; 4 devices, 2 samples each at a time, x 2 = 16 a step" in said
+    table = {line[:34].strip(): line[34:].split() for line in said.splitlines()}
+    assert table["DDP"] == ["4.00", "8.00", "4.00", "0.50", "16.50"]
+    assert table["FSDP2, activation checkpointing"] == ["1.00", "2.00", "1.00", "0.25", "4.25"]
+    assert "2.000 TFLOP per video, 1.000 TFLOP per image" in said
+    days = 30 * (2_500_000 * 2 + 14_000_000) / (4 * 989 * 0.4) / (24 * 3600)
+    steps = 30 * 16_500_000 // 16
+    assert f"2,500,000 videos and 14,000,000 images, 30 times: {steps:,} steps, {days:.1f} days at 40% of 989" in said
+    main("--gpus 4 --batch-size 16 --device-tflops 100 --utilization 0.5 --images 0 --epochs 1".split())
+    days = 2_500_000 * 2 / (4 * 100 * 0.5) / (24 * 3600)
+    assert f"2,500,000 videos, 1 times: 156,250 steps, {days:.1f} days at 50% of 100" in capsys.readouterr().out

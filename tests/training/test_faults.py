@@ -153,14 +153,20 @@ def test_one_node_continues_after_sigkill_and_a_sigterm_to_one_rank_makes_all_sa
 
 
 @pytest.mark.slow
-def test_a_run_with_workers_saves_when_ctrl_c_reaches_all_its_processes(data, tmp_path):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_with_workers_saves_when_ctrl_c_reaches_all_its_processes(data, tmp_path, ranks):
+    """Alone it exits with 0. The exit code of torchrun is 1 after Ctrl-C, whatever its ranks return."""
     run = tmp_path / "tiny"
-    process = launch(*SMALL, *LONG, "--workers", 1, "--data", data, "--out", tmp_path, new_session=True)
+    torchrun = ("--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", 2) if ranks > 1 else None
+    process = launch(*SMALL, *LONG, "--workers", 1, "--data", data, "--out", tmp_path, torchrun=torchrun,
+                     new_session=True)
     wait_for(lambda: len(steps(run)) >= 2, process)
     os.killpg(process.pid, signal.SIGINT)
     said = wait_until_ended(process)
-    assert process.returncode == 0, said
-    assert f"SIGINT: saved after step {steps(run)[-1]} of 100000" in said
+    assert process.returncode == ranks - 1, said
+    assert said.count(f"SIGINT: saved after step {steps(run)[-1]} of 100000") == 1
+    assert said.count("stopping after this step; press Ctrl-C again to quit now") == 1
+    assert ranks > 1 or "Traceback" not in said
     assert load_training(run / "last")["step"] == steps(run)[-1]
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from mplug2.model.local_temporal import LocalTemporal, TemporalConv
 from mplug2.model.mplug2 import MPLUG2
 from mplug2.tasks import TASKS
+from mplug2.training.muon import Muon
 from mplug2.training.optim import (
     OptimizerSettings,
     depth,
@@ -107,6 +108,7 @@ def test_biases_norms_embeddings_positions_latents_and_temperature_do_not_decay(
 def test_a_step_with_zero_gradients_only_applies_weight_decay(name):
     model = randomized(MPLUG2(small(), "pretrain"))
     optimizer = make_optimizer(model, OptimizerSettings(name, lr=0.1, vision_lr=0.01, weight_decay=0.5))
+    assert type(optimizer) is {"adamw": torch.optim.AdamW, "muon": Muon}[name]
     before = {parameter: parameter.detach().clone() for parameter in model.parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

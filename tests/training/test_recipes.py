@@ -10,7 +10,7 @@ from mplug2.config import PRESETS, ModelConfig, nearest_preset
 from mplug2.data.adapters import ADAPTERS
 from mplug2.data.build import DataSettings
 from mplug2.data.records import RECORD_FIELDS
-from mplug2.training.recipes import RECIPES, recipe_table
+from mplug2.training.recipes import PRETRAINING, RECIPES, recipe_table
 from mplug2.training.settings import Settings, resolve_settings, with_defaults
 
 
@@ -34,6 +34,7 @@ def test_the_paper_s_numbers_and_settings():
     assert papers == {
         "msrvtt_qa": "48.0", "msvd_qa": "58.1", "msrvtt_caption": "80.3", "msvd_caption": "165.8", "imagenet": "88.5",
         "kinetics400": "87.1", "msrvtt_retrieval": "53.1", "didemo": "56.4",
+        "refcoco": "90.1 / 92.8 / 86.1", "refcocog": "84.7 / 85.1",
     }
     settings = RECIPES["msrvtt_caption"].settings
     expected = dict(frames=16, epochs=10, lr=2e-5, vision_lr=2e-6, weight_decay=0.02, beta2=0.999, min_lr=1e-6,
@@ -54,7 +55,7 @@ def test_flags_take_precedence_over_the_recipe():
     given = {"recipe": "msrvtt_qa", "init": "c", "data": "d", "lr": 0.5}
     assert with_defaults(given)["lr"] == 0.5 and with_defaults(given)["epochs"] == 10
     assert "epochs" not in with_defaults({**given, "max_steps": 7})
-    assert with_defaults({"lr": 0.5}) == {"lr": 0.5}
+    assert with_defaults({"lr": 0.5}) == PRETRAINING["tiny"] | {"lr": 0.5}
 
 
 @pytest.mark.parametrize("given, message", [
@@ -88,7 +89,7 @@ def test_released_settings_that_differ_between_tasks():
 
 
 @pytest.mark.parametrize("preset, rates, batch, optimizer, frames", [
-    ("tiny", (4e-3, 0.0), 32, "muon", 4), ("small", (1e-3, 0.0), 128, "muon", 8),
+    ("tiny", (2.5e-3, 0.0), 32, "muon", 4), ("small", (1e-3, 0.0), 128, "muon", 8),
     ("base", (1e-4, 1e-5), 1024, "adamw", 4), ("large", (5e-5, 5e-6), 1024, "adamw", 4),
 ])
 def test_each_preset_pre_trains_at_settings_of_its_size(preset, rates, batch, optimizer, frames):

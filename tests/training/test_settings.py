@@ -69,7 +69,7 @@ def shown_defaults(capsys, *arguments: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("arguments, expected", [
-    ("", {"--max-steps": "1500", "--lr": "0.004", "--width": "64", "--vision-layers": "3", "--task": "pretrain"}),
+    ("", {"--max-steps": "1500", "--lr": "0.0025", "--width": "64", "--vision-layers": "3", "--task": "pretrain"}),
     ("--task video_qa", {"--max-steps": "100", "--lr": "0.002", "--task": "video_qa"}),
     ("--task text_classification", {"--max-steps": "60", "--lr": "0.002"}),
     ("--task visual_entailment,grounding", {"--max-steps": "700", "--lr": "0.002"}),

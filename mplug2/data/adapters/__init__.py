@@ -2,9 +2,9 @@
 
     for record in read("msrvtt_caption", Files("downloads/msrvtt")): ...
 
-`python -m mplug2.data NAME ROOT` checks a download, and with `--out DIR` writes JSONL files for training. `source.py`
-has what all adapters share; `video.py`, `image.py`, `text.py` and `web.py` have one small function per data
-set.
+`python -m mplug2.data msrvtt_qa ROOT` checks a download, and with `--out DIR` writes JSONL files for training.
+`source.py` has what all adapters share; `video.py`, `image.py`, `text.py` and `web.py` have one small function per
+data set.
 """
 
 from collections.abc import Callable, Iterator
@@ -99,14 +99,20 @@ PUBLISHED: dict[str, tuple[str, dict[str, int]]] = {
 web data sets lose files over time, so no count can be expected from a download."""
 
 
+def check_name(name: str) -> None:
+    """Raises ValueError for a data set that has no adapter."""
+    if name not in ADAPTERS:
+        known = ", ".join(ADAPTERS)
+        hint = did_you_mean(name, [*ADAPTERS, "check", "pack"])  # the other commands of `python -m mplug2.data`
+        raise ValueError(f"unknown data set {name!r}{hint}; expected one of {known}")
+
+
 def read(name: str, files: Files) -> Iterator[ParsedRecord]:
     """The records of a data set.
 
     Raises ValueError for an unknown name, RecordError for an annotation that differs from the published format, and
     FileNotFoundError for a missing annotation file.
     """
-    if name not in ADAPTERS:
-        known = ", ".join(ADAPTERS)
-        raise ValueError(f"unknown data set {name!r}{did_you_mean(name, ADAPTERS)}; expected one of {known}")
+    check_name(name)
     files.dataset = name
     return ADAPTERS[name](files)

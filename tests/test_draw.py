@@ -4,8 +4,10 @@ import re
 from pathlib import Path
 from xml.etree import ElementTree
 
+import pytest
+
 import mplug2
-from docs.draw import EXAMPLES, HERE, architecture, examples
+from docs.draw import EXAMPLES, HERE, architecture, examples, main
 
 
 def test_the_architecture_figure_is_up_to_date_and_names_files_of_the_package():
@@ -28,3 +30,11 @@ def test_the_example_videos_come_from_the_test_split(tmp_path):
     shipped = {path.name: path.read_bytes() for path in (HERE / "examples").iterdir()}
     assert shipped == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert set(shipped) == {f"{name}.gif" for name in EXAMPLES}
+
+
+@pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("--run", 2), ("docs", 2)])
+def test_an_argument_draws_nothing(argument, code, monkeypatch):
+    monkeypatch.setattr(mplug2, "load", lambda *_: pytest.fail("it draws"))
+    with pytest.raises(SystemExit) as stopped:
+        main([argument])
+    assert stopped.value.code == code

@@ -1,4 +1,4 @@
-"""Frames as pictures: the attention of a word on them, boxes, smaller copies, and a WebP inside of a page.
+"""Drawing on frames: the attention of a word, boxes, smaller copies, and a WebP to embed in a page.
 
 Axes: t frames, h w rows and columns of patches, H W pixels.
 """

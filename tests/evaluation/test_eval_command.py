@@ -1,0 +1,224 @@
+"""eval.py as a user calls it: nothing that was computed is lost, and nothing that was asked for is ignored."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from predictors import make_predictor, write_media, write_records
+from processes import Processes
+from runs import refused
+
+import eval as evaluation
+from mplug2.inference import BatchRunner
+
+LABELS = {"video_classification": ("no", "yes"), "text_pair_classification": ()}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint") / "model"
+    make_predictor(",".join(["pretrain", *LABELS]), classes=LABELS).save(folder)
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """Captions and questions of three videos."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for i in range(3):
+        write_media(folder / f"{i}.gif", i, 4)
+        write_media(folder / f"{i}.png", i, 1)
+    write_records(folder, "video_caption.test", [{"video": f"{i}.gif", "captions": ["a red one"]} for i in range(3)])
+    asked = [{"question": "which colour is it", "answers": ["red"]}]
+    write_records(folder, "video_qa.test", [{"video": f"{i}.gif", "qa": asked} for i in range(3)])
+    return folder
+
+
+def arguments(checkpoint: Path, data: Path, *more: object) -> list[str]:
+    return list(map(str, ["--checkpoint", checkpoint, "--data", data, "--out", data / "out", "--splits", "test",
+                          "--device", "cpu", *more]))
+
+
+def of_files(checkpoint: Path, data: Path, *more: object) -> list[str]:
+    return list(map(str, ["--checkpoint", checkpoint, "--input", data, "--output", data / "found.jsonl",
+                          "--device", "cpu", *more]))
+
+
+def written(data: Path) -> list[dict]:
+    return [json.loads(line) for line in (data / "found.jsonl").read_text().splitlines()]
+
+
+# ---- scored evaluations ----------------------------------------------------------------------------------------------
+
+
+def test_a_place_that_cannot_be_written_is_found_before_anything_is_computed(checkpoint, data, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_: pytest.fail("it computes"))
+    (data / "file").touch()
+    for more in (["--out", data / "file"], ["--json", data], ["--json", data / "file" / "x.json"]):
+        said = refused(capsys, evaluation.main, arguments(checkpoint, data, *more), 1)
+        assert "cannot be written" in said and "choose another place with --out or --json" in said
+    assert not (data / "out" / "metrics.json").exists()
+
+
+def test_files_of_other_tasks_and_a_broken_training_split_do_not_cost_the_results(checkpoint, data, capsys):
+    (data / "video_caption.test.jsonl").write_text("broken\n")
+    assert "qa_accuracy" in evaluation.main(arguments(checkpoint, data, "--task", "video_qa")).popitem()[0]
+    assert "chance" in capsys.readouterr().out
+    other = shutil.copytree(data, data / "other")
+    (other / "video_qa.train.jsonl").write_text("broken\n")
+    assert evaluation.main(arguments(checkpoint, other, "--task", "video_qa"))
+    said = capsys.readouterr()
+    assert "warning: the chance level failed" in said.err and "qa_accuracy" in said.out and "on one page" in said.out
+
+
+def test_results_are_printed_and_written_before_a_submission_that_is_refused(checkpoint, data, capsys):
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        evaluation.main(arguments(checkpoint, data, "--server", "nocaps"))
+    said = capsys.readouterr()
+    assert "has no predictions of image_caption, which nocaps needs" in said.err
+    assert "caption_exact" in said.out and (data / "out/metrics.json").exists() and "on one page" in said.out
+
+
+def test_what_the_papers_pipeline_needs_is_checked_first(checkpoint, data, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
+    said = refused(capsys, evaluation.main, arguments(checkpoint, data, "--paper-captions"), 2)
+    assert "--paper-captions needs the package pycocoevalcap" in said
+
+
+def test_a_named_task_without_records_is_refused_and_a_split_that_is_missing_is_named(checkpoint, data, capsys):
+    said = refused(capsys, evaluation.main, arguments(checkpoint, data, "--task", "video_qa,image_qa"), 1)
+    assert "has no records of image_qa in the splits test; leave it out of --task" in said
+    evaluation.main(arguments(checkpoint, data, "--splits", "test, dev", "--task", "video_qa"))
+    assert "(--data); it has no split dev" in capsys.readouterr().out.splitlines()[0]
+
+
+def test_a_text_cannot_be_longer_than_the_longest(checkpoint, data, capsys):
+    said = refused(capsys, evaluation.main, arguments(checkpoint, data, "--min-length", "21"), 1)
+    assert "min_length=21: a text has at most" in said and "raise --max-length" in said
+
+
+def test_unlabelled_records_are_no_queries_and_do_not_count_as_scored(checkpoint, data, capsys):
+    write_records(data, "video_retrieval.test", [
+        {"video": "0.gif", "unlabelled": True}, {"video": "1.gif", "captions": ["a red one"]}])
+    write_records(data, "video_caption.test", [{"video": "0.gif", "unlabelled": True}])
+    found = evaluation.main(arguments(checkpoint, data, "--task", "video_retrieval,video_caption"))
+    assert found["test/t2v_r1"] == 1 and "test/caption_exact" not in found
+    said = capsys.readouterr().out
+    assert "test: video_caption: the records have no truth, so they are predicted, but not scored" in said
+    metrics = json.loads((data / "out/metrics.json").read_text())
+    assert metrics["records"] == {"test": {"scored": 1, "total": 3}}
+
+
+def test_labels_that_no_prediction_can_match_are_reported_before_the_evaluation(checkpoint, data, capsys, monkeypatch):
+    write_records(data, "video_classification.test", [
+        {"video": f"{i}.gif", "label": label} for i, label in enumerate(["yes", "Yes"])])
+    evaluation.main(arguments(checkpoint, data, "--task", "video_classification"))
+    expected = "video_classification, test: 1 labels are not among the 2 classes that are predicted, such as 'Yes'"
+    assert expected in capsys.readouterr().err
+    write_records(data, "image_classification.test", [{"image": "0.png", "label": "seven"}])  # without a head
+    write_records(data, "image_classification.train", [{"image": "0.png", "label": "red"}])
+    evaluation.main(arguments(checkpoint, data, "--task", "image_classification"))
+    assert "1 labels are not among the 1 classes that are predicted, such as 'seven'" in capsys.readouterr().err
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_: pytest.fail("it computes"))
+    write_records(data, "text_pair_classification.test", [{"texts": ["red", "blue"], "label": "yes"}])
+    said = refused(capsys, evaluation.main, arguments(checkpoint, data, "--task", "text_pair_classification"), 1)
+    assert "text_pair_classification.test.jsonl:1: found the label 'yes', but this model predicts numbers" in said
+
+
+# ---- files of the user's ---------------------------------------------------------------------------------------------
+
+
+def test_flags_of_scored_evaluations_are_refused_with_files_of_ones_own(checkpoint, data, capsys):
+    said = refused(capsys, evaluation.main, of_files(checkpoint, data, "--answers", "train", "--limit", "2"), 2)
+    assert "answers, limit: only for records; leave out with --input" in said
+    one = ["--checkpoint", checkpoint, "--input", data / "0.gif", "--output", data / "found.jsonl"]
+    assert "expected a folder or a pattern as --input" in refused(capsys, evaluation.main, one, 2)
+
+
+@pytest.mark.parametrize("contents", ["# notes\n", '{"a": 1}', '{"a": 1}\n', '{"file": "a"}\n', "[1]\n", "7\n", "text"])
+def test_a_file_of_something_else_is_never_overwritten(checkpoint, data, capsys, contents):
+    (data / "found.jsonl").write_text(contents)
+    said = refused(capsys, evaluation.main, of_files(checkpoint, data), 1)
+    assert "has lines that are no captions or answers of eval.py; name another file with --output" in said
+    assert (data / "found.jsonl").read_text() == contents
+
+
+def test_captions_of_another_search_are_written_again_and_the_last_line_says_how_many_there_were(
+    checkpoint, data, capsys
+):
+    evaluation.main(of_files(checkpoint, data, "--output", data / "a new folder" / "found.jsonl"))
+    evaluation.main(of_files(checkpoint, data))
+    assert "6 of 6 files\n" in capsys.readouterr().out
+    evaluation.main(of_files(checkpoint, data))
+    assert "6 of 6 files, 6 of them in earlier calls" in capsys.readouterr().out
+    assert len(written(data)) == 6
+    for _ in range(2):
+        evaluation.main(of_files(checkpoint, data, "--beams", "2", "--max-length", "3"))
+        assert [line.get("search") for line in written(data)[6:]] == [{"beams": 2, "max_length": 3}] * 6
+    whole = (data / "found.jsonl").read_bytes()
+    for cut in (1, 20, len(whole) - 5):
+        (data / "found.jsonl").write_bytes(whole[:-cut])
+        evaluation.main(of_files(checkpoint, data))
+        evaluation.main(of_files(checkpoint, data, "--beams", "2", "--max-length", "3"))
+        assert sorted(map(str, written(data))) == sorted(map(str, map(json.loads, whole.splitlines())))
+
+
+def stop_after(checkpoint: Path, data: Path, batches: int) -> tuple[int, list[str]]:
+    """Caption the files, with a SIGINT to this process in one of the batches: the exit code, and the files done."""
+    encode, count = BatchRunner.vision_tokens, iter(range(batches))
+
+    def interrupted(self, pixels):
+        if os.environ.get("RANK", "0") == "0" and next(count, None) is None:
+            os.kill(os.getpid(), signal.SIGINT)
+        return encode(self, pixels)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(BatchRunner, "vision_tokens", interrupted)
+        evaluation.main(of_files(checkpoint, data, "--batch-size", "1"))
+    return stopped.value.code, [Path(line["file"]).name for line in written(data)]
+
+
+def test_nothing_that_was_written_before_a_signal_is_lost(checkpoint, data, capfd):
+    assert stop_after(checkpoint, data, 1) == (130, ["0.gif", "1.gif"])
+    said = capfd.readouterr()
+    assert "found.jsonl: 2 of 6 files; the same command continues" in said.out
+    assert said.err.splitlines()[1:] == ["stopping after this batch; press Ctrl-C again to quit now",
+                                         "eval.py: stopped by SIGINT"]
+    evaluation.main(of_files(checkpoint, data))
+    assert len({line["file"] for line in written(data)}) == len(written(data)) == 6
+
+
+def captions_on_a_rank(checkpoint: Path, data: Path) -> None:
+    evaluation.main(of_files(checkpoint, data, "--batch-size", "1"))
+
+
+def attention_on_a_rank(checkpoint: Path, data: Path) -> None:
+    evaluation.main(["--checkpoint", str(checkpoint), "--input", str(data / "0.gif"), "--device", "cpu",
+                     "--attention", str(data / "attention.png")])
+
+
+@pytest.mark.slow
+def test_two_processes_stop_and_continue_together(checkpoint, data, tmp_path):
+    """Only the main process sees the file of captions: the others may be machines with disks of their own."""
+    evaluation.main(of_files(checkpoint, data))
+    one = written(data)
+    other = shutil.copytree(data, tmp_path / "other")
+    (data / "found.jsonl").unlink()
+    processes = Processes(2)
+    try:
+        found = processes.run(stop_after, (checkpoint, data, 1), (checkpoint, data, 1), joined=False)
+        assert found[0][0] == found[1][0] == 130 and 2 <= len(written(data)) < 6
+        paths = [(checkpoint, data), (checkpoint, data)]
+        processes.run(captions_on_a_rank, *paths, joined=False)
+        assert sorted(map(str, written(data))) == sorted(map(str, one))
+        assert written(other) == one
+        processes.run(attention_on_a_rank, *paths, joined=False)
+        assert (data / "attention.png").exists()
+    finally:
+        assert processes.close() == [0, 0]
