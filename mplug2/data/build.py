@@ -5,11 +5,10 @@ source on, the number of the source follows ("video@1").
 """
 
 import copy
-import functools
 import itertools
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +17,7 @@ import tiny_data
 from mplug2.config import ModelConfig
 from mplug2.data.batches import Collate, MixedBatches
 from mplug2.data.loader import make_loader, prefetch
-from mplug2.data.records import available, read_records
+from mplug2.data.records import held_out_media
 from mplug2.data.samples import Joined, Sample, SampleList, Samples, read_classes, read_samples, stream_kind
 from mplug2.data.shard_stream import ReaderState, stream_batches
 from mplug2.data.shards import ShardSet, is_shards, read_shards
@@ -288,24 +287,6 @@ def eval_root(settings: DataSettings, roots: Mapping[Path, float]) -> Path | Non
     if settings.eval_data:
         return Path(settings.eval_data)
     return next((root for root in roots if not is_shards(root)), None)
-
-
-def held_out_media(roots: Iterable[Path], task: str) -> str:
-    """One line, if media that these folders train on are also in another split of one of them; otherwise empty. It
-    happens where data sets divide the same images differently, such as RefCOCO and RefCOCOg."""
-    folder = functools.cache(os.path.realpath)  # of links to the same download
-
-    def media(root: Path, name: str, split: str) -> set[tuple[str, str]]:
-        return {(folder(path.parent), path.name) for record in read_records(root, name, split)
-                for path in (record.image, record.video, *record.images) if path}
-
-    files = [(root, name, split) for root in roots for name, splits in available(root).items()
-             if name in parse_tasks(task) for split in splits]
-    trained = set().union(*(media(*file) for file in files if file[2] == "train"))
-    shared = [(len(trained & media(*file)), file) for file in files if file[2] != "train"]
-    found = [f"{count:,} in {root / name}.{split}.jsonl" for count, (root, name, split) in shared if count]
-    return f"warning: media to train on are held out elsewhere: {', '.join(found)}; remove them from the training " \
-           "files before you report results on these splits" if found else ""
 
 
 def read_sources(text: str) -> dict[Path, float]:

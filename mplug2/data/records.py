@@ -12,11 +12,12 @@ Reading is strict: a field that is missing, misspelled or of the wrong type is a
 and the field. The media are not opened here: an image that does not exist is reported when it is decoded.
 """
 
+import functools
 import json
 import os
 import re
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from mplug2.data.record_fields import (
     short,
 )
 from mplug2.did_you_mean import did_you_mean
-from mplug2.tasks import RECORD_FIELDS
+from mplug2.tasks import RECORD_FIELDS, parse_tasks
 
 FILE_NAME = re.compile(r"([a-z_]+)\.([A-Za-z0-9_-]+)\.jsonl")
 LISTED = 20  # problems that an error message lists before it counts the rest
@@ -269,3 +270,21 @@ def available(root: Path | str) -> dict[str, list[str]]:
             f"the tasks are {listing(RECORD_FIELDS)}"
         )
     return found
+
+
+def held_out_media(roots: Iterable[Path], task: str) -> str:
+    """One line, if media that these folders train on are also in another split of one of them; otherwise empty. It
+    happens where data sets divide the same images differently, such as RefCOCO and RefCOCOg."""
+    folder = functools.cache(os.path.realpath)  # of links to the same download
+
+    def media(root: Path, name: str, split: str) -> set[tuple[str, str]]:
+        return {(folder(path.parent), path.name) for record in read_records(root, name, split)
+                for path in (record.image, record.video, *record.images) if path}
+
+    files = [(root, name, split) for root in roots for name, splits in available(root).items()
+             if name in parse_tasks(task) for split in splits]
+    trained = set().union(*(media(*file) for file in files if file[2] == "train"))
+    shared = [(len(trained & media(*file)), file) for file in files if file[2] != "train"]
+    found = [f"{count:,} in {root / name}.{split}.jsonl" for count, (root, name, split) in shared if count]
+    return f"warning: media to train on are held out elsewhere: {', '.join(found)}; remove them from the training " \
+           "files before you report results on these splits" if found else ""

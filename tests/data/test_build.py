@@ -8,8 +8,8 @@ import torch
 from data_helpers import SUBJECTS, assert_equal_batches, make_tokenizer, write_data, write_records
 
 import mplug2
-from mplug2.data.build import DataSettings, TrainingData, build_data, held_out_media, read_sources
-from mplug2.data.records import RecordError
+from mplug2.data.build import DataSettings, TrainingData, build_data, read_sources
+from mplug2.data.records import RecordError, held_out_media
 from mplug2.data.shards import pack
 from mplug2.distributed import DistInfo
 
