@@ -278,6 +278,7 @@ def build_data(
     batches = MixedBatches(
         sizes, weights, settings.batch_size, number_of_steps(settings, samples, shards), seed, 0, process.rank,
         process.world_size, settings.accumulation_steps,
+        {stream: of_stream.groups for stream, of_stream in samples.items()},
     )
     return TrainingData(settings, process, seed, roots, samples, shards, tokenizer, classes, dataset, batches)
 

@@ -47,7 +47,8 @@ class Sample:
 class SampleList(Sequence[Sample]):
     """The samples of one batch type from the files of one folder. A sample is made when it is used.
 
-    In memory are 16 bytes per record: which records belong to which sample (see also `Records`).
+    In memory are 16 bytes per record: which records belong to which sample (see also `Records`). Batch groups take
+    another 8.
     """
 
     def __init__(self, files: list[Records], joined: bool):
@@ -58,13 +59,17 @@ class SampleList(Sequence[Sample]):
         self.order = np.arange(len(hashes))
         self.starts = np.arange(len(hashes) + 1)
         if joined:
-            _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
-            sample_of = np.empty(len(first), np.int64)  # samples are numbered by their first record
-            sample_of[np.argsort(first)] = np.arange(len(first))
-            self.order = np.argsort(sample_of[inverse], kind="stable")
-            self.starts = np.append(0, np.cumsum(np.bincount(sample_of[inverse])))
+            sample_of = _numbered(hashes)
+            self.order = np.argsort(sample_of, kind="stable")
+            self.starts = np.append(0, np.cumsum(np.bincount(sample_of)))
+        self.groups: np.ndarray | None = None
+        """A number for each sample, equal for samples that should meet in a batch (the `batch_group` of their first
+        record); None if no record has one."""
+        if any(file.group_hashes is not None for file in files):
+            groups = [file.media_hashes if file.group_hashes is None else file.group_hashes for file in files]
+            self.groups = _numbered(np.concatenate(groups)[self.order[self.starts[:-1]]])
         for file in files:
-            file.media_hashes = None
+            file.media_hashes = file.group_hashes = None
 
     def without_captions(self, captioned: list[bool]) -> int | None:
         """The first sample without a record of the files that are `captioned`."""
@@ -93,6 +98,15 @@ class SampleList(Sequence[Sample]):
             yield from (_merge([record]) if self.joined else _labelled(record) for record in self.files[0])
         else:
             yield from (self[index] for index in range(len(self)))
+
+
+def _numbered(hashes: np.ndarray) -> np.ndarray:
+    """Equal hashes get equal numbers, from 0, in the order in which they first appear (Python's hashes of texts differ
+    from process to process)."""
+    _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+    number = np.empty(len(first), np.int64)
+    number[np.argsort(first)] = np.arange(len(first))
+    return number[inverse]
 
 
 class Joined(Sequence[Sample]):
