@@ -5,9 +5,9 @@
     python notebooks/ablations.py --effects       # the table of effects, from the runs that exist
 
 A run calls train.py with settings of its own and, through the hook `train.main(arguments, model_class)`, with a model
-of its own. Its results are added to notebooks/ablations.json, and runs that are in the file are skipped: the program can
-be stopped at any time, and the same command makes the rest. Two programs may share the file, if each has its regime. All
-runs of a file are of one version of the tiny world. Notebook 06 shows the results.
+of its own. Its results are added to notebooks/ablations.json, and runs that are in the file are skipped: the program
+can be stopped at any time, and the same command makes the rest. Two programs may share the file, if each has its
+regime. All runs of a file are of one version of the tiny world. Notebook 06 shows the results.
 """
 
 import copy
@@ -394,8 +394,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(table(results))
         return
     if results["world"] != VERSION:
-        raise SystemExit(f"{RESULTS}: these runs are of version {results['world']} of the tiny world, and this is version "
-                         f"{VERSION}; move the file away to start over")
+        raise SystemExit(f"{RESULTS}: these runs are of version {results['world']} of the tiny world, and this is "
+                         f"version {VERSION}; move the file away to start over")
     missing = [(regime, arm, seed) for seed in SEEDS for regime, arm in RUNS
                if str(seed) not in results["runs"].get(f"{regime}, {arm}", {})
                and settings.regime in ("", regime)]
