@@ -1,12 +1,13 @@
 """Does modularity help? The runs that docs/modularity.md plans: each claim is an arm and its control, with five seeds.
 
-    python notebooks/ablations.py                 # the runs that are missing, about 2 minutes each on one core
+    python notebooks/ablations.py                 # the runs that are missing, about 3 minutes each on one core
     python notebooks/ablations.py few             # only the runs of one regime
     python notebooks/ablations.py --effects       # the table of effects, from the runs that exist
 
 A run calls train.py with settings of its own and, through the hook `train.main(arguments, model_class)`, with a model
-of its own. Its results are added to notebooks/ablations.json; runs that are in the file are skipped, so the program can
-be stopped at any time and continues where it was. Notebook 06 shows the results.
+of its own. Its results are added to notebooks/ablations.json, and runs that are in the file are skipped: the program
+can be stopped at any time, and the same command makes the rest. Two programs may share the file, if each has its
+regime. All runs of a file are of one version of the tiny world. Notebook 06 shows the results.
 """
 
 import copy
@@ -39,6 +40,7 @@ from mplug2.model.patch_embed import PatchEmbed, patchify
 from mplug2.model.universal import UniversalLayers
 from mplug2.predictor import Predictor
 from tiny_data.world import COLOR_NAMES, FRAMES
+from tiny_data.writer import VERSION
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train  # noqa: E402
@@ -191,6 +193,8 @@ def run(regime: str, arm: str, seed: int, steps: int = STEPS) -> dict:
         "--seed", str(seed), "--eval-every", str(10 * steps), "--save-every", str(10 * steps),
         "--out", str(WORK), "--name", name, *PLANNED.split(), *REGIMES[regime].split(),
     ], lambda *args: models.append(ARMS[arm](*args)) or models[-1])
+    if not metrics:
+        raise SystemExit(f"{regime}, {arm}, seed {seed} was stopped, and starts from scratch next time")
     tokenizer = Tokenizer.load(PRETRAINED / "tokenizer.json")
     predictor = Predictor(models[0].eval(), tokenizer, PreprocessConfig(frames=FRAMES, max_words=30))
     lines = [json.loads(line) for line in (WORK / name / "predictions.jsonl").read_text().splitlines()]
@@ -218,7 +222,8 @@ def other_colors() -> Path:
 
 def changed_world(name: str, change: Callable[[str, list[str]], list[str]]) -> Path:
     """A copy of the tiny world with other lines in its files. Images and videos are not copied."""
-    world, root = tiny_data.ensure(), WORK / name
+    world = tiny_data.ensure()
+    root = WORK / f"{name}-{world.name}"
     root.mkdir(parents=True, exist_ok=True)
     if not (root / "media").exists():
         (root / "media").symlink_to(world / "media")
@@ -388,6 +393,9 @@ def main(arguments: list[str] | None = None) -> None:
     if settings.effects:
         print(table(results))
         return
+    if results["world"] != VERSION:
+        raise SystemExit(f"{RESULTS}: these runs are of version {results['world']} of the tiny world, and this is "
+                         f"version {VERSION}; move the file away to start over")
     missing = [(regime, arm, seed) for seed in SEEDS for regime, arm in RUNS
                if str(seed) not in results["runs"].get(f"{regime}, {arm}", {})
                and settings.regime in ("", regime)]
@@ -396,10 +404,11 @@ def main(arguments: list[str] | None = None) -> None:
         found = run(regime, arm, seed)
         minutes = (time.time() - start) / 60
         results = read()  # another process may have written to it
-        if results.setdefault("of", found["of"]) != found.pop("of"):
-            raise SystemExit("this tiny world has other tests than that of the runs before")
+        results["of"] = found.pop("of")
         results["runs"].setdefault(f"{regime}, {arm}", {})[str(seed)] = {**found, "minutes": round(minutes, 1)}
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        part = RESULTS.with_suffix(".part")
+        part.write_text(json.dumps(results, indent=1) + "\n")
+        part.replace(RESULTS)  # a program that is killed while it writes loses no run
         left = len(missing) - done - 1
         print(f"{regime}, {arm}, seed {seed}: {minutes:.1f} minutes; {left} runs are left, about {left * minutes:.0f} "
               "minutes", flush=True)
@@ -407,7 +416,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def read() -> dict:
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    return {"command": "python notebooks/ablations.py", "runs": {}} | results
+    return {"command": "python notebooks/ablations.py", "world": VERSION, "runs": {}} | results
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from mplug2.data.text import Tokenizer
 from mplug2.model.mplug2 import MPLUG2
 from mplug2.predictor import Predictor
 
-FILE = Path(__file__).parents[1] / "notebooks/ablations.py"
+FILE, DOCS = (Path(__file__).parents[1] / name for name in ("notebooks/ablations.py", "docs/modularity.md"))
 spec = importlib.util.spec_from_file_location("ablations", FILE)
 ablations = sys.modules["ablations"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(ablations)
@@ -99,6 +99,7 @@ def test_at_odds_every_color_of_an_image_has_the_word_of_another_one(tmp_path, m
 def test_few_videos_keeps_images_sentences_and_the_test(tmp_path, monkeypatch):
     monkeypatch.setattr(ablations, "WORK", tmp_path)
     root, world = ablations.few_videos(), tiny_data.ensure()
+    assert world.name in root.name  # the media of another version are not taken for those of this one
     for task, split, size in (
         ("video_caption", "train", 200), ("video_qa", "train", 200), ("video_caption", "test", 600),
     ):
@@ -151,8 +152,34 @@ def test_the_verdict_follows_the_rule_of_the_plan(low, high, expected):
     assert ablations.verdict(found) == expected
 
 
+def test_the_program_makes_the_missing_runs_of_one_world(tmp_path, monkeypatch, capsys):
+    made, file = [], tmp_path / "ablations.json"
+    monkeypatch.setattr(ablations, "RESULTS", file)
+    monkeypatch.setattr(ablations, "run", lambda *run: made.append(run) or {"of": {}, "right": {}})
+    ablations.main(["narrow"])
+    assert len(made) == len(set(made)) == 10
+    results = json.loads(file.read_text())
+    del results["runs"]["narrow, one stream"]["2"]
+    file.write_text(json.dumps(results))
+    ablations.main(["narrow"])
+    assert made[10:] == [("narrow", "one stream", 2)]
+    assert "narrow, one stream, seed 2: 0.0 minutes; 0 runs are left" in capsys.readouterr().out
+    file.write_text(json.dumps(results | {"world": 3}))
+    with pytest.raises(SystemExit, match="these runs are of version 3 of the tiny world, and this is version"):
+        ablations.main(["narrow"])
+    assert len(made) == 11
+
+
+def test_a_run_that_is_stopped_is_no_result(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablations, "WORK", tmp_path)
+    monkeypatch.setattr(ablations.train, "main", lambda *_: {})  # what it returns after Ctrl-C
+    with pytest.raises(SystemExit, match="plenty, full, seed 0 was stopped"):
+        ablations.run("plenty", "full", 0)
+
+
 def test_the_committed_runs_belong_to_these_models():
     committed = json.loads(ablations.RESULTS.read_text())
+    assert f"version {committed['world']} of the tiny world" in DOCS.read_text(encoding="utf-8")
     runs = committed.get("runs", {})
     assert set(runs) <= {f"{regime}, {arm}" for regime, arm in ablations.RUNS}
     for name, by_seed in runs.items():
@@ -165,7 +192,7 @@ def test_the_committed_runs_belong_to_these_models():
 
 @pytest.mark.slow
 def test_the_effects_in_the_docs_are_those_of_the_committed_runs():
-    text = (FILE.parents[1] / "docs" / "modularity.md").read_text(encoding="utf-8").partition("## Results")[2]
+    text = DOCS.read_text(encoding="utf-8").partition("## Results")[2]
     rows = re.findall(r"^\| \**(\d[a-c](?: - (?:\d[a-c]|plenty))?)\b[^|]*\|(.*)\|$", text, re.MULTILINE)
     shown = {claim: [cell.strip() for cell in cells.split("|")] for claim, cells in rows}
     computed = {}
