@@ -39,11 +39,16 @@ class Failed(str):
     """The traceback of a process that failed."""
 
 
+LIBRARIES = ["torch.distributed.fsdp", "torch.distributed.tensor.debug", "hypothesis", "pytest"]
+"""Imported once, by the server that all processes are forked from. mplug2 is not among them: mutmut changes it."""
+
+
 class Processes:
     """`world` processes that run the same function at the same time."""
 
     def __init__(self, world: int):
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(LIBRARIES)
         self.queues = [(context.Queue(), context.Queue()) for _ in range(world)]
         self.processes = [
             context.Process(target=serve, args=(rank, world, *queues), daemon=True)
