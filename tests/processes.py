@@ -22,6 +22,7 @@ def free_port() -> int:
 def serve(rank: int, world: int, jobs: mp.Queue, results: mp.Queue) -> None:
     """The loop of one process: run each job, inside a process group or, if not `joined`, without one."""
     torch.set_num_threads(1)
+    gc.freeze()  # what the server has imported: collections need not look at it
     while (job := jobs.get()) is not None:
         function, arguments, port, size, joined = job
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

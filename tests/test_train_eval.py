@@ -38,6 +38,7 @@ from mplug2.training.settings import GROUPS
 from tiny_data import write
 from tiny_data.writer import VERSION
 
+pytestmark = pytest.mark.usefixtures("no_curves")  # except in the session's `run`
 HERE = Path(train.__file__).parent
 KEYS = (
     ["caption_exact", "caption_cider", "caption_bleu4", "caption_rouge_l"]

@@ -37,7 +37,7 @@ def evaluate_labels(
         confidence = output.softmax(dim=0).max().item() if classes and has_head else None
         text = " / ".join(record.texts) or record.text or ""
         truth = () if record.unlabelled else (record.label,)
-        predictions.append(Prediction(task, media_of(record), text, value, truth, record.id, confidence))
+        predictions.append(Prediction(task, files_of(record), text, value, truth, record.id, confidence))
     labelled = [(output, prediction) for (_, output), prediction in zip(read, predictions) if prediction.truth]
     if not labelled:
         return {}, predictions
@@ -85,7 +85,7 @@ def unknown_labels(predictor: Predictor, task: str, data: EvalSplit) -> str:
             f"predicted, such as {examples}; every prediction counts as wrong there") if unknown else ""
 
 
-def media_of(record: Record) -> tuple:
+def files_of(record: Record) -> tuple:
     """The files that a record shows; none for text."""
     return Medium.of_record(record).paths if record.video or record.image or record.images else ()
 

@@ -21,6 +21,7 @@ from mplug2.training.fault_tolerance import Watchdog
 from mplug2.training.run_checkpoint import load_training
 from tiny_data import write
 
+pytestmark = pytest.mark.usefixtures("no_curves")
 TASK = "--task video_qa,video_caption --max-steps 2 --eval-every 2 --lr 0".split()
 
 
