@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish():
-    """The modules stay: garbage collections, of which imageio makes one for each file, need not look at them."""
+    """The modules stay, so garbage collections need not look at them. imageio collects for each file that it reads."""
     gc.freeze()
 
 

@@ -40,8 +40,9 @@ class Failed(str):
     """The traceback of a process that failed."""
 
 
-LIBRARIES = ["torch.distributed.fsdp", "torch.distributed.tensor.debug", "hypothesis", "pytest"]
-"""Imported once, by the server that all processes are forked from. mplug2 is not among them: mutmut changes it."""
+LIBRARIES = ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.debug", "hypothesis", "pytest"]
+"""Imported once, by the server that all processes are forked from. Every optimizer imports `torch._dynamo`. mplug2 is
+not among them: mutmut changes it."""
 
 
 class Processes:
