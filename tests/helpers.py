@@ -18,6 +18,8 @@ from mplug2.model.layers import BertLayer
 
 seeds = st.integers(0, 2**16)
 Module = TypeVar("Module", bound=nn.Module)
+QUICK_TASKS = ("pretrain", "video_caption", "image_qa", "video_retrieval", "visual_entailment", "grounding")
+"""Pre-training, and one task for each kind of output. Tests of the others may be slow."""
 
 
 def slow_except(quick: Iterable, values: Iterable) -> list[Any]:
