@@ -29,13 +29,16 @@ def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(items=left_out)
 
 
-gc.disable()  # while the tests are collected
-
-
-def pytest_collection_finish():
-    """The modules stay, so garbage collections need not look at them. imageio collects for each file that it reads."""
-    gc.freeze()
-    gc.enable()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """The modules that are imported here stay, so garbage collections need not look at them, now or later: imageio
+    collects for each file that it reads."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(scope="module")
