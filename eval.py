@@ -180,7 +180,7 @@ def score(
         chance: dict[str, float] = {}
         with warning_only("the chance level"):
             chance = chance_level(splits[0], evaluated_tasks(found))
-        print("\n".join(filter(None, [results.describe(found, chance), results.describe_skipped(found)])))
+        print("\n".join(filter(None, [results.format_results(found, chance), results.describe_skipped(found)])))
         results.write_metrics(file, found)
         results.write_predictions(predictions, found)
         print(f"metrics: {file}; predictions: {predictions}")

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mplug2 import distributed
-from mplug2.checkpoint import PreprocessConfig, load_model, read_classes
+from mplug2.checkpoint import PreprocessConfig, checkpoint_classes, load_model
 from mplug2.data.build import TrainingData, build_data
 from mplug2.data.records import available
 from mplug2.data.text import Tokenizer
@@ -95,7 +95,7 @@ class Trainer:
         self.data = build_data(
             settings.data, settings.model_config(), process, settings.run.seed,
             tokenizer=Tokenizer.load(checkpoint) if checkpoint else None,
-            classes=read_classes(checkpoint) if resume else None,
+            classes=checkpoint_classes(checkpoint) if resume else None,
         )
         self.settings = settings = settings.replace(max_steps=self.data.steps, epochs=None)
 

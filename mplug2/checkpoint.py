@@ -129,7 +129,18 @@ def renewed(model: dict) -> dict:
     return model
 
 
-def read_classes(folder: Path | str) -> dict[str, tuple[str, ...]]:
+def read_json_object(path: Path | str) -> dict:
+    """The JSON object in a file. ValueError if there is none."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not a JSON file ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
+def checkpoint_classes(folder: Path | str) -> dict[str, tuple[str, ...]]:
     """The class names that a model was trained with, by task."""
     saved = json.loads((Path(folder) / "config.json").read_text())
     return {task: tuple(names) for task, names in saved.get("classes", {}).items()}
@@ -162,7 +173,7 @@ def load_model(
     if len(tokenizer) > config.vocab_size:
         raise CheckpointError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, but the model has only "
                               f"{config.vocab_size} word embeddings; copy the tokenizer.json that belongs to the model")
-    saved_classes = read_classes(folder)
+    saved_classes = checkpoint_classes(folder)
     model = MPLUG2(config, task or saved_task, saved_classes if classes is None else classes)
     new, may_be_new = tuple(reinit), ()
     for pattern in reinit:

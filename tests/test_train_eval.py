@@ -38,6 +38,7 @@ from mplug2.training.settings import GROUPS
 from tiny_data import write
 from tiny_data.writer import VERSION
 
+pytestmark = pytest.mark.usefixtures("no_curves")  # except in the session's `run`
 HERE = Path(train.__file__).parent
 KEYS = (
     ["caption_exact", "caption_cider", "caption_bleu4", "caption_rouge_l"]
@@ -390,7 +391,7 @@ def test_a_validation_has_the_settings_of_the_run_and_changes_nothing_that_is_tr
     records, tmp_path, monkeypatch, spy
 ):
     """On records of a sample of `val` after each step, and on all of `test` at the end. The losses of a run without
-    validation are the same: the random numbers of dropout go on where they were."""
+    validation are the same: the random numbers of dropout continue where they were."""
     data, precisions, autocast = tmp_path / "data", [], set()
     shutil.copytree(records, data)
     for split in ("val", "test"):
@@ -544,6 +545,7 @@ def test_named_modules_start_from_scratch(run, light, tmp_path, capsys):
     assert "add --init CHECKPOINT" in refused(capsys, train.main, ["--out", tmp_path / "c", "--reinit", "decoder"], 2)
 
 
+@pytest.mark.slow
 def test_a_run_without_symbolic_links_is_resumed_fine_tuned_and_evaluated(light, tmp_path, monkeypatch):
     """As on exFAT: `last` and `best` are text files."""
 
@@ -568,6 +570,7 @@ def test_a_resumed_run_keeps_its_settings(capsys, run):
     assert "leave these flags out, or start another" in message
 
 
+@pytest.mark.slow
 def test_the_data_of_a_resumed_run_may_lie_elsewhere_but_must_be_the_same(capsys, light, tmp_path):
     first, moved = tmp_path / "first", tmp_path / "moved, with=a comma"
     shutil.copytree(light, first, symlinks=True)

@@ -32,10 +32,10 @@ def decoding(path: Path | str, expected: str) -> Iterator[None]:
             raise
         # FFmpeg's `strerror` is its message alone; str() would add an error number and the path once more.
         reason = f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"
-        raise describe(path, expected, f"cannot be decoded ({reason}); {ADVICE}") from error
+        raise media_error(path, expected, f"cannot be decoded ({reason}); {ADVICE}") from error
 
 
-def describe(path: Path | str, expected: str, problem: str) -> MediaError:
+def media_error(path: Path | str, expected: str, problem: str) -> MediaError:
     """The error of a file that cannot be read because of `problem`, unless a look at the file finds a better reason."""
     return MediaError(f"{path} {_known_problem(path, expected) or problem}")
 

@@ -86,40 +86,40 @@ class Demo:
                     raise gr.Error(str(error), print_exception=False, duration=None) from None
         return run
 
-    def draw(self, *scene_and_drawing) -> views.Clip:
+    def draw(self, *scene_and_drawing) -> views.LoadedMedium:
         *scene, drawing = scene_and_drawing
         if not drawing or drawing["composite"] is None:
             raise ValueError("the drawing is empty: choose the brush at its left, and draw a digit")
         return self.make(*scene, drawing["composite"])
 
-    def make(self, motion, digit, color, digit2, color2, speed, handwriting, drawing=None) -> views.Clip:
-        return views.draw_clip(motion, DIGITS.index(digit), color, DIGITS.index(digit2), color2, float(speed),
-                               int(handwriting), drawing)
+    def make(self, motion, digit, color, digit2, color2, speed, handwriting, drawing=None) -> views.LoadedMedium:
+        return views.draw_medium(motion, DIGITS.index(digit), color, DIGITS.index(digit2), color2, float(speed),
+                                 int(handwriting), drawing)
 
-    def upload(self, path: str | None) -> views.Clip:
+    def upload(self, path: str | None) -> views.LoadedMedium:
         if not path:
             raise ValueError("no file: drop an image, a GIF, or a video")
         try:
-            return views.read_clip(path, self.predictor)
+            return views.read_medium(path, self.predictor)
         finally:
             Path(path).unlink(missing_ok=True)
 
-    def show(self, clip, order, temporal, decoding):
+    def show(self, medium, order, temporal, decoding):
         """Frames as the model sees them, its caption, and the answers to the suggested questions."""
-        clip = views.reorder(clip, order)
+        medium = views.reorder(medium, order)
         if "decoder" not in self.predictor.model.components:
-            return views.strip(clip.frames), NOTHING_WRITTEN, "", []
+            return views.strip(medium.frames), NOTHING_WRITTEN, "", []
         with views.local_temporal_off(self.predictor, not temporal):
-            text, words = self.predictor.trace(clip, **DECODING[decoding])
-            rows = views.answers(self.predictor, clip) if "fusion" in self.predictor.model.components else []
-        return views.strip(clip.frames), text, _table(("question", "answer", "true answer"), rows), words
+            text, words = self.predictor.trace(medium, **DECODING[decoding])
+            rows = views.answers(self.predictor, medium) if "fusion" in self.predictor.model.components else []
+        return views.strip(medium.frames), text, _table(("question", "answer", "true answer"), rows), words
 
-    def ask(self, clip, order, temporal, question):
+    def ask(self, medium, order, temporal, question):
         question = _with_words(question, "question")
         with views.local_temporal_off(self.predictor, not temporal):
-            return self.predictor.trace(views.reorder(clip, order), question)
+            return self.predictor.trace(views.reorder(medium, order), question)
 
-    def attention(self, clip, order, word, layer, head):
+    def attention(self, medium, order, word, layer, head):
         """Where a word attends in one layer, by one head or by all."""
         names = list(word.maps)
         if not names:
@@ -129,11 +129,11 @@ class Demo:
         side = f"written with probability {word.probability:.1%}; most likely here: " + ", ".join(
             f"{other} {p:.1%}" for other, p in word.others) if word.others else "a word of the question"
         text = f"**{word.text}**: {side}. {weights.sum():.0%} of this attention is on patches of the frames."
-        return views.strip(views.reorder(clip, order).frames, weights.cpu().numpy()), text
+        return views.strip(views.reorder(medium, order).frames, weights.cpu().numpy()), text
 
-    def fit(self, clip, order, temporal, texts):
+    def fit(self, medium, order, temporal, texts):
         with views.local_temporal_off(self.predictor, not temporal):
-            rows = views.fitting_texts(self.predictor, views.reorder(clip, order), texts.splitlines())
+            rows = views.fitting_texts(self.predictor, views.reorder(medium, order), texts.splitlines())
         return _table(("text", "cosine", "matching probability"), [(a, f"{b:.2f}", f"{c:.1%}") for a, b, c in rows])
 
     def search(self, files, text):
@@ -151,30 +151,30 @@ class Demo:
                 Path(file).unlink(missing_ok=True)
         return _table(("file", "cosine"), [(path.name, f"{score:.2f}") for score, path in rows])
 
-    def beams(self, clip, order, temporal, question):
+    def beams(self, medium, order, temporal, question):
         with views.local_temporal_off(self.predictor, not temporal):
             question = _with_words(question, "question") if question.strip() else ""
-            return views.beam_tree(self.predictor, views.reorder(clip, order), question)
+            return views.beam_tree(self.predictor, views.reorder(medium, order), question)
 
-    def latents(self, clip, order, temporal):
+    def latents(self, medium, order, temporal):
         with views.local_temporal_off(self.predictor, not temporal):
-            return views.latent_images(self.predictor, views.reorder(clip, order))
+            return views.latent_images(self.predictor, views.reorder(medium, order))
 
-    def compare(self, clip, order):
+    def compare(self, medium, order):
         """Caption and answers of both models, on the same frames."""
-        clip = views.reorder(clip, order)
+        medium = views.reorder(medium, order)
         other = self.other or self.predictor
         for predictor in (self.predictor, other):
             predictor.model.require("decoder")
             predictor.model.require("fusion")
-        one = [self.predictor.caption([clip])[0], *(row[1] for row in views.answers(self.predictor, clip))]
+        one = [self.predictor.caption([medium])[0], *(row[1] for row in views.answers(self.predictor, medium))]
         with views.local_temporal_off(other, self.other is None):
-            two = [other.caption([clip])[0], *(row[1] for row in views.answers(other, clip))]
-        rows = zip(["caption", *(question for question, _ in clip.asked)], one, two)
+            two = [other.caption([medium])[0], *(row[1] for row in views.answers(other, medium))]
+        rows = zip(["caption", *(question for question, _ in medium.asked)], one, two)
         return _table(("", self.name, self.other_name), list(rows))
 
-    def box(self, clip, text):
-        return views.boxed(self.predictor, clip, _with_words(text, "text"))
+    def box(self, medium, text):
+        return views.boxed(self.predictor, medium, _with_words(text, "text"))
 
 
 def _with_words(text: str | None, what: str) -> str:
@@ -197,7 +197,7 @@ def _highlighted(words: list[Word]) -> list[tuple[str, float | None]]:
 
 
 def _video_column(demo: Demo) -> tuple[gr.State, gr.State, list, list]:
-    """The controls that make a clip. Returns states, and what the views depend on."""
+    """The controls that make an image or a video. Returns states, and what the views depend on."""
     with gr.Row():
         motion = gr.Dropdown(list(views.MOTIONS), value="moves right", label="Motion", elem_id="motion")
         speed = gr.Radio(["0.5", "1", "2"], value="1", label="Speed")
@@ -216,19 +216,19 @@ def _video_column(demo: Demo) -> tuple[gr.State, gr.State, list, list]:
     with gr.Accordion("Upload an image, GIF, or video", open=False):
         file = gr.File(label=f"At most {UPLOAD_LIMIT.upper()}; deleted as soon as it is read", elem_id="upload")
     first = demo.make("moves right", "seven", "red", "three", "blue", 1, 0)
-    clip = gr.State(first, time_to_live=3600)
+    medium = gr.State(first, time_to_live=3600)
     scene = [motion, digit, color, digit2, color2, speed, handwriting]
     motion.change(lambda kind: gr.update(visible=kind.startswith("two")), motion, second)
     for each in scene:
-        each.input(demo.guarded(demo.make), scene, clip)
-    use_drawing.click(demo.guarded(demo.draw), [*scene, drawing], clip)
-    file.upload(demo.guarded(demo.upload), file, clip)
-    return clip, gr.State([])
+        each.input(demo.guarded(demo.make), scene, medium)
+    use_drawing.click(demo.guarded(demo.draw), [*scene, drawing], medium)
+    file.upload(demo.guarded(demo.upload), file, medium)
+    return medium, gr.State([])
 
 
-def _tabs(demo: Demo, clip: gr.State, order: gr.Radio, temporal: gr.Checkbox) -> None:
-    """What else can be seen of the clip."""
-    now, run = [clip, order, temporal], demo.guarded
+def _tabs(demo: Demo, medium: gr.State, order: gr.Radio, temporal: gr.Checkbox) -> None:
+    """What else can be seen of the image or video."""
+    now, run = [medium, order, temporal], demo.guarded
     with gr.Tab("Which text fits"):
         texts = gr.Textbox("a red seven moving right\na red seven moving left\na blue two", lines=4,
                            label="Texts, one in each line")
@@ -250,12 +250,12 @@ def _tabs(demo: Demo, clip: gr.State, order: gr.Radio, temporal: gr.Checkbox) ->
         gr.Button("Show the latents").click(run(demo.latents), now, gallery)
     with gr.Tab("Compare"):
         table = gr.HTML(elem_id="comparison")
-        gr.Button("Compare").click(run(demo.compare), [clip, order], table)
+        gr.Button("Compare").click(run(demo.compare), [medium, order], table)
         gr.Markdown(f"**{demo.name}** next to **{demo.other_name}**. Choose another model with `--compare DIR`.")
     with gr.Tab("Grounding"):
         text = gr.Textbox("the red seven", label="What to find in the first frame")
         image = gr.Image(label="Box", buttons=["fullscreen"], height=260, elem_id="box")
-        gr.Button("Find it").click(run(demo.box), [clip, text], image)
+        gr.Button("Find it").click(run(demo.box), [medium, text], image)
 
 
 def build(demo: Demo) -> gr.Blocks:
@@ -265,7 +265,7 @@ def build(demo: Demo) -> gr.Blocks:
         gr.Markdown(INTRO.format(name=demo.name, known=known if demo.name == "pretrained" else ""))
         with gr.Row():
             with gr.Column():
-                clip, words = _video_column(demo)
+                medium, words = _video_column(demo)
             with gr.Column():
                 frames = gr.Image(label="The frames that the model sees", elem_id="frames", height=150,
                                   buttons=["fullscreen"])
@@ -305,14 +305,14 @@ def build(demo: Demo) -> gr.Blocks:
                 return None, ""
             return demo.attention(video, frames_order, found[index], *of)
 
-        inputs, outputs = [clip, order, temporal, decoding], [frames, caption, table, words, shown]
+        inputs, outputs = [medium, order, temporal, decoding], [frames, caption, table, words, shown]
         changes = [page.load, *(each.change for each in inputs)]
         gr.on(changes, demo.guarded(show), inputs, outputs, show_progress="hidden", trigger_mode="always_last")
-        question.change(demo.guarded(ask), [clip, order, temporal, question], [words, shown])
-        of_word = demo.guarded(attend), [clip, order, words, chosen, layer, head], [heat, explained]
+        question.change(demo.guarded(ask), [medium, order, temporal, question], [words, shown])
+        of_word = demo.guarded(attend), [medium, order, words, chosen, layer, head], [heat, explained]
         shown.select(choose, None, chosen).then(*of_word)
         gr.on([layer.change, head.change], *of_word)
-        _tabs(demo, clip, order, temporal)
+        _tabs(demo, medium, order, temporal)
     return page
 
 

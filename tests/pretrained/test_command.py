@@ -10,7 +10,6 @@ import pytest
 import released_model
 import torch
 from safetensors.torch import save_file
-from transformers import BertConfig, BertForMaskedLM, CLIPVisionConfig, CLIPVisionModel
 
 from mplug2.checkpoint import load_model
 from mplug2.data.text import SPECIAL_TOKENS
@@ -173,6 +172,8 @@ def test_without_settings_the_file_is_read_as_a_large_run(released, tmp_path, ca
 
 
 def test_the_command_converts_clip_and_bert(tmp_path, capsys):
+    from transformers import BertConfig, BertForMaskedLM, CLIPVisionConfig, CLIPVisionModel
+
     clip = CLIPVisionModel(CLIPVisionConfig(
         hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=1, image_size=16, patch_size=8
     ))

@@ -23,7 +23,7 @@ import train
 from mplug2.objectives.objectives import Objectives
 from mplug2.training.run_checkpoint import load_training
 
-pytestmark = pytest.mark.timeout(900)  # for a busy machine
+pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("no_curves")]  # 900 s: for a busy machine
 HERE = Path(train.__file__).parent
 LONG = ["--max-steps", "100000", "--warmup-steps", "1", "--save-every", "4"]
 """A run that only a fault ends."""

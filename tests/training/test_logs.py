@@ -195,6 +195,7 @@ def test_wandb_is_asked_for_by_its_environment_variable(tmp_path, monkeypatch, c
     assert lines(tmp_path) == [{"step": 1}]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_continues_its_wandb_run_offline(tmp_path, monkeypatch):
     """With the real package: two folders of the same run, which `wandb sync` uploads as one."""
     wandb = pytest.importorskip("wandb", reason="the logger needs its extra: pip install -e '.[wandb]'")
