@@ -134,8 +134,7 @@ def use_files(
     if unknown := unknown_words([asked], predictor.tokenizer):
         say(describe_unknown(repr(asked), unknown, len(clean(asked).split())), file=sys.stderr)
     if files.find:
-        for value, file in own_files.find(predictor, files.files, files.find)[:10]:
-            say(f"{value:6.3f}  {file}")
+        own_files.print_best(predictor, files.files, files.find, say)
     elif files.many:
         out = Path(files.output or f"{output}s.jsonl")
         own_files.write(predictor, files.files, files.question, how, out, str(Path(checkpoint).resolve()), say)

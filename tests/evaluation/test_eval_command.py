@@ -178,6 +178,13 @@ def test_flags_of_scored_evaluations_are_refused_with_files_of_ones_own(checkpoi
     assert "expected a folder or a pattern as --input" in refused(capsys, evaluation.main, one, 2)
 
 
+def test_a_search_names_the_files_that_it_could_not_read(checkpoint, data, capsys):
+    (data / "1.gif").write_bytes(b"damaged")
+    evaluation.main(["--checkpoint", str(checkpoint), "--input", str(data), "--find", "a red one", "--device", "cpu"])
+    *found, skipped = capsys.readouterr().out.splitlines()
+    assert len(found) == 5 and skipped.startswith(f"skipped: {data / '1.gif'} cannot be decoded")
+
+
 @pytest.mark.parametrize("contents", ["# notes\n", '{"a": 1}', '{"a": 1}\n', '{"file": "a"}\n', "[1]\n", "7\n", "text"])
 def test_a_file_of_something_else_is_never_overwritten(checkpoint, data, capsys, contents):
     (data / "found.jsonl").write_text(contents)
