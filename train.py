@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None, model_class: Callable[..., MPLUG2] 
         with Watchdog(process, settings.run.timeout) as watchdog:
             return Trainer(settings, process, arguments, watchdog, model_class).train()
     except (ValueError, OSError) as error:  # OSError: a full disk, for example, or a folder without write permission
-        if not isinstance(error, distributed.AllRanksError) or process.is_main:
+        if distributed.first_to_report(error):
             print(f"\ntrain.py: {error}", file=sys.stderr)
         raise SystemExit(1) from error
     finally:

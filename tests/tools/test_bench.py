@@ -210,7 +210,7 @@ def test_the_data_path_is_measured(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--frames", "0"], "frames=0: expected a number of at least 1"),
     (["--data", "nowhere"], "nowhere"),
-    (["--device", "cuda"], "device cuda:0: this machine or this build of torch has no CUDA; use --device cpu"),
+    (["--device", "cuda"], "device cuda: this machine or this build of torch has no CUDA; use --device cpu"),
 ])
 def test_impossible_options_are_refused(arguments, message, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
