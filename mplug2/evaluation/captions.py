@@ -158,7 +158,8 @@ def paper_captions(references: list[list[str]], hypotheses: list[str]) -> dict[s
     `pycocoevalcap`. Fractions from 0 to 1, CIDEr from 0 to 10.
 
     Takes raw captions, not normalized ones. Letters of scripts without blanks between words count as words, and accents
-    are removed, which no model here can write. The tokenizer and METEOR are Java programs. Raises ValueError as `bleu` does, and if the package or Java is missing.
+    are removed, which no model here can write. The tokenizer and METEOR are Java programs. Raises ValueError as `bleu`
+    does, and if the package or Java is missing.
     """
     check_samples(references, hypotheses)
     check_paper_captions()
