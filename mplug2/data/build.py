@@ -21,12 +21,12 @@ from mplug2.data.records import held_out_media
 from mplug2.data.samples import Joined, Sample, SampleList, Samples, read_classes, read_samples, stream_kind
 from mplug2.data.shard_stream import ReaderState, stream_batches
 from mplug2.data.shards import ShardSet, is_shards, read_shards
-from mplug2.data.text import Tokenizer, clean
-from mplug2.data.text_check import check_run_texts
+from mplug2.data.text import Tokenizer, clean, normalize
+from mplug2.data.text_check import TokenCounts, check_run_texts
 from mplug2.data.transforms import Augmentation
 from mplug2.distributed import DistInfo, all_gather_object, run_on_main
 from mplug2.flags import check_range
-from mplug2.tasks import BATCH_TYPES, INSTRUCTIONS, PROMPTS, TASKS, batch_types, parse_tasks
+from mplug2.tasks import BATCH_TYPES, INSTRUCTIONS, PROMPTS, RECORD_FIELDS, TASKS, batch_types, parse_tasks
 
 
 @dataclass(frozen=True)
@@ -207,14 +207,14 @@ class TrainingData:
         """
         writes = {"prompted", "question"}
         writing = [stream for stream in self.sizes if writes & BATCH_TYPES[stream_kind(stream)].fields]
-        longest, lengths = 2 * self.settings.max_words if set(writing) & set(self.shards) else 0, {}
-        for sample in itertools.chain(*(self.samples[stream] for stream in writing if stream in self.samples)):
-            for text in (*sample.captions, *(answer for question in sample.qa for answer in question.answers)):
-                words = clean(text, self.settings.max_words).split()
-                for word in words:
-                    if word not in lengths:
-                        lengths[word] = self.tokenizer.lengths([word])[0] - 2
-                longest = max(longest, 1 + sum(lengths[word] for word in words))
+        longest = 2 * self.settings.max_words if set(writing) & set(self.shards) else 0
+        lengths = TokenCounts(self.tokenizer)
+        for records in itertools.chain(*(self.samples[stream].files for stream in writing if stream in self.samples)):
+            asked = "qa" in RECORD_FIELDS[records.task]  # its other texts are questions
+            for _, texts, answers in records.texts():
+                for text in answers if asked else texts:
+                    words = normalize(text).split()[:self.settings.max_words]
+                    longest = max(longest, 1 + sum(map(lengths.__getitem__, words)))
         return longest
 
     @property

@@ -76,5 +76,6 @@ def evaluate_answers(
         records, truths, texts = map(list, zip(*groups[kind]))
         statistics[f"qa_{kind}"] = mean(exact_match(truths, texts), records)
         if kind == "accuracy" and all(len(answers) == VOTES for answers in truths):
-            statistics["vqa_accuracy"] = mean(vqa_accuracy(truths, texts), records)
+            lower = [[answer.lower() for answer in answers] for answers in truths]  # as those of VQAv2, and the model's
+            statistics["vqa_accuracy"] = mean(vqa_accuracy(lower, texts), records)
     return with_errors(statistics), predictions

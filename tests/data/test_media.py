@@ -93,6 +93,9 @@ def test_what_a_file_is_in_place_of_an_image_or_a_video(tmp_path, suffix):
     expected = "a video" if suffix not in STILL_SUFFIXES else "an image"
     for name, content in [
         ("empty", b""), ("zeros", bytes(5000)), ("page", HTML), ("pointer", POINTER),
+        ("xhtml", b'<?xml version="1.0"?>\n<!DOCTYPE html PUBLIC "x">\n<html lang="en">'),
+        ("saved", b"<!-- saved from url -->\n<html>"), ("title", b"<TITLE>404</TITLE>"),
+        ("json", b'{"error": "not found"}'),
         ("denied", b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>'),
         ("._mac", b"\0\5\x16\7\0\2\0\0Mac OS X" + bytes(4000)),
     ]:
@@ -104,6 +107,8 @@ def test_what_a_file_is_in_place_of_an_image_or_a_video(tmp_path, suffix):
         ("zeros", r"(cannot be decoded \(.*\)|has no frame that can be decoded); it may be damaged"),
         ("folder", f"is a folder, not {expected}"),
         ("page", f"is an HTML page, not {expected}; .*download the file again"),
+        *((name, "is an HTML page, not") for name in ("xhtml", "saved", "title")),
+        ("json", f"is a JSON document, not {expected}; .*download the file again"),
         ("pointer", f"is a git-lfs pointer, not {expected}; fetch the content with `git lfs pull`"),
         ("denied", f"is an XML document, not {expected}; .*download the file again"),
         (r"\._mac", f"is a macOS metadata file .*, not {expected}; remove it"),
