@@ -130,6 +130,7 @@ def test_metrics_have_a_line_per_step_the_validations_and_the_results(run):
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
     for line in steps:
         assert {"grad_norm", "lr", "samples_per_second", "waiting_for_data", "skipped_files", "memory_gib"} <= set(line)
+        assert 0.001 <= line["temperature"] <= 0.5
     losses = {key.removeprefix("loss/") for line in steps for key in line if key.startswith("loss/")}
     assert losses == {"vtc", "vtm", "mlm", "caption", "answer"}
     validated = [line for line in found if "val/caption_exact" in line]
