@@ -97,7 +97,8 @@ class Trainer:
             tokenizer=Tokenizer.load(checkpoint) if checkpoint else None,
             classes=read_classes(checkpoint) if resume else None,
         )
-        self.settings = settings = settings.replace(max_steps=self.data.steps, epochs=None)
+        self.settings = settings = settings.replace(
+            max_steps=self.data.steps, epochs=None, workers=self.data.settings.workers)
 
         self.model = build_model(settings, self.data, process, model_class)
         self.objectives = build_objectives(self.model, settings.loss, self.data)
@@ -299,8 +300,7 @@ class Trainer:
         self.log.skipped_files(batch["errors"], sum(self.data.sizes.values()), self.settings.data.max_skipped)
         self.data.advance(batch)
         self.watchdog.heartbeat(step, "in a step", names=partial(", ".join, batch["source"]))
-        return {name: value.to(self.process.device, non_blocking=True) if torch.is_tensor(value) else value
-                for name, value in batch.items()}
+        return batch
 
     def write_log(self) -> None:
         """A line of metrics.jsonl: the means since the previous line."""
