@@ -201,8 +201,7 @@ class Trainer:
         return stopping
 
     def save(self) -> None:
-        """Begin to write a checkpoint. Every rank contributes its state, the main process writes while training continues.
-        """
+        """Begin a checkpoint. Every rank contributes its state, the main process writes while training continues."""
         self.finish_saving()
         weights, training = gathered(self.model.state_dict(), self.process.is_main), self.state.state_dict()
         if self.process.is_main:

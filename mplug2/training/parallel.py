@@ -191,8 +191,8 @@ def optimizer_state(
 
 
 def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Copies of tensors in one piece on the CPU, which training does not change; none if this rank does not `keep` them.
-    Every rank has to call it."""
+    """Copies of tensors in one piece on the CPU, which training will not change; none if this rank does not `keep`
+    them. Every rank has to call it."""
     kept = {}
     for name, tensor in tensors.items():
         full = full_tensor(tensor)
