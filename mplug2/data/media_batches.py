@@ -75,8 +75,7 @@ def media_batches(media: Mapping[int, Medium], size: int) -> list[MediaBatch]:
 
 
 class MediaReader(Dataset):
-    """`reader[i]`: the readable part of batch i, or None; its uint8 pixels `b n 3 t H W`; the errors of the other media.
-    """
+    """`reader[i]`: the readable part of batch i, or None; its pixels `b n 3 t H W`, uint8; the errors of the others."""
 
     def __init__(self, batches: list[MediaBatch], frames: int, image_size: int):
         self.batches, self.frames, self.image_size = batches, frames, image_size
