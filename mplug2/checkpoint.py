@@ -18,7 +18,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -64,14 +64,17 @@ class PreprocessConfig:
 def save_model(
     folder: Path | str, model: MPLUG2, tokenizer: Tokenizer, preprocess: PreprocessConfig,
     dtype: torch.dtype | None = None, data: Sequence[Path | str] | None = None,
+    weights: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Write the three files of a model folder, creating `folder`. The weights are saved as `dtype` if one is given.
 
     `data` are the folders that the model was trained on, none for the tiny world; None leaves them unrecorded.
+    `weights` replace those of the model, which may be sharded, or in training.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
+    weights = model.state_dict() if weights is None else weights
+    weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in weights.items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = {
         "format": FORMAT, "task": model.task, "model": dataclasses.asdict(model.config),

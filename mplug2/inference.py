@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mplug2.checkpoint import PreprocessConfig
-from mplug2.data.media import MediaError
+from mplug2.data.media import MediaError, normalize
 from mplug2.data.media_batches import MediaReader, Medium, media_batches, read_ahead
 from mplug2.data.samples import join_text_pair
 from mplug2.data.text import Tokenizer
@@ -98,9 +98,9 @@ class BatchRunner:
         return self.model.encode_text(ids, mask), mask
 
     def vision_tokens(self, pixels: Tensor) -> Tensor:
-        """Pixels `b n 3 t H W` to V' `b v d`, or `b (2 v) d` of pairs of images."""
+        """Pixels `b n 3 t H W`, uint8, to V' `b v d`, or `b (2 v) d` of pairs of images."""
         n = pixels.shape[1]
-        vision = self.model.encode_vision(pixels.flatten(0, 1).to(self.device))
+        vision = self.model.encode_vision(normalize(pixels.flatten(0, 1).to(self.device)))
         return vision if n == 1 else self.model.concat_pair(rearrange(vision, "(b n) v d -> b n v d", n=n))
 
     def start(self, b: int, prompt: str = "") -> Tensor:

@@ -113,7 +113,9 @@ def test_a_missing_device_is_refused_with_advice(monkeypatch):
 
 
 def test_the_device_of_a_rank_is_the_gpu_of_its_number_on_its_machine(monkeypatch):
-    chosen = []
+    """Its products of float32 matrices use TF32."""
+    chosen, precisions = [], []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", precisions.append)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
@@ -122,6 +124,7 @@ def test_the_device_of_a_rank_is_the_gpu_of_its_number_on_its_machine(monkeypatc
     for name, device in (("auto", "cuda:1"), ("cuda", "cuda:1"), ("cuda:0", "cuda:0"), ("cpu", "cpu")):
         assert init_distributed(name).device == torch.device(device)
     assert chosen == [torch.device("cuda:1")] * 2 + [torch.device("cuda:0")]
+    assert precisions == ["high"] * 3
 
 
 def exchanges(rank: int) -> tuple:

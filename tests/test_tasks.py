@@ -231,6 +231,8 @@ def test_answers_are_chosen_from_a_list(pretrained, world, tmp_path, capsys):
     ("--task video_caption --distill-weight 0.4", "task=video_caption: this task has no answers to distill"),
     ("--queue-size 64", "queue_size=64: the queue needs an EMA teacher; add --distill-weight 0.4"),
     ("--task video_qa --distill-weight 0.4 --queue-size 64", "task=video_qa: this task has no VTC that would use it"),
+    ("--distill-weight 0.4 --queue-size 15 --batch-size 32 --accumulation-steps 2",
+     "queue_size=15: a micro-batch has 16 samples, and the queue has to hold them; raise --queue-size to 16 or more"),
     ("--ema-decay 1", "ema_decay=1.0: expected a number of at least 0 and below 1"),
     ("--task video_qa --self-critical", "task=video_qa: this task does not generate captions"),
     ("--layer-decay 1.5", "layer_decay=1.5: expected a number from 0 to 1"),

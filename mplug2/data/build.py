@@ -5,6 +5,7 @@ source on, the number of the source follows ("video@1").
 """
 
 import copy
+import dataclasses
 import itertools
 import math
 import os
@@ -16,7 +17,7 @@ from typing import Any, Literal
 import tiny_data
 from mplug2.config import ModelConfig
 from mplug2.data.batches import Collate, MixedBatches
-from mplug2.data.loader import make_loader, prefetch
+from mplug2.data.loader import default_workers, make_loader, on_device, prefetch
 from mplug2.data.records import held_out_media
 from mplug2.data.samples import Joined, Sample, SampleList, Samples, read_classes, read_samples, stream_kind
 from mplug2.data.shard_stream import ReaderState, stream_batches
@@ -66,8 +67,9 @@ class DataSettings:
     """Pre-training: share of the steps with image batches."""
     text_weight: float = 0.05
     """Pre-training: share of the steps with text-only batches."""
-    workers: int = 0
-    """Processes per rank that decode media; 0: the training process decodes in a thread."""
+    workers: int | None = None
+    """Processes per rank that decode media; 0: a thread decodes. By default 0 on a CPU, and with GPUs the cores of each
+    rank, less one, but at most 8."""
     shuffle_buffer: int = 256
     """Number of samples that a reader of tar shards holds in memory and shuffles."""
     max_unknown: float = 0.2
@@ -125,7 +127,7 @@ class DataSettings:
 
 @dataclass
 class TrainingData:
-    """The data of a run. Iterating yields this rank's micro-batches, from the current step to the last one.
+    """The data of a run. Iterating yields this rank's micro-batches on its device, from the current step to the last.
 
     The position in the data belongs to the state of a run: `state_dict` and `load_state_dict`.
     """
@@ -150,13 +152,14 @@ class TrainingData:
 
     def __iter__(self) -> Iterator[dict]:
         settings, collate = self.settings, Collate(self.tokenizer, self.classes)
-        pin = self.process.device.type == "cuda"
+        cuda = self.process.device.type == "cuda"
         if self.shards:
             loader = stream_batches(self.dataset, self.shards, self.batches, collate, self.readers, settings.max_words,
-                                    settings.workers, pin)
+                                    settings.workers, pin=cuda)
         else:
-            loader = make_loader(self.dataset, self.batches, collate, settings.workers, pin)
-        return iter(loader) if settings.workers else prefetch(loader)
+            loader = make_loader(self.dataset, self.batches, collate, settings.workers, pin=cuda)
+        batches = on_device(iter(loader), self.process.device)
+        return batches if settings.workers and not cuda else prefetch(batches)
 
     def advance(self, batch: dict) -> None:
         """Record that a batch was trained on."""
@@ -259,6 +262,11 @@ def build_data(
         run_on_main(tiny_data.ensure, process)
         roots = {tiny_data.ensure(): 1.0}
     samples, shards, weights = read_streams(settings, roots)
+    if settings.workers is None:
+        workers = default_workers(process.device)
+        for shard_set in shards.values():  # each worker of each rank needs a shard
+            workers = min(workers, len(shard_set.paths) // process.world_size)
+        settings = dataclasses.replace(settings, workers=workers)
     merged = by_batch_type(samples)
     classes = read_classes(merged) if classes is None else classes
     tokenizer = tokenizer or make_tokenizer(settings, samples, model.vocab_size)
@@ -272,7 +280,7 @@ def build_data(
     dataset = Samples(
         samples, model.image_size, settings.frames, settings.questions_per_sample, model.max_positions,
         settings.max_words, seed,
-        None if settings.augment == "none" else Augmentation(settings.augment, settings.hflip),
+        None if settings.augment == "none" else Augmentation(settings.augment, settings.hflip), as_bytes=True,
     )
     sizes = {stream: len(of_stream) for stream, of_stream in {**samples, **shards}.items()}
     batches = MixedBatches(

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mplug2.data.media import MediaError, read_image, read_video, to_pixels
+from mplug2.data.media import MediaError, read_image, read_video, to_bytes, to_pixels
 from mplug2.data.record_fields import short
 from mplug2.data.records import Question, Record, RecordError, Records, available, raise_all, read_records
 from mplug2.data.text import Tokenizer, clean
@@ -266,14 +266,15 @@ def join_text_pair(texts: Sequence[str], max_words: int) -> str:
 class Samples(torch.utils.data.Dataset):
     """The training items: `samples[stream, epoch, index]`.
 
-    A file that cannot be decoded is replaced by the next sample; the error message is kept in the item.
+    A file that cannot be decoded is replaced by the next sample; the error message is kept in the item. With
+    `as_bytes`, pixels are not normalized yet: `loader.on_device` does that.
     """
 
     def __init__(
         self, samples: Mapping[str, Sequence[Sample]], image_size: int, frames: int, questions: int, max_positions: int,
-        max_words: int, seed: int, augmentation: Augmentation | None = None,
+        max_words: int, seed: int, augmentation: Augmentation | None = None, as_bytes: bool = False,
     ):
-        self.samples, self.seed, self.augmentation = samples, seed, augmentation
+        self.samples, self.seed, self.augmentation, self.as_bytes = samples, seed, augmentation, as_bytes
         self.image_size, self.frames, self.questions = image_size, frames, questions
         self.max_positions, self.max_words = max_positions, max_words
 
@@ -306,10 +307,10 @@ class Samples(torch.utils.data.Dataset):
         return read_image(path, min_side=(4 if self.augmentation else 2) * self.image_size)
 
     def prepare(self, frames: np.ndarray, modality: str, rng: np.random.Generator) -> Tensor:
-        """Augment and normalize: uint8 (t, H, W, 3) to float32 `3 t H W`."""
+        """Augment, resize and normalize: uint8 (t, H, W, 3) to float32 (with `as_bytes`, uint8) `3 t H W`."""
         if self.augmentation:
             frames = augment(frames, self.image_size, modality, self.augmentation, rng)
-        return to_pixels(frames, self.image_size)
+        return (to_bytes if self.as_bytes else to_pixels)(frames, self.image_size)
 
     def texts(self, sample: Sample, kind: str, rng: np.random.Generator) -> dict:
         """Draw one caption, `r` questions with one answer each, and the noise that chooses the masked words.

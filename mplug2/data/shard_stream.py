@@ -269,5 +269,4 @@ def stream_batches(
             generator=torch.Generator(), worker_init_fn=start_worker,
         )) for worker in range(max(1, workers))
     ]
-    for _, count in batches.turns():
-        yield next(loaders[count % len(loaders)])
+    return (next(loaders[count % len(loaders)]) for _, count in batches.turns())

@@ -130,6 +130,10 @@ class Settings:
         answers, captions = (any(name in TASKS[one].batch for one in tasks) for name in ("question", "prompted"))
         if loss.queue_size and not any("contrastive" in TASKS[one].components for one in tasks):
             raise ValueError(f"queue_size={loss.queue_size} with task={task}: this task has no VTC that would use it")
+        micro_batch = self.data.batch_size // self.data.accumulation_steps
+        if 0 < loss.queue_size < micro_batch:
+            raise ValueError(f"queue_size={loss.queue_size}: a micro-batch has {micro_batch} samples, and the queue "
+                             f"has to hold them; raise --queue-size to {micro_batch} or more")
         if loss.distill_weight and not loss.queue_size and not answers:
             raise ValueError(f"distill_weight={loss.distill_weight} with task={task}: this task has no answers to "
                              "distill, and VTC needs --queue-size")

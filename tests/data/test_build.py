@@ -162,6 +162,15 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused_before_anything_is_read(
     assert DataSettings(batch_size=12, accumulation_steps=3).micro_batch_size(2) == 2
 
 
+def test_the_default_number_of_workers_is_one_that_the_shards_suffice_for(root, tmp_path, monkeypatch):
+    assert build(root).settings.workers == 0
+    monkeypatch.setattr("mplug2.data.build.default_workers", lambda device: 7)
+    assert build(root).settings.workers == 7 and build(root, workers=2).settings.workers == 2
+    pack(root, tmp_path / "shards", samples_per_shard=1)  # five images, six videos, seven texts
+    assert [build(tmp_path / "shards", ranks, tokenizer=make_tokenizer(), batch_size=6).settings.workers
+            for ranks in (1, 2, 3)] == [5, 2, 1]
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_batches_continue_after_any_step(root, tmp_path, packed):
     """In the same order, with two micro-batches per step, from JSONL files and from shards."""

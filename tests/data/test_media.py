@@ -23,6 +23,7 @@ from mplug2.data.media import (
     MediaError,
     is_media,
     kind_of,
+    normalize,
     read_image,
     read_media,
     read_video,
@@ -205,6 +206,16 @@ def test_pixels_are_normalized_as_for_clip():
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
     assert (list(CLIP_MEAN), list(CLIP_STD)) == (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+
+
+def test_normalizing_on_a_cpu_is_the_arithmetic_of_float32_to_the_bit():
+    """In NumPy, for each of the 256 levels of each color, of images and of pairs of images."""
+    levels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    expected = (np.arange(256, dtype=np.float32) / 255 - np.float32(CLIP_MEAN)[:, None]) / np.float32(CLIP_STD)[:, None]
+    for shape in ((2, 3, 1, 16, 16), (2, 2, 3, 1, 16, 16)):
+        found = normalize(levels.expand(shape))
+        assert found.shape == shape
+        assert all(np.array_equal(one, expected) for one in found.reshape(-1, 3, 256).numpy())
 
 
 @given(st.integers(0, 255), st.integers(0, 255), st.integers(0, 255))

@@ -79,6 +79,9 @@ def test_other_files_are_refused_by_name(tmp_path, released):
     torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)).save(tmp_path / "clip.pt")
     with pytest.raises(ValueError, match="clip.pt: a TorchScript program.*state_dict"):
         open_weights(tmp_path / "clip.pt")
+    if (handles := Path("/proc/self/fd")).is_dir():  # the archive is closed again
+        assert str(tmp_path / "clip.pt") not in {str(handle.readlink()) for handle in handles.iterdir()
+                                                 if handle.is_symlink()}
     for size in (0, 1000, released.stat().st_size // 2):
         (tmp_path / "cut.pth").write_bytes(released.read_bytes()[:size])
         with pytest.raises(ValueError, match="cut.pth: .*(truncated|damaged)"):

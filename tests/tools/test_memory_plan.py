@@ -111,7 +111,7 @@ def test_the_plan_is_printed(capsys):
     main([*SHALLOW, *"--gpus 4 --batch-size 8 --images 0 --videos 800 --epochs 2".split()])
     said = capsys.readouterr().out
     for words in ("4 devices, 2 samples each at a time, x 1 = 8 a step", "800 videos, 2 times: 200 steps",
-                  "DDP, activation checkpointing", "FSDP2, activation checkpointing", "days at 40% of 67 TFLOP/s"):
+                  "DDP, activation checkpointing", "FSDP2, activation checkpointing", "days at 40% of 494.5 TFLOP/s"):
         assert words in said
     main([*SHALLOW, *"--gpus 4 --batch-size 8 --images 0 --videos 800 --epochs 3 --precision bfloat16".split()])
     said = capsys.readouterr().out

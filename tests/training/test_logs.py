@@ -136,8 +136,8 @@ def test_tensorboard_gets_the_same_numbers_if_it_is_installed(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("name, peaks", [
-    ("NVIDIA A100-SXM4-80GB", (312, 19.5)), ("NVIDIA H100 80GB HBM3", (989, 67)), ("NVIDIA H200", (989, 67)),
-    ("NVIDIA B200", (2250, 75)), ("NVIDIA L40S", (362, 91.6)), ("NVIDIA GeForce RTX 4090", (165, 82.6)),
+    ("NVIDIA A100-SXM4-80GB", (312, 156)), ("NVIDIA H100 80GB HBM3", (989, 494.5)), ("NVIDIA H200", (989, 494.5)),
+    ("NVIDIA B200", (2250, 1125)), ("NVIDIA L40S", (362, 183)), ("NVIDIA GeForce RTX 4090", (165, 82.6)),
     ("Another GPU", (0, 0)),
 ])
 def test_the_peak_of_a_device_is_known_by_its_name(monkeypatch, name, peaks):
