@@ -1,5 +1,6 @@
 """The demo: what the page computes, and the page itself in Chromium (marked `browser`; needs the extra `demo`)."""
 
+import http.client
 import json
 import shutil
 import sys
@@ -192,7 +193,7 @@ def page(open_page):
 
 
 def wait_for(page, condition: str) -> None:
-    page.wait_for_function(f"() => {{ {condition} }}", timeout=30_000)
+    page.wait_for_function(f"() => {{ {condition} }}", timeout=60_000)
 
 
 CAPTION = "const caption = document.querySelector('#caption textarea')?.value ?? '';"
@@ -208,22 +209,74 @@ def test_the_page_captions_and_answers_what_is_drawn_and_changed(page):
     wait_for(page, CAPTION + "return caption.includes('left')")
     page.get_by_label("as they are").check()
     wait_for(page, CAPTION + "return caption.includes('right')")
-    page.locator("#temporal input").uncheck()  # now reversing changes nothing
-    time.sleep(1.5)
-    before = page.input_value("#caption textarea")
-    page.get_by_label("reverse").check()
-    time.sleep(1.5)
-    assert page.input_value("#caption textarea") == before
+    page.locator("#temporal input").uncheck()  # now the order of the frames changes nothing but the frames
+    captions = []
+    for order in ("reverse", "as they are"):
+        before = page.get_attribute("#frames img", "src")
+        page.get_by_label(order).check()
+        wait_for(page, f"return document.querySelector('#frames img').getAttribute('src') !== {json.dumps(before)}")
+        captions.append(page.input_value("#caption textarea"))
+    assert captions[0] == captions[1]
     page.locator("#temporal input").check()
-    page.get_by_label("as they are").check()
-    wait_for(page, CAPTION + "return caption.includes('right')")
     page.locator("#question input").fill("which color is it")
     page.locator("#question input").press("Enter")
     wait_for(page, "return document.querySelector('#words')?.innerText.includes('color')")
-    page.locator("#words").get_by_text("red").last.click()
-    wait_for(page, "return document.querySelector('#explained')?.innerText.includes('written with probability')")
+    wait_for(page, "return document.querySelector('#explained')?.innerText.startsWith('red: written with probability')")
     assert page.locator("#attention img").count() == 1
     assert page.elsewhere == []
+
+
+@pytest.mark.browser
+@pytest.mark.timeout(300)
+def test_what_belongs_to_an_older_video_is_not_shown(page):
+    """The question is asked again, its words show their attention, and the result of a tab is removed."""
+    page.goto(page.address)
+    wait_for(page, "return document.querySelector('#explained')?.innerText.startsWith('right: written')")
+    page.locator("#question input").fill("does it move left or right")
+    page.locator("#question input").press("Enter")
+    wait_for(page, "return document.querySelectorAll('#words [role=button]').length === 7")
+    page.get_by_role("button", name="Compare the texts").click()
+    wait_for(page, "return document.querySelector('#fits').innerText.includes('a blue two')")
+    before = page.get_attribute("#attention img", "src")
+    page.get_by_label("reverse").check()
+    wait_for(page, "return document.querySelector('#explained').innerText.startsWith('left: written')")
+    assert page.locator("#words [role=button]").count() == 7 and page.get_attribute("#attention img", "src") != before
+    wait_for(page, "return document.querySelector('#fits').innerText.trim() === ''")
+    page.locator("#question input").fill("")
+    page.locator("#question input").press("Enter")
+    wait_for(page, "return document.querySelectorAll('#words [role=button]').length === 5")
+
+
+@pytest.mark.browser
+@pytest.mark.timeout(300)
+def test_a_word_is_chosen_by_pointing_at_it(page):
+    """With the layer and the head that are chosen."""
+    page.goto(page.address)
+    wait_for(page, "return document.querySelector('#explained')?.innerText.startsWith('right: written')")
+    before = page.get_attribute("#attention img", "src")
+    page.locator("#words [role=button]").nth(2).hover()
+    wait_for(page, "return document.querySelector('#explained').innerText.startsWith('seven: written')")
+    wait_for(page, f"return document.querySelector('#attention img').getAttribute('src') !== {json.dumps(before)}")
+    before = page.get_attribute("#attention img", "src")
+    page.locator("#layer input").click()
+    page.get_by_role("option", name="1", exact=True).click()
+    wait_for(page, f"return document.querySelector('#attention img').getAttribute('src') !== {json.dumps(before)}")
+    assert page.inner_text("#explained").startswith("seven: ")
+
+
+@pytest.mark.browser
+@pytest.mark.timeout(300)
+def test_uploads_above_the_limit_of_a_request_are_refused_unread(page):
+    from mplug2.demo.page import REQUEST_LIMIT
+
+    for length, status in ((REQUEST_LIMIT + 1, 413), (None, 413), (0, 400)):
+        connection = http.client.HTTPConnection(page.address.removeprefix("http://"), timeout=30)
+        connection.putrequest("POST", "/gradio_api/upload")
+        if length is not None:
+            connection.putheader("Content-Length", str(length))
+        connection.endheaders()
+        assert connection.getresponse().status == status
+        connection.close()
 
 
 @pytest.mark.browser

@@ -256,7 +256,7 @@ def _tabs(demo: Demo, visual: gr.State, order: gr.Radio, temporal: gr.Checkbox) 
     """What else the model can do with the video. A result is removed when the video changes."""
     now, run = [visual, order, temporal], demo.guarded
     with gr.Tab("Which text fits"):
-        texts = gr.Textbox("a red seven moving right\na red seven moving left\na blue two", lines=4,
+        texts = gr.Textbox("a red seven moving right\na red seven moving left\na blue two", lines=4, max_length=2000,
                            label="Texts, one in each line")
         fits = gr.HTML(elem_id="fits")
         gr.Button("Compare the texts").click(run(demo.fit), [*now, texts], fits)
