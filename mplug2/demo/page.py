@@ -113,7 +113,7 @@ class Demo:
 
     def make(self, motion, digit, color, digit2, color2, speed, handwriting, drawing=None) -> views.Visual:
         return views.draw_scene(motion, DIGITS.index(digit), color, DIGITS.index(digit2), color2, float(speed),
-                               int(handwriting), drawing)
+                                int(handwriting), drawing)
 
     def upload(self, path: str | None) -> views.Visual:
         if not path:
