@@ -74,8 +74,8 @@ def test_captions_are_written_without_dropout_and_training_mode_returns():
 
 
 def test_under_autocast_the_same_weights_have_gradients():
-    """Captions are written without gradients. Autocast keeps a bfloat16 copy of each weight, and older versions of torch
-    use this copy, which has no gradient, in the pass after it."""
+    """Captions are written without gradients. Autocast keeps a bfloat16 copy of each weight, and torch before 2.10 uses
+    this copy, which has no gradient, in the pass after it."""
     found = {}
     for low_precision in False, True:
         model, critic = make().float(), SelfCritical(TOKENIZER, REFERENCES, max_length=4)
