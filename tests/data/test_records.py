@@ -192,6 +192,21 @@ def test_fields_that_are_not_given_have_defaults_and_every_field_has_one_type(tm
         assert label == number and type(label) is float
 
 
+@pytest.mark.parametrize("task, allowed", [
+    ("text_classification", True), ("text_pair_classification", True), ("image_classification", False),
+    ("video_classification", False),
+])
+def test_only_labels_of_texts_may_be_numbers(tmp_path, task, allowed):
+    given = {"text": "a", "texts": ["a", "b"], "image": "1.png", "video": "1.gif"}
+    fields = {name: given[name] for name in RECORD_FIELDS[task] if name != "label"}
+    assert read_one(tmp_path, task, fields | {"label": "3"}).label == "3"
+    if allowed:
+        assert read_one(tmp_path, task, fields | {"label": 3}).label == 3.0
+    else:
+        with pytest.raises(RecordError, match="label: found 3; expected a string"):
+            read_one(tmp_path, task, fields | {"label": 3})
+
+
 @pytest.mark.parametrize("task", sorted(GOOD))
 def test_an_unlabelled_line_may_leave_out_the_truth_and_nothing_else(tmp_path, task):
     truth, line = {"captions", "label", "box"}, GOOD[task] | {"unlabelled": True}
