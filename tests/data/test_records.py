@@ -180,8 +180,9 @@ def read_one(root: Path, task: str, fields: dict) -> Record:
 
 
 def test_fields_that_are_not_given_have_defaults_and_every_field_has_one_type(tmp_path):
-    captioned = read_one(tmp_path, "video_retrieval", {"id": "own", "video": "1.gif", "captions": ["a"]})
-    assert (captioned.positive_id, captioned.gallery) == ("own", "all")
+    for caption in "a", "a\nb":  # the second takes the full check
+        captioned = read_one(tmp_path, "video_retrieval", {"id": "own", "video": "1.gif", "captions": [caption]})
+        assert (captioned.positive_id, captioned.gallery) == ("own", "all")
     assert read_one(tmp_path, "text_only", {"text": "a"}).positive_id == "text_only.train.jsonl:1"
     box = read_one(tmp_path, "grounding", GOOD["grounding"] | {"box": [0.4, 0.5, 0.25, 1]}).box
     assert box == (0.4, 0.5, 0.25, 1) and all(type(number) is float for number in box)
