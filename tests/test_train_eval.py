@@ -220,12 +220,12 @@ def test_a_run_can_be_stopped_before_the_first_line_of_metrics(light, tmp_path, 
 
 
 @pytest.mark.slow
-def test_the_loss_of_captions_falls_by_half_in_thirty_steps(light, tmp_path, capsys):
+def test_the_loss_of_captions_falls_by_half_in_forty_steps(light, tmp_path, capsys):
     size = "--vision-width 48 --vision-head-width 24 --width 48 --heads 2 --ff-width 96 --vision-layers 2".split()
-    train.main([*MODEL, *size, *FAST, *f"--data {light} --out {tmp_path} --task video_caption --max-steps 30".split(),
+    train.main([*MODEL, *size, *FAST, *f"--data {light} --out {tmp_path} --task video_caption --max-steps 40".split(),
                 *"--lr 4e-3 --batch-size 24".split()])
     losses = [line["loss/caption"] for line in lines(tmp_path / "video_caption") if "loss/caption" in line]
-    assert len(losses) == 30
+    assert len(losses) == 40
     assert np.mean(losses[-3:]) < losses[0] / 2, losses
     printed = capsys.readouterr().out
     assert "video_caption: " in printed and "samples: 96 video" in printed and "caption_exact" in printed
