@@ -41,8 +41,9 @@ MINUTES = 5.0
 REPOSITORY = Path(tiny_data.__file__).parents[1]
 IMAGES = 4
 """Images of a batch for each video of a batch."""
-CURVE_STEPS, CAPTION, ANSWER = 200, 20, 5
-"""Steps of the loss curves, and tokens of the captions and answers that are written."""
+CURVE_STEPS = 200
+QUESTION, CAPTION, ANSWER = 12, 20, 5
+"""Tokens of the questions that are read, and of the captions and answers that are written."""
 VIDEO_SECONDS = (10, 30)
 """Lengths of the videos that are decoded."""
 VARIANTS: dict[str, dict] = {
@@ -167,7 +168,7 @@ def writing(device: Device, preset: str, b: int, frames: int, repeats: int) -> d
     with torch.device(device.name):
         model = MPLUG2(config, "pretrain").eval()
         pixels = torch.randn(b, 3, frames, config.image_size, config.image_size)
-        ids = torch.randint(5, config.vocab_size, (b, 12))
+        ids = torch.randint(5, config.vocab_size, (b, QUESTION))
     special, mask = SpecialTokens(cls=1, sep=2, pad=0), torch.ones_like(ids, dtype=torch.bool)
     model.decoder.head.bias[special.sep] = -1e9  # so that all texts have the same length
 

@@ -19,6 +19,7 @@ from mplug2.model.attention import CrossAttention, SelfAttention
 from mplug2.model.layers import Block
 from mplug2.model.mplug2 import MPLUG2
 from mplug2.tools import memory_plan
+from mplug2.tools.communication import Collective, muon_flops
 from mplug2.tools.memory_plan import (
     Cost,
     PlanSettings,
@@ -56,6 +57,13 @@ for _ in range(2):
     optimizer.step()
 print(memory("VmHWM") - before)
 """
+
+
+@pytest.fixture(autouse=True)
+def no_collectives(monkeypatch, request):
+    """Quick tests do without the steps on fake ranks; test_communication.py has them."""
+    if "slow" not in request.keywords:
+        monkeypatch.setattr(memory_plan, "step_collectives", lambda *_: [Collective("Muon", "all_gather", 10**9)])
 
 
 @pytest.mark.slow
@@ -111,7 +119,8 @@ def test_the_plan_is_printed(capsys):
     main([*SHALLOW, *"--gpus 4 --batch-size 8 --images 0 --videos 800 --epochs 2".split()])
     said = capsys.readouterr().out
     for words in ("4 devices, 2 samples each at a time, x 1 = 8 a step", "800 videos, 2 times: 200 steps",
-                  "DDP, activation checkpointing", "FSDP2, activation checkpointing", "days at 40% of 67 TFLOP/s"):
+                  "DDP, activation checkpointing", "FSDP2, activation checkpointing", "days at 40% of 67 TFLOP/s",
+                  "FSDP2, a step of video", "parameters, backward", "nothing of this table has been measured"):
         assert words in said
     main([*SHALLOW, *"--gpus 4 --batch-size 8 --images 0 --videos 800 --epochs 3 --precision bfloat16".split()])
     said = capsys.readouterr().out
@@ -237,7 +246,12 @@ def test_the_numbers_of_a_plan(monkeypatch, capsys):
     assert "2.000 TFLOP per video, 1.000 TFLOP per image" in said
     days = 30 * (2_500_000 * 2 + 14_000_000) / (4 * 989 * 0.4) / (24 * 3600)
     steps = 30 * 16_500_000 // 16
+    products = muon_flops(MPLUG2(tiny()), 4) / 989e12 / 0.4
     assert f"2,500,000 videos and 14,000,000 images, 30 times: {steps:,} steps, {days:.1f} days at 40% of 989" in said
+    seconds = 1e-5 * 2 + 5e8 * 3 / 4 / 450e9 / 0.8  # of 500 MB among 4 ranks
+    assert f"{'Muon':<34}{1:>11}{500:>11.1f}{1e3 * seconds:>11.1f}{1e3 * seconds:>13.1f}" in said
+    days += steps * (seconds + products) / 86400
+    assert "DDP, a step of video" in said and said.count(f"the whole run: {days:.1f} days") == 2
     main("--gpus 4 --batch-size 16 --device-tflops 100 --utilization 0.5 --images 0 --epochs 1".split())
     days = 2_500_000 * 2 / (4 * 100 * 0.5) / (24 * 3600)
     assert f"2,500,000 videos, 1 times: 156,250 steps, {days:.1f} days at 50% of 100" in capsys.readouterr().out
