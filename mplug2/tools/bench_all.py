@@ -87,7 +87,7 @@ def matrix_products(device: Device, repeats: int) -> dict:
     size, found = 8192 if device.cuda else 512, {}
     for dtype in (torch.bfloat16, torch.float32):
         square = torch.randn(size, size, device=device.name, dtype=dtype)
-        seconds = device.seconds(lambda: square @ square, repeats)
+        seconds = device.seconds(functools.partial(torch.mm, square, square), repeats)
         found[f"{str(dtype).removeprefix('torch.')}_tflops"] = 2 * size**3 / seconds / 1e12
     return found
 
@@ -95,7 +95,8 @@ def matrix_products(device: Device, repeats: int) -> dict:
 def host_to_device(device: Device, repeats: int) -> dict:
     source = torch.empty(2**28 if device.cuda else 2**24, dtype=torch.uint8, pin_memory=device.cuda)
     target = torch.empty_like(source, device=device.name)
-    return {"gb_per_second": len(source) / device.seconds(lambda: target.copy_(source, non_blocking=True), repeats) / 1e9}
+    seconds = device.seconds(lambda: target.copy_(source, non_blocking=True), repeats)
+    return {"gb_per_second": len(source) / seconds / 1e9}
 
 
 def random_batch(work: Workload, kind: str, device: Device) -> dict:
@@ -132,7 +133,8 @@ def training_step(
         wrapped = wrap_model(objectives, device.process, parallel)
         if wrapper:
             torch.distributed.init_process_group(store=torch.distributed.HashStore(), rank=0, world_size=1)
-            wrapped = wrap_model(objectives, distributed.DistInfo(0, 2, device.process.device), parallel)  # as for two ranks
+            of_two = distributed.DistInfo(0, 2, device.process.device)  # a run of one rank has no wrapper
+            wrapped = wrap_model(objectives, of_two, parallel)
             assert isinstance(wrapped, DistributedDataParallel)
         stepper = make_optimizer(objectives.model, OptimizerSettings(optimizer, lr=1e-5))
         batch, updates = random_batch(work, kind, device), []

@@ -215,10 +215,9 @@ def format_step(name: str, table: list[Row], passes: float, products: float, sam
                      f"{1e3 * row.exposed:>13.1f}")
     exposed = step_exposed(table)
     step = passes + products + exposed
-    lines.append(f"a step: {1e3 * passes:,.0f} ms of passes" + f" + {1e3 * products:,.0f} ms of Muon" * (products > 0)
-                 + f" + {1e3 * exposed:,.0f} ms exposed = {1e3 * step:,.0f} ms, {samples / step:,.0f} samples per second"
-                 f", {exposed / step:.1%} communication")
-    return lines
+    muon = f" + {1e3 * products:,.0f} ms of Muon" * (products > 0)
+    return [*lines, f"a step: {1e3 * passes:,.0f} ms of passes{muon} + {1e3 * exposed:,.0f} ms exposed = "
+            f"{1e3 * step:,.0f} ms, {samples / step:,.0f} samples per second, {exposed / step:.1%} communication"]
 
 
 def step_exposed(table: list[Row]) -> float:
