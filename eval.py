@@ -39,7 +39,7 @@ from mplug2.inference import Inference, Stopped
 from mplug2.predictor import Predictor, load
 from mplug2.tools.plots import draw_attention
 from mplug2.tools.report import write_evaluation_report
-from mplug2.training.fault_tolerance import GracefulStop
+from mplug2.training.fault_tolerance import GracefulStop, Watchdog
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,11 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         parser.error(str(error))
     say = print if process.is_main else (lambda *_, **__: None)
     try:
-        with GracefulStop("stopping after this batch") as stop:
+        with GracefulStop("stopping after this batch") as stop, Watchdog(process, runtime.timeout, "eval.py") as dog:
             predictor = load(config.checkpoint, process.device)
-            many = not files.input or files.many
             predictor.inference = runtime.inference(
-                process, skip_unreadable=many, progress=True, on_batch=lambda: bool(stop.name))
+                process, skip_unreadable=not files.input or files.many, progress=True,
+                on_batch=lambda: bool(dog.batch_done() or stop.name))
             if files.input:
                 use_files(predictor, config.checkpoint, files, writing, say)
                 return {}
@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         say(f"eval.py: stopped by {stop.name or 'a signal to another rank'}{lost}", file=sys.stderr)
         raise SystemExit(130) from error
     except (ValueError, OSError) as error:
-        if process.is_main or not isinstance(error, distributed.AllRanksError):
+        if distributed.first_to_report(error):
             print(f"eval.py: {error}", file=sys.stderr)
         raise SystemExit(1) from error
     finally:
@@ -134,8 +134,7 @@ def use_files(
     if unknown := unknown_words([asked], predictor.tokenizer):
         say(describe_unknown(repr(asked), unknown, len(clean(asked).split())), file=sys.stderr)
     if files.find:
-        for value, file in own_files.find(predictor, files.files, files.find)[:10]:
-            say(f"{value:6.3f}  {file}")
+        own_files.print_best(predictor, files.files, files.find, say)
     elif files.many:
         out = Path(files.output or f"{output}s.jsonl")
         own_files.write(predictor, files.files, files.question, how, out, str(Path(checkpoint).resolve()), say)
@@ -180,7 +179,7 @@ def score(
         chance: dict[str, float] = {}
         with warning_only("the chance level"):
             chance = chance_level(splits[0], evaluated_tasks(found))
-        print("\n".join(filter(None, [results.describe(found, chance), results.describe_skipped(found)])))
+        print("\n".join(filter(None, [results.format_results(found, chance), results.describe_skipped(found)])))
         results.write_metrics(file, found)
         results.write_predictions(predictions, found)
         print(f"metrics: {file}; predictions: {predictions}")

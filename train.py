@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mplug2 import distributed
-from mplug2.checkpoint import PreprocessConfig, load_model, read_classes
+from mplug2.checkpoint import PreprocessConfig, checkpoint_classes, load_model
 from mplug2.data.build import TrainingData, build_data
 from mplug2.data.records import available
 from mplug2.data.text import Tokenizer
@@ -50,11 +50,19 @@ from mplug2.training.parallel import (
     checkpoint_activations,
     clip_grad_norm,
     compile_model,
+    gathered,
     no_sync,
     unsharded_copy,
     wrap_model,
 )
-from mplug2.training.run_checkpoint import is_best, load_training, record_score, save_checkpoint, update_symlink
+from mplug2.training.run_checkpoint import (
+    BackgroundSave,
+    is_best,
+    load_training,
+    record_score,
+    save_checkpoint,
+    update_symlink,
+)
 from mplug2.training.settings import Settings, parse_settings, write_settings
 from mplug2.training.state import TrainState
 
@@ -75,7 +83,7 @@ def main(arguments: list[str] | None = None, model_class: Callable[..., MPLUG2] 
         with Watchdog(process, settings.run.timeout) as watchdog:
             return Trainer(settings, process, arguments, watchdog, model_class).train()
     except (ValueError, OSError) as error:  # OSError: a full disk, for example, or a folder without write permission
-        if not isinstance(error, distributed.AllRanksError) or process.is_main:
+        if distributed.first_to_report(error):
             print(f"\ntrain.py: {error}", file=sys.stderr)
         raise SystemExit(1) from error
     finally:
@@ -88,16 +96,17 @@ class Trainer:
     def __init__(self, settings: Settings, process: DistInfo, arguments: list[str], watchdog: Watchdog,
                  model_class: Callable[..., MPLUG2]):
         self.process, self.folder, self.started = process, settings.folder, time.time()
-        self.watchdog, self.stop = watchdog, GracefulStop()
+        self.watchdog, self.stop, self.saving = watchdog, GracefulStop(), BackgroundSave()
         seed_generators(settings.run.seed)  # the same initial weights on every rank
         checkpoint, resume = settings.checkpoint, settings.run.resume
         saved = load_training(checkpoint) if resume else None
         self.data = build_data(
             settings.data, settings.model_config(), process, settings.run.seed,
             tokenizer=Tokenizer.load(checkpoint) if checkpoint else None,
-            classes=read_classes(checkpoint) if resume else None,
+            classes=checkpoint_classes(checkpoint) if resume else None,
         )
-        self.settings = settings = settings.replace(max_steps=self.data.steps, epochs=None)
+        self.settings = settings = settings.replace(
+            max_steps=self.data.steps, epochs=None, workers=self.data.settings.workers)
 
         self.model = build_model(settings, self.data, process, model_class)
         self.objectives = build_objectives(self.model, settings.loss, self.data)
@@ -119,12 +128,12 @@ class Trainer:
     def train(self) -> dict[str, float]:
         """Take all steps that are left, then evaluate. A run that is asked to stop saves, and returns no results."""
         run, steps, stopping = self.settings.run, self.data.steps, False
-        with self.stop:
+        with self.stop, self.saving:
             batches = iter(self.data)
             while self.state.step < steps and not stopping:
                 set_lr(self.optimizer, self.settings.optimizer, self.state.step, steps)
                 losses, sources, kinds = self.backward(batches)
-                stopping = self.update(losses, sources, kinds, bool(self.stop.name))
+                stopping = self.update(losses, sources, kinds, bool(self.stop.name) or self.saving.failed)
                 self.state.step = step = self.state.step + 1
                 self.log.bar.update()
 
@@ -135,6 +144,7 @@ class Trainer:
                 if step % run.eval_every == 0 and self.data.eval_root and not stopping:
                     self.keep_best(self.validate("val", run.eval_limit) or {}, saves)
             del batches  # ends the workers
+            self.finish_saving()
             self.log.bar.close()
             results = {} if stopping else self.evaluate()
             if stopping and self.process.is_main:
@@ -191,16 +201,20 @@ class Trainer:
         return stopping
 
     def save(self) -> None:
-        """Write a checkpoint. Every rank contributes its state, the main process writes."""
-        self.watchdog.heartbeat(self.state.step, "saving", patience=10)
-        model, training = self.unsharded(), self.state.state_dict()
-        distributed.run_on_main(lambda: save_checkpoint(
-            self.folder, self.checkpoint_name, model, self.data.tokenizer, self.preprocess, training,
-            self.settings.run.keep_checkpoints, self.data.recorded_roots,
-        ), self.process)
+        """Begin a checkpoint. Every rank contributes its state, the main process writes while training continues."""
+        self.finish_saving()
+        weights, training = gathered(self.model.state_dict(), self.process.is_main), self.state.state_dict()
         if self.process.is_main:
+            self.saving.start(partial(
+                save_checkpoint, self.folder, self.checkpoint_name, self.model, self.data.tokenizer, self.preprocess,
+                training, self.settings.run.keep_checkpoints, self.data.recorded_roots, weights))
             with warning_only("the plot of the curves"):
                 draw_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
+
+    def finish_saving(self) -> None:
+        """Wait until the newest checkpoint is written. If that failed, every rank raises AllRanksError."""
+        self.watchdog.heartbeat(self.state.step, "saving", patience=10)
+        distributed.run_on_main(self.saving.wait, self.process)
 
     def validate(self, split: str, limit: int = 0) -> dict[str, float] | None:
         """Evaluate on a split: the tasks that are trained, or after pre-training everything that the model can do.
@@ -213,7 +227,7 @@ class Trainer:
             return bool(self.stop.name)
 
         on_batch()
-        model, tasks = self.unsharded(every_rank=True), parse_tasks(self.settings.data.task)
+        model, tasks = self.unsharded(), parse_tasks(self.settings.data.task)
         inference = Inference(
             workers=self.settings.data.workers, rank=self.process.rank, world_size=self.process.world_size,
             precision="bfloat16" if self.settings.parallel.low_precision else "float32", skip_unreadable=True,
@@ -252,6 +266,7 @@ class Trainer:
         if better and not saved:
             self.save()
         if score is not None and (saved or better):
+            self.finish_saving()
             distributed.run_on_main(
                 partial(record_score, self.folder, self.checkpoint_name, score, run.keep_checkpoints), self.process)
 
@@ -283,11 +298,9 @@ class Trainer:
     def checkpoint_name(self) -> str:
         return f"step_{self.state.step:07d}"
 
-    def unsharded(self, every_rank: bool = False) -> MPLUG2 | None:
-        """The model in one piece; a sharded one only on the main process, or on every rank. Every rank has to call it.
-        """
-        sharded = self.settings.parallel.parallel == "fsdp"
-        return unsharded_copy(self.model, self.process, every_rank) if sharded else self.model
+    def unsharded(self) -> MPLUG2:
+        """The model in one piece. Every rank has to call it."""
+        return unsharded_copy(self.model) if self.settings.parallel.parallel == "fsdp" else self.model
 
     def next_batch(self, batches: Iterator[dict]) -> dict:
         """The next micro-batch of this rank, on its device."""
@@ -299,8 +312,7 @@ class Trainer:
         self.log.skipped_files(batch["errors"], sum(self.data.sizes.values()), self.settings.data.max_skipped)
         self.data.advance(batch)
         self.watchdog.heartbeat(step, "in a step", names=partial(", ".join, batch["source"]))
-        return {name: value.to(self.process.device, non_blocking=True) if torch.is_tensor(value) else value
-                for name, value in batch.items()}
+        return batch
 
     def write_log(self) -> None:
         """A line of metrics.jsonl: the means since the previous line."""

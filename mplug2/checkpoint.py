@@ -18,7 +18,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -64,14 +64,17 @@ class PreprocessConfig:
 def save_model(
     folder: Path | str, model: MPLUG2, tokenizer: Tokenizer, preprocess: PreprocessConfig,
     dtype: torch.dtype | None = None, data: Sequence[Path | str] | None = None,
+    weights: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Write the three files of a model folder, creating `folder`. The weights are saved as `dtype` if one is given.
 
     `data` are the folders that the model was trained on, none for the tiny world; None leaves them unrecorded.
+    `weights` replace those of the model, which may be sharded, or in training.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
+    weights = model.state_dict() if weights is None else weights
+    weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in weights.items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = {
         "format": FORMAT, "task": model.task, "model": dataclasses.asdict(model.config),
@@ -129,7 +132,18 @@ def renewed(model: dict) -> dict:
     return model
 
 
-def read_classes(folder: Path | str) -> dict[str, tuple[str, ...]]:
+def read_json_object(path: Path | str) -> dict:
+    """The JSON object in a file. ValueError if there is none."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not a JSON file ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
+def checkpoint_classes(folder: Path | str) -> dict[str, tuple[str, ...]]:
     """The class names that a model was trained with, by task."""
     saved = json.loads((Path(folder) / "config.json").read_text())
     return {task: tuple(names) for task, names in saved.get("classes", {}).items()}
@@ -162,7 +176,7 @@ def load_model(
     if len(tokenizer) > config.vocab_size:
         raise CheckpointError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, but the model has only "
                               f"{config.vocab_size} word embeddings; copy the tokenizer.json that belongs to the model")
-    saved_classes = read_classes(folder)
+    saved_classes = checkpoint_classes(folder)
     model = MPLUG2(config, task or saved_task, saved_classes if classes is None else classes)
     new, may_be_new = tuple(reinit), ()
     for pattern in reinit:

@@ -15,7 +15,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,10 @@ def init_distributed(device: str = "auto") -> DistInfo:
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:
-    """The device called `name`. "auto" is CUDA where there is one, and "cuda" is the GPU of this local rank."""
+    """The device called `name`. "auto" is CUDA where there is one, and "cuda" is the GPU of this local rank.
+
+    Products of float32 matrices then use TF32 on the GPU: 10 bits of each factor's mantissa, float32 sums.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -60,11 +62,12 @@ def choose_device(name: str, local_rank: int) -> torch.device:
         raise ValueError(f"device {name!r}: expected auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError(f"device {device}: this machine or this build of torch has no CUDA; use --device cpu")
+            raise ValueError(f"device {name}: this machine or this build of torch has no CUDA; use --device cpu")
         if device.index >= torch.cuda.device_count():
             raise ValueError(f"device {device}: this machine has {torch.cuda.device_count()} GPUs, numbered from 0; "
                              "start at most one process per GPU, or use --device cpu")
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError(f"device {device}: this machine or this build of torch has no MPS; use --device cpu")
     return device
@@ -180,6 +183,23 @@ class AllRanksError(ValueError):
     """An error that every rank raises, so only one of them has to print it."""
 
 
+def first_to_report(error: Exception | str) -> bool:
+    """Whether this rank prints an error: under torchrun, only the first of the ranks that find the same one.
+
+    It needs no process group, and no other rank has to call it.
+    """
+    if isinstance(error, AllRanksError) and os.environ.get("RANK", "0") != "0":
+        return False
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    key = f"error of attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}: {error}"
+    try:
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=10)).add(key, 1) == 1
+    except dist.DistError:  # the launcher has ended
+        return True
+
+
 def any_rank(*flags: bool) -> list[bool]:
     """For each flag, whether it is true on any rank."""
     if world_size() == 1:
@@ -206,12 +226,13 @@ def run_on_main(action: Callable[[], object], dist_info: DistInfo) -> None:
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """A parameter or optimizer state in one piece, assembled from its shards. Every rank has to call it."""
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+    return tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     """The inverse of `full_tensor`: shard a `tensor` that every rank has as `like` is sharded."""
-    if isinstance(like, DTensor) and tensor.shape == like.shape:
+    if hasattr(like, "full_tensor") and tensor.shape == like.shape:
+        from torch.distributed.tensor import distribute_tensor  # takes a second, so only where tensors are sharded
         tensor = tensor.to(like.device, like.dtype)
         return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
     return tensor

@@ -26,6 +26,7 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 from mplug2.dataclass_tools import field_docs
 from mplug2.did_you_mean import did_you_mean
+from mplug2.distributed import first_to_report
 
 T = TypeVar("T")
 METAVARS = {int: "N", float: "X", str: "TEXT"}
@@ -129,7 +130,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """One line in place of argparse's usage, which would list every flag."""
-        self.exit(2, f"{self.prog}: {message} (help: {self.prog} --help)\n")
+        line = f"{self.prog}: {message} (help: {self.prog} --help)\n"
+        self.exit(2, line if first_to_report(line) else None)
 
     def _show_defaults(self, defaults: dict[str, Any]) -> None:
         for action in self._actions:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mplug2.checkpoint import PreprocessConfig
-from mplug2.data.media import MediaError
+from mplug2.data.media import MediaError, normalize
 from mplug2.data.media_batches import MediaReader, Medium, media_batches, read_ahead
 from mplug2.data.samples import join_text_pair
 from mplug2.data.text import Tokenizer
@@ -27,6 +27,9 @@ from mplug2.model.mplug2 import MPLUG2
 Media = Medium | str | Path | tuple[str | Path, str | Path]
 """An image or a video; a tuple is a pair of images. The suffix and content of a path decide its modality."""
 Text = str | tuple[str, str]
+MEMORY = 4 * 2**30
+"""Bytes of keys and values of V' in the decoder, at most. A batch has fewer inputs where V' is long: 10 videos of 16
+frames with the large preset. The number of processes has no influence."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Inference:
     """How a predictor works through its inputs."""
 
     batch_size: int = 64
-    """Inputs (questions, texts, files) of a batch."""
+    """Inputs (questions, texts, files) of a batch; fewer if the keys and values of V' would exceed MEMORY."""
     workers: int = 0
     """Processes that decode media; 0: a thread."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -95,9 +98,9 @@ class BatchRunner:
         return self.model.encode_text(ids, mask), mask
 
     def vision_tokens(self, pixels: Tensor) -> Tensor:
-        """Pixels `b n 3 t H W` to V' `b v d`, or `b (2 v) d` of pairs of images."""
+        """Pixels `b n 3 t H W`, uint8, to V' `b v d`, or `b (2 v) d` of pairs of images."""
         n = pixels.shape[1]
-        vision = self.model.encode_vision(pixels.flatten(0, 1).to(self.device))
+        vision = self.model.encode_vision(normalize(pixels.flatten(0, 1).to(self.device)))
         return vision if n == 1 else self.model.concat_pair(rearrange(vision, "(b n) v d -> b n v d", n=n))
 
     def start(self, b: int, prompt: str = "") -> Tensor:
@@ -131,7 +134,9 @@ class BatchRunner:
         read.
         """
         require_list(media)
-        batches = media_batches(self._known(media), self.inference.batch_size)
+        known = self._known(media)
+        limit = self.most_inputs(known.values())
+        batches = media_batches(known, limit)
         reader = MediaReader(self._own(batches), self.preprocess.frames, self.model.config.image_size)
 
         def results() -> Iterator[tuple[list[int], Iterable]]:
@@ -142,7 +147,7 @@ class BatchRunner:
                 if batch:
                     vision = self.vision_tokens(pixels)
                     indices = [i for of_medium in batch.indices for i in of_medium]
-                    size = max(len(batch.media), self.inference.batch_size)  # one medium may have more inputs than fit
+                    size = max(len(batch.media), limit)  # one medium may have more inputs than fit
                     for first in range(0, len(indices), size):
                         part = indices[first: first + size]
                         yield part, function(vision, batch.modality, part)
@@ -151,6 +156,13 @@ class BatchRunner:
 
         found = self.collect(results(), len(reader))
         return [found.get(i) for i in range(len(media))]
+
+    def most_inputs(self, media: Iterable[Medium]) -> int:
+        """The batch size for these media: the keys and values of the longest V' fit into MEMORY that often."""
+        config, frames = self.model.config, {"image": 1, "video": self.preprocess.frames}
+        longest = max((len(one.paths) * (1 + frames[one.modality] * config.patches) for one in media), default=1)
+        each = longest * config.decoder_layers * 2 * config.width * 4  # keys and values, 4 bytes a number
+        return min(self.inference.batch_size, max(1, MEMORY // each))
 
     def _known(self, media: Sequence[Media]) -> dict[int, Medium]:
         """The media by their index, without files whose modality is unknown."""

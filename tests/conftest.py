@@ -1,5 +1,6 @@
 """Settings of all tests: one thread, the same random examples in every run, and which tests need an opt-in."""
 
+import gc
 import os
 
 import pytest
@@ -26,6 +27,26 @@ def pytest_collection_modifyitems(config, items):
     left_out = [item for item in items if any(missing[name] and item.get_closest_marker(name) for name in missing)]
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """The modules that are imported here stay, so garbage collections need not look at them, now or later: imageio
+    collects for each file that it reads."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+@pytest.fixture(scope="module")
+def no_curves():
+    """Runs of train.py in this process draw no curves, which would take longer than the few steps of a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.draw_curves", lambda *_: None)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")

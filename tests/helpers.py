@@ -3,8 +3,10 @@
 Everything is in double precision: equal means equal to about ten digits, and a difference is never rounding.
 """
 
-from typing import TypeVar
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -16,6 +18,14 @@ from mplug2.model.layers import BertLayer
 
 seeds = st.integers(0, 2**16)
 Module = TypeVar("Module", bound=nn.Module)
+QUICK_TASKS = ("pretrain", "video_caption", "image_qa", "video_retrieval", "visual_entailment", "grounding")
+"""Pre-training, and one task for each kind of output. Tests of the others may be slow."""
+
+
+def slow_except(quick: Iterable, values: Iterable) -> list[Any]:
+    """Values of a parametrized test. The test is slow, except with those that are also in `quick`."""
+    assert set(quick) <= set(values)
+    return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def small(**changes) -> ModelConfig:

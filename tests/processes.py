@@ -22,6 +22,7 @@ def free_port() -> int:
 def serve(rank: int, world: int, jobs: mp.Queue, results: mp.Queue) -> None:
     """The loop of one process: run each job, inside a process group or, if not `joined`, without one."""
     torch.set_num_threads(1)
+    gc.freeze()  # what the server has imported: collections need not look at it
     while (job := jobs.get()) is not None:
         function, arguments, port, size, joined = job
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -39,11 +40,17 @@ class Failed(str):
     """The traceback of a process that failed."""
 
 
+LIBRARIES = ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.debug", "hypothesis", "pytest"]
+"""Imported once, by the server that all processes are forked from. Every optimizer imports `torch._dynamo`. mplug2 is
+not among them: mutmut changes it."""
+
+
 class Processes:
     """`world` processes that run the same function at the same time."""
 
     def __init__(self, world: int):
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(LIBRARIES)
         self.queues = [(context.Queue(), context.Queue()) for _ in range(world)]
         self.processes = [
             context.Process(target=serve, args=(rank, world, *queues), daemon=True)

@@ -36,7 +36,7 @@ class Command:
 
 
 def cells(notebook: Path, kind: str) -> list[str]:
-    """The cells of a notebook that are of one kind, "markdown" or "code"."""
+    """The cells of a notebook of one kind, "markdown" or "code"."""
     return ["".join(cell["source"]) for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]
             if cell["cell_type"] == kind]
 

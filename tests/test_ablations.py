@@ -221,6 +221,7 @@ def test_a_run_is_recorded_with_its_bits(tmp_path, monkeypatch):
     assert set(score) == {*ablations.SPACE, *ablations.PROJECTED}
 
 
+@pytest.mark.slow
 def test_labels_transfer_from_texts_to_media_in_the_projected_space():
     tokenizer = Tokenizer.load(ablations.PRETRAINED / "tokenizer.json")
     model = load_model(ablations.PRETRAINED)[0].eval()

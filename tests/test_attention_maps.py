@@ -1,5 +1,6 @@
 """Attention maps: the weights follow the formula, and recording them changes nothing."""
 
+import pytest
 import torch
 from helpers import assert_same, configs, noise, random_ids, random_mask, randomized, seeds, small
 from hypothesis import given
@@ -80,6 +81,7 @@ def test_the_vision_encoder_has_maps_of_each_frame_and_generation_of_each_step(c
             assert self_steps["decoder.layers.0.self_attention"].shape == (2, config.heads, 1, i + 1)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_recorded_too():
     """Its layers were compiled before the hooks existed, here with a backend that runs the graphs as they are."""
     model = randomized(MPLUG2(small(), "video_qa"))

@@ -18,12 +18,21 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mplug2.checkpoint import CheckpointError, PreprocessConfig, load_model, read_config, read_data, save_model
+from mplug2.checkpoint import (
+    CheckpointError,
+    PreprocessConfig,
+    load_model,
+    read_config,
+    read_data,
+    real_folder,
+    save_model,
+)
 from mplug2.config import form_fields
 from mplug2.data.text import Tokenizer
 from mplug2.model.mplug2 import MPLUG2
 from mplug2.tasks import TASKS
 from mplug2.training.run_checkpoint import clean_partial, load_training, record_score, save_checkpoint
+from mplug2.training.state import check_files
 
 PREPROCESS = PreprocessConfig(frames=3, max_words=7)
 TOKENIZER = Tokenizer.train(["a red one", "a one"], 20)
@@ -364,6 +373,26 @@ def test_leftovers_of_an_earlier_attempt_do_not_get_into_a_checkpoint(tmp_path):
     assert names(tmp_path) == ["last", "step_0000001", "step_0000002"]
     assert "debris" not in names(tmp_path / "last")
     assert_same_weights(load_model(tmp_path / "last")[0], make_model(seed=2))
+
+
+def test_without_symbolic_links_last_is_a_text_file(tmp_path, monkeypatch):
+    """As on exFAT."""
+    monkeypatch.setattr(Path, "symlink_to", lambda *_, **__: (_ for _ in ()).throw(OSError("not permitted")))
+    for step in (1, 2):
+        save(tmp_path, step, make_model(seed=step))
+    assert (tmp_path / "last").read_text() == "step_0000002\n"
+    assert real_folder(tmp_path / "last") == tmp_path / "step_0000002"
+
+
+def test_a_run_is_resumed_with_the_same_records_only():
+    """Their names and sizes count, not where they lie; checkpoints of older versions have none."""
+    files = {"video": [("video_caption.train.jsonl", 10), ("video_qa.train.jsonl", 2000)]}
+    check_files(files, {"video": files["video"][::-1]})
+    check_files(None, files)
+    with pytest.raises(CheckpointError, match=r"other records: video_qa.train.jsonl \(2,000 bytes\); a resumed run"):
+        check_files(files, {"video": [files["video"][0], ("video_qa.train.jsonl", 2001)]})
+    with pytest.raises(CheckpointError, match="other records: fewer files;"):
+        check_files({"video": files["video"][:1]}, files)
 
 
 def test_the_state_of_a_run_cannot_run_code(tmp_path):

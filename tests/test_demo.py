@@ -1,5 +1,6 @@
 """The demo: what the page computes, and the page itself in Chromium (marked `browser`; needs the extra `demo`)."""
 
+import http.client
 import json
 import shutil
 import sys
@@ -24,16 +25,16 @@ PRETRAINED, EXAMPLES = ROOT / "tiny_data" / "pretrained", ROOT / "docs" / "examp
 
 
 @pytest.fixture(scope="module")
-def predictor() -> views.ClipPredictor:
+def predictor() -> views.VisualPredictor:
     return views.open_checkpoint(PRETRAINED)
 
 
 @pytest.fixture(scope="module")
-def clip() -> views.Clip:
-    return views.draw_clip("moves right", 7, "red")
+def visual() -> views.Visual:
+    return views.draw_scene("moves right", 7, "red")
 
 
-# ---- clips -----------------------------------------------------------------------------------------------------------
+# ---- images and videos -----------------------------------------------------------------------------------------------
 
 
 @given(st.sampled_from(list(views.MOTIONS)), st.integers(0, 9), st.sampled_from(COLOR_NAMES),
@@ -43,24 +44,24 @@ def test_a_scene_has_the_frames_and_the_questions_of_the_tiny_world(motion, digi
     two = motion.startswith("two")
     if two and (digit == 3 or color == "blue"):
         with pytest.raises(ValueError, match="choose another digit and another color"):
-            views.draw_clip(motion, digit, color, 3, "blue", speed)
+            views.draw_scene(motion, digit, color, 3, "blue", speed)
         return
-    made = views.draw_clip(motion, digit, color, 3, "blue", speed)
+    made = views.draw_scene(motion, digit, color, 3, "blue", speed)
     assert made.frames.shape == (1 if "image" in motion else 4, 32, 32, 3) and made.frames.dtype == np.uint8
     assert made.modality == ("image" if "image" in motion else "video")
     assert any(answer in (DIGITS[digit], color) for _, answer in made.asked) and all(answer for _, answer in made.asked)
 
 
 def test_speed_holds_the_last_frame_or_shows_the_first_half():
-    frames = views.draw_clip("moves right", 7, "red").frames
-    assert np.array_equal(views.draw_clip("moves right", 7, "red", speed=2).frames, frames[[0, 2, 3, 3]])
-    assert np.array_equal(views.draw_clip("moves right", 7, "red", speed=0.5).frames, frames[[0, 0, 1, 1]])
+    frames = views.draw_scene("moves right", 7, "red").frames
+    assert np.array_equal(views.draw_scene("moves right", 7, "red", speed=2).frames, frames[[0, 2, 3, 3]])
+    assert np.array_equal(views.draw_scene("moves right", 7, "red", speed=0.5).frames, frames[[0, 0, 1, 1]])
 
 
 @given(st.integers(3, 8))
 def test_orders_of_frames(t):
     frames = np.arange(t)[:, None, None, None].repeat(3, 3).astype(np.uint8)
-    video = views.Clip(frames, "video", (("which digit is it", "seven"),))
+    video = views.Visual(frames, "video", (("which digit is it", "seven"),))
     found = {name: views.reorder(video, name).frames[:, 0, 0, 0].tolist() for name in views.ORDERS}
     assert found["as they are"] == list(range(t)) and found["reverse"] == list(range(t))[::-1]
     assert sorted(found["shuffle"]) == list(range(t)) and found["shuffle"] not in (found["reverse"], list(range(t)))
@@ -78,40 +79,40 @@ def test_a_drawing_is_cut_out_and_centered_with_its_aspect():
     assert (stroke[:, 3:5] > 0).all() and not stroke[:, :3].any() and not stroke[:, 5:].any()
     with pytest.raises(ValueError, match="the drawing is empty"):
         views.stroke_of(np.full((9, 9, 4), 255, np.uint8))
-    drawn = views.draw_clip("moves right", 7, "red", drawing=drawing)
+    drawn = views.draw_scene("moves right", 7, "red", drawing=drawing)
     assert "" in dict(drawn.asked).values() and "red" in dict(drawn.asked).values()  # nobody knows the digit
 
 
 def test_a_file_is_shown_as_the_model_sees_it_and_an_error_has_no_path(predictor, tmp_path):
     path = write_media(tmp_path / "a.mp4", 0, 9)
-    made = views.read_clip(path, predictor)
+    made = views.read_visual(path, predictor)
     assert made.frames.shape == (4, 32, 32, 3) and made.modality == "video"
     assert predictor.caption([made]) == predictor.caption([path])
     (tmp_path / "b.mp4").write_bytes(b"nothing")
     with pytest.raises(MediaError, match="b.mp4") as refused:
-        views.read_clip(tmp_path / "b.mp4", predictor)
+        views.read_visual(tmp_path / "b.mp4", predictor)
     assert str(tmp_path) not in str(refused.value)
 
 
 # ---- what the model does ---------------------------------------------------------------------------------------------
 
 
-def test_without_the_local_temporal_modules_the_order_of_frames_is_not_seen(predictor, clip):
+def test_without_the_local_temporal_modules_the_order_of_frames_is_not_seen(predictor, visual):
     """With them, reversing the frames changes the answer; without, V' of a frame does not depend on its place."""
-    back = views.reorder(clip, "reverse")
+    back = views.reorder(visual, "reverse")
     question = "does it move right or left"
-    assert [predictor.answer([one], [question])[0] for one in (clip, back)] == ["right", "left"]
+    assert [predictor.answer([one], [question])[0] for one in (visual, back)] == ["right", "left"]
     with views.local_temporal_off(predictor):
-        one, two = predictor.answer([clip], [question]), predictor.answer([back], [question])
-        vectors = predictor.embed([clip]), predictor.embed([back])
+        one, two = predictor.answer([visual], [question]), predictor.answer([back], [question])
+        vectors = predictor.embed([visual]), predictor.embed([back])
     assert one == two
     torch.testing.assert_close(*vectors, atol=1e-4, rtol=1e-4)
-    assert predictor.answer([clip], [question]) == ["right"]  # they are back
+    assert predictor.answer([visual], [question]) == ["right"]  # they are back
 
 
 @pytest.mark.parametrize("question", ["", "which digit is it"])
-def test_words_have_their_probabilities_and_attention_over_all_patches(predictor, clip, question):
-    written, words = predictor.trace(clip, question)
+def test_words_have_their_probabilities_and_attention_over_all_patches(predictor, visual, question):
+    written, words = predictor.trace(visual, question)
     asked = len(question.split())
     assert " ".join(word.text for word in words[asked:]) == written
     assert [word.text for word in words[:asked]] == question.split()
@@ -124,24 +125,24 @@ def test_words_have_their_probabilities_and_attention_over_all_patches(predictor
     assert [word.probability for word in words[:asked]] == [None] * asked
 
 
-def test_texts_beams_latents_and_boxes(predictor, clip):
-    rows = views.fitting_texts(predictor, clip, ["a blue two", "", "a red seven moving right"])
+def test_texts_beams_latents_and_boxes(predictor, visual):
+    rows = views.fitting_texts(predictor, visual, ["a blue two", "", "a red seven moving right"])
     assert [row[0] for row in rows] == ["a red seven moving right", "a blue two"] and rows[0][2] > 0.9 > rows[1][2]
-    assert rows[0][1] == pytest.approx(predictor.similarity([clip], ["a red seven moving right"]).item(), abs=1e-6)
+    assert rows[0][1] == pytest.approx(predictor.similarity([visual], ["a red seven moving right"]).item(), abs=1e-6)
     with pytest.raises(ValueError, match="no text"):
-        views.fitting_texts(predictor, clip, [" "])
-    tree = views.beam_tree(predictor, clip)
+        views.fitting_texts(predictor, visual, [" "])
+    tree = views.beam_tree(predictor, visual)
     assert tree.startswith("<ul><li>") and tree.count("<b>") >= 5 and "red" in tree and tree.count("score") == 5
-    assert len(views.latent_images(predictor, clip)) == predictor.model.config.latents
+    assert len(views.latent_images(predictor, visual)) == predictor.model.config.latents
     with pytest.raises(ValueError, match="has no box_head"):
-        views.boxed(predictor, clip, "the red seven")
+        views.boxed(predictor, visual, "the red seven")
 
 
 def test_a_box_is_drawn_where_the_model_predicts_it(monkeypatch):
     model = make_predictor("grounding")
-    predictor = views.ClipPredictor(model.model, model.tokenizer, model.preprocess)
+    predictor = views.VisualPredictor(model.model, model.tokenizer, model.preprocess)
     monkeypatch.setattr(predictor, "predict_boxes", lambda *_: torch.tensor([[0.5, 0.5, 0.5, 0.25]]))
-    shown = views.boxed(predictor, views.Clip(np.zeros((1, 32, 32, 3), np.uint8)), "a red one")
+    shown = views.boxed(predictor, views.Visual(np.zeros((1, 32, 32, 3), np.uint8)), "a red one")
     rows, columns = np.nonzero(shown[:, :, 0])
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (36, 60, 24, 72)
 
@@ -192,7 +193,7 @@ def page(open_page):
 
 
 def wait_for(page, condition: str) -> None:
-    page.wait_for_function(f"() => {{ {condition} }}", timeout=30_000)
+    page.wait_for_function(f"() => {{ {condition} }}", timeout=60_000)
 
 
 CAPTION = "const caption = document.querySelector('#caption textarea')?.value ?? '';"
@@ -208,22 +209,74 @@ def test_the_page_captions_and_answers_what_is_drawn_and_changed(page):
     wait_for(page, CAPTION + "return caption.includes('left')")
     page.get_by_label("as they are").check()
     wait_for(page, CAPTION + "return caption.includes('right')")
-    page.locator("#temporal input").uncheck()  # now reversing changes nothing
-    time.sleep(1.5)
-    before = page.input_value("#caption textarea")
-    page.get_by_label("reverse").check()
-    time.sleep(1.5)
-    assert page.input_value("#caption textarea") == before
+    page.locator("#temporal input").uncheck()  # now the order of the frames changes nothing but the frames
+    captions = []
+    for order in ("reverse", "as they are"):
+        before = page.get_attribute("#frames img", "src")
+        page.get_by_label(order).check()
+        wait_for(page, f"return document.querySelector('#frames img').getAttribute('src') !== {json.dumps(before)}")
+        captions.append(page.input_value("#caption textarea"))
+    assert captions[0] == captions[1]
     page.locator("#temporal input").check()
-    page.get_by_label("as they are").check()
-    wait_for(page, CAPTION + "return caption.includes('right')")
     page.locator("#question input").fill("which color is it")
     page.locator("#question input").press("Enter")
     wait_for(page, "return document.querySelector('#words')?.innerText.includes('color')")
-    page.locator("#words").get_by_text("red").last.click()
-    wait_for(page, "return document.querySelector('#explained')?.innerText.includes('written with probability')")
+    wait_for(page, "return document.querySelector('#explained')?.innerText.startsWith('red: written with probability')")
     assert page.locator("#attention img").count() == 1
     assert page.elsewhere == []
+
+
+@pytest.mark.browser
+@pytest.mark.timeout(300)
+def test_what_belongs_to_an_older_video_is_not_shown(page):
+    """The question is asked again, its words show their attention, and the result of a tab is removed."""
+    page.goto(page.address)
+    wait_for(page, "return document.querySelector('#explained')?.innerText.startsWith('right: written')")
+    page.locator("#question input").fill("does it move left or right")
+    page.locator("#question input").press("Enter")
+    wait_for(page, "return document.querySelectorAll('#words [role=button]').length === 7")
+    page.get_by_role("button", name="Compare the texts").click()
+    wait_for(page, "return document.querySelector('#fits').innerText.includes('a blue two')")
+    before = page.get_attribute("#attention img", "src")
+    page.get_by_label("reverse").check()
+    wait_for(page, "return document.querySelector('#explained').innerText.startsWith('left: written')")
+    assert page.locator("#words [role=button]").count() == 7 and page.get_attribute("#attention img", "src") != before
+    wait_for(page, "return document.querySelector('#fits').innerText.trim() === ''")
+    page.locator("#question input").fill("")
+    page.locator("#question input").press("Enter")
+    wait_for(page, "return document.querySelectorAll('#words [role=button]').length === 5")
+
+
+@pytest.mark.browser
+@pytest.mark.timeout(300)
+def test_a_word_is_chosen_by_pointing_at_it(page):
+    """With the layer and the head that are chosen."""
+    page.goto(page.address)
+    wait_for(page, "return document.querySelector('#explained')?.innerText.startsWith('right: written')")
+    before = page.get_attribute("#attention img", "src")
+    page.locator("#words [role=button]").nth(2).hover()
+    wait_for(page, "return document.querySelector('#explained').innerText.startsWith('seven: written')")
+    wait_for(page, f"return document.querySelector('#attention img').getAttribute('src') !== {json.dumps(before)}")
+    before = page.get_attribute("#attention img", "src")
+    page.locator("#layer input").click()
+    page.get_by_role("option", name="1", exact=True).click()
+    wait_for(page, f"return document.querySelector('#attention img').getAttribute('src') !== {json.dumps(before)}")
+    assert page.inner_text("#explained").startswith("seven: ")
+
+
+@pytest.mark.browser
+@pytest.mark.timeout(300)
+def test_uploads_above_the_limit_of_a_request_are_refused_unread(page):
+    from mplug2.demo.page import REQUEST_LIMIT
+
+    for length, status in ((REQUEST_LIMIT + 1, 413), (None, 413), (0, 400)):
+        connection = http.client.HTTPConnection(page.address.removeprefix("http://"), timeout=30)
+        connection.putrequest("POST", "/gradio_api/upload")
+        if length is not None:
+            connection.putheader("Content-Length", str(length))
+        connection.endheaders()
+        assert connection.getresponse().status == status
+        connection.close()
 
 
 @pytest.mark.browser

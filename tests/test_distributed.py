@@ -6,6 +6,7 @@ Two real processes, joined by gloo, serve the whole file. Each test sends them a
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from batches import make_batch, make_model, rank_share, similarity_for
 from helpers import seeds
 from hypothesis import given, settings
@@ -23,6 +24,7 @@ from mplug2.distributed import (
     all_to_all,
     any_rank,
     choose_device,
+    first_to_report,
     global_mean,
     init_distributed,
     run_on_main,
@@ -32,6 +34,23 @@ from mplug2.distributed import (
 from mplug2.objectives.ema_teacher import EMATeacher
 from mplug2.objectives.losses import matching_loss
 from mplug2.objectives.objectives import Objectives
+
+
+def test_an_error_that_every_rank_finds_is_printed_once(monkeypatch):
+    """torchrun's store decides; it is there before the ranks have found each other."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for name, value in {"RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port)}.items():
+        monkeypatch.setenv(name, value)
+    error = ValueError("no such file")
+    assert first_to_report(error) and first_to_report(error)  # without torchrun, each process speaks for itself
+    assert not first_to_report(AllRanksError("a full disk"))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    assert [first_to_report(error), first_to_report(error), first_to_report("another")] == [True, False, True]
+    assert not first_to_report(AllRanksError("a full disk"))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert first_to_report(error)
+    monkeypatch.setenv("RANK", "0")
+    assert first_to_report(AllRanksError("a full disk"))
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +99,7 @@ def test_a_missing_device_is_refused_with_advice(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert init_distributed("auto").device == torch.device("cpu")
-    with pytest.raises(ValueError, match="cuda:0: this machine .* has no CUDA; use --device cpu"):
+    with pytest.raises(ValueError, match="device cuda: this machine .* has no CUDA; use --device cpu"):
         init_distributed("cuda")
     with pytest.raises(ValueError, match="mps: this machine .* has no MPS; use --device cpu"):
         init_distributed("mps")
@@ -94,7 +113,9 @@ def test_a_missing_device_is_refused_with_advice(monkeypatch):
 
 
 def test_the_device_of_a_rank_is_the_gpu_of_its_number_on_its_machine(monkeypatch):
-    chosen = []
+    """Its products of float32 matrices use TF32."""
+    chosen, precisions = [], []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", precisions.append)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
@@ -103,6 +124,7 @@ def test_the_device_of_a_rank_is_the_gpu_of_its_number_on_its_machine(monkeypatc
     for name, device in (("auto", "cuda:1"), ("cuda", "cuda:1"), ("cuda:0", "cuda:0"), ("cpu", "cpu")):
         assert init_distributed(name).device == torch.device(device)
     assert chosen == [torch.device("cuda:1")] * 2 + [torch.device("cuda:0")]
+    assert precisions == ["high"] * 3
 
 
 def exchanges(rank: int) -> tuple:

@@ -68,7 +68,7 @@ def package(folder, name: str, version: str, files: dict[str, bytes]) -> None:
 @pytest.fixture
 def packages(tmp_path, monkeypatch):
     """32 hands, each with a skin tone, in packages with the published layout. No minimum number is checked."""
-    monkeypatch.setattr(emoji, "check", lambda *_: None)
+    monkeypatch.setattr(emoji, "check_counts", lambda *_: None)
     folder = tmp_path / "packages"
     folder.mkdir()
     codes = [f"{code:X}" for code in range(0x1F440, 0x1F460)]
@@ -146,7 +146,7 @@ def test_a_package_that_is_damaged_missing_or_wrong_is_named(packages, tmp_path,
 
 def test_too_few_emoji_are_refused():
     with pytest.raises(ValueError, match="only 1 emoji have a name and image data.*1 have no name, such as FF"):
-        emoji.check({("image_caption", "train"): [{}]}, ["FF"])
+        emoji.check_counts({("image_caption", "train"): [{}]}, ["FF"])
 
 
 def test_npm_fetches_the_packages_and_a_missing_npm_is_an_error(tmp_path, monkeypatch):

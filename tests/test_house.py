@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,10 +30,15 @@ def lines_of(file: Path) -> int:
 # ---- imports ---------------------------------------------------------------------------------------------------------
 
 
+@cache
+def nodes_of(file: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+
+
 def imports_of(file: Path) -> set[str]:
     """The modules that a file imports anywhere, functions included."""
     found = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in nodes_of(file):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -83,7 +89,7 @@ def test_the_scripts_leave_matplotlib_and_its_backend_alone():
 
 
 def functions_of(file: Path) -> Iterator[tuple[str, int]]:
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in nodes_of(file):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             yield f"{file.relative_to(ROOT)}: {node.name}", node.end_lineno - node.lineno + 1
 
@@ -134,6 +140,7 @@ select_memories encode_pixels parallelise clip_gradient average_replicated meeti
 state_beside whole_model Preparation mean_share sureness image_t2v_r1 image_v2t_r1""".split()
 
 
+@cache
 def texts_of(file: Path) -> str:
     """What a person reads: the whole file, or the cells and printed outputs of a notebook (no images)."""
     text = file.read_text(encoding="utf-8")
@@ -150,7 +157,8 @@ OLD_RECORDINGS = ("test_golden_run.py",)
 
 def occurrences(pattern: str, exempt: tuple[str, ...] = ()) -> list[str]:
     """Files and lines in which a pattern occurs, except in this file and in files named `exempt`."""
-    files = [file for file in TRACKED if file.name not in (Path(__file__).name, *exempt)]
+    files = [file for file in TRACKED if file.name not in (Path(__file__).name, *exempt)
+             and re.search(pattern, texts_of(file), re.IGNORECASE)]
     return [
         f"{file.relative_to(ROOT)}: {line.strip()[:100]}" for file in files
         for line in texts_of(file).splitlines() if re.search(pattern, line, re.IGNORECASE)

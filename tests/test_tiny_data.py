@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter, defaultdict
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -156,7 +156,8 @@ def test_each_combination_is_held_out_on_one_axis_and_each_digit_in_one_color():
 
 def test_training_shows_every_other_combination_often():
     seen = Counter()
-    for scene in source("train").training_clips(12000) + source("train").training_images(6000):
+    groups = source("train").training_clips(12000) + source("train").training_images(6000)
+    for scene in chain.from_iterable(groups):
         seen.update((AXIS_OF[scene.kind], thing.digit, thing.color) for thing in scene.things)
     for axis, digit, color in product(AXES, range(10), COLORS):
         number = seen[axis, digit, color]
@@ -229,11 +230,36 @@ def test_order_cannot_be_told_from_frames_without_their_order(root):
 
 
 def test_training_is_balanced_in_time():
-    kinds = Counter(scene.kind for scene in source("train").training_clips(12000))
+    kinds = Counter(scene.kind for group in source("train").training_clips(12000) for scene in group)
     for before, after in REVERSED.items():
         assert abs(kinds[before] - kinds[after]) < 5 * np.sqrt(kinds[before] + kinds[after])
-        assert kinds[before] > kinds["stay"]
-    assert kinds["pair"] == 2640 and kinds["sequence"] == 2160
+        assert kinds[before] > 0.9 * kinds["stay"]
+    assert kinds["pair"] == 2640 and kinds["sequence"] == 3600 and kinds.total() == 12000
+
+
+def test_hard_negatives_have_the_same_digits_and_colors_and_another_meaning():
+    """Handwriting and places of the twins are drawn separately, so that they do not give a group away."""
+    for groups in source("train").training_clips(1200), source("train").training_images(600):
+        twins = [group for group in groups if len(group) > 1]
+        assert {group[0].kind for group in groups if len(group) == 1}.isdisjoint({"pair", "sequence"})
+        assert {scene.kind for group in twins for scene in group} <= {"pair", "sequence"}
+        for one, other in twins:
+            assert positive_id(one) != positive_id(other)
+            for part in "digit", "color":
+                assert sorted(getattr(thing, part) for thing in one.things) == sorted(
+                    getattr(thing, part) for thing in other.things)
+        same = [one.things[0].stroke in {thing.stroke for thing in other.things} for one, other in twins]
+        assert sum(same) < len(same) / 10
+
+
+def test_only_training_has_batch_groups(root):
+    for path in root.glob("*.jsonl"):
+        groups = Counter(json.loads(line).get("batch_group") for line in path.open())
+        if path.name.split(".")[:2] in (["video_caption", "train"], ["video_retrieval", "train"],
+                                        ["image_caption", "train"], ["image_retrieval", "train"]):
+            assert groups.pop(None) and set(groups.values()) == {2}
+        else:
+            assert set(groups) == {None}, path
 
 
 # --- sentences -------------------------------------------------------------------------------------------------------
@@ -582,7 +608,7 @@ def test_ensure_writes_once_even_if_two_race(tmp_path, monkeypatch):
         racer.start()
     for racer in racers:
         racer.join()
-    expected = tmp_path / "cache" / "tiny-v5-seed5"
+    expected = tmp_path / "cache" / "tiny-v6-seed5"
     assert found == [expected, expected] and calls == [5, 5]
     assert list((tmp_path / "cache").iterdir()) == [expected]
     assert ensure(seed=5) == expected and len(calls) == 2
@@ -602,9 +628,9 @@ def test_ensure_refuses_a_folder_of_another_world(root, tmp_path):
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({"MPLUG2_CACHE": "/a", "XDG_CACHE_HOME": "/b"}, "/a/tiny-v5-seed0"),
-        ({"XDG_CACHE_HOME": "/b"}, "/b/mplug2/tiny-v5-seed0"),
-        ({"HOME": "/c"}, "/c/.cache/mplug2/tiny-v5-seed0"),
+        ({"MPLUG2_CACHE": "/a", "XDG_CACHE_HOME": "/b"}, "/a/tiny-v6-seed0"),
+        ({"XDG_CACHE_HOME": "/b"}, "/b/mplug2/tiny-v6-seed0"),
+        ({"HOME": "/c"}, "/c/.cache/mplug2/tiny-v6-seed0"),
     ],
 )
 def test_the_cache_folder_follows_the_environment(environment, expected, monkeypatch):

@@ -38,6 +38,7 @@ from mplug2.training.settings import GROUPS
 from tiny_data import write
 from tiny_data.writer import VERSION
 
+pytestmark = pytest.mark.usefixtures("no_curves")  # except in the session's `run`
 HERE = Path(train.__file__).parent
 KEYS = (
     ["caption_exact", "caption_cider", "caption_bleu4", "caption_rouge_l"]
@@ -130,6 +131,7 @@ def test_metrics_have_a_line_per_step_the_validations_and_the_results(run):
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
     for line in steps:
         assert {"grad_norm", "lr", "samples_per_second", "waiting_for_data", "skipped_files", "memory_gib"} <= set(line)
+        assert 0.001 <= line["temperature"] <= 0.5
     losses = {key.removeprefix("loss/") for line in steps for key in line if key.startswith("loss/")}
     assert losses == {"vtc", "vtm", "mlm", "caption", "answer"}
     validated = [line for line in found if "val/caption_exact" in line]
@@ -156,13 +158,19 @@ def test_a_run_saves_before_it_validates_and_survives_a_plot_that_fails(light, t
     run = tmp_path / "tiny"
 
     def note_and_evaluate(*given):
-        saved.append(os.readlink(run / "last"))
+        name, limit = f"step_{min(len(saved) + 1, 2):07d}", time.monotonic() + 60
+        while not ((run / "last").exists() and os.readlink(run / "last") == name):  # it is written in the background
+            assert time.monotonic() < limit
+            time.sleep(0.01)
+        saved.append(name)
         return evaluate(*given)
 
     monkeypatch.setattr(train, "evaluate", note_and_evaluate)
     train.main([*MODEL, *FAST, *f"--data {light} --out {tmp_path} --max-steps 2 --save-every 1 --eval-every 1".split()])
     assert saved[:2] == ["step_0000001", "step_0000002"]
-    assert "warning: the report failed: RuntimeError: no fonts" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "warning: the report failed: RuntimeError: no fonts" in printed.err
+    assert "pretrain: preset tiny, 32 pixels, 4 frames, " in printed.out
     assert not (run / "curves.png").exists() and (run / "best").exists()
     with monkeypatch.context() as broken:
         broken.setattr(train, "evaluate", fail)
@@ -390,7 +398,7 @@ def test_a_validation_has_the_settings_of_the_run_and_changes_nothing_that_is_tr
     records, tmp_path, monkeypatch, spy
 ):
     """On records of a sample of `val` after each step, and on all of `test` at the end. The losses of a run without
-    validation are the same: the random numbers of dropout go on where they were."""
+    validation are the same: the random numbers of dropout continue where they were."""
     data, precisions, autocast = tmp_path / "data", [], set()
     shutil.copytree(records, data)
     for split in ("val", "test"):
@@ -459,7 +467,7 @@ def test_the_main_process_decides_what_is_the_best_checkpoint(tmp_path, monkeypa
         settings=SimpleNamespace(run=SimpleNamespace(best_metric="", keep_checkpoints=2),
                                  data=SimpleNamespace(task="video_caption")),
         folder=tmp_path, checkpoint_name="step_0000003", process=DistInfo(1, 2, CPU),
-        save=lambda: saved.append(True),
+        save=lambda: saved.append(True), finish_saving=lambda: None,
     )
     train.Trainer.keep_best(trainer, {"val/caption_cider": 0.5, "caption_cider": 0.5}, saved=False)
     assert len(saved) == len(scored) == main_says
@@ -544,6 +552,7 @@ def test_named_modules_start_from_scratch(run, light, tmp_path, capsys):
     assert "add --init CHECKPOINT" in refused(capsys, train.main, ["--out", tmp_path / "c", "--reinit", "decoder"], 2)
 
 
+@pytest.mark.slow
 def test_a_run_without_symbolic_links_is_resumed_fine_tuned_and_evaluated(light, tmp_path, monkeypatch):
     """As on exFAT: `last` and `best` are text files."""
 
@@ -568,6 +577,7 @@ def test_a_resumed_run_keeps_its_settings(capsys, run):
     assert "leave these flags out, or start another" in message
 
 
+@pytest.mark.slow
 def test_the_data_of_a_resumed_run_may_lie_elsewhere_but_must_be_the_same(capsys, light, tmp_path):
     first, moved = tmp_path / "first", tmp_path / "moved, with=a comma"
     shutil.copytree(light, first, symlinks=True)

@@ -188,7 +188,7 @@ def write(packages: Path, out: Path) -> Counter[tuple[str, str]]:
                 for name, changed in (("still", still(frames)), ("shuffled", shuffled(frames, code))):
                     save_clip(changed, out / f"clips_{name}" / f"{code}.webp")
                     add(records, "video", emoji, f"test_{name}", f"clips_{name}/{code}.webp")
-    check(records, unknown)
+    check_counts(records, unknown)
     for (task, split), lines in records.items():
         (out / f"{task}.{split}.jsonl").write_text(
             "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
@@ -196,7 +196,7 @@ def write(packages: Path, out: Path) -> Counter[tuple[str, str]]:
     return Counter({part: len(lines) for part, lines in records.items()})
 
 
-def check(records: dict[tuple[str, str], list[dict]], unknown: list[str]) -> None:
+def check_counts(records: dict[tuple[str, str], list[dict]], unknown: list[str]) -> None:
     """Raise ValueError if the packages have far fewer emoji than the versions that this file was written for."""
     for modality, least in (("image", 3000), ("video", 1500)):
         count = sum(len(lines) for (task, split), lines in records.items()

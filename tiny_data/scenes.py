@@ -7,6 +7,7 @@ the split "combos", where every scene has at least one such digit.
 
 from collections.abc import Callable, Sequence
 from itertools import product
+from typing import TypeVar
 
 import numpy as np
 
@@ -32,6 +33,8 @@ from tiny_data.world import (
 
 STROKES = {"train": (0, 1140), "val": (1140, 1200), "test": (1200, 1797), "combos": (1200, 1797)}  # rows of digits.npz
 SPLITS = tuple(STROKES)
+
+Drawn = TypeVar("Drawn", Scene, tuple[Scene, ...])
 
 _COMBINATIONS = tuple(product(range(len(DIGITS)), COLOR_NAMES))
 
@@ -77,6 +80,10 @@ class SceneSource:
             combinations = [pick(_COMBINATIONS, self.rng) for _ in SCRIPTS[kind]]
             if self._allows(kind, combinations) and all(len(set(same)) == len(same) for same in zip(*combinations)):
                 break
+        return self._drawn(kind, combinations)
+
+    def _drawn(self, kind: str, combinations: Sequence[tuple[int, str]]) -> Scene:
+        """A scene of these digits and colors, in random handwriting and at random places."""
         strokes = [int(pick(self._strokes[digit], self.rng)) for digit, _ in combinations]
         corners = pick(_POSITIONS[kind], self.rng)
         return Scene(kind, tuple(Thing(*what, stroke, *at) for what, stroke, at in zip(combinations, strokes, corners)))
@@ -102,18 +109,33 @@ class SceneSource:
             if self.allows(twin):
                 return scene, twin
 
+    def hard_negatives(self, kind: str) -> tuple[Scene, Scene]:
+        """A scene and its twin, each in its own handwriting and at its own place: only the meaning tells them apart."""
+        scene, twin = self.twins(kind)
+        return scene, self._drawn(kind, [(thing.digit, thing.color) for thing in twin.things])
+
     # --- the contents of a split ---
 
-    def training_clips(self, n: int) -> list[Scene]:
-        """Clips for training: 55% move, 5% stay, 22% are pairs (color-swapped twins), 18% are sequences; shuffled.
+    def training_clips(self, n: int) -> list[tuple[Scene, ...]]:
+        """Clips for training, in groups that should meet in a batch: 22% are pairs with hard negatives (colors
+        swapped), 30% are sequences with hard negatives (the other order), 5% stay and 43% move, each of them alone;
+        shuffled.
 
-        Two digits are frequent because it takes many questions to learn which digit has which color.
+        Two digits are frequent because it takes many samples to learn which digit has which color, or comes first.
         """
-        pairs, sequences, stay = 2 * (11 * n // 100), 18 * n // 100, 5 * n // 100
-        scenes = self._all_twins(["pair"], pairs // 2)
-        scenes += [self.scene("sequence") for _ in range(sequences)] + [self.scene("stay") for _ in range(stay)]
-        scenes += [self.moving() for _ in range(n - len(scenes))]
-        return self._shuffled(scenes)
+        twins = [self.hard_negatives(kind) for kind, percent in (("pair", 11), ("sequence", 15))
+                 for _ in range(percent * n // 100)]
+        alone = [(self.scene("stay"),) for _ in range(5 * n // 100)]
+        alone += [(self.moving(),) for _ in range(n - 2 * len(twins) - len(alone))]
+        return self._shuffled(twins + alone)
+
+    def clips_for_texts(self, n: int) -> list[Scene]:
+        """Clips that texts tell about, without showing them: 55% move, 5% stay, 22% are pairs (color-swapped twins),
+        18% are sequences; shuffled."""
+        scenes = self._all_twins(["pair"], 11 * n // 100)
+        scenes += [self.scene("sequence") for _ in range(18 * n // 100)]
+        scenes += [self.scene("stay") for _ in range(5 * n // 100)]
+        return self._shuffled(scenes + [self.moving() for _ in range(n - len(scenes))])
 
     def testing_clips(self, n: int) -> list[Scene]:
         """Clips for testing: a quarter show two digits. All except "stay" come as twins, equally many for each axis;
@@ -123,10 +145,12 @@ class SceneSource:
         scenes += self._all_twins(["pair"], pairs)
         return self._shuffled(scenes + [self.scene("stay") for _ in range(n - len(scenes))])
 
-    def training_images(self, n: int) -> list[Scene]:
-        """Images for training: 44% show color-swapped twins, 20% one large digit, 36% one digit; shuffled."""
-        scenes = self._all_twins(["pair"], 22 * n // 100) + [self.scene("large") for _ in range(n // 5)]
-        return self._shuffled(scenes + [self.scene("image") for _ in range(n - len(scenes))])
+    def training_images(self, n: int) -> list[tuple[Scene, ...]]:
+        """Images for training, in groups that should meet in a batch: 44% are pairs with hard negatives (colors
+        swapped), 20% show one large digit, 36% one digit; shuffled."""
+        twins = [self.hard_negatives("pair") for _ in range(22 * n // 100)]
+        large = [(self.scene("large"),) for _ in range(n // 5)]
+        return self._shuffled(twins + large + [(self.scene("image"),) for _ in range(n - 2 * len(twins) - len(large))])
 
     def testing_images(self, n: int) -> list[Scene]:
         """Images for testing: two thirds show one digit, a quarter of these large. The rest are color-swapped twins;
@@ -165,5 +189,5 @@ class SceneSource:
                 n -= 1
         return scenes
 
-    def _shuffled(self, scenes: list[Scene]) -> list[Scene]:
+    def _shuffled(self, scenes: list[Drawn]) -> list[Drawn]:
         return [scenes[i] for i in self.rng.permutation(len(scenes))]

@@ -64,7 +64,7 @@ def question_records(scenes: Sequence[Scene], rng: np.random.Generator, training
 
 def text_only(source: SceneSource, n: int) -> list[Shown]:
     """Sentences about clips, for language modeling."""
-    return [({"text": sentence(scene, source.rng)}, ()) for scene in source.training_clips(n)]
+    return [({"text": sentence(scene, source.rng)}, ()) for scene in source.clips_for_texts(n)]
 
 
 def text_classification(source: SceneSource, n: int) -> list[Shown]:
@@ -76,7 +76,7 @@ def text_classification(source: SceneSource, n: int) -> list[Shown]:
 def text_pair_classification(source: SceneSource, n: int) -> list[Shown]:
     """Two captions: "same" if they are paraphrases, "different" if their scenes differ in one respect."""
     records = []
-    for scene, label in zip(source.training_clips(n), cycle(("same", "different"))):
+    for scene, label in zip(source.clips_for_texts(n), cycle(("same", "different"))):
         if label == "same":
             a, b = source.rng.permutation(len(captions(scene)))[:2]
             texts = [captions(scene)[a], captions(scene)[b]]
@@ -112,7 +112,7 @@ def _changed(thing: Thing, scene: Scene, rng: np.random.Generator) -> Thing:
 def text_qa(source: SceneSource, n: int) -> list[Shown]:
     """Questions about a sentence: the words that are to be read follow the question."""
     records = []
-    for number, scene in enumerate(source.training_clips(n)):
+    for number, scene in enumerate(source.clips_for_texts(n)):
         said = sentence(scene, source.rng)
         asked = questions(scene, source.rng, yes=number % 2 == 0, count=True)
         records.append(({"qa": [{**one, "question": f"{one['question']} {said}"} for one in asked]}, ()))

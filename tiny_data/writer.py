@@ -20,7 +20,7 @@ from tiny_data.scenes import SPLITS, STROKES, SceneSource
 from tiny_data.world import AXES, COLORS, DIGITS, FRAMES, IMAGE_SIZE, Scene, held_out
 
 NAME = "tiny"
-VERSION = 5  # increased whenever the same seed gives different files
+VERSION = 6  # increased whenever the same seed gives different files
 FRAME_MILLISECONDS = 250
 
 
@@ -81,8 +81,8 @@ class SplitWriter:
     def write(self, sizes: Sizes) -> None:
         clips, images, texts, labelled = sizes.for_split(self.split)
         if self.split == "train":
-            self._described("video", self.source.training_clips(clips))
-            self._described("image", self.source.training_images(images))
+            self._described("video", *_groups(self.source.training_clips(clips)))
+            self._described("image", *_groups(self.source.training_images(images)))
         else:
             self._described("video", self.source.testing_clips(clips))
             self._described("image", self.source.testing_images(images))
@@ -96,10 +96,13 @@ class SplitWriter:
             if make is not None:
                 self._shown(task, make(self.source, labelled))
 
-    def _described(self, modality: str, scenes: list[Scene]) -> None:
-        """Captions of the scenes and questions about them; outside the test splits, also retrieval among them."""
+    def _described(self, modality: str, scenes: list[Scene], groups: Sequence[dict] = ()) -> None:
+        """Captions of the scenes and questions about them; outside the test splits, also retrieval among them.
+        `groups`: the `batch_group` of each scene, for training."""
         paths = [{modality: path} for path in self._media(modality, scenes)]
         captions = _merged(paths, tasks.caption_records(scenes))
+        if groups:
+            captions = _merged(captions, groups)
         self._records(f"{modality}_caption", captions)
         self._records(f"{modality}_qa", _merged(paths, tasks.question_records(scenes, self.rng, self.split == "train")))
         if self.split in ("train", "val"):
@@ -144,6 +147,12 @@ class SplitWriter:
     def _records(self, task: str, records: Sequence[dict]) -> None:
         lines = "".join(json.dumps(record) + "\n" for record in records)
         (self.root / f"{task}.{self.split}.jsonl").write_text(lines, encoding="utf-8", newline="\n")
+
+
+def _groups(groups: Sequence[tuple[Scene, ...]]) -> tuple[list[Scene], list[dict]]:
+    """The scenes of all groups, and for each of them the field of its record that names its group, if it has others."""
+    return [scene for group in groups for scene in group], [
+        {"batch_group": str(number)} if len(group) > 1 else {} for number, group in enumerate(groups) for _ in group]
 
 
 def _merged(ones: Sequence[dict], others: Sequence[dict]) -> list[dict]:
@@ -228,7 +237,7 @@ def about(seed: int, sizes: Sizes) -> dict:
 def ensure(root: Path | str | None = None, seed: int = 0) -> Path:
     """The folder of the default world, which is written first if it does not exist.
 
-    `root` is that folder. By default it is `tiny-v5-seed0` (named after the version and the seed) in the cache folder:
+    `root` is that folder. By default it is `tiny-v6-seed0` (named after the version and the seed) in the cache folder:
     MPLUG2_CACHE, else mplug2 in XDG_CACHE_HOME, else ~/.cache/mplug2. Several processes may call this at once: the
     first one to finish provides the folder.
     Raises ValueError if `root` has the world of another version or seed, and FileExistsError if it has something else.

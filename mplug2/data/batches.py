@@ -123,15 +123,16 @@ class MixedBatches(torch.utils.data.Sampler):
 
     A stream is the samples of one batch type from one source (`stream_kind`). With gradient accumulation (`accumulate`)
     each step yields that many micro-batches. Each stream runs through its samples in an order that is shuffled again
-    every epoch. Rank r of `world_size` takes every world_size-th sample of the global batch, so the position of a step
-    in a stream does not depend on the number of ranks.
+    every epoch; samples with equal numbers in `groups` (`SampleList.groups`) stay together. Rank r of `world_size`
+    takes the r-th part of the global batch, so the position of a step in a stream does not depend on the number of
+    ranks.
     """
 
     def __init__(
         self, sizes: dict[str, int], weights: dict[str, float], batch_size: int, steps: int, seed: int, start: int = 0,
-        rank: int = 0, world_size: int = 1, accumulate: int = 1,
+        rank: int = 0, world_size: int = 1, accumulate: int = 1, groups: Mapping[str, np.ndarray | None] = {},
     ):
-        self.sizes, self.batch_size, self.seed, self.start = sizes, batch_size, seed, start
+        self.sizes, self.batch_size, self.seed, self.start, self.groups = sizes, batch_size, seed, start, groups
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
         self.kinds = batch_schedule(weights, steps)
         self.orders: dict[tuple[str, int], np.ndarray] = {}
@@ -150,8 +151,9 @@ class MixedBatches(torch.utils.data.Sampler):
 
     def __iter__(self) -> Iterator[list[tuple[str, int, int]]]:
         size = self.batch_size // self.accumulate
+        share = size // self.world_size
         for kind, count in self.turns():
-            yield [self.key(kind, count * size + i) for i in range(self.rank, size, self.world_size)]
+            yield [self.key(kind, count * size + self.rank * share + i) for i in range(share)]
 
     def key(self, kind: str, position: int) -> tuple[str, int, int]:
         """The key of the sample at a position of the endless, shuffled stream."""
@@ -159,5 +161,8 @@ class MixedBatches(torch.utils.data.Sampler):
         if (kind, epoch) not in self.orders:  # keep the previous epoch: a batch may span both
             self.orders = {key: order for key, order in self.orders.items() if key[0] != kind or key[1] == epoch - 1}
             rng = np.random.default_rng((self.seed, *kind.encode(), epoch))
-            self.orders[kind, epoch] = rng.permutation(self.sizes[kind])
+            if (group := self.groups.get(kind)) is None:
+                self.orders[kind, epoch] = rng.permutation(self.sizes[kind])
+            else:
+                self.orders[kind, epoch] = np.argsort(rng.permutation(group.max() + 1)[group], kind="stable")
         return kind, epoch, int(self.orders[kind, epoch][offset])

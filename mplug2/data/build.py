@@ -5,6 +5,7 @@ source on, the number of the source follows ("video@1").
 """
 
 import copy
+import dataclasses
 import itertools
 import math
 import os
@@ -16,17 +17,17 @@ from typing import Any, Literal
 import tiny_data
 from mplug2.config import ModelConfig
 from mplug2.data.batches import Collate, MixedBatches
-from mplug2.data.loader import make_loader, prefetch
+from mplug2.data.loader import default_workers, make_loader, on_device, prefetch
 from mplug2.data.records import held_out_media
 from mplug2.data.samples import Joined, Sample, SampleList, Samples, read_classes, read_samples, stream_kind
 from mplug2.data.shard_stream import ReaderState, stream_batches
 from mplug2.data.shards import ShardSet, is_shards, read_shards
-from mplug2.data.text import Tokenizer, clean
-from mplug2.data.text_check import check_run_texts
+from mplug2.data.text import Tokenizer, clean, normalize
+from mplug2.data.text_check import TokenCounts, check_run_texts
 from mplug2.data.transforms import Augmentation
 from mplug2.distributed import DistInfo, all_gather_object, run_on_main
 from mplug2.flags import check_range
-from mplug2.tasks import BATCH_TYPES, INSTRUCTIONS, PROMPTS, TASKS, batch_types, parse_tasks
+from mplug2.tasks import BATCH_TYPES, INSTRUCTIONS, PROMPTS, RECORD_FIELDS, TASKS, batch_types, parse_tasks
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,9 @@ class DataSettings:
     """Pre-training: share of the steps with image batches."""
     text_weight: float = 0.05
     """Pre-training: share of the steps with text-only batches."""
-    workers: int = 0
-    """Processes per rank that decode media; 0: the training process decodes in a thread."""
+    workers: int | None = None
+    """Processes per rank that decode media; 0: a thread decodes. By default 0 on a CPU, and with GPUs the cores of each
+    rank, less one, but at most 8."""
     shuffle_buffer: int = 256
     """Number of samples that a reader of tar shards holds in memory and shuffles."""
     max_unknown: float = 0.2
@@ -125,7 +127,7 @@ class DataSettings:
 
 @dataclass
 class TrainingData:
-    """The data of a run. Iterating yields this rank's micro-batches, from the current step to the last one.
+    """The data of a run. Iterating yields this rank's micro-batches on its device, from the current step to the last.
 
     The position in the data belongs to the state of a run: `state_dict` and `load_state_dict`.
     """
@@ -150,13 +152,14 @@ class TrainingData:
 
     def __iter__(self) -> Iterator[dict]:
         settings, collate = self.settings, Collate(self.tokenizer, self.classes)
-        pin = self.process.device.type == "cuda"
+        cuda = self.process.device.type == "cuda"
         if self.shards:
             loader = stream_batches(self.dataset, self.shards, self.batches, collate, self.readers, settings.max_words,
-                                    settings.workers, pin)
+                                    settings.workers, pin=cuda)
         else:
-            loader = make_loader(self.dataset, self.batches, collate, settings.workers, pin)
-        return iter(loader) if settings.workers else prefetch(loader)
+            loader = make_loader(self.dataset, self.batches, collate, settings.workers, pin=cuda)
+        batches = on_device(iter(loader), self.process.device)
+        return batches if settings.workers and not cuda else prefetch(batches)
 
     def advance(self, batch: dict) -> None:
         """Record that a batch was trained on."""
@@ -207,14 +210,14 @@ class TrainingData:
         """
         writes = {"prompted", "question"}
         writing = [stream for stream in self.sizes if writes & BATCH_TYPES[stream_kind(stream)].fields]
-        longest, lengths = 2 * self.settings.max_words if set(writing) & set(self.shards) else 0, {}
-        for sample in itertools.chain(*(self.samples[stream] for stream in writing if stream in self.samples)):
-            for text in (*sample.captions, *(answer for question in sample.qa for answer in question.answers)):
-                words = clean(text, self.settings.max_words).split()
-                for word in words:
-                    if word not in lengths:
-                        lengths[word] = self.tokenizer.lengths([word])[0] - 2
-                longest = max(longest, 1 + sum(lengths[word] for word in words))
+        longest = 2 * self.settings.max_words if set(writing) & set(self.shards) else 0
+        lengths = TokenCounts(self.tokenizer)
+        for records in itertools.chain(*(self.samples[stream].files for stream in writing if stream in self.samples)):
+            asked = "qa" in RECORD_FIELDS[records.task]  # its other texts are questions
+            for _, texts, answers in records.texts():
+                for text in answers if asked else texts:
+                    words = normalize(text).split()[:self.settings.max_words]
+                    longest = max(longest, 1 + sum(map(lengths.__getitem__, words)))
         return longest
 
     @property
@@ -259,6 +262,11 @@ def build_data(
         run_on_main(tiny_data.ensure, process)
         roots = {tiny_data.ensure(): 1.0}
     samples, shards, weights = read_streams(settings, roots)
+    if settings.workers is None:
+        workers = default_workers(process.device)
+        for shard_set in shards.values():  # each worker of each rank needs a shard
+            workers = min(workers, len(shard_set.paths) // process.world_size)
+        settings = dataclasses.replace(settings, workers=workers)
     merged = by_batch_type(samples)
     classes = read_classes(merged) if classes is None else classes
     tokenizer = tokenizer or make_tokenizer(settings, samples, model.vocab_size)
@@ -272,12 +280,13 @@ def build_data(
     dataset = Samples(
         samples, model.image_size, settings.frames, settings.questions_per_sample, model.max_positions,
         settings.max_words, seed,
-        None if settings.augment == "none" else Augmentation(settings.augment, settings.hflip),
+        None if settings.augment == "none" else Augmentation(settings.augment, settings.hflip), as_bytes=True,
     )
     sizes = {stream: len(of_stream) for stream, of_stream in {**samples, **shards}.items()}
     batches = MixedBatches(
         sizes, weights, settings.batch_size, number_of_steps(settings, samples, shards), seed, 0, process.rank,
         process.world_size, settings.accumulation_steps,
+        {stream: of_stream.groups for stream, of_stream in samples.items()},
     )
     return TrainingData(settings, process, seed, roots, samples, shards, tokenizer, classes, dataset, batches)
 

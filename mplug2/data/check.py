@@ -32,7 +32,7 @@ def check_dataset(name: str, files: Files, out: Path | None, decode: int, previe
         parts[record.task, record.split].append(record)
     if not parts:
         raise ValueError(f"{files.root}: the annotations of {name} have no records; download them again")
-    complete = {part: [record for record in records if not files.missing.intersection(media_of(record))]
+    complete = {part: [record for record in records if not files.missing.intersection(named_media(record))]
                 for part, records in parts.items()}
     if not any(complete.values()):
         raise ValueError(f"{files.root} has none of the {len(files.missing):,} media files of the annotations, such as "
@@ -70,7 +70,7 @@ def print_counts(name: str, parts: dict[tuple[str, str], list[ParsedRecord]]) ->
     unit, published = PUBLISHED.get(name, ("records", {}))
     print(f"{'':<34}{'records':>10}{'media':>10}{'published ' + unit:>20}")
     for (task, split), records in parts.items():
-        counts = {"records": len(records), "media": len({path for record in records for path in media_of(record)})}
+        counts = {"records": len(records), "media": len({path for record in records for path in named_media(record)})}
         expected = published.get(split)
         verdict = "" if expected is None else "equal" if expected == counts[unit] else "DIFFERENT"
         print(f"{task + '.' + split:<34}{counts['records']:>10,}{counts['media']:>10,}"
@@ -86,7 +86,7 @@ def print_leaks(parts: dict[tuple[str, str], list[ParsedRecord]]) -> None:
     first: dict[tuple[str, str], tuple[str, str]] = {}  # task and file -> split and positive_id
     for (task, split), records in parts.items():
         for record in records:
-            for path in media_of(record) if not record.fields.get("unlabelled") else ():
+            for path in named_media(record) if not record.fields.get("unlabelled") else ():
                 meaning = record.fields.get("positive_id") or record.source
                 other, other_meaning = first.setdefault((task, path), (split, meaning))
                 if other != split:
@@ -101,7 +101,7 @@ def print_leaks(parts: dict[tuple[str, str], list[ParsedRecord]]) -> None:
                      list(dict.fromkeys(within)))
 
 
-def media_of(record: ParsedRecord) -> list[str]:
+def named_media(record: ParsedRecord) -> list[str]:
     """The images and videos that a record names, relative to the download."""
     fields = record.fields
     return [fields[name] for name in ("image", "video") if name in fields] + fields.get("images", [])
@@ -112,7 +112,7 @@ def unreadable(files: Files, parts: dict[tuple[str, str], list[ParsedRecord]], l
     errors = []
     for (_, split), records in parts.items():
         kinds = {path: "video" if "video" in record.fields else "image"
-                 for record in records for path in media_of(record)}
+                 for record in records for path in named_media(record)}
         existing = sorted(set(kinds) - files.missing)
         chosen = random.Random(split).sample(existing, min(limit, len(existing))) if limit else existing
         for path in chosen:
@@ -173,7 +173,7 @@ def draw_samples(samples: list[ParsedRecord], root: Path, path: Path) -> None:
         text = json.dumps(fields, ensure_ascii=False)
         print(f"{task}: {text[:400]}\n  from {record.source}")
         try:
-            frames = [to_frames(to_pixels(load(root / name, kind), TILE)) for name in media_of(record)]
+            frames = [to_frames(to_pixels(load(root / name, kind), TILE)) for name in named_media(record)]
         except MediaError:
             continue  # listed as unreadable
         if frames:

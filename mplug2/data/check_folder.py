@@ -37,7 +37,7 @@ def check_folder(root: Path, decode: int = 32, tokenizer: Path | None = None) ->
                 problems += str(error).splitlines()
                 print(f"{task}.{split}: invalid, see below")
                 continue
-            media = media_of(records)
+            media = media_kinds(records)
             print(f"{task}.{split}: {len(records):,} records, {len(media):,} media files")
             for path in media:
                 owners[task, path].add(split)
@@ -57,7 +57,7 @@ def check_folder(root: Path, decode: int = 32, tokenizer: Path | None = None) ->
                           "unreadable media files; fix or remove them (training skips files that cannot be decoded)")
 
 
-def media_of(records: Sequence[Record]) -> dict[Path, str]:
+def media_kinds(records: Sequence[Record]) -> dict[Path, str]:
     """The media files of some records, and what they are named as: "image" or "video"."""
     media = {path: "image" for record in records for path in (record.image, *record.images) if path}
     return media | {record.video: "video" for record in records if record.video}

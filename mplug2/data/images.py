@@ -69,7 +69,9 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     if image.getexif():
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit gray: Pillow's own conversion would clip it at 255
-        return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+        levels = np.asarray(image)
+        gray = np.where(levels == image.info.get("transparency", -1), 255, levels >> 8)
+        return np.repeat(gray.astype(np.uint8)[..., None], 3, axis=2)
     if image.has_transparency_data:
         image = on_white(image.convert("RGBA"))
     return np.asarray(image.convert("RGB"))

@@ -1,16 +1,20 @@
-"""Loader: runs `Samples` and `Collate` in worker processes, or, without workers, in one thread ahead of training."""
+"""Loader: runs `Samples` and `Collate` in worker processes, or, without workers, in one thread ahead of training, and
+moves the batches to the device."""
 
 import atexit
 import gc
 import multiprocessing
+import os
 import signal
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import torch
 from torch.utils.data import DataLoader
 
 from mplug2.data.batches import Collate, MixedBatches
+from mplug2.data.media import normalize
 from mplug2.data.samples import Samples
 
 
@@ -22,6 +26,14 @@ def make_loader(dataset: Samples, batches: MixedBatches, collate: Collate, worke
         dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin,
         prefetch_factor=4 if workers else None, generator=torch.Generator(), worker_init_fn=start_worker,
     )
+
+
+def default_workers(device: torch.device) -> int:
+    """Worker processes of a rank. On a CPU the model needs the cores: none. With GPUs, the cores of a rank but one."""
+    if device.type != "cuda":
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
 
 
 def start_worker(_: int) -> None:
@@ -44,6 +56,27 @@ def prefetch(batches: Iterable[dict]) -> Iterator[dict]:
         while (batch := pending.result()) is not None:
             pending = thread.submit(next, batches, None)
             yield batch
+
+
+def on_device(batches: Iterable[dict], device: torch.device) -> Iterator[dict]:
+    """Batches on a device. Pixels arrive as bytes, and are normalized there.
+
+    On CUDA this has a stream of its own: inside `prefetch`, the next batch is copied while a step runs.
+    """
+    copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+    for batch in batches:
+        with torch.cuda.stream(copies) if copies else nullcontext():
+            batch = {name: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
+                     for name, value in batch.items()}
+            if "pixels" in batch:
+                batch["pixels"] = normalize(batch["pixels"])
+        if copies:
+            steps = torch.cuda.default_stream(device)
+            steps.wait_stream(copies)
+            for value in batch.values():
+                if torch.is_tensor(value):
+                    value.record_stream(steps)  # so that its memory is not used again before the step is over
+        yield batch
 
 
 @atexit.register

@@ -2,7 +2,9 @@
 
 Axes: `t` frames, `H W` rows and columns, 3 colors (red, green, blue). An image is a video of one frame.
 
-    file --read_image, read_video--> uint8 (t, H, W, 3) --to_pixels--> float32 (3, t, size, size)
+    file --read_image, read_video--> uint8 (t, H, W, 3) --to_bytes--> uint8 (3, t, size, size) --normalize--> float32
+
+`to_pixels` does the last two steps. Loaders send bytes, a quarter of the size, and normalize them on the device.
 
 Pillow decodes images and animations (`images.py`), FFmpeg decodes videos (`video.py`). The arrays hold what a viewer
 shows: upright, on white, in standard dynamic range. Whatever is wrong with a file, the error is a `MediaError`, which
@@ -21,8 +23,8 @@ from mplug2.data import images, video
 from mplug2.data.frame_choice import segment_indices
 from mplug2.data.media_errors import MediaError, decoding
 
-__all__ = ["MediaError", "is_media", "kind_of", "read_image", "read_media", "read_video", "segment_indices",
-           "to_frames", "to_pixels"]
+__all__ = ["MediaError", "is_media", "kind_of", "normalize", "read_image", "read_media", "read_video",
+           "segment_indices", "to_bytes", "to_frames", "to_pixels"]
 
 STILL_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".tif", ".tiff", ".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm",
@@ -40,8 +42,6 @@ MEDIA_SUFFIXES = STILL_SUFFIXES + ANIMATION_SUFFIXES + VIDEO_SUFFIXES
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 """Mean and standard deviation of red, green and blue (from 0 to 1) over CLIP's training images."""
-NORMALIZED = ((np.arange(256, dtype=np.float32) / 255 - np.float32(CLIP_MEAN)[:, None]) / np.float32(CLIP_STD)[:, None])
-"""Normalized value of each of the 256 levels of red, green and blue, (3, 256). A look-up is faster than arithmetic."""
 
 
 def is_media(path: Path | str) -> bool:
@@ -119,18 +119,28 @@ def _category(path: Path | str) -> str:
 
 
 def to_pixels(frames: np.ndarray, size: int) -> torch.Tensor:
-    """Prepare frames for the vision encoder: uint8 (t, H, W, 3) to float32 (3, t, size, size).
+    """Prepare frames for the vision encoder: uint8 (t, H, W, 3) to float32 (3, t, size, size)."""
+    return normalize(to_bytes(frames, size))
 
-    Pillow resizes each frame without cropping, whatever its aspect (bicubic, antialiased, rounded to 8 bits). CLIP's
-    mean and standard deviation normalize the colors. A frame that already has the size is not resampled.
+
+def to_bytes(frames: np.ndarray, size: int) -> torch.Tensor:
+    """Resize frames: uint8 (t, H, W, 3) to uint8 (3, t, size, size).
+
+    Pillow resizes each frame without cropping, whatever its aspect (bicubic, antialiased, rounded to 8 bits). A frame
+    that already has the size is not resampled.
     """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
         raise ValueError(f"{frames.dtype} {frames.shape}: expected uint8 frames of shape (t, H, W, 3)")
     if frames.shape[1:3] != (size, size):
         resized = (Image.fromarray(frame).resize((size, size), Image.Resampling.BICUBIC) for frame in frames)
         frames = np.stack([np.asarray(frame) for frame in resized])
-    planes = rearrange(frames, "t h w c -> c t h w", h=size, w=size, c=3)
-    return torch.from_numpy(np.stack([table[plane] for table, plane in zip(NORMALIZED, planes)]))
+    return torch.from_numpy(rearrange(frames, "t h w c -> c t h w", h=size, w=size, c=3).copy())
+
+
+def normalize(pixels: torch.Tensor) -> torch.Tensor:
+    """Normalize colors by CLIP's mean and standard deviation: uint8 `... 3 t H W` to float32, on the same device."""
+    planes = pixels.float().div_(255).unbind(dim=-4)
+    return torch.stack([(plane - mean).div_(std) for plane, mean, std in zip(planes, CLIP_MEAN, CLIP_STD)], dim=-4)
 
 
 def to_frames(pixels: torch.Tensor) -> np.ndarray:

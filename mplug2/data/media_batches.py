@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mplug2.data.loader import prefetch, start_worker
-from mplug2.data.media import MediaError, kind_of, read_image, read_video, to_pixels
+from mplug2.data.media import MediaError, kind_of, read_image, read_video, to_bytes
 from mplug2.data.records import Record
 
 
@@ -75,7 +75,7 @@ def media_batches(media: Mapping[int, Medium], size: int) -> list[MediaBatch]:
 
 
 class MediaReader(Dataset):
-    """`reader[i]`: the readable part of batch i, or None; its pixels `b n 3 t H W`; the errors of the other media."""
+    """`reader[i]`: the readable part of batch i, or None; its pixels `b n 3 t H W`, uint8; the errors of the others."""
 
     def __init__(self, batches: list[MediaBatch], frames: int, image_size: int):
         self.batches, self.frames, self.image_size = batches, frames, image_size
@@ -94,9 +94,9 @@ class MediaReader(Dataset):
         return (MediaBatch(*zip(*readable)), torch.stack(pixels), errors) if readable else (None, None, errors)
 
     def read(self, path: Path, modality: str) -> Tensor:
-        """Pixels `3 t H W`."""
+        """Pixels `3 t H W`, uint8."""
         size = self.image_size
-        return to_pixels(read_image(path, 2 * size) if modality == "image" else read_video(path, self.frames), size)
+        return to_bytes(read_image(path, 2 * size) if modality == "image" else read_video(path, self.frames), size)
 
 
 def read_ahead(reader: MediaReader, workers: int) -> Iterator[tuple[MediaBatch | None, Tensor | None, dict]]:

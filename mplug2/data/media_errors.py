@@ -8,6 +8,8 @@ from pathlib import Path
 from av import FFmpegError
 from PIL import Image
 
+HTML_STARTS = tuple(f"<{name}".encode() for name in (
+    "!doctype html", "html", "head", "body", "script", "title", "meta", "div", "center", "br", "h1"))
 ADVICE = "it may be damaged, cut off, or not what its suffix says: download it again, or remove its record"
 
 
@@ -32,10 +34,10 @@ def decoding(path: Path | str, expected: str) -> Iterator[None]:
             raise
         # FFmpeg's `strerror` is its message alone; str() would add an error number and the path once more.
         reason = f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"
-        raise describe(path, expected, f"cannot be decoded ({reason}); {ADVICE}") from error
+        raise media_error(path, expected, f"cannot be decoded ({reason}); {ADVICE}") from error
 
 
-def describe(path: Path | str, expected: str, problem: str) -> MediaError:
+def media_error(path: Path | str, expected: str, problem: str) -> MediaError:
     """The error of a file that cannot be read because of `problem`, unless a look at the file finds a better reason."""
     return MediaError(f"{path} {_known_problem(path, expected) or problem}")
 
@@ -58,8 +60,9 @@ def _known_problem(path: Path | str, expected: str) -> str | None:
     if start.startswith(b"\x00\x05\x16\x07"):
         return f"is a macOS metadata file (._*), not {expected}; remove it, and its record"
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<body", b"<script")):
+    if text.startswith(HTML_STARTS) or (text.startswith(b"<") and b"<html" in text):
         return f"is an HTML page, not {expected}; the server sent an error or a login page: download the file again"
-    if text.startswith((b"<?xml", b"<error")):
-        return f"is an XML document, not {expected}; the server sent an error message: download the file again"
+    if text.startswith((b"<?xml", b"<error", b"{\"")):
+        kind = "a JSON" if text.startswith(b"{") else "an XML"
+        return f"is {kind} document, not {expected}; the server sent an error message: download the file again"
     return None

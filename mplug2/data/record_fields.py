@@ -16,12 +16,15 @@ from typing import Any, NoReturn
 from mplug2.did_you_mean import did_you_mean
 from mplug2.tasks import RECORD_FIELDS, TASKS
 
-OPTIONAL_FIELDS: tuple[str, ...] = ("id", "positive_id", "unlabelled")
+OPTIONAL_FIELDS: tuple[str, ...] = ("id", "positive_id", "batch_group", "unlabelled")
 """Fields that a line of any task may have.
 
 `positive_id`: records with equal values are positives of each other: their texts and media have the same meaning. VTC
 and VTM never use them as negatives, and retrieval counts each as a correct answer for the other. The default is the
 record's `id`, so that a record is its own only positive. Older files spell this field `meaning`, which is still read.
+
+`batch_group`: training draws records with equal values one after the other, so that they meet in a batch. They should
+be hard negatives of each other, such as a video and its reversed copy: VTC and VTM learn little from easy negatives.
 """
 
 TRUTH_FIELDS: tuple[str, ...] = ("captions", "label", "box")
@@ -70,8 +73,8 @@ def _plain_questions(value: Any) -> bool:
 
 
 PLAIN: dict[str, Callable[[Any], bool]] = {
-    "id": _plain_text, "positive_id": _plain_text, "image": _plain_path, "video": _plain_path, "text": _plain_text,
-    "captions": _plain_captions, "qa": _plain_questions,
+    "id": _plain_text, "positive_id": _plain_text, "batch_group": _plain_text, "image": _plain_path,
+    "video": _plain_path, "text": _plain_text, "captions": _plain_captions, "qa": _plain_questions,
 }
 """Whether the value of a field is ordinary and surely valid. This is quick; all other values get the full check."""
 
@@ -118,6 +121,7 @@ def field_parsers(root: Path, task: str, unlabelled: bool) -> dict[str, Callable
     parsers = {
         "id": _string,
         "positive_id": _string,
+        "batch_group": _string,
         "image": path,
         "video": path,
         "images": partial(_pair, path),

@@ -67,6 +67,8 @@ class Record:
     """Center x, center y, width and height, as fractions of the image size, from its top left corner."""
     gallery: str | None = None
     """Retrieval ranks the records with the same value against each other. The default is "all"."""
+    batch_group: str | None = None
+    """Records with equal values meet in a batch; see `OPTIONAL_FIELDS`."""
     unlabelled: bool = False
     """Whether the label, captions, box or answers are left out."""
 
@@ -91,8 +93,9 @@ class Records(Sequence[Record]):
         self._scan()
 
     def _scan(self) -> None:
-        """Check every line, and note its position, its media file and its id."""
-        offsets, numbers, media, ids, owners = (array("q") for _ in range(5))
+        """Check every line, and note its position, its media file, its batch group and its id."""
+        offsets, numbers, media, groups, ids, owners = (array("q") for _ in range(6))
+        grouped = False
         problems, like_defaults, offset = [], [], 0
         with self.path.open("rb") as file:
             for number, line in enumerate(file, start=1):
@@ -108,10 +111,12 @@ class Records(Sequence[Record]):
                     record_id = None if fields.id == f"{self.path.name}:{number}" else fields.id
                     name = fields.video or fields.image
                     name = name and str(name)[len(str(self.root)) + 1:]
+                    group = fields.batch_group
                     if fields.unlabelled and self.unlabelled is None:
                         self.unlabelled = len(offsets)
                 else:
                     record_id, name = fields.get("id"), fields.get("video") or fields.get("image")
+                    group = fields.get("batch_group")
                 if record_id is not None:
                     ids.append(hash(record_id))
                     owners.append(len(offsets))
@@ -120,10 +125,13 @@ class Records(Sequence[Record]):
                 offsets.append(start)
                 numbers.append(number)
                 media.append(hash(name or (self.path, number)))
+                groups.append(hash(group) if group else media[-1])
+                grouped |= group is not None
         self.offsets = np.append(np.frombuffer(offsets, np.int64), offset)
         if len(numbers) and numbers[-1] != len(numbers):
             self.numbers = np.frombuffer(numbers, np.int64)
         self.media_hashes = np.frombuffer(media, np.int64)
+        self.group_hashes = np.frombuffer(groups, np.int64) if grouped else None
         problems += self._duplicates(np.frombuffer(ids, np.int64), np.frombuffer(owners, np.int64), like_defaults)
         raise_all([message for _, message in sorted(problems)])
 
@@ -158,7 +166,7 @@ class Records(Sequence[Record]):
             return None
         if type(fields) is not dict or not self.required <= fields.keys() or not fields.keys() <= PLAIN.keys():
             return None
-        if len(fields) > len(self.required) and not fields.keys() - self.required <= {"id", "positive_id"}:
+        if len(fields) > len(self.required) and fields.keys() - self.required - {"id", "positive_id", "batch_group"}:
             return None
         return fields if all([PLAIN[name](value) for name, value in fields.items()]) else None
 

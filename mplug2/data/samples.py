@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mplug2.data.media import MediaError, read_image, read_video, to_pixels
+from mplug2.data.media import MediaError, read_image, read_video, to_bytes, to_pixels
 from mplug2.data.record_fields import short
 from mplug2.data.records import Question, Record, RecordError, Records, available, raise_all, read_records
 from mplug2.data.text import Tokenizer, clean
@@ -47,7 +47,8 @@ class Sample:
 class SampleList(Sequence[Sample]):
     """The samples of one batch type from the files of one folder. A sample is made when it is used.
 
-    In memory are 16 bytes per record: which records belong to which sample (see also `Records`).
+    In memory are 16 bytes per record: which records belong to which sample (see also `Records`). Batch groups take
+    another 8.
     """
 
     def __init__(self, files: list[Records], joined: bool):
@@ -58,13 +59,17 @@ class SampleList(Sequence[Sample]):
         self.order = np.arange(len(hashes))
         self.starts = np.arange(len(hashes) + 1)
         if joined:
-            _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
-            sample_of = np.empty(len(first), np.int64)  # samples are numbered by their first record
-            sample_of[np.argsort(first)] = np.arange(len(first))
-            self.order = np.argsort(sample_of[inverse], kind="stable")
-            self.starts = np.append(0, np.cumsum(np.bincount(sample_of[inverse])))
+            sample_of = _numbered(hashes)
+            self.order = np.argsort(sample_of, kind="stable")
+            self.starts = np.append(0, np.cumsum(np.bincount(sample_of)))
+        self.groups: np.ndarray | None = None
+        """A number for each sample, equal for samples that should meet in a batch (the `batch_group` of their first
+        record); None if no record has one."""
+        if any(file.group_hashes is not None for file in files):
+            groups = [file.media_hashes if file.group_hashes is None else file.group_hashes for file in files]
+            self.groups = _numbered(np.concatenate(groups)[self.order[self.starts[:-1]]])
         for file in files:
-            file.media_hashes = None
+            file.media_hashes = file.group_hashes = None
 
     def without_captions(self, captioned: list[bool]) -> int | None:
         """The first sample without a record of the files that are `captioned`."""
@@ -93,6 +98,15 @@ class SampleList(Sequence[Sample]):
             yield from (_merge([record]) if self.joined else _labelled(record) for record in self.files[0])
         else:
             yield from (self[index] for index in range(len(self)))
+
+
+def _numbered(hashes: np.ndarray) -> np.ndarray:
+    """Equal hashes get equal numbers, from 0, in the order in which they first appear (Python's hashes of texts differ
+    from process to process)."""
+    _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+    number = np.empty(len(first), np.int64)
+    number[np.argsort(first)] = np.arange(len(first))
+    return number[inverse]
 
 
 class Joined(Sequence[Sample]):
@@ -252,14 +266,15 @@ def join_text_pair(texts: Sequence[str], max_words: int) -> str:
 class Samples(torch.utils.data.Dataset):
     """The training items: `samples[stream, epoch, index]`.
 
-    A file that cannot be decoded is replaced by the next sample; the error message is kept in the item.
+    A file that cannot be decoded is replaced by the next sample; the error message is kept in the item. With
+    `as_bytes`, pixels are not normalized yet: `loader.on_device` does that.
     """
 
     def __init__(
         self, samples: Mapping[str, Sequence[Sample]], image_size: int, frames: int, questions: int, max_positions: int,
-        max_words: int, seed: int, augmentation: Augmentation | None = None,
+        max_words: int, seed: int, augmentation: Augmentation | None = None, as_bytes: bool = False,
     ):
-        self.samples, self.seed, self.augmentation = samples, seed, augmentation
+        self.samples, self.seed, self.augmentation, self.as_bytes = samples, seed, augmentation, as_bytes
         self.image_size, self.frames, self.questions = image_size, frames, questions
         self.max_positions, self.max_words = max_positions, max_words
 
@@ -292,10 +307,10 @@ class Samples(torch.utils.data.Dataset):
         return read_image(path, min_side=(4 if self.augmentation else 2) * self.image_size)
 
     def prepare(self, frames: np.ndarray, modality: str, rng: np.random.Generator) -> Tensor:
-        """Augment and normalize: uint8 (t, H, W, 3) to float32 `3 t H W`."""
+        """Augment, resize and normalize: uint8 (t, H, W, 3) to float32 (with `as_bytes`, uint8) `3 t H W`."""
         if self.augmentation:
             frames = augment(frames, self.image_size, modality, self.augmentation, rng)
-        return to_pixels(frames, self.image_size)
+        return (to_bytes if self.as_bytes else to_pixels)(frames, self.image_size)
 
     def texts(self, sample: Sample, kind: str, rng: np.random.Generator) -> dict:
         """Draw one caption, `r` questions with one answer each, and the noise that chooses the masked words.

@@ -12,6 +12,7 @@ these windows may be repeated.
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,6 +74,7 @@ class Reader:
         self.shards, self.stream, self.samples, self.check = shards, stream, samples, check
         self.plan, self.reader, self.window, self.at = plan, reader, window, tuple(at)
         self.seed = (samples.seed, *stream.encode())
+        self.next_member, self.members = (-1, 0), iter(())  # (shard, number) that the tar, kept open, gives next
         self.items = self._items()
 
     def __next__(self) -> dict:
@@ -112,10 +114,17 @@ class Reader:
             if start < size and len(buffer) < count:
                 first = one.first + start
                 stop = min(one.stop, first + count - len(buffer))
-                buffer += [(one.epoch, one.shard, *member)
-                           for member in read_members(self.shards.paths[one.shard], first, stop)]
+                buffer += [(one.epoch, one.shard, *member) for member in self._members(one.shard, first, stop)]
             start = max(0, start - size)
         return buffer
+
+    def _members(self, shard: int, first: int, stop: int) -> Iterator[tuple[int, dict[str, bytes] | str]]:
+        """Samples `first` to `stop` of a shard. They continue the tar of the last call where they can: to find a sample
+        in a tar, all headers before it have to be read."""
+        if self.next_member != (shard, first):
+            self.members = read_members(self.shards.paths[shard], first, self.shards.sizes[shard])
+        self.next_member = (shard, stop)
+        return islice(self.members, stop - first)
 
     def _item(self, epoch: int, shard: int, number: int, files: dict[str, bytes] | str) -> dict | str:
         """The item, or an error message."""
@@ -260,5 +269,4 @@ def stream_batches(
             generator=torch.Generator(), worker_init_fn=start_worker,
         )) for worker in range(max(1, workers))
     ]
-    for _, count in batches.turns():
-        yield next(loaders[count % len(loaders)])
+    return (next(loaders[count % len(loaders)]) for _, count in batches.turns())

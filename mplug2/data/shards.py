@@ -27,8 +27,8 @@ from mplug2.data.samples import Sample, read_samples
 from mplug2.data.text import clean
 
 INDEX = "shards.json"
-MAX_BYTES = 2**30
-"""Larger members of a shard are not read."""
+MAX_BYTES = int(os.environ.get("MPLUG2_MAX_MEMBER", 2**30))
+"""Larger members of a shard are not read: a damaged header can promise any size. No flag, as every reader needs it."""
 MAX_SOURCE = 400
 """Letters of the name of a sample that are kept for messages."""
 DAMAGE = (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError, MemoryError)
@@ -166,6 +166,7 @@ def _files(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
         start, _, suffix = file.partition(".")
         if member.isfile() and start and suffix:
             yield f"{folder}/{start}", suffix, member
+        tar.members.clear()  # tarfile would keep all headers
 
 
 def read_members(path: Path, first: int, stop: int) -> Iterator[tuple[int, dict[str, bytes] | str]]:
@@ -182,7 +183,8 @@ def read_members(path: Path, first: int, stop: int) -> Iterator[tuple[int, dict[
                     return
                 if number >= first and not isinstance(files, str):
                     if member.size > MAX_BYTES:
-                        files = f"{member.name} has {member.size:,} bytes; at most {MAX_BYTES:,} are read"
+                        files = (f"{member.name} has {member.size:,} bytes; at most {MAX_BYTES:,} are read (the "
+                                 "environment variable MPLUG2_MAX_MEMBER)")
                         continue
                     content = tar.extractfile(member).read()
                     if len(content) < member.size:

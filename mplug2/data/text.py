@@ -39,6 +39,14 @@ ASCII_LETTERS = {code: None if chr(code) == "'" else chr(code) if chr(code).isal
 """What `normalize` makes of lower-case ASCII characters."""
 
 
+def strip_marks(text: str) -> str:
+    """Remove accents and other marks, as BERT's uncased tokenizer does: a model can read and write none of them."""
+    if text.isascii():
+        return text
+    kept = (char for char in unicodedata.normalize("NFD", text) if unicodedata.category(char) != "Mn")
+    return unicodedata.normalize("NFC", "".join(kept))
+
+
 def normalize(text: str) -> str:
     """Lower-case the text, remove accents and apostrophes, replace other punctuation and symbols by single blanks.
 

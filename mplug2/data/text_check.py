@@ -61,7 +61,7 @@ def check_run_texts(
     return reports
 
 
-class _TokenCounts(dict[str, int]):
+class TokenCounts(dict[str, int]):
     """The number of tokens of each word, found when it is first asked for."""
 
     def __init__(self, tokenizer: Tokenizer):
@@ -80,7 +80,7 @@ def _suspicious(
     Counts the words of all samples on the way. Most texts are short and have words, which is quick to see.
     """
     short = limit - 2 - PROMPT_TOKENS
-    tokens = _TokenCounts(tokenizer)
+    tokens = TokenCounts(tokenizer)
     known: set[str] = set()  # answers with a known word
 
     def looks_fine(text: str) -> bool:

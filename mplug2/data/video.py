@@ -30,7 +30,7 @@ from PIL import Image
 from mplug2.data.frame_choice import choose_frames
 from mplug2.data.hdr import TRANSFERS, to_sdr
 from mplug2.data.images import on_white
-from mplug2.data.media_errors import ADVICE, MediaError, describe
+from mplug2.data.media_errors import ADVICE, MediaError, media_error
 
 SEEKABLE = ("h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video", "vp8", "vp9", "av1", "mjpeg")
 """Codecs with one packet for each frame, and with key frames that need nothing before them. The tests compare them with
@@ -77,7 +77,7 @@ def read_frames(path: Path | str, frames: int | None, rng: np.random.Generator |
                     return _decode_by_seeking(container, stream, timeline, numbers)
     kept, starts, promised = _decode_in_order(path, numbers)
     if not starts:
-        raise describe(path, "a video", f"has no frame that can be decoded; {ADVICE}")
+        raise media_error(path, "a video", f"has no frame that can be decoded; {ADVICE}")
     if numbers is None or not set(numbers) <= kept.keys():  # all frames, or the file ends before the last chosen one
         _check_length(path, len(starts), promised)
         if frames is None:
@@ -96,8 +96,8 @@ def _open(path: Path | str) -> Iterator[tuple[InputContainer, VideoStream]]:
         streams = [stream for stream in container.streams.video if not _is_cover(stream)]
         if not streams:
             others = sorted({"a cover image" if s.type == "video" else s.type for s in container.streams})
-            raise describe(path, "a video", f"has no video stream, only {', '.join(others) or 'a header'}; "
-                           "download it again with its video, or remove its record")
+            raise media_error(path, "a video", f"has no video stream, only {', '.join(others) or 'a header'}; "
+                              "download it again with its video, or remove its record")
         streams[0].codec_context.thread_count = 1
         yield container, streams[0]
 

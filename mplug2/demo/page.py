@@ -16,6 +16,7 @@ os.environ.setdefault("GRADIO_TEMP_DIR", (UPLOADS := TemporaryDirectory(prefix="
 
 import gradio as gr  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
+from starlette.responses import PlainTextResponse  # noqa: E402
 
 from mplug2.data.media import is_media  # noqa: E402
 from mplug2.data.text import clean  # noqa: E402
@@ -25,8 +26,8 @@ from mplug2.evaluation.own_files import find  # noqa: E402
 from mplug2.predictor import Word  # noqa: E402
 from tiny_data.world import COLOR_NAMES, DIGITS  # noqa: E402
 
-UPLOAD_LIMIT, SEARCH_LIMIT = "50mb", 200
-"""Largest file that is accepted, and most files that are searched."""
+UPLOAD_LIMIT, REQUEST_LIMIT, SEARCH_LIMIT = "50mb", 500 * 2**20, 200
+"""Largest file, bytes of all files that are uploaded at once, and most files that are searched."""
 KEEP_SECONDS = 600
 """Uploads that are older are deleted; all of them are when the server stops."""
 DECODING = {
@@ -46,23 +47,41 @@ footer {display: none !important}
 #frames img, #attention img, #box img {padding-top: 26px}
 #tree ul {font-size: 1em}
 """
+HOVER = """() => {
+    let resting;
+    document.addEventListener('mouseover', ({target}) => {
+        clearTimeout(resting);
+        const word = target.closest('#words [role=button]');
+        if (word) resting = setTimeout(() => word.click(), 100);
+    });
+}"""
+"""A word is chosen when the mouse rests on it; one that the mouse only passes is not."""
 INTRO = """# mPLUG-2, {name}
 Change the video and watch what the model writes. {known}"""
 SWITCH = ("Off: the outputs of these modules are zero, in the same weights, without training again. The vision encoder "
           "then cannot see the order of the frames. A model that was trained without them is a different one.")
 
 
-def local_only(app: Callable) -> Callable:
-    """ASGI middleware that adds `POLICY` to every response."""
+def guard(app: Callable) -> Callable:
+    """ASGI middleware that adds `POLICY` to every response, and refuses a request above `REQUEST_LIMIT` unread."""
     async def serve(scope, receive, send):
         async def send_with_policy(message):
             if message["type"] == "http.response.start":
                 message["headers"] = [*message["headers"], (b"content-security-policy", POLICY)]
             await send(message)
 
-        await app(scope, receive, send_with_policy if scope["type"] == "http" else send)
+        http = scope["type"] == "http"
+        if http and scope["method"] == "POST" and not 0 <= _length(scope) <= REQUEST_LIMIT:
+            answer = PlainTextResponse(f"these files have more than {REQUEST_LIMIT >> 20} MB together", 413)
+            return await answer(scope, receive, send_with_policy)
+        await app(scope, receive, send_with_policy if http else send)
 
     return serve
+
+
+def _length(scope: dict) -> int:
+    """Bytes of the body of a request; -1 if it does not say."""
+    return int(dict(scope["headers"]).get(b"content-length", -1))
 
 
 class Demo:
@@ -86,41 +105,48 @@ class Demo:
                     raise gr.Error(str(error), print_exception=False, duration=None) from None
         return run
 
-    def draw(self, *scene_and_drawing) -> views.Clip:
+    def draw(self, *scene_and_drawing) -> views.Visual:
         *scene, drawing = scene_and_drawing
         if not drawing or drawing["composite"] is None:
             raise ValueError("the drawing is empty: choose the brush at its left, and draw a digit")
         return self.make(*scene, drawing["composite"])
 
-    def make(self, motion, digit, color, digit2, color2, speed, handwriting, drawing=None) -> views.Clip:
-        return views.draw_clip(motion, DIGITS.index(digit), color, DIGITS.index(digit2), color2, float(speed),
-                               int(handwriting), drawing)
+    def make(self, motion, digit, color, digit2, color2, speed, handwriting, drawing=None) -> views.Visual:
+        return views.draw_scene(motion, DIGITS.index(digit), color, DIGITS.index(digit2), color2, float(speed),
+                                int(handwriting), drawing)
 
-    def upload(self, path: str | None) -> views.Clip:
+    def upload(self, path: str | None) -> views.Visual:
         if not path:
             raise ValueError("no file: drop an image, a GIF, or a video")
         try:
-            return views.read_clip(path, self.predictor)
+            return views.read_visual(path, self.predictor)
         finally:
             Path(path).unlink(missing_ok=True)
 
-    def show(self, clip, order, temporal, decoding):
+    def show(self, visual, order, temporal, decoding):
         """Frames as the model sees them, its caption, and the answers to the suggested questions."""
-        clip = views.reorder(clip, order)
+        visual = views.reorder(visual, order)
         if "decoder" not in self.predictor.model.components:
-            return views.strip(clip.frames), NOTHING_WRITTEN, "", []
+            return views.strip(visual.frames), NOTHING_WRITTEN, ""
         with views.local_temporal_off(self.predictor, not temporal):
-            text, words = self.predictor.trace(clip, **DECODING[decoding])
-            rows = views.answers(self.predictor, clip) if "fusion" in self.predictor.model.components else []
-        return views.strip(clip.frames), text, _table(("question", "answer", "true answer"), rows), words
+            (text,) = self.predictor.caption([visual], **DECODING[decoding])
+            rows = views.answers(self.predictor, visual) if "fusion" in self.predictor.model.components else []
+        return views.strip(visual.frames), text, _table(("question", "answer", "true answer"), rows)
 
-    def ask(self, clip, order, temporal, question):
-        question = _with_words(question, "question")
+    def trace(self, visual, order, temporal, decoding, question) -> list[Word]:
+        """The words of a question and its answer, or, without a question, of the caption."""
+        if not question and "decoder" not in self.predictor.model.components:
+            return []
+        how = {} if question else DECODING[decoding]
         with views.local_temporal_off(self.predictor, not temporal):
-            return self.predictor.trace(views.reorder(clip, order), question)
+            question = _with_words(question, "question") if question else ""
+            return self.predictor.trace(views.reorder(visual, order), question, **how)[1]
 
-    def attention(self, clip, order, word, layer, head):
-        """Where a word attends in one layer, by one head or by all."""
+    def attention(self, visual, order, words, index, layer, head):
+        """Where a word attends in one layer, by one head or by all; nothing if there is no such word."""
+        if not 0 <= index < len(words):
+            return None, ""
+        word = words[index]
         names = list(word.maps)
         if not names:
             raise ValueError(f"the word {word.text!r} has no cross-attention to the video in this model")
@@ -129,11 +155,11 @@ class Demo:
         side = f"written with probability {word.probability:.1%}; most likely here: " + ", ".join(
             f"{other} {p:.1%}" for other, p in word.others) if word.others else "a word of the question"
         text = f"**{word.text}**: {side}. {weights.sum():.0%} of this attention is on patches of the frames."
-        return views.strip(views.reorder(clip, order).frames, weights.cpu().numpy()), text
+        return views.strip(views.reorder(visual, order).frames, weights.cpu().numpy()), text
 
-    def fit(self, clip, order, temporal, texts):
+    def fit(self, visual, order, temporal, texts):
         with views.local_temporal_off(self.predictor, not temporal):
-            rows = views.fitting_texts(self.predictor, views.reorder(clip, order), texts.splitlines())
+            rows = views.fitting_texts(self.predictor, views.reorder(visual, order), texts.splitlines())
         return _table(("text", "cosine", "matching probability"), [(a, f"{b:.2f}", f"{c:.1%}") for a, b, c in rows])
 
     def search(self, files, text):
@@ -151,30 +177,30 @@ class Demo:
                 Path(file).unlink(missing_ok=True)
         return _table(("file", "cosine"), [(path.name, f"{score:.2f}") for score, path in rows])
 
-    def beams(self, clip, order, temporal, question):
+    def beams(self, visual, order, temporal, question):
         with views.local_temporal_off(self.predictor, not temporal):
             question = _with_words(question, "question") if question.strip() else ""
-            return views.beam_tree(self.predictor, views.reorder(clip, order), question)
+            return views.beam_tree(self.predictor, views.reorder(visual, order), question)
 
-    def latents(self, clip, order, temporal):
+    def latents(self, visual, order, temporal):
         with views.local_temporal_off(self.predictor, not temporal):
-            return views.latent_images(self.predictor, views.reorder(clip, order))
+            return views.latent_images(self.predictor, views.reorder(visual, order))
 
-    def compare(self, clip, order):
+    def compare(self, visual, order):
         """Caption and answers of both models, on the same frames."""
-        clip = views.reorder(clip, order)
+        visual = views.reorder(visual, order)
         other = self.other or self.predictor
         for predictor in (self.predictor, other):
             predictor.model.require("decoder")
             predictor.model.require("fusion")
-        one = [self.predictor.caption([clip])[0], *(row[1] for row in views.answers(self.predictor, clip))]
+        one = [self.predictor.caption([visual])[0], *(row[1] for row in views.answers(self.predictor, visual))]
         with views.local_temporal_off(other, self.other is None):
-            two = [other.caption([clip])[0], *(row[1] for row in views.answers(other, clip))]
-        rows = zip(["caption", *(question for question, _ in clip.asked)], one, two)
+            two = [other.caption([visual])[0], *(row[1] for row in views.answers(other, visual))]
+        rows = zip(["caption", *(question for question, _ in visual.asked)], one, two)
         return _table(("", self.name, self.other_name), list(rows))
 
-    def box(self, clip, text):
-        return views.boxed(self.predictor, clip, _with_words(text, "text"))
+    def box(self, visual, text):
+        return views.boxed(self.predictor, visual, _with_words(text, "text"))
 
 
 def _with_words(text: str | None, what: str) -> str:
@@ -196,8 +222,8 @@ def _highlighted(words: list[Word]) -> list[tuple[str, float | None]]:
     return [(word.text + " ", word.probability) for word in words]
 
 
-def _video_column(demo: Demo) -> tuple[gr.State, gr.State, list, list]:
-    """The controls that make a clip. Returns states, and what the views depend on."""
+def _source(demo: Demo) -> gr.State:
+    """The controls that make or upload a video. Returns its state."""
     with gr.Row():
         motion = gr.Dropdown(list(views.MOTIONS), value="moves right", label="Motion", elem_id="motion")
         speed = gr.Radio(["0.5", "1", "2"], value="1", label="Speed")
@@ -216,30 +242,30 @@ def _video_column(demo: Demo) -> tuple[gr.State, gr.State, list, list]:
     with gr.Accordion("Upload an image, GIF, or video", open=False):
         file = gr.File(label=f"At most {UPLOAD_LIMIT.upper()}; deleted as soon as it is read", elem_id="upload")
     first = demo.make("moves right", "seven", "red", "three", "blue", 1, 0)
-    clip = gr.State(first, time_to_live=3600)
+    visual = gr.State(first, time_to_live=3600)
     scene = [motion, digit, color, digit2, color2, speed, handwriting]
     motion.change(lambda kind: gr.update(visible=kind.startswith("two")), motion, second)
     for each in scene:
-        each.input(demo.guarded(demo.make), scene, clip)
-    use_drawing.click(demo.guarded(demo.draw), [*scene, drawing], clip)
-    file.upload(demo.guarded(demo.upload), file, clip)
-    return clip, gr.State([])
+        each.input(demo.guarded(demo.make), scene, visual)
+    use_drawing.click(demo.guarded(demo.draw), [*scene, drawing], visual)
+    file.upload(demo.guarded(demo.upload), file, visual)
+    return visual
 
 
-def _tabs(demo: Demo, clip: gr.State, order: gr.Radio, temporal: gr.Checkbox) -> None:
-    """What else can be seen of the clip."""
-    now, run = [clip, order, temporal], demo.guarded
+def _tabs(demo: Demo, visual: gr.State, order: gr.Radio, temporal: gr.Checkbox) -> None:
+    """What else the model can do with the video. A result is removed when the video changes."""
+    now, run = [visual, order, temporal], demo.guarded
     with gr.Tab("Which text fits"):
-        texts = gr.Textbox("a red seven moving right\na red seven moving left\na blue two", lines=4,
+        texts = gr.Textbox("a red seven moving right\na red seven moving left\na blue two", lines=4, max_length=2000,
                            label="Texts, one in each line")
-        table = gr.HTML()
-        gr.Button("Compare the texts").click(run(demo.fit), [*now, texts], table)
+        fits = gr.HTML(elem_id="fits")
+        gr.Button("Compare the texts").click(run(demo.fit), [*now, texts], fits)
         gr.Markdown("Cosine: contrastive head, each side encoded alone. Probability: matching head, after fusion.")
     with gr.Tab("Search"):
         folder = gr.File(file_count="directory", label="A folder (empty: the six videos of docs/examples)",
                          elem_id="folder")
-        query, table = gr.Textbox("a blue seven moving left", label="Text"), gr.HTML(elem_id="found")
-        gr.Button("Search").click(run(demo.search), [folder, query], table)
+        query, found = gr.Textbox("a blue seven moving left", label="Text"), gr.HTML(elem_id="found")
+        gr.Button("Search").click(run(demo.search), [folder, query], found)
     with gr.Tab("Beam search"):
         question, tree = gr.Textbox(label="Question (empty: the caption)"), gr.HTML(elem_id="tree")
         gr.Button("Search with 5 beams").click(run(demo.beams), [*now, question], tree)
@@ -249,13 +275,49 @@ def _tabs(demo: Demo, clip: gr.State, order: gr.Radio, temporal: gr.Checkbox) ->
                              label="Brighter: the latent gathers more from this patch")
         gr.Button("Show the latents").click(run(demo.latents), now, gallery)
     with gr.Tab("Compare"):
-        table = gr.HTML(elem_id="comparison")
-        gr.Button("Compare").click(run(demo.compare), [clip, order], table)
+        comparison = gr.HTML(elem_id="comparison")
+        gr.Button("Compare").click(run(demo.compare), [visual, order], comparison)
         gr.Markdown(f"**{demo.name}** next to **{demo.other_name}**. Choose another model with `--compare DIR`.")
     with gr.Tab("Grounding"):
         text = gr.Textbox("the red seven", label="What to find in the first frame")
-        image = gr.Image(label="Box", buttons=["fullscreen"], height=260, elem_id="box")
-        gr.Button("Find it").click(run(demo.box), [clip, text], image)
+        box = gr.Image(label="Box", buttons=["fullscreen"], height=260, elem_id="box")
+        gr.Button("Find it").click(run(demo.box), [visual, text], box)
+    gr.on([each.change for each in now], lambda: ("", "", "", None, None), None,
+          [fits, tree, comparison, gallery, box], show_progress="hidden")
+
+
+def _words(demo: Demo, page: gr.Blocks, inputs: list) -> None:
+    """The words of the answer, or of the caption, with what one of them attends to: the last, until one is chosen."""
+    config = demo.predictor.model.config
+    layers = max(config.fusion_layers, config.decoder_layers)
+    words, chosen = gr.State([]), gr.State(-1)
+    shown = gr.HighlightedText(label="Words of the answer, or of the caption: point at one, or choose it",
+                               elem_id="words", show_legend=False)
+    heat = gr.Image(label="Its attention", elem_id="attention", height=150, buttons=["fullscreen"])
+    explained = gr.Markdown(elem_id="explained")
+    with gr.Row():
+        layer = gr.Dropdown([str(i + 1) for i in range(layers)], value=str(layers), label="Layer", elem_id="layer",
+                            info="of fusion (question) or decoder; the last, if there are fewer")
+        head = gr.Dropdown(["all", *(str(i + 1) for i in range(config.heads))], value="all", label="Head",
+                           elem_id="head", info="of this layer, or the mean of all")
+
+    def write(*values):
+        *now, layer_now, head_now = values
+        found = demo.trace(*now)
+        last = len(found) - 1
+        return found, _highlighted(found), last, *demo.attention(now[0], now[1], found, last, layer_now, head_now)
+
+    def choose(event: gr.SelectData, *values):
+        *now, layer_now, head_now = values
+        return event.index, *demo.attention(*now, event.index, layer_now, head_now)
+
+    visual, order = inputs[:2]
+    every = {"show_progress": "hidden", "trigger_mode": "always_last"}
+    gr.on([page.load, *(each.change for each in inputs)], demo.guarded(write),
+          [*inputs, layer, head], [words, shown, chosen, heat, explained], **every)
+    shown.select(demo.guarded(choose), [visual, order, words, layer, head], [chosen, heat, explained], **every)
+    gr.on([layer.change, head.change], demo.guarded(demo.attention), [visual, order, words, chosen, layer, head],
+          [heat, explained], **every)
 
 
 def build(demo: Demo) -> gr.Blocks:
@@ -265,54 +327,22 @@ def build(demo: Demo) -> gr.Blocks:
         gr.Markdown(INTRO.format(name=demo.name, known=known if demo.name == "pretrained" else ""))
         with gr.Row():
             with gr.Column():
-                clip, words = _video_column(demo)
-            with gr.Column():
+                visual = _source(demo)
                 frames = gr.Image(label="The frames that the model sees", elem_id="frames", height=150,
                                   buttons=["fullscreen"])
                 order = gr.Radio(list(views.ORDERS), value="as they are", label="Frames", elem_id="order")
                 temporal = gr.Checkbox(True, label="Local temporal modules", info=SWITCH, elem_id="temporal")
+            with gr.Column():
                 caption = gr.Textbox(label="Caption", elem_id="caption")
-                table = gr.HTML(elem_id="answers")
-                question = gr.Dropdown(list(views.GENERAL_QUESTIONS), value=None, allow_custom_value=True,
-                                       label="Ask (choose or write, then Enter)", elem_id="question")
                 decoding = gr.Radio(list(DECODING), value=list(DECODING)[0], label="How captions are written")
-        gr.Markdown("### Words\nProbability of each written word, after the words of the question. Choose a word: "
-                    "where does it attend?")
-        shown = gr.HighlightedText(label="Words", elem_id="words", show_legend=False)
-        with gr.Row():
-            config = demo.predictor.model.config
-            layers = max(config.fusion_layers, config.decoder_layers)
-            layer = gr.Dropdown([str(i + 1) for i in range(layers)], value=str(layers),
-                                label="Layer of fusion (words of the question) or decoder; the last if there are fewer")
-            head = gr.Dropdown(["all", *(str(i + 1) for i in range(config.heads))], value="all", label="Head")
-        heat = gr.Image(label="Attention", elem_id="attention", height=150, buttons=["fullscreen"])
-        explained = gr.Markdown(elem_id="explained")
-        chosen = gr.State(-1)
-
-        def show(*inputs):
-            image, text, rows, found = demo.show(*inputs)
-            return image, text, rows, found, _highlighted(found)
-
-        def ask(*inputs):
-            _, found = demo.ask(*inputs)
-            return found, _highlighted(found)
-
-        def choose(event: gr.SelectData):
-            return event.index
-
-        def attend(video, frames_order, found, index, *of):
-            if not 0 <= index < len(found):
-                return None, ""
-            return demo.attention(video, frames_order, found[index], *of)
-
-        inputs, outputs = [clip, order, temporal, decoding], [frames, caption, table, words, shown]
-        changes = [page.load, *(each.change for each in inputs)]
-        gr.on(changes, demo.guarded(show), inputs, outputs, show_progress="hidden", trigger_mode="always_last")
-        question.change(demo.guarded(ask), [clip, order, temporal, question], [words, shown])
-        of_word = demo.guarded(attend), [clip, order, words, chosen, layer, head], [heat, explained]
-        shown.select(choose, None, chosen).then(*of_word)
-        gr.on([layer.change, head.change], *of_word)
-        _tabs(demo, clip, order, temporal)
+                table = gr.HTML(elem_id="answers")
+                question = gr.Dropdown(["", *views.GENERAL_QUESTIONS], value="", allow_custom_value=True,
+                                       label="Ask (choose or write, then Enter)", elem_id="question")
+                _words(demo, page, [visual, order, temporal, decoding, question])
+        inputs = [visual, order, temporal, decoding]
+        gr.on([page.load, *(each.change for each in inputs)], demo.guarded(demo.show), inputs, [frames, caption, table],
+              show_progress="hidden", trigger_mode="always_last")
+        _tabs(demo, visual, order, temporal)
     return page
 
 
@@ -323,9 +353,10 @@ def serve(settings: DemoSettings, block: bool = True):
     """
     page = build(Demo(settings.checkpoint, settings.compare or None))
     sans = ["system-ui", "sans-serif"]  # names of fonts that every computer has: the defaults come from the net
-    theme = gr.themes.Default(font=sans, font_mono=["ui-monospace", "monospace"])
+    theme = gr.themes.Default(font=sans, font_mono=["ui-monospace", "monospace"]).set(
+        block_info_text_color="*neutral_500")  # the default is too pale to read
     return page.launch(
         server_name=settings.host, server_port=settings.port, max_file_size=UPLOAD_LIMIT, prevent_thread_lock=not block,
-        share=False, theme=theme, css=CSS, show_error=False, quiet=not block,
-        app_kwargs={"middleware": [Middleware(local_only)]},
+        share=False, theme=theme, css=CSS, js=HOVER, show_error=False, quiet=not block,
+        app_kwargs={"middleware": [Middleware(guard)]},
     )

@@ -1,7 +1,7 @@
 """What the page of the demo computes: frames in; texts, tables and images out. This file does not need Gradio.
 
-A `Clip` is a medium in memory: the frames that the model sees. `ClipPredictor` accepts it wherever `Predictor` accepts
-a file. `local_temporal_off` silences the local temporal modules.
+A `Visual` is an image or video in memory: the frames that the model sees. `VisualPredictor` accepts it wherever
+`Predictor` accepts a file. `local_temporal_off` silences the local temporal modules.
 
 Axes: t frames, H W pixels, h w patches, c heads, l words, q latents, v visual tokens.
 """
@@ -44,7 +44,7 @@ SCALE = 96
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity: the page asks whether it is another one
-class Clip:
+class Visual:
     """Frames that the model sees, uint8 `t H W 3`. One frame is an image unless `modality` says that it is a video."""
 
     frames: np.ndarray
@@ -53,23 +53,23 @@ class Clip:
     """Suggested questions and their true answers; an empty answer is not known."""
 
 
-class ClipPredictor(Predictor):
-    """A predictor whose media may be clips as well as files."""
+class VisualPredictor(Predictor):
+    """A predictor that also accepts `Visual`s in place of files."""
 
     def on_media(self, media: Sequence, function: Callable[[Tensor, str, list[int]], Iterable]) -> list:
-        if not media or not isinstance(media[0], Clip):
+        if not media or not isinstance(media[0], Visual):
             return super().on_media(media, function)
         found = []
         with torch.no_grad():
-            for i, clip in enumerate(media):
-                pixels = to_pixels(clip.frames, self.model.config.image_size)
-                found += function(self.vision_tokens(pixels[None, None]), clip.modality, [i])
+            for i, visual in enumerate(media):
+                pixels = to_pixels(visual.frames, self.model.config.image_size)
+                found += function(self.vision_tokens(pixels[None, None]), visual.modality, [i])
         return found
 
 
-def open_checkpoint(folder: str | Path) -> ClipPredictor:
+def open_checkpoint(folder: str | Path) -> VisualPredictor:
     """The model in a checkpoint folder. Raises CheckpointError."""
-    return ClipPredictor(*load_model(folder))
+    return VisualPredictor(*load_model(folder))
 
 
 @contextmanager
@@ -84,7 +84,7 @@ def local_temporal_off(predictor: Predictor, off: bool = True) -> Iterator[None]
             handle.remove()
 
 
-# ---- clips -----------------------------------------------------------------------------------------------------------
+# ---- images and videos -----------------------------------------------------------------------------------------------
 
 
 def stroke_of(drawing: np.ndarray) -> np.ndarray:
@@ -105,10 +105,10 @@ def stroke_of(drawing: np.ndarray) -> np.ndarray:
     return np.clip(small / max(small.max(), 1e-6), 0, 1).astype(np.float64)
 
 
-def draw_clip(
+def draw_scene(
     motion: str, digit: int, color: str, digit2: int = 3, color2: str = "blue", speed: float = 1.0,
     handwriting: int = 0, drawing: np.ndarray | None = None,
-) -> Clip:
+) -> Visual:
     """A scene of the tiny world. A `drawing` replaces the first digit's stroke; `handwriting` chooses among the strokes
     of the test split. Speed 2 shows the motion in half of the frames and then holds it, 0.5 shows its first half."""
     kind = MOTIONS[motion]
@@ -133,7 +133,7 @@ def draw_clip(
     asked = [(each["question"], each["answers"][0]) for each in questions(scene, np.random.default_rng(0), True, True)]
     if drawing is not None:  # nobody knows which digit was drawn
         asked = [(question, "" if answer == things[0].word else answer) for question, answer in asked]
-    return Clip(frames, "image" if kind == "image" else "video", tuple(asked))
+    return Visual(frames, "image" if kind == "image" else "video", tuple(asked))
 
 
 @contextmanager
@@ -148,14 +148,14 @@ def names_only(paths: Sequence[Path]) -> Iterator[None]:
         raise MediaError(message) from None
 
 
-def read_clip(path: str | Path, predictor: Predictor) -> Clip:
+def read_visual(path: str | Path, predictor: Predictor) -> Visual:
     """An image or video file as the model sees it: sampled and resized. Raises MediaError, which names the file without
     its folder."""
     path = Path(path)
     with names_only([path]):
         frames = read_media(path, predictor.preprocess.frames)
         pixels = to_pixels(frames, predictor.model.config.image_size)
-        return Clip(to_frames(pixels), kind_of(path), tuple((question, "") for question in GENERAL_QUESTIONS))
+        return Visual(to_frames(pixels), kind_of(path), tuple((question, "") for question in GENERAL_QUESTIONS))
 
 
 def _shuffle(frames: np.ndarray) -> np.ndarray:
@@ -174,23 +174,24 @@ ORDERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 (and so only the first half of the video)."""
 
 
-def reorder(clip: Clip | None, order: str) -> Clip:
-    """The clip with its frames in another order. Answers that were true may not be true anymore: they are dropped.
+def reorder(visual: Visual | None, order: str) -> Visual:
+    """The same frames in another order. Answers that were true may not be true anymore: they are dropped.
 
-    Raises ValueError without a clip: the page forgets it after an hour.
+    Raises ValueError for None: the page forgets its video after an hour.
     """
-    if clip is None:
+    if visual is None:
         raise ValueError("this page has been open for more than an hour: load it again")
-    if order == "as they are" or len(clip.frames) == 1:
-        return clip
-    return replace(clip, frames=ORDERS[order](clip.frames), asked=tuple((question, "") for question, _ in clip.asked))
+    if order == "as they are" or len(visual.frames) == 1:
+        return visual
+    asked = tuple((question, "") for question, _ in visual.asked)
+    return replace(visual, frames=ORDERS[order](visual.frames), asked=asked)
 
 
 # ---- beam search -----------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def beam_tree(predictor: Predictor, clip: Clip, question: str = "", beams: int = 5) -> str:
+def beam_tree(predictor: Predictor, visual: Visual, question: str = "", beams: int = 5) -> str:
     """The finished hypotheses of a beam search as an HTML list, merged where they begin alike. A word carries its
     probability after the words before it; an end carries the score of the search. The best hypothesis is bold."""
     model, special = predictor.model, predictor.special_tokens
@@ -214,7 +215,7 @@ def beam_tree(predictor: Predictor, clip: Clip, question: str = "", beams: int =
             entry["label"] += f" (score {score:.2f})"
         return [_branches(tree)]
 
-    return predictor.on_media([clip], search)[0]
+    return predictor.on_media([visual], search)[0]
 
 
 def _branches(tree: dict) -> str:
@@ -252,11 +253,11 @@ def strip(frames: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
 
 
 @torch.no_grad()
-def latent_images(predictor: Predictor, clip: Clip) -> list[tuple[np.ndarray, str]]:
+def latent_images(predictor: Predictor, visual: Visual) -> list[tuple[np.ndarray, str]]:
     """What the latents of the universal layers gather: for each latent the frames, brighter where it attends, in the
     first cross-attention of latents to vision, averaged over the heads."""
     with attention_maps(predictor.model) as maps:
-        predictor.encode_media([clip])
+        predictor.encode_media([visual])
     config = predictor.model.config
     names = [name for name, weights in maps.items()
              if name.startswith("universal") and weights.shape[2] == config.latents]
@@ -265,29 +266,29 @@ def latent_images(predictor: Predictor, clip: Clip) -> list[tuple[np.ndarray, st
     side = config.image_size // config.patch_size
     weights = maps[names[0]].mean(dim=1)[0, :, 1:]
     grids = rearrange(weights, "q (t h w) -> q t h w", h=side, w=side).cpu().numpy()
-    return [(strip(clip.frames, grid), f"latent {i}") for i, grid in enumerate(grids)]
+    return [(strip(visual.frames, grid), f"latent {i}") for i, grid in enumerate(grids)]
 
 
-def fitting_texts(predictor: Predictor, clip: Clip, texts: Sequence[str]) -> list[tuple[str, float, float]]:
+def fitting_texts(predictor: Predictor, visual: Visual, texts: Sequence[str]) -> list[tuple[str, float, float]]:
     """Each text with its cosine (contrastive head) and its matching probability, the largest probability first."""
     if not (texts := [text.strip() for text in texts if text.strip()]):
         raise ValueError("no text: write one or more texts, one in each line")
-    cosines = predictor.similarity([clip], texts)[0].tolist()
-    (vision,) = predictor.encode_media([clip])
+    cosines = predictor.similarity([visual], texts)[0].tolist()
+    (vision,) = predictor.encode_media([visual])
     matching = predictor.match_probability(vision[None], texts).tolist()
     return sorted(zip(texts, cosines, matching), key=lambda row: -row[2])
 
 
-def answers(predictor: Predictor, clip: Clip) -> list[tuple[str, str, str]]:
+def answers(predictor: Predictor, visual: Visual) -> list[tuple[str, str, str]]:
     """The suggested questions, with the model's answers and the true ones."""
-    asked = [question for question, _ in clip.asked]
-    found = predictor.answer([clip] * len(asked), asked)
-    return [(question, answer, true) for (question, true), answer in zip(clip.asked, found)]
+    asked = [question for question, _ in visual.asked]
+    found = predictor.answer([visual] * len(asked), asked)
+    return [(question, answer, true) for (question, true), answer in zip(visual.asked, found)]
 
 
-def boxed(predictor: Predictor, clip: Clip, text: str) -> np.ndarray:
+def boxed(predictor: Predictor, visual: Visual, text: str) -> np.ndarray:
     """The first frame with the box that the text describes. Raises ValueError if the model has no box head."""
-    image = replace(clip, frames=clip.frames[:1], modality="image")
+    image = replace(visual, frames=visual.frames[:1], modality="image")
     x, y, width, height = predictor.predict_boxes([image], [text])[0].tolist()
     canvas = Image.fromarray(strip(image.frames))
     corners = [x - width / 2, y - height / 2, x + width / 2, y + height / 2]

@@ -11,7 +11,7 @@ from collections import Counter
 
 import numpy as np
 
-from mplug2.data.text import split_characters
+from mplug2.data.text import split_characters, strip_marks
 
 MAX_N = 4
 """The longest n-gram that BLEU and CIDEr-D count."""
@@ -157,8 +157,9 @@ def paper_captions(references: list[list[str]], hypotheses: list[str]) -> dict[s
     """The pipeline of the captioning papers: Penn Treebank tokens, then BLEU-1 to -4, METEOR, ROUGE-L, and CIDEr of
     `pycocoevalcap`. Fractions from 0 to 1, CIDEr from 0 to 10.
 
-    Takes raw captions, not normalized ones. Letters of scripts without blanks between words count as words. The
-    tokenizer and METEOR are Java programs. Raises ValueError as `bleu` does, and if the package or Java is missing.
+    Takes raw captions, not normalized ones. Letters of scripts without blanks between words count as words, and accents
+    are removed, which no model here can write. The tokenizer and METEOR are Java programs. Raises ValueError as `bleu`
+    does, and if the package or Java is missing.
     """
     check_samples(references, hypotheses)
     check_paper_captions()
@@ -194,7 +195,7 @@ def check_paper_captions() -> None:
 def _one_line(text: str) -> str:
     """A caption without line breaks of any kind: the tokenizer takes one caption per line, and would assign all that
     follow to the wrong samples. It skips empty lines, so a full stop, which it drops, replaces an empty caption."""
-    return " ".join(split_characters(text).split()) or "."
+    return " ".join(split_characters(strip_marks(text)).split()) or "."
 
 
 def _ngrams(text: str) -> Counter[Ngram]:

@@ -53,7 +53,8 @@ def chance_of_answers(task: str, records: list[Record], data: EvalSplit) -> dict
             hits[f"qa_{kind}"].append(guess in map(normalize, question.answers))
     found = {name: float(np.mean(values)) for name, values in hits.items()}
     if all(len(question.answers) == VOTES for question in questions):
-        found["vqa_accuracy"] = float(np.mean(vqa_accuracy([list(q.answers) for q in questions], guesses)))
+        truths = [[answer.lower() for answer in question.answers] for question in questions]
+        found["vqa_accuracy"] = float(np.mean(vqa_accuracy(truths, guesses)))
     return found
 
 

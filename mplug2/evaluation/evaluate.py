@@ -13,7 +13,7 @@ from mplug2.did_you_mean import did_you_mean
 from mplug2.distributed import AllRanksError, all_gather_object
 from mplug2.evaluation.bootstrap import Score
 from mplug2.evaluation.data import EvalOptions, EvalSplit, data_notes
-from mplug2.evaluation.labels import UnknownClasses, evaluate_boxes, evaluate_labels, media_of, unknown_labels
+from mplug2.evaluation.labels import UnknownClasses, evaluate_boxes, evaluate_labels, files_of, unknown_labels
 from mplug2.evaluation.metric_names import metric_prefix
 from mplug2.evaluation.predictions import Prediction
 from mplug2.evaluation.retrieval import evaluate_retrieval
@@ -80,7 +80,7 @@ def evaluate(
         records = data.records(task)
         result.records += len(records)
         for record in records:
-            if media_of(record) and (error := predictor.unreadable.get(Medium.of_record(record))):
+            if files_of(record) and (error := predictor.unreadable.get(Medium.of_record(record))):
                 result.skipped[record.source] = error
             elif not record.unlabelled:
                 result.scored += 1

@@ -28,7 +28,7 @@ def evaluate_labels(
     """
     records = data.records(task)
     has_head = task in predictor.model.classes
-    classes = predictor.model.classes[task] if has_head else list(class_captions(task, data))
+    classes = predictor.model.classes[task] if has_head else list(zero_shot_captions(task, data))
     outputs = read_inputs(predictor, task, records) if has_head else zero_shot(predictor, task, records, data)
     read = [(record, output.float()) for record, output in zip(records, outputs) if output is not None]
     predictions = []
@@ -37,7 +37,7 @@ def evaluate_labels(
         confidence = output.softmax(dim=0).max().item() if classes and has_head else None
         text = " / ".join(record.texts) or record.text or ""
         truth = () if record.unlabelled else (record.label,)
-        predictions.append(Prediction(task, media_of(record), text, value, truth, record.id, confidence))
+        predictions.append(Prediction(task, files_of(record), text, value, truth, record.id, confidence))
     labelled = [(output, prediction) for (_, output), prediction in zip(read, predictions) if prediction.truth]
     if not labelled:
         return {}, predictions
@@ -70,7 +70,7 @@ def unknown_labels(predictor: Predictor, task: str, data: EvalSplit) -> str:
         return ""
     try:
         classes = predictor.model.classes.get(task, None)
-        classes = class_captions(task, data) if classes is None else classes
+        classes = zero_shot_captions(task, data) if classes is None else classes
     except UnknownClasses:
         return ""
     labels = {record.label: record.source for record in reversed(data.records(task)) if not record.unlabelled}
@@ -85,7 +85,7 @@ def unknown_labels(predictor: Predictor, task: str, data: EvalSplit) -> str:
             f"predicted, such as {examples}; every prediction counts as wrong there") if unknown else ""
 
 
-def media_of(record: Record) -> tuple:
+def files_of(record: Record) -> tuple:
     """The files that a record shows; none for text."""
     return Medium.of_record(record).paths if record.video or record.image or record.images else ()
 
@@ -109,7 +109,7 @@ def two_class_metrics(truths: list[str], found: list[str], classes: Sequence[str
     return {"matthews": matthews(*pairs)} | ({"f1": f1(*pairs)} if f"not_{positive}" in classes else {})
 
 
-def class_captions(task: str, data: EvalSplit) -> dict[str, list[str]]:
+def zero_shot_captions(task: str, data: EvalSplit) -> dict[str, list[str]]:
     """Captions of each class: those of `<task>.captions.json`, or "a picture of a <class>" and "a video of a <class>".
 
     Without that file, the classes are those of the training split: the evaluated records may lack some, and a smaller
@@ -134,7 +134,7 @@ def zero_shot(
 
     A class is the mean of the vectors of its captions.
     """
-    captions = class_captions(task, data)
+    captions = zero_shot_captions(task, data)
     vectors = iter(predictor.embed_texts([text for texts in captions.values() for text in texts]))
     classes = torch.stack([torch.stack([next(vectors) for _ in texts]).mean(dim=0) for texts in captions.values()])
     classes = torch.nn.functional.normalize(classes, dim=1)

@@ -70,6 +70,18 @@ def find(predictor: Predictor, files: list[Path], text: str) -> list[tuple[float
     return sorted(scores, key=lambda pair: (-pair[0], pair[1]))
 
 
+def print_best(predictor: Predictor, files: list[Path], text: str, say: Callable[[str], None]) -> None:
+    """Print the ten files that match the text best, and the errors of those that cannot be read."""
+    for value, file in find(predictor, files, text)[:10]:
+        say(f"{value:6.3f}  {file}")
+    say_skipped(predictor, say)
+
+
+def say_skipped(predictor: Predictor, say: Callable[[str], None]) -> None:
+    for error in predictor.unreadable.values():
+        say(f"skipped: {error}")
+
+
 def write(
     predictor: Predictor, files: list[Path], question: str, how: Generation, out: Path, checkpoint: str,
     say: Callable[[str], None],
@@ -115,8 +127,7 @@ def write(
         if stopped:
             say(f"{out}: {written:,} of {len(files):,} files{before}; the same command continues")
             raise stopped
-    for error in predictor.unreadable.values():
-        say(f"skipped: {error}")
+    say_skipped(predictor, say)
     say(f"{out}: {written:,} of {len(files):,} files{before}")
 
 

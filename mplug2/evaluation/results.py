@@ -62,7 +62,7 @@ def describe_skipped(results: Mapping[str, EvalResult]) -> str:
     return "\n".join(lines)
 
 
-def describe(results: Mapping[str, EvalResult], chance: dict[str, float]) -> str:
+def format_results(results: Mapping[str, EvalResult], chance: dict[str, float]) -> str:
     """The table of the metrics with their standard errors and the chance level, and what the numbers mean."""
     names = {name for result in results.values() for name in result.scores}
     columns = {split: result.metrics for split, result in results.items()}

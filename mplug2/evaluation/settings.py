@@ -59,10 +59,13 @@ class RuntimeSettings:
     """Questions, captions, or files that are computed at a time, per process."""
     workers: int = 0
     """Processes that decode images and videos, per process of torchrun; 0: a thread."""
+    timeout: float = 1800.0
+    """After ten times as many seconds without a batch, the rank that hangs is reported, and the evaluation ends."""
 
     def __post_init__(self):
         check_range(self, "batch_size", 1)
         check_range(self, "workers", 0)
+        check_range(self, "timeout", 0.1)
 
     def inference(self, process: DistInfo, **more) -> Inference:
         return Inference(self.batch_size, self.workers, self.precision, process.rank, process.world_size, **more)

@@ -2,7 +2,7 @@
 
 import re
 
-from mplug2.data.text import normalize, split_characters
+from mplug2.data.text import normalize, split_characters, strip_marks
 from mplug2.evaluation.captions import check_samples
 
 VOTES = 10
@@ -31,7 +31,8 @@ def vqa_accuracy(answers: list[list[str]], predictions: list[str]) -> list[float
 
     It is the mean of min(1, annotators that agree / 3) over all ways to leave one annotator out. Prediction and answers
     are normalized with `vqa_normalize`, unless all answers of a question are the same. Letters of scripts without
-    blanks between words count as words. Raises ValueError as `bleu_counts` does.
+    blanks between words count as words, and accents are removed (`strip_marks`). ASCII text is scored as in the
+    official code. Raises ValueError as `bleu_counts` does.
 
     Source: Antol et al. 2015, "VQA: Visual Question Answering", and its evaluation code as corrected in March 2021
     (github.com/GT-Vision-Lab/VQA, commit a013f00). Before, only predictions were normalized in full.
@@ -57,8 +58,8 @@ def vqa_normalize(answer: str) -> str:
 
 
 def _vqa_spaces(text: str) -> str:
-    """The text without line breaks and tabs, its letters apart if their script writes no blanks between words."""
-    text = text.replace("\n", " ").replace("\t", " ").strip()
+    """The text without line breaks, tabs and accents, its letters apart if their script has no blanks between words."""
+    text = strip_marks(text).replace("\n", " ").replace("\t", " ").strip()
     spaced = split_characters(text)
     return text if spaced == text else " ".join(spaced.split())
 

@@ -7,7 +7,7 @@ from mplug2.data.text import normalize
 from mplug2.evaluation.bootstrap import Score, Statistic, mean, ratio_of_sums, with_errors
 from mplug2.evaluation.captions import bleu, bleu_counts, cider_d, paper_captions, rouge_l
 from mplug2.evaluation.data import EvalOptions, EvalSplit
-from mplug2.evaluation.labels import media_of
+from mplug2.evaluation.labels import files_of
 from mplug2.evaluation.predictions import Prediction
 from mplug2.evaluation.vqa import VOTES, exact_match, vqa_accuracy
 from mplug2.predictor import Predictor
@@ -58,7 +58,7 @@ def evaluate_answers(
     written = predictor.answer(media, [question.question for _, question in asked], **settings)
     answered = [(record, question, text) for (record, question), text in zip(asked, written) if text is not None]
     predictions = [
-        Prediction(task, media_of(record), question.question, text,
+        Prediction(task, files_of(record), question.question, text,
                    tuple(map(normalize, question.answers)), record.id)
         for record, question, text in answered
     ]
@@ -76,5 +76,6 @@ def evaluate_answers(
         records, truths, texts = map(list, zip(*groups[kind]))
         statistics[f"qa_{kind}"] = mean(exact_match(truths, texts), records)
         if kind == "accuracy" and all(len(answers) == VOTES for answers in truths):
-            statistics["vqa_accuracy"] = mean(vqa_accuracy(truths, texts), records)
+            lower = [[answer.lower() for answer in answers] for answers in truths]  # as those of VQAv2, and the model's
+            statistics["vqa_accuracy"] = mean(vqa_accuracy(lower, texts), records)
     return with_errors(statistics), predictions

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mplug2.checkpoint import PreprocessConfig, save_model
+from mplug2.checkpoint import PreprocessConfig, read_json_object, save_model
 from mplug2.config import ModelConfig
 from mplug2.data.text import Tokenizer, clean
 from mplug2.did_you_mean import did_you_mean
@@ -21,7 +21,7 @@ from mplug2.model.mplug2 import MPLUG2
 from mplug2.pretrained.bert import from_bert
 from mplug2.pretrained.clip import clip_sizes, from_clip
 from mplug2.pretrained.entries import setting
-from mplug2.pretrained.files import open_settings, open_weights, read_json
+from mplug2.pretrained.files import open_settings, open_weights
 from mplug2.pretrained.released import LARGE_BERT, LARGE_RUN, from_released
 from mplug2.tasks import PROMPTS, TASKS
 
@@ -84,7 +84,7 @@ def convert_released(options: ConversionSettings) -> tuple[MPLUG2, Tokenizer, Pr
     """A released checkpoint for one task. ValueError if our prompt, end token or tokenizer differs from its own."""
     contents, task = open_weights(options.file), options.task or "video_caption"
     if options.settings:
-        settings = read_json(options.settings)
+        settings = read_json_object(options.settings)
         run, bert = (setting(settings, name, options.settings) for name in ("config", "bert_config"))
     else:
         run, bert = contents.get("config", LARGE_RUN), LARGE_BERT

@@ -1,6 +1,5 @@
 """Open files of published weights: memory-mapped, so only the used entries are read, and without running their code."""
 
-import json
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -9,6 +8,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+
+from mplug2.checkpoint import read_json_object
 
 WEIGHTS = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
 SETTINGS = ("open_clip_config.json", "config.json")
@@ -55,18 +56,7 @@ def open_settings(path: str | Path) -> dict | None:
     """The settings file in the folder of a file of weights, or None."""
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     files = [folder / name for name in SETTINGS if (folder / name).is_file()]
-    return read_json(files[0]) if files else None
-
-
-def read_json(path: str | Path) -> dict:
-    """The JSON object in a file. ValueError if there is none."""
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not a JSON file ({error})") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(found).__name__}")
-    return found
+    return read_json_object(files[0]) if files else None
 
 
 def weights_file(path: str | Path) -> Path:

@@ -30,7 +30,7 @@ from mplug2.predictor import load
 from mplug2.tools.bench_media import write_h264
 
 QUESTIONS = ("which digit is it", "what color is it", "where does it move", "is it a red seven")
-TASKS = {"video_caption": "captions", "video_qa": "answers", "video_retrieval": "pairs"}
+UNITS = {"video_caption": "captions", "video_qa": "answers", "video_retrieval": "pairs"}
 """The tasks, and what is counted per second: pairs are those of a video and a text that are re-ranked."""
 SECONDS, RATE = 10, 25
 """Length of a video, and its frames per second."""
@@ -39,7 +39,7 @@ SECONDS, RATE = 10, 25
 def write_data(root: Path, count: int) -> None:
     """`count` copies of one H.264 video, each with one caption of its own and four questions."""
     video = write_h264(root / "0.mp4", SECONDS, RATE, None)
-    lines: dict[str, list[dict]] = {task: [] for task in TASKS}
+    lines: dict[str, list[dict]] = {task: [] for task in UNITS}
     for number in range(count):
         if number:
             shutil.copy(video, root / f"{number}.mp4")
@@ -93,7 +93,7 @@ def bench_evaluation(count: int) -> dict[str, float]:
         print(f"{count} videos of {SECONDS} s, 320 x 240 pixels; {os.cpu_count()} cores, one thread per process\n")
         print(f"{'':<22}{'1 process, s':>14}{'per second':>12}{'2 processes, s':>16}{'per second':>12}{'ratio':>8}"
               f"{'peak GB':>9}")
-        for task, unit in TASKS.items():
+        for task, unit in UNITS.items():
             (one, peak), (two, _) = on_processes(root, task, 1), on_processes(root, task, 2)
             name = f"{task.removeprefix('video_')}, {unit}"
             print(f"{name:<22}{one:>14.1f}{units[task] / one:>12.1f}{two:>16.1f}{units[task] / two:>12.1f}"

@@ -32,7 +32,7 @@ WORDS = 16
 FRAMES = 16
 """Largest number of frames of an animation; half as many next to a word."""
 RANKED_MISTAKES = 64
-"""Wrong predictions of each task whose probability is computed."""
+"""Wrong predictions whose probability is computed, of all tasks together: their files are decoded again for that."""
 
 
 def right(line: dict) -> bool | None:
@@ -112,11 +112,11 @@ def mistake_cards(predictions: list[dict], predictor: Predictor | None) -> str:
     for task in sorted(by_task, key=EVALUATED.index):
         lines = by_task[task]
         if not isinstance(lines[0]["prediction"], float):
-            lines = random.Random(0).sample(lines, min(RANKED_MISTAKES, len(lines)))
+            lines = random.Random(0).sample(lines, min(RANKED_MISTAKES // len(by_task), len(lines)))
         lines = sorted(add_confidence(predictor, lines), key=lambda line: -line["confidence"])
         ranked.append(lines[: math.ceil(CARDS / len(by_task))])
     count = sum(right(line) is False for line in predictions)
-    about = (f"{count:,} of {len(predictions):,} predictions are wrong. From up to {RANKED_MISTAKES} wrong predictions "
+    about = (f"{count:,} of {len(predictions):,} predictions are wrong. From up to {RANKED_MISTAKES} of them, as many "
              "of each task, these are the most confident ones: those with the highest probability, where it is known, "
              "boxes with the smallest overlap, and numbers with the largest error.")
     cards = "".join(card([line]) for lines in ranked for line in lines)

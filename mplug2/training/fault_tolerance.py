@@ -65,8 +65,9 @@ class Watchdog:
 
     EXIT_CODE = 70
 
-    def __init__(self, process: DistInfo, timeout: float):
+    def __init__(self, process: DistInfo, timeout: float, program: str = "train.py"):
         self.process, self.timeout, self.interval = process, timeout, min(1.0, timeout / 4)
+        self.program = program
         self.store = None
         if process.world_size > 1:  # its own connection: the process group's connection may be what hangs
             store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
@@ -81,6 +82,11 @@ class Watchdog:
         `names` returns the files in use, for the message of a rank that hangs.
         """
         self.latest = (time.monotonic() + self.timeout * patience, step, activity, names)
+        self.patience = patience
+
+    def batch_done(self) -> None:
+        """The heartbeat of an evaluation: one more batch is done."""
+        self.heartbeat(self.latest[1] + 1, "evaluating", patience=10)
 
     def __enter__(self) -> "Watchdog":
         self._publish()
@@ -132,9 +138,10 @@ class Watchdog:
         return verdict + "\n  " + "\n  ".join(lines)
 
     def _end(self, report: str) -> None:
-        print(f"\ntrain.py: no progress for {self.timeout:g} s (--timeout): {report}\n"
-              "Continue the run from its last checkpoint with --resume. The stack of this process:",
-              file=sys.stderr, flush=True)
+        times = f"{self.patience:g} x " * (self.patience != 1)
+        advice = "Continue the run from its last checkpoint with --resume. " * (self.program == "train.py")
+        print(f"\n{self.program}: no progress for {times}{self.timeout:g} s (--timeout): {report}\n"
+              f"{advice}The stack of this process:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr)
         sys.stderr.flush()
         _kill_workers()

@@ -17,10 +17,10 @@ from mplug2.distributed import DistInfo
 from mplug2.flags import warning_only
 from mplug2.training.loggers import TensorBoard, WandB
 
-PEAK_TFLOPS = {"A100": (312, 19.5), "H100": (989, 67), "H200": (989, 67), "B200": (2250, 75), "L40S": (362, 91.6),
-               "RTX 4090": (165, 82.6)}
-"""Peak dense TFLOP/s in bfloat16 and in float32, by a part of the device's name. Source: NVIDIA's data sheets. float32
-is without TF32 (on an H100 494.5), which torch does not use for matrix products by default."""
+PEAK_TFLOPS = {"A100": (312, 156), "H100": (989, 494.5), "H200": (989, 494.5), "B200": (2250, 1125),
+               "L40S": (362, 183), "RTX 4090": (165, 82.6)}
+"""Peak dense TFLOP/s in bfloat16 and in float32, by a part of the device's name. Source: NVIDIA's data sheets. Matrix
+products in float32 use TF32 (`distributed.choose_device`)."""
 
 
 def peak_tflops(device: torch.device, low_precision: bool) -> float:

@@ -103,15 +103,9 @@ def wrap_model(module: nn.Module, process: DistInfo, settings: ParallelSettings)
     return module
 
 
-def unsharded_copy(model: MPLUG2, process: DistInfo, every_rank: bool = False) -> MPLUG2 | None:
-    """A sharded model in one piece, on the CPU of the main process or of every rank, otherwise None.
-
-    Every rank has to call it.
-    """
-    keep = process.is_main or every_rank
-    weights = gathered(model.state_dict(), keep)
-    if not keep:
-        return None
+def unsharded_copy(model: MPLUG2) -> MPLUG2:
+    """A sharded model in one piece, on the CPU of every rank. Every rank has to call it."""
+    weights = gathered(model.state_dict(), keep=True)
     with torch.device("meta"):  # this takes neither memory nor random numbers
         copy = MPLUG2(model.config, model.task, model.classes)
     copy.load_state_dict(weights, assign=True)
@@ -197,12 +191,13 @@ def optimizer_state(
 
 
 def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Tensors in one piece on the CPU; none if this rank does not `keep` them. Every rank has to call it."""
+    """Copies of tensors in one piece on the CPU, which training will not change; none if this rank does not `keep`
+    them. Every rank has to call it."""
     kept = {}
     for name, tensor in tensors.items():
         full = full_tensor(tensor)
         if keep:
-            kept[name] = full.cpu()
+            kept[name] = full.to("cpu", copy=True)
     return kept
 
 

@@ -79,7 +79,7 @@ _WEB = dict(
 )
 PRETRAINING: dict[str, dict[str, Any]] = {
     "tiny": dict(
-        lr=2.5e-3, questions_per_sample=4, vtc_weight=3.0, answer_weight=4.0, mlm_weight=0.5,
+        lr=2.5e-3, questions_per_sample=4, vtc_weight=3.0, caption_weight=2.0, answer_weight=4.0, mlm_weight=0.5,
         video_weight=0.55, image_weight=0.42, text_weight=0.03,
     ),
     "small": dict(max_steps=20_000, batch_size=128, frames=8, lr=1e-3, warmup_steps=1000),

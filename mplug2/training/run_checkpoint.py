@@ -2,13 +2,16 @@
 the file system has no symbolic links, these are text files with the name of the folder.
 
 A checkpoint is written to a hidden folder, flushed to disk and then renamed. So a folder with its proper name is
-complete, and a run that is killed while it saves keeps the checkpoint before.
+complete, and a run that is killed while it saves keeps the checkpoint before. `BackgroundSave` does this while training
+continues.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,17 +26,17 @@ from mplug2.model.mplug2 import MPLUG2
 
 def save_checkpoint(
     run: Path, name: str, model: MPLUG2, tokenizer: Tokenizer, preprocess: PreprocessConfig, training: dict[str, Any],
-    keep: int, data: Sequence[Path] | None = None,
+    keep: int, data: Sequence[Path] | None = None, weights: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
     """Write the checkpoint `run/name`, point `run/last` to it, and remove all except the newest `keep` and the best.
 
-    `training` is the state of the run (`TrainState.state_dict`), `data` are the folders of `save_model`. Raises
+    `training` is the state of the run (`TrainState.state_dict`), `data` and `weights` are those of `save_model`. Raises
     CheckpointError if the files cannot be written, on a full disk for example; older checkpoints are not touched then.
     """
     folder, part, old = run / name, run / f".{name}.part", run / f".{name}.old"
     clean_partial(run)
     try:
-        save_model(part, model, tokenizer, preprocess, data=data)
+        save_model(part, model, tokenizer, preprocess, data=data, weights=weights)
         torch.save(training, part / "training.pt")
         write_manifest(part, training["step"])
         for path in (*part.iterdir(), part):
@@ -53,6 +56,37 @@ def save_checkpoint(
     shutil.rmtree(old, ignore_errors=True)
     _prune(run, folder, keep)
     return folder
+
+
+class BackgroundSave:
+    """Runs one `save_checkpoint` at a time in a thread. As a context manager it ends with the last of them."""
+
+    def __init__(self):
+        self.thread = ThreadPoolExecutor(1)
+        self.pending: Future | None = None
+
+    def start(self, action: Callable[[], object]) -> None:
+        """`wait` first."""
+        self.pending = self.thread.submit(action)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the action has failed; `wait` raises its error."""
+        return self.pending is not None and self.pending.done() and self.pending.exception() is not None
+
+    def wait(self) -> None:
+        """Wait for the action, if there is one, and raise its error."""
+        pending, self.pending = self.pending, None
+        if pending:
+            pending.result()
+
+    def __enter__(self) -> "BackgroundSave":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.thread.shutdown()  # waits
+        if self.failed:  # another error ends the run
+            print(f"\nwarning: {self.pending.exception()}", file=sys.stderr)
 
 
 def record_score(run: Path, name: str, score: float, keep: int) -> None:

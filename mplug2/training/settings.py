@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from mplug2.checkpoint import read_config, real_folder
+from mplug2.checkpoint import read_config, read_json_object, real_folder
 from mplug2.config import PRESETS, ModelConfig, form_fields, nearest_preset
 from mplug2.data.build import DataSettings
 from mplug2.did_you_mean import did_you_mean
@@ -130,6 +130,10 @@ class Settings:
         answers, captions = (any(name in TASKS[one].batch for one in tasks) for name in ("question", "prompted"))
         if loss.queue_size and not any("contrastive" in TASKS[one].components for one in tasks):
             raise ValueError(f"queue_size={loss.queue_size} with task={task}: this task has no VTC that would use it")
+        micro_batch = self.data.batch_size // self.data.accumulation_steps
+        if 0 < loss.queue_size < micro_batch:
+            raise ValueError(f"queue_size={loss.queue_size}: a micro-batch has {micro_batch} samples, and the queue "
+                             f"has to hold them; raise --queue-size to {micro_batch} or more")
         if loss.distill_weight and not loss.queue_size and not answers:
             raise ValueError(f"distill_weight={loss.distill_weight} with task={task}: this task has no answers to "
                              "distill, and VTC needs --queue-size")
@@ -319,14 +323,14 @@ def was_restarted(folder: Path) -> bool:
     if not (folder / "settings.json").exists():
         return False
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    same = launch != "none" and launch == _read_json(folder / "settings.json").get("launch")
+    same = launch != "none" and launch == read_json_object(folder / "settings.json").get("launch")
     return same or any(int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
 def read_settings(folder: Path) -> tuple[Settings, dict[str, Any]]:
     """The settings in the settings.json of a run, and those of its model. ValueError if they cannot be read."""
     file = folder / "settings.json"
-    contents = _read_json(file)
+    contents = read_json_object(file)
     values, model = contents.get("train"), contents.get("model")
     if not isinstance(values, dict) or not isinstance(model, dict):
         raise ValueError(f"{file}: expected the settings of a run, with the parts 'train' and 'model'")
@@ -345,7 +349,7 @@ def write_settings(settings: Settings, arguments: list[str], **more: Any) -> Non
     """
     file = settings.folder / "settings.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    commands = _read_json(file).get("commands", []) if file.exists() else []
+    commands = read_json_object(file).get("commands", []) if file.exists() else []
     contents = {
         "train": settings.flat(), **more, "launch": os.environ.get("TORCHELASTIC_RUN_ID", "none"),
         "torch": torch.__version__, "commands": list(dict.fromkeys([*commands, command_line(arguments)])),
@@ -362,13 +366,3 @@ def command_line(arguments: list[str]) -> str:
     processes = ["--nproc-per-node", str(local)] if local > 1 else []
     launcher = ["torchrun", *nodes, *processes] if "WORLD_SIZE" in os.environ else ["python"]
     return shlex.join([*launcher, "train.py", *map(str, arguments)])
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        contents = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not a JSON file: {error}") from error
-    if not isinstance(contents, dict):
-        raise ValueError(f"{file}: expected a JSON object")
-    return contents

@@ -64,7 +64,8 @@ def test_ranks_divide_the_global_batch(drawn):
     alone = list(MixedBatches(**drawn))
     shares = [list(MixedBatches(**drawn, rank=rank, world_size=world_size)) for rank in range(world_size)]
     for step, batch in enumerate(alone):
-        assert [share[step] for share in shares] == [batch[rank::world_size] for rank in range(world_size)]
+        assert [key for share in shares for key in share[step]] == batch
+        assert len({len(share[step]) for share in shares}) == 1
         assert len({kind for kind, _, _ in batch}) == 1
 
 
@@ -96,6 +97,21 @@ def test_every_sample_appears_once_per_epoch(drawn):
             assert {number for number, _ in epoch} == {start // size}
             if len(epoch) == size:
                 assert sorted(index for _, index in epoch) == list(range(size))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.integers(0, 2**32))
+def test_samples_of_a_group_follow_each_other_in_every_epoch(names, seed):
+    size, number = len(names), {name: k for k, name in enumerate(dict.fromkeys(names))}
+    groups = np.array([number[name] for name in names])
+    batches = MixedBatches({"video": size}, {"video": 1.0}, size, 3, seed, groups={"video": groups})
+    orders = [[index for _, _, index in batch] for batch in batches]
+    for order in orders:
+        assert sorted(order) == list(range(size))
+        changes = sum(groups[one] != groups[other] for one, other in zip(order, order[1:]))
+        assert changes == len(number) - 1
+    if len(number) > 6:
+        assert orders[0] != orders[1]
 
 
 def test_the_order_changes_with_epoch_seed_and_kind():

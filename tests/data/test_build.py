@@ -162,6 +162,15 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused_before_anything_is_read(
     assert DataSettings(batch_size=12, accumulation_steps=3).micro_batch_size(2) == 2
 
 
+def test_the_default_number_of_workers_is_one_that_the_shards_suffice_for(root, tmp_path, monkeypatch):
+    assert build(root).settings.workers == 0
+    monkeypatch.setattr("mplug2.data.build.default_workers", lambda device: 7)
+    assert build(root).settings.workers == 7 and build(root, workers=2).settings.workers == 2
+    pack(root, tmp_path / "shards", samples_per_shard=1)  # five images, six videos, seven texts
+    assert [build(tmp_path / "shards", ranks, tokenizer=make_tokenizer(), batch_size=6).settings.workers
+            for ranks in (1, 2, 3)] == [5, 2, 1]
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_batches_continue_after_any_step(root, tmp_path, packed):
     """In the same order, with two micro-batches per step, from JSONL files and from shards."""
@@ -201,3 +210,18 @@ def test_references_are_the_captions_of_samples_in_captioning_batches(root):
     assert len(references) >= 11 and ["a red three moving left", "a red three going left"] in references
     assert build(root, task="video_caption", tokenizer=make_tokenizer()).references()[1] == [
         "a blue seven moving left", "a blue seven going left"]
+
+
+def test_the_longest_text_is_that_of_the_captions_and_answers_but_not_of_the_questions(tmp_path):
+    tokenizer, captions = make_tokenizer(), ["a red three", "a red three moving left, left?!"]
+    question = {"question": "is it red or is it blue or is it green", "answers": ["red", "the red three"]}
+    write_records(tmp_path, "video_caption.train", [{"video": "a.gif", "captions": captions}])
+    write_records(tmp_path, "video_qa.train", [{"video": "a.gif", "qa": [question]}])
+    count = {text: tokenizer.lengths([text])[0] - 1
+             for text in ("a red three moving left left", "a red", "the red three")}
+
+    def longest(task: str, **more) -> int:
+        return build(tmp_path, tokenizer=tokenizer, task=task, max_unknown=1, **more).longest_text()
+
+    assert longest("pretrain") == longest("video_caption") == count["a red three moving left left"]
+    assert longest("video_caption", max_words=2) == count["a red"] and longest("video_qa") == count["the red three"]

@@ -2,6 +2,7 @@
 
 import struct
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -88,6 +89,19 @@ def test_transparent_palette_colors_and_cmyk(tmp_path):
     assert np.all(read_image(save(tmp_path / "a.gif", image, transparency=1)) == 255)
     gray = read_image(save(tmp_path / "a.jpg", Image.new("CMYK", (8, 8), (0, 0, 0, 155))))
     assert gray.shape == (1, 8, 8, 3) and np.abs(gray.astype(int) - 100).max() <= 3
+
+
+def test_a_transparent_level_of_16_bit_gray(tmp_path):
+    """PNG may name one level that is transparent."""
+    levels = np.full((3, 5), 0x4D00, np.uint16)
+    levels[:, 2:] = 0x4D01
+    path = save(tmp_path / "a.png", Image.fromarray(levels), transparency=0x4D01)
+    content = path.read_bytes()
+    if b"tRNS" not in content:  # Pillow reads this chunk, but writes it for 8 bits only
+        chunk = b"tRNS" + struct.pack(">H", 0x4D01)
+        at = content.index(b"IDAT") - 4
+        path.write_bytes(content[:at] + struct.pack(">I", 2) + chunk + struct.pack(">I", crc32(chunk)) + content[at:])
+    assert read_image(path)[0, :, :, 0].tolist() == [[0x4D, 0x4D, 255, 255, 255]] * 3
 
 
 def test_exif_orientation_is_applied(tmp_path):

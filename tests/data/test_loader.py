@@ -5,16 +5,19 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import Mock, patch
 
+import numpy as np
 import pytest
 import torch
 from data_helpers import VIDEOS, assert_equal_batches, batches_of, write_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mplug2.data.loader import prefetch
-from mplug2.data.media import MediaError
+from mplug2.data.loader import default_workers, on_device, prefetch
+from mplug2.data.media import MediaError, to_bytes, to_pixels
 
 
 def test_batches_are_the_same_with_any_number_of_workers_and_from_any_step(root, tokenizer):
@@ -82,3 +85,58 @@ def test_an_error_in_a_prefetched_batch_is_raised_when_the_batch_is_due():
     assert next(batches) == {"step": 0}
     with pytest.raises(MediaError, match="broken.gif"):
         next(batches)
+
+
+@pytest.mark.parametrize("cores, ranks, expected", [(1, 1, 1), (6, 1, 5), (16, 1, 8), (64, 8, 7), (208, 8, 8)])
+def test_with_gpus_each_rank_has_as_many_workers_as_cores_but_one(monkeypatch, cores, ranks, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert default_workers(torch.device("cuda:0")) == expected
+    assert default_workers(torch.device("cpu")) == 0
+
+
+# ---- to the device ---------------------------------------------------------------------------------------------------
+
+
+def raw_batch(seed: int) -> tuple[dict, torch.Tensor]:
+    """A batch with two images as bytes, and its normalized pixels."""
+    images = [np.random.default_rng((seed, i)).integers(0, 256, (1, 8, 8, 3), np.uint8) for i in range(2)]
+    batch = {"kind": "image", "source": ["a", "b"], "label": torch.tensor([1, 2]),
+             "pixels": torch.stack([to_bytes(image, 8) for image in images])}
+    return batch, torch.stack([to_pixels(image, 8) for image in images])
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_pixels_travel_as_bytes_and_are_normalized_on_the_device(device):
+    batches, expected = zip(*map(raw_batch, range(3)))
+    moved = list(prefetch(on_device(batches, torch.device(device))))
+    assert len(moved) == 3
+    for batch, found, pixels in zip(batches, moved, expected):
+        assert {name: found[name] for name in ("kind", "source")} == {"kind": "image", "source": ["a", "b"]}
+        assert found["label"].cpu().equal(batch["label"]) and found["label"].device.type == device
+        assert found["pixels"].dtype == torch.float32 and found["pixels"].device.type == device
+        if device == "cpu":
+            assert found["pixels"].equal(pixels)
+        torch.testing.assert_close(found["pixels"].cpu(), pixels)
+    text = {"kind": "text", "label": torch.tensor([1])}
+    assert list(on_device([text], torch.device("cpu"))) == [text]
+
+
+def test_copies_to_a_gpu_have_a_stream_of_their_own_and_the_step_waits_for_them():
+    """Without a GPU: the calls, in their order."""
+    calls, device = [], torch.device("cuda:3")
+
+    @contextmanager
+    def stream(one):
+        calls.append("copies")
+        yield
+        calls.append("back")
+
+    steps = Mock(wait_stream=lambda other: calls.append("wait"))
+    with (patch("torch.cuda.Stream", return_value="copies"), patch("torch.cuda.stream", stream),
+          patch("torch.cuda.default_stream", return_value=steps),
+          patch.object(torch.Tensor, "to", lambda self, to, non_blocking: calls.append((to, non_blocking)) or self),
+          patch.object(torch.Tensor, "record_stream", lambda self, to: calls.append((self.dtype, to)))):
+        next(on_device([raw_batch(0)[0]], device))
+    assert calls == ["copies", (device, True), (device, True), "back", "wait", (torch.int64, steps),
+                     (torch.float32, steps)]

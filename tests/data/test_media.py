@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from video_files import CODECS, counter, numbers_of, write_animation, write_video
 
 from mplug2.data.media import (
@@ -24,6 +23,7 @@ from mplug2.data.media import (
     MediaError,
     is_media,
     kind_of,
+    normalize,
     read_image,
     read_media,
     read_video,
@@ -94,6 +94,9 @@ def test_what_a_file_is_in_place_of_an_image_or_a_video(tmp_path, suffix):
     expected = "a video" if suffix not in STILL_SUFFIXES else "an image"
     for name, content in [
         ("empty", b""), ("zeros", bytes(5000)), ("page", HTML), ("pointer", POINTER),
+        ("xhtml", b'<?xml version="1.0"?>\n<!DOCTYPE html PUBLIC "x">\n<html lang="en">'),
+        ("saved", b"<!-- saved from url -->\n<html>"), ("title", b"<TITLE>404</TITLE>"),
+        ("json", b'{"error": "not found"}'),
         ("denied", b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>'),
         ("._mac", b"\0\5\x16\7\0\2\0\0Mac OS X" + bytes(4000)),
     ]:
@@ -105,6 +108,8 @@ def test_what_a_file_is_in_place_of_an_image_or_a_video(tmp_path, suffix):
         ("zeros", r"(cannot be decoded \(.*\)|has no frame that can be decoded); it may be damaged"),
         ("folder", f"is a folder, not {expected}"),
         ("page", f"is an HTML page, not {expected}; .*download the file again"),
+        *((name, "is an HTML page, not") for name in ("xhtml", "saved", "title")),
+        ("json", f"is a JSON document, not {expected}; .*download the file again"),
         ("pointer", f"is a git-lfs pointer, not {expected}; fetch the content with `git lfs pull`"),
         ("denied", f"is an XML document, not {expected}; .*download the file again"),
         (r"\._mac", f"is a macOS metadata file .*, not {expected}; remove it"),
@@ -198,7 +203,19 @@ def test_to_frames_is_the_inverse_of_to_pixels_to_the_level(t, size, seed):
 
 
 def test_pixels_are_normalized_as_for_clip():
+    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
     assert (list(CLIP_MEAN), list(CLIP_STD)) == (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+
+
+def test_normalizing_on_a_cpu_is_the_arithmetic_of_float32_to_the_bit():
+    """In NumPy, for each of the 256 levels of each color, of images and of pairs of images."""
+    levels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    expected = (np.arange(256, dtype=np.float32) / 255 - np.float32(CLIP_MEAN)[:, None]) / np.float32(CLIP_STD)[:, None]
+    for shape in ((2, 3, 1, 16, 16), (2, 2, 3, 1, 16, 16)):
+        found = normalize(levels.expand(shape))
+        assert found.shape == shape
+        assert all(np.array_equal(one, expected) for one in found.reshape(-1, 3, 256).numpy())
 
 
 @given(st.integers(0, 255), st.integers(0, 255), st.integers(0, 255))

@@ -143,7 +143,7 @@ def test_records_are_a_sequence_that_keeps_its_lines_in_the_file(tmp_path):
         records[4]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(task_and_lines())
 def test_the_quick_path_gives_what_the_full_check_gives(tmp_path_factory, drawn):
     task, lines = drawn

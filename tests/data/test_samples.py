@@ -1,17 +1,22 @@
 """Samples: records of several files joined; texts that are checked, cleaned and drawn; files that cannot be decoded."""
 
+import json
 import tracemalloc
 from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
+import torch
 from data_helpers import dataset, write_data, write_gif, write_records
 from PIL import Image
 
+from mplug2.config import PRESETS
 from mplug2.data.batches import Collate
+from mplug2.data.build import DataSettings, build_data
 from mplug2.data.media import read_image, read_video, to_pixels
 from mplug2.data.records import Question, RecordError
 from mplug2.data.samples import Joined, Sample, check_texts, read_samples
+from mplug2.distributed import DistInfo
 from mplug2.tasks import INSTRUCTIONS
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -35,6 +40,32 @@ def test_equal_positive_ids_are_equal_numbers_in_all_files(root):
     assert ids == 2 * ids[:3] and [image.positive_id for image in samples["image"][:3]] == ids[:3]
     assert len({sample.positive_id for of_kind in samples.values() for sample in of_kind}) == 3 + 7
     assert all(0 <= sample.positive_id < 2**63 for sample in samples["text"])  # fits a tensor
+
+
+def test_samples_of_a_batch_group_have_the_same_number(tmp_path):
+    """They count from the top of the files, because Python's own hashes differ between ranks."""
+    def groups(*names: str) -> list[int] | None:
+        write_records(tmp_path, "video_caption.train", [
+            {"video": f"{i}.gif", "captions": ["a seven"]} | ({"batch_group": name} if name else {})
+            for i, name in enumerate(names)])
+        found = read_samples(tmp_path, "pretrain", "train")["video"].groups
+        return found if found is None else found.tolist()
+
+    assert groups("", "") is None
+    assert groups("b", "", "a", "b", "", "a") == [0, 1, 2, 0, 3, 2]
+    asked = {"question": "which digit is it", "answers": ["seven"]}  # the first record of a video decides
+    write_records(tmp_path, "video_qa.train", [{"video": "0.gif", "qa": [asked], "batch_group": "other"}])
+    assert groups("b", "", "b") == [0, 1, 0]
+
+
+def test_a_run_keeps_batch_groups_together(tmp_path):
+    write_data(tmp_path)
+    lines = (tmp_path / "video_caption.train.jsonl").read_text().splitlines()
+    write_records(tmp_path, "video_caption.train",
+                  [json.loads(line) | {"batch_group": f"{i % 3}"} for i, line in enumerate(lines)])
+    settings = DataSettings(data=str(tmp_path), task="video_caption", max_steps=3, batch_size=2, max_unknown=1.0)
+    batches = build_data(settings, PRESETS["tiny"](), DistInfo(0, 1, torch.device("cpu")), seed=0).batches
+    assert all(one % 3 == other % 3 for (_, _, one), (_, _, other) in batches)
 
 
 def test_a_task_reads_its_own_files_and_batch_types_without_a_file_are_left_out(root, tmp_path):

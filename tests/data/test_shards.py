@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -513,6 +516,31 @@ def test_files_with_the_same_name_in_neighboring_folders_are_two_samples(root, t
     batches, _ = batches_of(tmp_path / "web", tokenizer, 2)
     assert not any(batch["errors"] for batch in batches)
     assert len({source for batch in batches for source in batch["source"]}) == 2
+
+
+def test_a_shard_is_opened_once_for_all_windows_of_an_epoch(root, tmp_path, tokenizer, monkeypatch):
+    """To find a sample, all headers before it have to be read: with a new start for each window, the cost of a shard
+    would grow with the square of its size."""
+    gif = (root / "0.gif").read_bytes()
+    members = {f"{k:03d}.{end}": content for k in range(30) for end, content in (("gif", gif), ("txt", b"a red three"))}
+    write_tar(tmp_path / "web" / "0.tar", members)
+    samples, opened = dataset({}), []
+    monkeypatch.setattr(shards_module.tarfile, "open",
+                        lambda *args, open=tarfile.open: opened.append(open(*args)) or opened[-1])
+    one = ShardSet((tmp_path / "web" / "0.tar",), (30,))
+    reader = Reader(one, "image", samples, lambda _: None, ReadPlan(1), 0, window=4)
+    sources = [next(reader)["source"].split(" ")[0] for _ in range(60)]
+    assert [set(sources[epoch: epoch + 30]) for epoch in (0, 30)] == [{f"{one.paths[0]}:{k}" for k in range(30)}] * 2
+    assert len(opened) == 2 and all(len(tar.members) < 2 for tar in opened)
+    later = Reader(one, "image", samples, lambda _: None, ReadPlan(1), 0, window=4, at=(1, 13))  # within a window
+    assert [next(later)["source"].split(" ")[0] for _ in range(17)] == sources[13:30]
+
+
+def test_the_largest_size_of_a_member_is_a_setting_of_the_environment():
+    command = [sys.executable, "-c", "from mplug2.data.shards import MAX_BYTES; print(MAX_BYTES)"]
+    sizes = [int(subprocess.run(command, env={**os.environ, **more}, check=True, capture_output=True).stdout)
+             for more in ({}, {"MPLUG2_MAX_MEMBER": "5000"})]
+    assert sizes == [2**30, 5000]
 
 
 def test_a_single_text_is_one_answer(root, tmp_path, tokenizer):

@@ -11,7 +11,6 @@ import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import BertTokenizerFast
 
 from mplug2.data.text import SPECIAL_TOKENS, Tokenizer, clean, normalize
 
@@ -38,6 +37,8 @@ def bert(vocab_file):
 
 @pytest.fixture(scope="module")
 def hugging_face(vocab_file):
+    from transformers import BertTokenizerFast
+
     return BertTokenizerFast.from_pretrained(vocab_file.parent)
 
 

@@ -9,9 +9,10 @@ from tempfile import mkdtemp
 import av
 import numpy as np
 import pytest
+from helpers import slow_except
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from video_files import counter, numbers_of, write_video
+from video_files import FORMATS, counter, numbers_of, write_video
 
 from mplug2.data import video
 from mplug2.data.frame_choice import choose_frames, segment_indices
@@ -53,7 +54,7 @@ def video_of_50(suffix: str) -> Path:
     return write_video(Path(mkdtemp()) / f"video{suffix}", counter(50, height, width))
 
 
-@pytest.mark.parametrize("suffix", VIDEO_SUFFIXES)
+@pytest.mark.parametrize("suffix", slow_except([suffixes[0] for suffixes in FORMATS.values()], VIDEO_SUFFIXES))
 def test_every_format_gives_the_frames_that_are_chosen(suffix):
     path = video_of_50(suffix)
     assert kind_of(path) == "video"
@@ -155,7 +156,11 @@ def moving_video(name: str, variable: bool = False) -> tuple[Path, np.ndarray]:
     return path, decode_in_order(path)
 
 
-@pytest.mark.parametrize("name", MOVING)
+QUICK = ["h264", "h264, one key frame", "h264, many B-frames", "h264, open groups", "h264, fragments, no index",
+         "hevc, leading frames", "vp9, hidden frames", "mpeg4, B-frames", "mpeg2, B-frames"]
+
+
+@pytest.mark.parametrize("name", slow_except(QUICK, MOVING))
 @settings(max_examples=10, deadline=None)
 @given(frames=st.integers(1, 12), seed=st.none() | st.integers(0, 2**16))
 def test_seeking_gives_the_frames_of_decoding_in_order_bit_by_bit(name, frames, seed):

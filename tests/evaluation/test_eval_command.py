@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from runs import refused
 
 import eval as evaluation
 from mplug2.inference import BatchRunner
+from mplug2.training.fault_tolerance import Watchdog
 
 LABELS = {"video_classification": ("no", "yes"), "text_pair_classification": ()}
 
@@ -91,6 +93,41 @@ def test_what_the_papers_pipeline_needs_is_checked_first(checkpoint, data, capsy
     assert "--paper-captions needs the package pycocoevalcap" in said
 
 
+def test_the_watchdog_covers_start_up_and_every_batch(checkpoint, data, monkeypatch):
+    heard, heartbeat = [], Watchdog.heartbeat
+
+    def noted(self, step, activity, **more):
+        heard.append((step, activity, self.timeout, self.program))
+        heartbeat(self, step, activity, **more)
+
+    monkeypatch.setattr(Watchdog, "heartbeat", noted)
+    evaluation.main(arguments(checkpoint, data, "--task", "video_qa", "--batch-size", "1", "--timeout", "99"))
+    assert heard[0] == (0, "starting", 99, "eval.py")
+    assert heard[1:] == [(number, "evaluating", 99, "eval.py") for number in (1, 2, 3)]
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_named_and_an_error_of_both_ranks_is_printed_once(checkpoint, data):
+    """One video is a pipe that nobody writes to. Exit codes are those of torchrun."""
+    torchrun = "-m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node 2".split()
+
+    def run(*more: object) -> str:
+        program = [sys.executable, *torchrun, str(Path(evaluation.__file__))]
+        done = subprocess.run([*program, *arguments(checkpoint, data, *more)], capture_output=True, text=True,
+                              timeout=300, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 1
+        return done.stderr
+
+    assert run("--checkpoint", data).count("is not a checkpoint: it does not contain config.json") == 1
+    assert run("--splits", "none").count("has none of the splits none; it has test") == 1
+    (data / "1.gif").unlink()
+    os.mkfifo(data / "1.gif")
+    said = run("--task", "video_qa", "--batch-size", "1", "--timeout", "3")
+    assert "eval.py: no progress for 10 x 3 s (--timeout): rank 1 of 2 blocks the others" in said, said
+    assert "rank 0 of 2: 2 steps done, evaluating" in said and "--resume" not in said
+    assert not (data / "out/metrics.json").exists()
+
+
 def test_a_named_task_without_records_is_refused_and_a_split_that_is_missing_is_named(checkpoint, data, capsys):
     said = refused(capsys, evaluation.main, arguments(checkpoint, data, "--task", "video_qa,image_qa"), 1)
     assert "has no records of image_qa in the splits test; leave it out of --task" in said
@@ -139,6 +176,13 @@ def test_flags_of_scored_evaluations_are_refused_with_files_of_ones_own(checkpoi
     assert "answers, limit: only for records; leave out with --input" in said
     one = ["--checkpoint", checkpoint, "--input", data / "0.gif", "--output", data / "found.jsonl"]
     assert "expected a folder or a pattern as --input" in refused(capsys, evaluation.main, one, 2)
+
+
+def test_a_search_names_the_files_that_it_could_not_read(checkpoint, data, capsys):
+    (data / "1.gif").write_bytes(b"damaged")
+    evaluation.main(["--checkpoint", str(checkpoint), "--input", str(data), "--find", "a red one", "--device", "cpu"])
+    *found, skipped = capsys.readouterr().out.splitlines()
+    assert len(found) == 5 and skipped.startswith(f"skipped: {data / '1.gif'} cannot be decoded")
 
 
 @pytest.mark.parametrize("contents", ["# notes\n", '{"a": 1}', '{"a": 1}\n', '{"file": "a"}\n', "[1]\n", "7\n", "text"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch.distributed as dist
 from predictors import make_predictor, write_media, write_records
 from processes import Processes
 
+import mplug2.inference
+from mplug2.config import PRESETS
 from mplug2.data.media_batches import Medium, media_batches
 from mplug2.data.records import read_records
 from mplug2.evaluation.chance import chance_level
@@ -382,6 +385,59 @@ def test_workers_and_batch_sizes_do_not_change_the_results(root, workers):
     found = summary(evaluate(all_tasks_predictor(batch_size=2, workers=workers), EvalSplit(root, "test"), tasks))
     for one, other in zip(found["lines"], expected["lines"], strict=True):
         assert_same_line(one, other)
+
+
+def test_batches_are_smaller_where_the_keys_and_values_of_v_are_large(root, monkeypatch):
+    """The keys and values of the decoder stay within MEMORY, and the results are the same."""
+    tasks, predictor, sizes = ["video_qa", "image_qa", "video_caption"], all_tasks_predictor(batch_size=64), []
+    expected = summary(evaluate(predictor, EvalSplit(root, "test"), tasks))
+    decoder, init_state = predictor.model.decoder, predictor.model.decoder.init_state
+
+    def spy(memory, memory_mask=None):
+        state = init_state(memory, memory_mask)
+        sizes.append(sum(key.nbytes + value.nbytes for key, value in state.memories) / memory.shape[1])
+        return state
+
+    monkeypatch.setattr(decoder, "init_state", spy)
+    one = 2 * predictor.model.config.width * 4 * len(decoder.layers)  # bytes of a token
+    tokens = {"video": 1 + 4 * 4, "image": 1 + 4}  # 8 pixels, patches of 4, 4 frames
+    for limit in (1, 3):
+        monkeypatch.setattr(mplug2.inference, "MEMORY", limit * one * tokens["video"] + 1)
+        for modality in tokens:
+            sizes.clear()
+            evaluate(predictor, EvalSplit(root, "test"), [f"{modality}_qa"])
+            assert max(sizes) == one * min(6, limit * tokens["video"] // tokens[modality])
+        found = summary(evaluate(predictor, EvalSplit(root, "test"), tasks))
+        for mine, other in zip(found["lines"], expected["lines"], strict=True):
+            assert_same_line(mine, other)
+
+
+def test_a_batch_of_the_large_preset_has_ten_videos_of_16_frames():
+    predictor = make_predictor(batch_size=64, frames=16)
+    predictor.model.config = PRESETS["large"]()
+    assert predictor.most_inputs([Medium((Path("a.mp4"),), "video")]) == 10
+    assert predictor.most_inputs([Medium((Path("a.png"),), "image")]) == 64
+    predictor.preprocess = dataclasses.replace(predictor.preprocess, frames=10_000)
+    assert predictor.most_inputs([Medium((Path("a.mp4"),), "video")]) == 1
+
+
+# ---- the progress bar ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rank", "progress"), [(0, True), (0, False), (1, True)])
+def test_a_progress_bar_shows_a_rate_and_the_time_that_is_left(root, monkeypatch, capsys, rank, progress):
+    """On the main rank alone, and only for what takes longer than a few seconds (here: a delay of 0)."""
+    real = mplug2.inference.tqdm
+
+    def bar(**settings):
+        assert settings["delay"] == 3
+        return real(**{**settings, "delay": 0, "mininterval": 0})
+
+    monkeypatch.setattr(mplug2.inference, "tqdm", bar)
+    predictor = all_tasks_predictor(batch_size=1, progress=progress, rank=rank)
+    evaluate(predictor, EvalSplit(root, "test"), ["video_caption"])
+    shown = r"test video_caption: +\d+%\|.*\| \d/\d \[\d\d:\d\d<\d\d:\d\d, .*batch"  # done/all [time<left, rate
+    assert bool(re.search(shown, capsys.readouterr().err)) == (progress and rank == 0)
 
 
 def test_half_precision_changes_little(root):

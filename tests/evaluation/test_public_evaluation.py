@@ -18,6 +18,8 @@ from mplug2.evaluation.captions import bleu, bleu_counts, cider_d, rouge_l
 from mplug2.model.mplug2 import MPLUG2
 from mplug2.tasks import INSTRUCTIONS, PROMPTS
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from helpers import (
+    QUICK_TASKS,
     assert_differs,
     assert_same,
     configs,
@@ -17,6 +18,7 @@ from helpers import (
     randomized,
     seeds,
     shuffled,
+    slow_except,
     small,
 )
 from hypothesis import given, settings
@@ -134,7 +136,7 @@ def test_the_parameters_of_a_task_are_among_those_of_pretraining(task, readout):
     assert shared.items() <= all_sizes.items()
 
 
-@tasks
+@pytest.mark.parametrize("task", slow_except(QUICK_TASKS, TASKS))
 @settings(max_examples=5)
 @given(config=configs(temporal_stride=0), on_images=st.booleans(), seed=seeds)
 def test_every_parameter_gets_a_gradient(task, config, on_images, seed):

@@ -20,7 +20,7 @@ from helpers import (
     small,
     to_keys,
 )
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mplug2.model.attention import CrossAttention, SelfAttention
@@ -99,6 +99,7 @@ def test_without_layers_vision_and_text_pass_unchanged(readout, for_vision, for_
     assert torch.equal(module.text(x, mask), x) and torch.equal(module.vision(x), x)
 
 
+@settings(max_examples=6)
 @given(config=configs(), seed=seeds)
 def test_shared_weights_change_both_outputs_and_others_only_one(config, seed):
     module, x, mask = universal(config, seed), noise(2, 5, config.width, seed=seed), random_mask(2, 5, seed)

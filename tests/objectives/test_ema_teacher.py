@@ -3,7 +3,7 @@
 import pytest
 import torch
 from batches import make_batch, task_batch, unit
-from helpers import noise, randomized, seeds, small
+from helpers import QUICK_TASKS, noise, randomized, seeds, slow_except, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,7 +26,7 @@ def make(task: str = "video_qa", seed: int = 0, **settings) -> tuple[MPLUG2, EMA
     return model, ema_teacher.double()
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", slow_except(QUICK_TASKS, TASKS))
 def test_every_parameter_follows_the_model_and_none_has_gradients(task):
     model, ema_teacher = make(task, decay=0.9)
     before = {name: parameter.clone() for name, parameter in ema_teacher.teacher.named_parameters()}

@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from batches import make_batch, make_model, make_texts, similarity_for, task_batch, unit
-from helpers import configs, noise, random_ids, randomized, seeds, small
+from helpers import QUICK_TASKS, configs, noise, random_ids, randomized, seeds, slow_except, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -251,7 +251,7 @@ LOSSES = {"caption": {"caption"}, "qa": {"answer"}, "retrieval": {"vtc", "vtm"},
           "pretrain": {"vtc", "vtm", "mlm", "caption", "answer"}}
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", slow_except(QUICK_TASKS, TASKS))
 @settings(max_examples=4)
 @given(configs(temporal_stride=0, image_size=8, patch_size=4), st.booleans(), seeds)
 def test_the_losses_of_a_task_reach_all_of_its_parameters(task, config, on_images, seed):

@@ -4,20 +4,11 @@ import re
 
 import pytest
 import torch
+import transformers as hf  # its models are imported when they are used
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch.nn import functional as F
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    BertLMHeadModel,
-    BertModel,
-    CLIPConfig,
-    CLIPModel,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-)
 
 from mplug2.config import tiny
 from mplug2.model.mplug2 import MPLUG2
@@ -44,8 +35,8 @@ def clip_model(width=64, layers=2, side=2, patch=8, vision_only=False, seed=0, *
         "max_position_embeddings": 8, "bos_token_id": 0, "eos_token_id": 1,
     }
     if vision_only:
-        return randomized(CLIPVisionModel(CLIPVisionConfig(**vision)), seed)
-    return randomized(CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)), seed)
+        return randomized(hf.CLIPVisionModel(hf.CLIPVisionConfig(**vision)), seed)
+    return randomized(hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)), seed)
 
 
 def vision_config(width=64, layers=2, side=2, patch=8, **changes):
@@ -185,8 +176,8 @@ def test_an_unsupported_clip_is_refused_by_name():
 
 
 def bert_config(width=32, heads=2, layers=4, **changes):
-    return BertConfig(hidden_size=width, num_attention_heads=heads, num_hidden_layers=layers, intermediate_size=48,
-                      vocab_size=50, max_position_embeddings=16, **changes)
+    return hf.BertConfig(hidden_size=width, num_attention_heads=heads, num_hidden_layers=layers, intermediate_size=48,
+                         vocab_size=50, max_position_embeddings=16, **changes)
 
 
 def text_config(width=32, heads=2, **changes):
@@ -199,7 +190,7 @@ def text_config(width=32, heads=2, **changes):
        st.integers(0, 2**16))
 def test_text_is_encoded_as_in_bert(heads, head_width, layers, universal, length, seed):
     config = bert_config(heads * head_width, heads, layers)
-    bert = randomized(BertModel(config), seed)
+    bert = randomized(hf.BertModel(config), seed)
     model = MPLUG2(text_config(heads * head_width, heads, text_layers=layers, universal_layers=min(universal, layers),
                                fusion_layers=1, decoder_layers=1)).eval()
     from_bert(model, bert.state_dict(), config.to_dict())
@@ -212,11 +203,11 @@ def test_text_is_encoded_as_in_bert(heads, head_width, layers, universal, length
 
 def test_decoder_and_heads_agree_with_bert():
     config = bert_config()
-    bert = randomized(BertForMaskedLM(config))
+    bert = randomized(hf.BertForMaskedLM(config))
     model = MPLUG2(text_config(decoder_layers=3)).eval()
     randomized(model.decoder, seed=1)
     from_bert(model, bert.state_dict(), config.to_dict())
-    causal = BertLMHeadModel(bert_config(layers=3, is_decoder=True, add_cross_attention=True)).eval()
+    causal = hf.BertLMHeadModel(bert_config(layers=3, is_decoder=True, add_cross_attention=True)).eval()
     state = {name: entry for name, entry in bert.state_dict().items() if ".layer.3." not in name}
     for i, layer in enumerate(model.decoder.layers):  # BERT has no cross-attention: copy ours
         cross = layer.cross_attention
@@ -237,7 +228,7 @@ def test_decoder_and_heads_agree_with_bert():
 
 def test_fusion_has_the_last_layers_of_bert_and_cross_attention_keeps_its_values():
     config = bert_config()
-    bert = randomized(BertModel(config))
+    bert = randomized(hf.BertModel(config))
     model = MPLUG2(text_config(fusion_layers=2))
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     from_bert(model, bert.state_dict(), config.to_dict())
@@ -256,7 +247,7 @@ def test_fusion_has_the_last_layers_of_bert_and_cross_attention_keeps_its_values
 
 def test_folders_and_old_names_of_bert_are_read(tmp_path):
     config = bert_config()
-    bert = randomized(BertForMaskedLM(config))
+    bert = randomized(hf.BertForMaskedLM(config))
     expected = MPLUG2(text_config())
     from_bert(expected, bert.state_dict(), config.to_dict())
     bert.save_pretrained(tmp_path / "new")
@@ -279,7 +270,7 @@ def test_folders_and_old_names_of_bert_are_read(tmp_path):
 
 def test_an_unsupported_bert_is_refused_by_name():
     model, config = MPLUG2(text_config()), bert_config()
-    state, found = BertForMaskedLM(config).state_dict(), config.to_dict()
+    state, found = hf.BertForMaskedLM(config).state_dict(), config.to_dict()
     before = [parameter.clone() for parameter in model.parameters()]
     for source, given_settings, message in (
         (state, None, "no settings next to the weights"),
@@ -291,7 +282,7 @@ def test_an_unsupported_bert_is_refused_by_name():
         (state, found | {"num_hidden_layers": 3}, "num_hidden_layers=3, but the model has text_layers=4"),
         (state | {"bert.extra": torch.ones(1)}, found, "neither used nor known to be unused: extra"),
         ({name: entry for name, entry in state.items() if "layer.1." not in name}, found, "16 entries are missing"),
-        (BertModel(bert_config(width=64)).state_dict(), found, r"word_embeddings.weight has shape \(50, 64\)"),
+        (hf.BertModel(bert_config(width=64)).state_dict(), found, r"word_embeddings.weight has shape \(50, 64\)"),
     ):
         with pytest.raises(ValueError, match=message):
             from_bert(model, source, given_settings)

@@ -10,7 +10,6 @@ import pytest
 import released_model
 import torch
 from safetensors.torch import save_file
-from transformers import BertConfig, BertForMaskedLM, CLIPVisionConfig, CLIPVisionModel
 
 from mplug2.checkpoint import load_model
 from mplug2.data.text import SPECIAL_TOKENS
@@ -80,6 +79,9 @@ def test_other_files_are_refused_by_name(tmp_path, released):
     torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)).save(tmp_path / "clip.pt")
     with pytest.raises(ValueError, match="clip.pt: a TorchScript program.*state_dict"):
         open_weights(tmp_path / "clip.pt")
+    if (handles := Path("/proc/self/fd")).is_dir():  # the archive is closed again
+        assert str(tmp_path / "clip.pt") not in {str(handle.readlink()) for handle in handles.iterdir()
+                                                 if handle.is_symlink()}
     for size in (0, 1000, released.stat().st_size // 2):
         (tmp_path / "cut.pth").write_bytes(released.read_bytes()[:size])
         with pytest.raises(ValueError, match="cut.pth: .*(truncated|damaged)"):
@@ -173,6 +175,8 @@ def test_without_settings_the_file_is_read_as_a_large_run(released, tmp_path, ca
 
 
 def test_the_command_converts_clip_and_bert(tmp_path, capsys):
+    from transformers import BertConfig, BertForMaskedLM, CLIPVisionConfig, CLIPVisionModel
+
     clip = CLIPVisionModel(CLIPVisionConfig(
         hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=1, image_size=16, patch_size=8
     ))

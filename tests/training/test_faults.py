@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 
 import train
 from mplug2.objectives.objectives import Objectives
-from mplug2.training.run_checkpoint import load_training
+from mplug2.training.run_checkpoint import BackgroundSave, load_training, save_checkpoint
 
-pytestmark = pytest.mark.timeout(900)  # for a busy machine
+pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("no_curves")]  # 900 s: for a busy machine
 HERE = Path(train.__file__).parent
 LONG = ["--max-steps", "100000", "--warmup-steps", "1", "--save-every", "4"]
 """A run that only a fault ends."""
@@ -286,6 +286,60 @@ def test_a_full_disk_ends_the_run_with_a_message_and_the_older_checkpoint_is_int
     assert (run / "last" / "model.safetensors").read_bytes() == weights
     train.main(["--resume", "--out", str(tmp_path), "--max-steps", "4"])
     assert load_training(run / "last")["step"] == 4
+
+
+def test_training_continues_while_a_checkpoint_is_written_and_the_files_hold_the_step_of_the_save(
+    data, tmp_path, monkeypatch
+):
+    """Each save but the last waits for the next step. The next save waits for it."""
+    arguments = [str(a) for a in [*SMALL, "--data", data, "--max-steps", 4, "--save-every", 2, "--dropout", 0.1,
+                                  "--distill-weight", 0.4]]
+    run, began = tmp_path / "slow" / "tiny", []
+
+    def slow(folder: Path, name: str, *rest) -> None:
+        began.append((name, sorted(path.name for path in run.glob("step_*"))))
+        end = time.monotonic() + PATIENCE
+        while name == "step_0000002" and 3 not in steps(run):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        save_checkpoint(folder, name, *rest)
+
+    monkeypatch.setattr(train, "save_checkpoint", slow)
+    train.main([*arguments, "--out", str(tmp_path / "slow")])
+    assert began == [("step_0000002", []), ("step_0000004", ["step_0000002"])]
+    monkeypatch.setattr(train, "save_checkpoint", save_checkpoint)
+    monkeypatch.setattr(BackgroundSave, "start", lambda self, action: action())
+    train.main([*arguments, "--out", str(tmp_path / "at once")])
+    for step in (2, 4):
+        folders = run / f"step_{step:07d}", tmp_path / "at once" / "tiny" / f"step_{step:07d}"
+        for name in ("model.safetensors", "training.pt"):
+            assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), (step, name)
+
+
+def test_a_save_that_fails_in_the_background_ends_the_run_at_the_next_step(capsys, data, tmp_path, monkeypatch):
+    run = tmp_path / "tiny"
+
+    def failing(folder: Path, name: str, *rest) -> Path:
+        if name == "step_0000004":
+            raise ValueError("disk gone")
+        return save_checkpoint(folder, name, *rest)
+
+    monkeypatch.setattr(train, "save_checkpoint", failing)
+    message = refused(capsys, [*SMALL, *LONG, "--save-every", 2, "--data", data, "--out", tmp_path])
+    assert "train.py: disk gone" in message and message.count("disk gone") == 1
+    assert 4 <= steps(run)[-1] <= 6 and load_training(run / "last")["step"] == 2
+
+
+def test_an_error_waits_for_the_checkpoint_and_neither_hides_the_other(capsys):
+    done = []
+    with pytest.raises(KeyError, match="other"), BackgroundSave() as saving:
+        saving.start(lambda: time.sleep(0.2) or done.append(True))
+        raise KeyError("other")
+    assert done == [True] and not saving.failed and capsys.readouterr().err == ""
+    with pytest.raises(KeyError, match="other"), BackgroundSave() as saving:
+        saving.start(lambda: [].pop())
+        raise KeyError("other")
+    assert saving.failed and "warning: pop from empty list" in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_is_refused_and_the_run_continues_from_the_one_before(capsys, data, tmp_path):

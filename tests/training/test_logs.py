@@ -136,8 +136,8 @@ def test_tensorboard_gets_the_same_numbers_if_it_is_installed(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("name, peaks", [
-    ("NVIDIA A100-SXM4-80GB", (312, 19.5)), ("NVIDIA H100 80GB HBM3", (989, 67)), ("NVIDIA H200", (989, 67)),
-    ("NVIDIA B200", (2250, 75)), ("NVIDIA L40S", (362, 91.6)), ("NVIDIA GeForce RTX 4090", (165, 82.6)),
+    ("NVIDIA A100-SXM4-80GB", (312, 156)), ("NVIDIA H100 80GB HBM3", (989, 494.5)), ("NVIDIA H200", (989, 494.5)),
+    ("NVIDIA B200", (2250, 1125)), ("NVIDIA L40S", (362, 183)), ("NVIDIA GeForce RTX 4090", (165, 82.6)),
     ("Another GPU", (0, 0)),
 ])
 def test_the_peak_of_a_device_is_known_by_its_name(monkeypatch, name, peaks):
@@ -195,6 +195,7 @@ def test_wandb_is_asked_for_by_its_environment_variable(tmp_path, monkeypatch, c
     assert lines(tmp_path) == [{"step": 1}]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_continues_its_wandb_run_offline(tmp_path, monkeypatch):
     """With the real package: two folders of the same run, which `wandb sync` uploads as one."""
     wandb = pytest.importorskip("wandb", reason="the logger needs its extra: pip install -e '.[wandb]'")

@@ -1,11 +1,13 @@
 """Muon: its rule written out, orthogonal steps, and the division of the work, which changes no step."""
 
 import copy
+from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
-from helpers import noise, randomized, seeds, small
+from helpers import noise, randomized, seeds, slow_except, small
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import Processes
@@ -111,12 +113,17 @@ def three_steps(rank: int, world: int, way: str) -> tuple[dict[str, np.ndarray],
             flops.get_total_flops())
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
-@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
-def test_dividing_the_work_changes_no_step(processes, way, world):
+@pytest.fixture(scope="module", params=["ddp", "fsdp"])
+def steps(processes, request) -> Callable:
+    """What `three_steps` gives on each rank, computed once for each number of ranks."""
+    return cache(lambda world: processes.run(three_steps, *((rank, world, request.param) for rank in range(world))))
+
+
+@pytest.mark.parametrize("world", slow_except([3], [1, 2, 3]))
+def test_dividing_the_work_changes_no_step(steps, world):
     """Rows that the ranks cannot share evenly, and matrices without gradients. Each rank orthogonalizes its share."""
     expected, _, all_flops = three_steps(0, 1, "ddp")
-    found = processes.run(three_steps, *((rank, world, way) for rank in range(world)))
+    found = steps(world)
     for weights, _, _ in found:
         for name, value in expected.items():
             np.testing.assert_allclose(weights[name], value, rtol=1e-9, atol=1e-11, err_msg=name)
@@ -124,9 +131,9 @@ def test_dividing_the_work_changes_no_step(processes, way, world):
     assert sum(flops) == all_flops and max(flops) < 1.1 * all_flops / world
 
 
-def test_a_step_has_two_exchanges_with_fsdp2_and_one_with_ddp(processes):
-    for way, calls in (("fsdp", {"alltoall_base_": 2}), ("ddp", {"_allgather_base_": 1})):
-        assert [found[1] for found in processes.run(three_steps, (0, 2, way), (1, 2, way))] == [calls] * 2
+def test_a_step_has_two_exchanges_with_fsdp2_and_one_with_ddp(steps, request):
+    expected = {"fsdp": {"alltoall_base_": 2}, "ddp": {"_allgather_base_": 1}}[request.node.callspec.params["steps"]]
+    assert [calls for _, calls, _ in steps(3)] == [expected] * 3
 
 
 def test_owners_of_the_large_model_have_equal_work():

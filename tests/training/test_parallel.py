@@ -201,7 +201,7 @@ def clipped(rank: int, world: int, way: str, name: str) -> tuple[float, list[np.
     again = optimizer_state(optimizer, module)
     same = all(again[name][key].equal(value) for name in state for key, value in state[name].items())
     weights = [distributed.full_tensor(parameter).numpy() for parameter in parameters]
-    one = unsharded_copy(module.model, process)
+    one = unsharded_copy(module.model)
     if rank == 0:
         assert all(p.detach().numpy().tobytes() == w.tobytes() for p, w in zip(one.parameters(), weights))
     return norm.item(), weights, {name: list(value.values())[-1].numpy() for name, value in state.items()}, same

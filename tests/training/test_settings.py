@@ -159,8 +159,8 @@ def test_settings_of_runs_with_the_old_names_can_be_resumed(tmp_path):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("{", "settings.json is not a JSON file: "),
-    ("[]", "settings.json: expected a JSON object"),
+    ("{", "settings.json: not a JSON file ("),
+    ("[]", "settings.json: expected a JSON object, found list"),
     ("{}", "settings.json: expected the settings of a run, with the parts 'train' and 'model'"),
     ('{"train": {"lrr": 1}, "model": {}}', "settings.json: unknown setting 'lrr' (did you mean 'lr'?)"),
     ('{"train": {"lr": -1}, "model": {}}', "settings.json: lr=-1: expected a number of at least 0"),
