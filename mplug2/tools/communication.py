@@ -6,26 +6,27 @@ the rates of the links below. No run on several GPUs has confirmed them.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mplug2.distributed import DistInfo, any_rank, world_size
-from mplug2.training.muon import assign_owners, orthogonalization_flops
+from mplug2.distributed import DistInfo, any_rank, full_tensor, world_size
+from mplug2.training.muon import Muon, assign_owners, orthogonalization_flops
 from mplug2.training.optim import OptimizerSettings, make_optimizer
 from mplug2.training.parallel import (
     ParallelSettings,
     all_reduce_replicated_grads,
     clip_grad_norm,
-    gathered,
-    optimizer_state,
     wrap_model,
 )
 
@@ -76,8 +77,10 @@ class Recorder(TorchDispatchMode):
         self.phase, self.found = "", []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace not in ("c10d", "_c10d_functional"):
+            return function(*args, **(kwargs or {}))
         name = function.__name__.split(".")[0]
-        if function.namespace in ("c10d", "_c10d_functional") and name not in ("wait_tensor", "_wrap_tensor_autograd"):
+        if name not in ("wait_tensor", "_wrap_tensor_autograd"):
             own = [tensor for tensor in tree_leaves(args) if isinstance(tensor, Tensor)][-1]  # results come first
             size = own.numel() * own.element_size() * (world_size() if OPERATIONS[name] == "all_gather" else 1)
             self.found.append(Collective(self.purpose(name, size), OPERATIONS[name], size))
@@ -107,7 +110,7 @@ def fake_ranks(gpus: int) -> Iterator[DistInfo]:
 def step_collectives(
     make: Callable[[], tuple[nn.Module, dict]], gpus: int, parallel: ParallelSettings, optimizer: OptimizerSettings
 ) -> list[Collective]:
-    """The collectives of the second step of a run, of a checkpoint and of a validation, in their order.
+    """The collectives of the second step of a run, of a checkpoint and of a validation.
 
     `make` returns the objectives and a batch of one micro-batch.
     """
@@ -116,7 +119,8 @@ def step_collectives(
     with fake_ranks(gpus) as process:
         with fake:
             objectives, batch = make()
-        wrapped = wrap_model(objectives, process, parallel) if sharded else objectives
+        with patch("torch.chunk", first_chunk):
+            wrapped = wrap_model(objectives, process, parallel) if sharded else objectives
         autocast = torch.autocast("cpu", torch.bfloat16) if parallel.low_precision else nullcontext()
         with fake, recorder:
             stepper = make_optimizer(objectives.model, optimizer)
@@ -132,18 +136,56 @@ def step_collectives(
             any_rank(False, False)
         with fake, recorder:
             recorder.phase = "Muon"
-            stepper.step()
+            copies = step_of_distinct(stepper)
             if sharded:
-                recorder.phase = "checkpoint"
-                gathered(objectives.model.state_dict(), True)
-                optimizer_state(stepper, objectives.model)
-                recorder.phase = "validation"
-                gathered(objectives.model.state_dict(), True)
+                weights = [*objectives.model.state_dict().values()]
+                states = (tensor for parameter, state in stepper.state.items()
+                          for tensor in [*state.values()] * copies[parameter])
+                for recorder.phase, tensors in (("checkpoint", [*weights, *states]), ("validation", weights)):
+                    gather_distinct(tensors, recorder.found)
     found = recorder.found
     if not sharded:
         after = 1 + max(number for number, one in enumerate(found) if one.purpose in ("means of losses", "VTC"))
         found[after:after] = buckets([parameter for parameter in objectives.parameters() if parameter.requires_grad])
     return found
+
+
+def first_chunk(tensor: Tensor, chunks: int, dim: int = 0) -> list[Tensor]:
+    """torch.chunk for rank 0, which uses the first chunk only: hundreds of fake tensors a parameter would take minutes.
+    """
+    return [tensor.narrow(dim, 0, math.ceil(tensor.shape[dim] / chunks))] * chunks
+
+
+def like(tensor: Tensor) -> tuple:
+    """Tensors for which this is the same are updated and gathered in the same way."""
+    return tensor.shape, tensor.dtype, isinstance(tensor, DTensor)
+
+
+def step_of_distinct(stepper: torch.optim.Optimizer) -> Counter[Tensor]:
+    """Update all matrices of Muon, but of the parameters of AdamW, which sends nothing, only one of each shape.
+
+    Returns how many parameters each updated one stands for.
+    """
+    copies, firsts = Counter(), {}
+    for group in stepper.param_groups:
+        divided = isinstance(stepper, Muon) and group["matrices"]
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                first = parameter if divided else firsts.setdefault(like(parameter), parameter)
+                copies[first] += 1
+                if first is not parameter:
+                    parameter.grad = None
+    stepper.step()
+    return copies
+
+
+def gather_distinct(tensors: list[Tensor], found: list[Collective]) -> None:
+    """Gather one tensor of each shape, and repeat in `found` what that has recorded for all others of this shape."""
+    firsts = {like(tensor): tensor for tensor in tensors}
+    for key, copies in Counter(map(like, tensors)).items():
+        start = len(found)
+        full_tensor(firsts[key])
+        found += found[start:] * (copies - 1)
 
 
 def buckets(parameters: list[Tensor], limits: tuple[int, int] = (2**20, 25 * 2**20)) -> list[Collective]:

@@ -43,13 +43,16 @@ MEASURE = """
 import sys, torch
 from mplug2.config import ModelConfig
 from mplug2.tools.memory_plan import Workload
+from mplug2.training.parallel import checkpoint_activations
 torch.set_num_threads(1)
 def memory(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
-work = Workload(ModelConfig(**eval(sys.argv[1])), b=24, questions=1)
+work, checkpointing = Workload(ModelConfig(**eval(sys.argv[1])), b=24, questions=1), eval(sys.argv[2])
 (torch.ones(8, 8, requires_grad=True) @ torch.ones(8, 8)).sum().backward()  # what the first step loads
 before = memory("VmRSS")
 objectives, batch = work.objectives(), work.batch("video")
+if checkpointing:
+    checkpoint_activations(objectives.model)
 optimizer = torch.optim.AdamW(objectives.parameters(), fused=True)
 for _ in range(2):
     optimizer.zero_grad(set_to_none=True)
@@ -67,17 +70,18 @@ def no_collectives(monkeypatch, request):
 
 
 @pytest.mark.slow
-def test_the_memory_of_a_step_is_that_of_a_real_one_within_a_fifth():
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_memory_of_a_step_is_that_of_a_real_one_within_a_fifth(checkpointing):
     """The peak of a real process of its own, two steps of training on the CPU."""
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, repr(SIZES)], capture_output=True, text=True, timeout=500,
+        [sys.executable, "-c", MEASURE, repr(SIZES), str(checkpointing)], capture_output=True, text=True, timeout=500,
         cwd=Path(__file__).parents[2],  # blocks of any size go back to the system as soon as they are free
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
     )
     assert done.returncode == 0, done.stderr
     measured = int(done.stdout)
     work = Workload(ModelConfig(**SIZES), b=24, questions=1)
-    planned = device_memory(work, cost(work, "video"), 1, sharded=False)["in all"]
+    planned = device_memory(work, cost(work, "video", checkpointing), 1, sharded=False)["in all"]
     assert measured > 150e6
     assert planned == pytest.approx(measured, rel=0.2), planned / measured
 

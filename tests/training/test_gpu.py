@@ -83,7 +83,7 @@ def test_the_shipped_model_writes_the_caption_that_it_writes_on_a_cpu(device):
 
 
 def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(device, tmp_path):
-    """20 steps, the last ten of them again, with deterministic algorithms."""
+    """Six steps, the last three of them again, with deterministic algorithms."""
     def train(*arguments: str) -> None:
         done = subprocess.run(
             [sys.executable, "-c", DETERMINISTIC, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT,
@@ -92,10 +92,10 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(device, tmp_path
 
     whole, resumed = tmp_path / "whole" / "tiny", tmp_path / "resumed" / "tiny"
     train(*SMALL, "--device", device, "--data", write_data(tmp_path / "data"), "--out", whole.parent,
-          *"--max-steps 20 --save-every 10 --dropout 0.2 --precision bfloat16".split())
+          *"--max-steps 6 --save-every 3 --dropout 0.2 --precision bfloat16".split())
     shutil.copytree(whole, resumed, symlinks=True)
-    train("--resume", "--resume-from", "step_0000010", "--out", resumed.parent)
-    expected, found = (load_file(run / "step_0000020" / "model.safetensors") for run in (whole, resumed))
+    train("--resume", "--resume-from", "step_0000003", "--out", resumed.parent)
+    expected, found = (load_file(run / "step_0000006" / "model.safetensors") for run in (whole, resumed))
     assert [name for name in expected if not expected[name].equal(found[name])] == []
     assert [line["loss"] for line in lines(whole)] == [line["loss"] for line in lines(resumed)]
-    assert len(lines(resumed)) == 20
+    assert len(lines(resumed)) == 6
