@@ -5,7 +5,8 @@
     python docs/write_tables.py add fine-tuned RUN RUN      # or each task; --commit HASH if the code changed since
     python docs/write_tables.py chance                      # the chance levels of the tiny world
 
-docs/tables.txt says where each number of a table comes from. `add` takes the commands of a run from its settings.json,
+docs/tables.txt says where each number of a table comes from; a number within a sentence has this behind it, in a
+comment: 93.0<!-- {shipped caption_exact} -->. `add` takes the commands of a run from its settings.json,
 and its metrics from last/eval/metrics.json, which eval.py writes, or else from the evaluation at its end. An exported
 model has no settings.json: its experiment keeps the commands that it has.
 """
@@ -26,6 +27,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS, TABLES = ROOT / "docs" / "results.json", ROOT / "docs" / "tables.txt"
 CODE = ("mplug2/*.py", "tiny_data/*.py", "train.py", "eval.py")
 """What a result depends on."""
+INLINE = re.compile(r"[-+]?\d[\d,.]*(?<=\d)(?: ± [\d.]+)?(?=<!-- \{(.+?) ([^ }:]+)(?::([^}]*))?\} -->)")
+"""A number within a sentence, and the comment that says where it comes from."""
 Value = float | list[float] | dict[str, float]
 """A metric: one number, one for each seed, or only its mean and standard deviation ("mean", "std")."""
 
@@ -34,7 +37,7 @@ Value = float | list[float] | dict[str, float]
 
 
 def write_tables(results: dict, tables: str) -> dict[str, str]:
-    """The new text of each file that has tables. ValueError for a number or a table that does not exist."""
+    """The new text of each file that has measured numbers. ValueError for a number or a table that does not exist."""
     texts: dict[str, str] = {}
     for file, name, rows in re.findall(r"^# (.+): (.+)\n\n((?:\|.*\n)+)", tables, re.MULTILINE):
         text = texts.get(file) or (ROOT / file).read_text(encoding="utf-8")
@@ -44,7 +47,16 @@ def write_tables(results: dict, tables: str) -> dict[str, str]:
         texts[file], found = re.subn(pattern, lambda _, filled=filled: filled, text)
         if found != 1:
             raise ValueError(f"{file}: expected one line '<!-- table: {name} -->', found {found}")
+    for file, text in pages().items():
+        if INLINE.search(text):
+            texts[file] = INLINE.sub(lambda ref: number(results["experiments"], *ref.groups()), texts.get(file, text))
     return texts
+
+
+def pages() -> dict[str, str]:
+    """README and every page of the documentation."""
+    files = [file for pattern in ("*.md", "docs/*.md", "tiny_data/**/*.md") for file in ROOT.glob(pattern)]
+    return {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in files}
 
 
 def number(experiments: dict, source: str, metric: str, spec: str | None) -> str:
@@ -52,7 +64,7 @@ def number(experiments: dict, source: str, metric: str, spec: str | None) -> str
     if source == "lines":
         return str(len((ROOT / metric).read_text(encoding="utf-8").splitlines()))
     if source == "steps":
-        return str(TASKS[metric].steps)
+        return format(TASKS[metric].steps, spec or "")
     value, sign = value_of(experiments, source, metric), "+" if " - " in source else ""
     if isinstance(value, list):
         value = {"mean": fmean(value), "std": stdev(value)} if len(value) > 1 else value[0]
@@ -172,7 +184,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("add needs the name of an experiment and the folders of its runs; write and chance take neither")
     results, tables = json.loads(RESULTS.read_text(encoding="utf-8")), TABLES.read_text(encoding="utf-8")
     entries, done = results["experiments"], ""
-    if given.runs and f"{{{given.name} " not in tables:
+    if given.runs and f"{{{given.name} " not in "".join([tables, *pages().values()]):
         parser.error(f"no table shows {given.name}: name it in tables.txt first, or correct the name")
     try:
         if given.action != "write":

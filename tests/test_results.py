@@ -56,7 +56,16 @@ def test_an_experiment_is_complete(name):
             assert len(value) == len(entry["seeds"])
         else:
             assert isinstance(value, float | int) or set(value) == {"mean", "std"} and len(entry["seeds"]) > 1
-    assert name in re.findall(r"\{(.+?) [^ }]+\}", TABLES.read_text(encoding="utf-8")), "no table shows it"
+    shown = "".join([TABLES.read_text(encoding="utf-8"), *write_tables.pages().values()])
+    assert f"{{{name} " in shown, "no table and no sentence shows it"
+
+
+def test_the_number_of_parameters_is_that_of_the_default_model():
+    """Exactly, and in millions where a reader wants two digits."""
+    model = mplug2.load(REPOSITORY / "tiny_data" / "pretrained").model
+    assert EXPERIMENTS["default"]["metrics"]["parameters"] == sum(value.numel() for value in model.parameters())
+    for file in "README.md", "mplug2/config.py":
+        assert re.search(r"0\.74 (M|million) parameters", (REPOSITORY / file).read_text(encoding="utf-8"))
 
 
 def test_the_file_is_written_in_one_way():
@@ -140,6 +149,21 @@ def test_a_missing_marker_is_named(monkeypatch, tmp_path):
         "page.md": "text\n<!-- table: x -->\n| a | 50.0 |\n|---|\n\nmore\n| another |\n"}
     with pytest.raises(ValueError, match="page.md: expected one line '<!-- table: y -->', found 0"):
         write_tables.write_tables(results, tables.replace(": x", ": y"))
+
+
+def test_a_number_within_a_sentence_is_written(monkeypatch, tmp_path):
+    monkeypatch.setattr(write_tables, "ROOT", tmp_path)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "page.md").write_text(
+        "<!-- table: x -->\n| old |\nIt took 2 runs: 7<!-- {one b} --> % in 1,234.5<!-- {one n:,} -->, not 12.\n"
+        "0.0 ± 0.0<!-- {two b} -->, -1<!-- {steps video_qa} -->.\n")
+    (tmp_path / "docs" / "other.md").write_text("3 % of <!-- a comment --> 4")
+    results = {"experiments": {"one": {"metrics": {"test/b": [0.5], "n": 4321}},
+                               "two": {"metrics": {"test/b": [0.25, 0.25]}}}}
+    written = write_tables.write_tables(results, "# docs/page.md: x\n\n| {one b} |\n")
+    assert written == {"docs/page.md": (
+        "<!-- table: x -->\n| 50.0 |\nIt took 2 runs: 50.0<!-- {one b} --> % in 4,321<!-- {one n:,} -->, not 12.\n"
+        "25.0 ± 0.0<!-- {two b} -->, 100<!-- {steps video_qa} -->.\n")}
 
 
 # ---- runs to results ------------------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ class SelfCritical:
         baseline = greedy(model, vision.detach(), prompt, self.special_tokens, self.max_length)
         drawn = sample(model, vision.detach(), prompt, self.special_tokens, self.max_length)
         model.train(training)
+        torch.clear_autocast_cache()  # torch < 2.10 would reuse the weights that autocast cast without gradients
         rewards = self.reward(batch["references"], drawn, vision.device)
         advantage = rewards - self.reward(batch["references"], baseline, vision.device)
         # A caption below the longest length ended by itself: its [SEP] was drawn too.

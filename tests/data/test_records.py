@@ -174,6 +174,83 @@ def test_ids_are_unique_also_among_the_defaults(tmp_path, ids):
         read_records(tmp_path, "text_only", "train")
 
 
+def read_one(root: Path, task: str, fields: dict) -> Record:
+    write(root, task, fields)
+    return read_records(root, task, "train")[0]
+
+
+def test_fields_that_are_not_given_have_defaults_and_every_field_has_one_type(tmp_path):
+    for caption in "a", "a\nb":  # the second takes the full check
+        captioned = read_one(tmp_path, "video_retrieval", {"id": "own", "video": "1.gif", "captions": [caption]})
+        assert (captioned.positive_id, captioned.gallery) == ("own", "all")
+    assert read_one(tmp_path, "text_only", {"text": "a"}).positive_id == "text_only.train.jsonl:1"
+    box = read_one(tmp_path, "grounding", GOOD["grounding"] | {"box": [0.4, 0.5, 0.25, 1]}).box
+    assert box == (0.4, 0.5, 0.25, 1) and all(type(number) is float for number in box)
+    pair = read_one(tmp_path, "image_pair_reasoning", GOOD["image_pair_reasoning"])
+    assert pair.images == (tmp_path / "1.png", tmp_path / "2.png")
+    for number in 3, -3.3e38:
+        label = read_one(tmp_path, "text_pair_classification", {"texts": ["a", "b"], "label": number}).label
+        assert label == number and type(label) is float
+
+
+@pytest.mark.parametrize("task, allowed", [
+    ("text_classification", True), ("text_pair_classification", True), ("image_classification", False),
+    ("video_classification", False),
+])
+def test_only_labels_of_texts_may_be_numbers(tmp_path, task, allowed):
+    given = {"text": "a", "texts": ["a", "b"], "image": "1.png", "video": "1.gif"}
+    fields = {name: given[name] for name in RECORD_FIELDS[task] if name != "label"}
+    assert read_one(tmp_path, task, fields | {"label": "3"}).label == "3"
+    if allowed:
+        assert read_one(tmp_path, task, fields | {"label": 3}).label == 3.0
+    else:
+        with pytest.raises(RecordError, match="label: found 3; expected a string"):
+            read_one(tmp_path, task, fields | {"label": 3})
+
+
+@pytest.mark.parametrize("task", sorted(GOOD))
+def test_an_unlabelled_line_may_leave_out_the_truth_and_nothing_else(tmp_path, task):
+    truth, line = {"captions", "label", "box"}, GOOD[task] | {"unlabelled": True}
+    bare = {name: value for name, value in line.items() if name not in truth}
+    if "qa" in bare:
+        bare["qa"] = [{"question": "what color?"}]
+    record = read_one(tmp_path, task, bare)
+    assert record.unlabelled and not any(getattr(record, name) for name in truth)
+    assert [question.answers for question in record.qa or ()] == [()] * ("qa" in bare)
+    for name in set(bare) & set(RECORD_FIELDS[task]):
+        with pytest.raises(RecordError, match=f"field '{name}' is missing"):
+            read_one(tmp_path, task, {other: value for other, value in bare.items() if other != name})
+    labelled = {name: value for name, value in bare.items() if name != "unlabelled"}
+    if labelled != GOOD[task]:
+        with pytest.raises(RecordError, match="is missing|requires|answers"):
+            read_one(tmp_path, task, labelled)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_box_may_reach_a_thousandth_outside_its_image(tmp_path, axis):
+    for edge in 0.1, 0.9:  # center of a box of 0.2, at an edge of the image
+        for outside, accepted in ((0.0009, True), (0.0011, False)):
+            box = [0.5, 0.5, 0.2, 0.2]
+            box[axis] = edge + (outside if edge > 0.5 else -outside)
+            try:
+                assert read_one(tmp_path, "grounding", GOOD["grounding"] | {"box": box}).box == tuple(box) and accepted
+            except RecordError:
+                assert not accepted
+
+
+def test_unknown_fields_of_a_question_are_refused_next_to_valid_ones(tmp_path):
+    question = {"question": "what color?", "answers": ["red"], "knid": "color"}
+    with pytest.raises(RecordError, match="no field 'knid' .did you mean 'kind'"):
+        read_one(tmp_path, "image_qa", {"image": "1.png", "qa": [question]})
+
+
+@pytest.mark.parametrize("half", ["\ud800", "\udbff", "\udc00", "\udfff"])
+def test_lone_halves_of_surrogate_pairs_are_refused_up_to_the_last(tmp_path, half):
+    assert read_one(tmp_path, "text_only", {"text": "\ud7ff\ue000"}).text == "\ud7ff\ue000"
+    with pytest.raises(RecordError, match="lone surrogates"):
+        read_one(tmp_path, "text_only", {"text": half})
+
+
 BAD = [  # task, changes to the good line (None removes a field), parts of the message
     ("video_caption", {"captions": []}, ["captions: found []; expected a list of one or more strings"]),
     ("video_caption", {"captions": ["a", " "]}, ["captions[1]: found ' '; expected a string that is not empty"]),

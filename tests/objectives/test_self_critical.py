@@ -71,3 +71,20 @@ def test_captions_are_written_without_dropout_and_training_mode_returns():
     with patch.object(self_critical, "greedy", side_effect=lambda model, *_: modes.append(model.training) or [[6]] * 3):
         critic.loss(model, noise(3, 4, 16), make_batch())
     assert modes == [False] and model.training
+
+
+def test_under_autocast_the_same_weights_have_gradients():
+    """Captions are written without gradients. Autocast keeps a bfloat16 copy of each weight, and torch before 2.10 uses
+    this copy, which has no gradient, in the pass after it."""
+    found = {}
+    for low_precision in False, True:
+        model, critic = make().float(), SelfCritical(TOKENIZER, REFERENCES, max_length=4)
+        vision = noise(3, 4, 16).float()
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=low_precision),
+            patch.object(critic, "reward", side_effect=[torch.ones(3), torch.zeros(3)]),
+        ):
+            loss = critic.loss(model, vision, make_batch())
+        loss.backward()
+        found[low_precision] = {name for name, value in model.named_parameters() if value.grad is not None}
+    assert found[True] == found[False] and any("decoder" in name and "weight" in name for name in found[True])

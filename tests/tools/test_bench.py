@@ -195,6 +195,34 @@ def test_search_with_and_without_caches_returns_the_same_tokens():
     assert fast[0][0][1] == plain[0].tolist()
 
 
+@pytest.mark.parametrize("reference", [False, True])
+def test_generation_is_twenty_steps_of_one_of_the_two_searches_from_a_memory_computed_before(reference, monkeypatch):
+    model, searched = MPLUG2(small(max_positions=32), "video_caption"), []
+    for name in "beam_search", "uncached_search":
+        monkeypatch.setattr(bench, name, lambda _, *given, name=name, **named: searched.append(
+            (name, torch.is_grad_enabled(), *given, named)))
+    run = bench.generation(model, bench.BenchSettings(frames=2, batch_size=3, reference=reference), "cpu")
+    assert not searched and not model.training
+    with patch.object(MPLUG2, "encode_vision", side_effect=AssertionError("encoded while the clock runs")):
+        run()
+    [(name, with_gradients, vision, start, *rest)] = searched
+    assert vision.shape == (3, 1 + 2 * model.config.patches, 16) and start.shape == (3, 1) and not vision.requires_grad
+    if reference:
+        assert name == "uncached_search" and not with_gradients
+    else:
+        assert name == "beam_search" and rest[1:] == [5, {"min_length": 20, "max_length": 20}]
+
+
+def test_a_training_step_changes_the_weights_and_leaves_no_gradients():
+    model = MPLUG2(small(max_positions=32, dropout=0.2), "video_caption")
+    before = [parameter.clone() for parameter in model.parameters()]
+    step = bench.train(model, bench.BenchSettings(frames=2, batch_size=2), "cpu")
+    for _ in range(2):
+        step()
+        assert model.training and all(parameter.grad is None for parameter in model.parameters())
+    assert all(not parameter.equal(old) for parameter, old in zip(model.parameters(), before) if parameter.ndim > 1)
+
+
 def test_the_data_path_is_measured(tmp_path, capsys, monkeypatch):
     root = write(tmp_path / "world", sizes=Sizes(*[16] * 12, galleries=1))
     monkeypatch.setattr(bench, "DATA_STEPS", 3)
