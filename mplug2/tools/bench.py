@@ -6,6 +6,7 @@
     python -m mplug2.tools.bench --data DIR                 # samples read per second, and how long training waits
     python -m mplug2.tools.bench --media                    # reading of video files, against decoding in order
     python -m mplug2.tools.bench --evaluation 200           # captions, answers, retrieval; one and two processes
+    python -m mplug2.tools.bench --device cuda --all        # everything that a GPU can tell (bench_all.py)
 
 Each measurement runs in its own process: a few warmup runs, then the median of the repeats. The rate of a large matrix
 product is measured alternately with them, because seconds times that rate are comparable between machines.
@@ -51,6 +52,7 @@ from mplug2.generation import SpecialTokens, beam_search
 from mplug2.model import attention, kernels
 from mplug2.model.mplug2 import MPLUG2
 from mplug2.objectives.objectives import Objectives
+from mplug2.tools.bench_all import bench_all
 from mplug2.tools.bench_eval import bench_evaluation
 from mplug2.tools.bench_media import bench_media
 from mplug2.training.optim import OptimizerSettings, make_optimizer
@@ -66,12 +68,12 @@ DATA_STEPS = 60  # batches of each measurement of the data path
 
 @dataclass(frozen=True)
 class BenchSettings:
-    preset: Literal["tiny", "small", "base", "large"] = "base"
-    """Size of the model."""
+    preset: Literal["tiny", "small", "base", "large"] | None = None
+    """Size of the model. Default: base, and with --all base and large."""
     frames: int = 8
     """Frames of a video."""
-    batch_size: int = 1
-    """Videos in a batch."""
+    batch_size: int | None = None
+    """Videos in a batch. Default: 1, and with --all 8."""
     repeats: int = 7
     """Timed runs of each measurement."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -92,8 +94,10 @@ class BenchSettings:
     """With --media: your video files, separated by commas."""
     evaluation: int | None = None
     """Measure the evaluation of this number of videos instead."""
+    all: bool = False
+    """Measure everything that a GPU can tell, with --device cuda in about five minutes."""
     json: str = ""
-    """Save the numbers as a flat JSON object."""
+    """Save the numbers as a JSON object, with --all by default in bench.json."""
 
     def __post_init__(self):
         check_range(self, "frames batch_size repeats evaluation", 1)
@@ -304,6 +308,12 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(BenchSettings, __doc__, PROG, arguments)
     with one_line_errors(PROG):
         choose_device(options.device, local_rank=0)  # refuses a GPU that is not there
+        if options.all:
+            presets = [options.preset] if options.preset else ["base", "large"]
+            bench_all(options.device, presets, options.batch_size or 8, options.frames, options.repeats, in_new_process,
+                      Path(options.json or "bench.json"))
+            return
+        options = dataclasses.replace(options, preset=options.preset or "base", batch_size=options.batch_size or 1)
         if options.evaluation:
             found = bench_evaluation(options.evaluation)
         elif options.media:

@@ -1,4 +1,4 @@
-"""What a run will need, before a GPU is asked for: memory of each device, steps, days.
+"""What a run will need, before a GPU is asked for: memory of each device, communication, steps, days.
 
 A training step is gone through on fake tensors, which have shapes but no memory, and every tensor that it makes is
 counted from its birth to its death. What FSDP2 shares out is then divided by the number of devices.
@@ -34,12 +34,31 @@ from mplug2.model.layers import Block
 from mplug2.model.mplug2 import MPLUG2
 from mplug2.objectives.objectives import Objectives
 from mplug2.tasks import BATCH_TYPES, TASKS, batch_types, parse_tasks
+from mplug2.tools.communication import (
+    EFFICIENCY,
+    INFINIBAND,
+    LATENCY,
+    NODE,
+    NVLINK,
+    format_step,
+    muon_flops,
+    rows,
+    step_collectives,
+    step_exposed,
+)
 from mplug2.training.logs import PEAK_TFLOPS
 from mplug2.training.parallel import checkpoint_activations
 from mplug2.training.recipes import RECIPES
 from mplug2.training.settings import GROUPS, Settings, default_values, run_flags, with_defaults
 
 aten = torch.ops.aten
+FLOPS = FlopCounterMode(display=False, custom_mapping={  # torch does not know the attention kernels of fake tensors
+    aten._scaled_dot_product_flash_attention_for_cpu:
+        lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(q, k, v),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        lambda grad, q, k, v, *_, out_shape=None, **__: sdpa_backward_flop_count(grad, q, k, v),
+}).flop_registry
+"""The formula of each operator that has matrix products. The mode itself would double the time of a plan."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +71,7 @@ class PlanSettings:
     videos: int = 2_500_000
     """Without --data: videos of the training data; the default is the paper's (WebVid-2M)."""
     device_tflops: float | None = None
-    """Peak TFLOP/s of a device. Default: that of an H100 or H200 in the precision of the passes, 989 or 67."""
+    """Peak TFLOP/s of a device. Default: that of an H100 or H200 in the precision of the passes, 989 or 494.5."""
     utilization: float = 0.4
     """Assumed fraction of peak FLOP/s (MFU)."""
 
@@ -81,15 +100,18 @@ class Cost:
 
 
 class _Counter(TorchDispatchMode):
-    """Counts the bytes of tensors that are alive."""
+    """Counts the bytes of tensors that are alive, and the FLOPs of matrix products."""
 
     def __init__(self):
         super().__init__()
         self.known: dict[int, tuple[weakref.ref, int]] = {}
-        self.alive = self.gradients = self.activation_peak = self.peak = 0
+        self.alive = self.gradients = self.activation_peak = self.peak = self.flops = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = function(*args, **kwargs)
+        if formula := FLOPS.get(function._overloadpacket):
+            self.flops += formula(*args, **kwargs, out_val=out)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self.born(tensor.untyped_storage())
@@ -175,12 +197,6 @@ class Workload:
 
 def cost(work: Workload, kind: str, checkpointing: bool = False) -> Cost:
     """What a micro-batch costs. Dropout of attention weights is left out: kernels on a GPU do not store its mask."""
-    flops = {  # the kernel of fake tensors, which the counter of torch does not know
-        aten._scaled_dot_product_flash_attention_for_cpu:
-            lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(q, k, v),
-        aten._scaled_dot_product_flash_attention_for_cpu_backward:
-            lambda grad, q, k, v, *_, out_shape=None, **__: sdpa_backward_flop_count(grad, q, k, v),
-    }
     with FakeTensorMode(allow_non_fake_inputs=True):
         objectives, batch = work.objectives(), work.batch(kind)
         for module in objectives.modules():
@@ -192,11 +208,11 @@ def cost(work: Workload, kind: str, checkpointing: bool = False) -> Cost:
         for parameter in objectives.parameters():
             parameter.register_post_accumulate_grad_hook(counter.is_gradient)
         autocast = torch.autocast("cpu", torch.bfloat16) if work.low_precision else nullcontext()
-        with FlopCounterMode(display=False, custom_mapping=flops) as counted, counter:
+        with counter:
             with autocast:
                 loss = sum(objectives(batch).values())
             loss.backward()
-    return Cost(counted.get_total_flops(), counter.activation_peak, counter.peak)
+    return Cost(counter.flops, counter.activation_peak, counter.peak)
 
 
 def parameter_counts(config: ModelConfig) -> tuple[int, int, int, int]:
@@ -308,6 +324,8 @@ def format_plan(plan: PlanSettings, settings: Settings) -> str:
     operations = load.steps * batch_size * sum(share * flops[kind] for kind, share in load.shares.items())
     days = operations / (plan.gpus * peak * 1e12 * plan.utilization) / 86400
     names = {kind: BATCH_TYPES[kind].modality for kind in load.shares}
+    if plan.gpus > 1:
+        lines += ["", *format_communication(plan, settings, work, flops, peak, load)]
     lines += ["", ", ".join(f"{flops[kind] / 1e12:.3f} TFLOP per {names[kind]}" for kind in load.shares)
               + " (forward and backward, all losses)",
               f"{load.description}: {load.steps:,} steps, {days:.1f} days at {plan.utilization:.0%} of {peak:g} "
@@ -315,6 +333,31 @@ def format_plan(plan: PlanSettings, settings: Settings) -> str:
               "A step that recomputes activations takes about a third longer. Not counted: buffers of libraries, and",
               "memory that is free, but in pieces: leave a tenth."]
     return "\n".join(lines)
+
+
+def format_communication(
+    plan: PlanSettings, settings: Settings, work: Workload, flops: dict[str, float], peak: float, load: Load
+) -> list[str]:
+    """Tables of the collectives of a step, and of its time, by DDP and by FSDP2."""
+    kind, repeats, samples = next(iter(load.shares)), settings.data.accumulation_steps, settings.data.batch_size
+    rate, products, lines = peak * 1e12 * plan.utilization, 0.0, []
+    if work.optimizer == "muon":
+        with torch.device("meta"):
+            model = MPLUG2(work.config, work.task)
+        products = muon_flops(model, plan.gpus) / (PEAK_TFLOPS["H100"][0] * 1e12 * plan.utilization)
+    for name, way in (("DDP", "ddp"), ("FSDP2", "fsdp")):
+        found = step_collectives(lambda: (work.objectives(), work.batch(kind)), plan.gpus,
+                                 dataclasses.replace(settings.parallel, parallel=way), settings.optimizer)
+        seconds, days = {of_kind: flops[of_kind] * work.b * repeats / rate for of_kind in flops}, 0.0
+        for of_kind, passes in seconds.items():
+            table = rows(found, plan.gpus, passes / 3, 2 * passes / 3, repeats)
+            days += load.steps * load.shares[of_kind] * (passes + products + step_exposed(table)) / 86400
+            if of_kind == kind:
+                lines += format_step(f"{name}, a step of {kind}", table, passes, products, samples)
+        lines += [f"the whole run: {days:.1f} days", ""]
+    return [*lines, f"NVLink at {NVLINK / 1e9:g} GB/s in nodes of {NODE}, InfiniBand at {INFINIBAND / 1e9:g} GB/s for "
+            f"each GPU, {EFFICIENCY:.0%} of both, {1e6 * LATENCY:g} us for each", "doubling of the number of GPUs. "
+            "These are assumptions: nothing of this table has been measured."]
 
 
 PASSES = 30

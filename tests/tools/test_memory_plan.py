@@ -19,6 +19,7 @@ from mplug2.model.attention import CrossAttention, SelfAttention
 from mplug2.model.layers import Block
 from mplug2.model.mplug2 import MPLUG2
 from mplug2.tools import memory_plan
+from mplug2.tools.communication import Collective, muon_flops
 from mplug2.tools.memory_plan import (
     Cost,
     PlanSettings,
@@ -42,13 +43,16 @@ MEASURE = """
 import sys, torch
 from mplug2.config import ModelConfig
 from mplug2.tools.memory_plan import Workload
+from mplug2.training.parallel import checkpoint_activations
 torch.set_num_threads(1)
 def memory(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
-work = Workload(ModelConfig(**eval(sys.argv[1])), b=24, questions=1)
+work, checkpointing = Workload(ModelConfig(**eval(sys.argv[1])), b=24, questions=1), eval(sys.argv[2])
 (torch.ones(8, 8, requires_grad=True) @ torch.ones(8, 8)).sum().backward()  # what the first step loads
 before = memory("VmRSS")
 objectives, batch = work.objectives(), work.batch("video")
+if checkpointing:
+    checkpoint_activations(objectives.model)
 optimizer = torch.optim.AdamW(objectives.parameters(), fused=True)
 for _ in range(2):
     optimizer.zero_grad(set_to_none=True)
@@ -58,18 +62,26 @@ print(memory("VmHWM") - before)
 """
 
 
+@pytest.fixture(autouse=True)
+def no_collectives(monkeypatch, request):
+    """Quick tests do without the steps on fake ranks; test_communication.py has them."""
+    if "slow" not in request.keywords:
+        monkeypatch.setattr(memory_plan, "step_collectives", lambda *_: [Collective("Muon", "all_gather", 10**9)])
+
+
 @pytest.mark.slow
-def test_the_memory_of_a_step_is_that_of_a_real_one_within_a_fifth():
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_memory_of_a_step_is_that_of_a_real_one_within_a_fifth(checkpointing):
     """The peak of a real process of its own, two steps of training on the CPU."""
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, repr(SIZES)], capture_output=True, text=True, timeout=500,
+        [sys.executable, "-c", MEASURE, repr(SIZES), str(checkpointing)], capture_output=True, text=True, timeout=500,
         cwd=Path(__file__).parents[2],  # blocks of any size go back to the system as soon as they are free
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
     )
     assert done.returncode == 0, done.stderr
     measured = int(done.stdout)
     work = Workload(ModelConfig(**SIZES), b=24, questions=1)
-    planned = device_memory(work, cost(work, "video"), 1, sharded=False)["in all"]
+    planned = device_memory(work, cost(work, "video", checkpointing), 1, sharded=False)["in all"]
     assert measured > 150e6
     assert planned == pytest.approx(measured, rel=0.2), planned / measured
 
@@ -111,7 +123,8 @@ def test_the_plan_is_printed(capsys):
     main([*SHALLOW, *"--gpus 4 --batch-size 8 --images 0 --videos 800 --epochs 2".split()])
     said = capsys.readouterr().out
     for words in ("4 devices, 2 samples each at a time, x 1 = 8 a step", "800 videos, 2 times: 200 steps",
-                  "DDP, activation checkpointing", "FSDP2, activation checkpointing", "days at 40% of 494.5 TFLOP/s"):
+                  "DDP, activation checkpointing", "FSDP2, activation checkpointing", "days at 40% of 494.5 TFLOP/s",
+                  "FSDP2, a step of video", "parameters, backward", "nothing of this table has been measured"):
         assert words in said
     main([*SHALLOW, *"--gpus 4 --batch-size 8 --images 0 --videos 800 --epochs 3 --precision bfloat16".split()])
     said = capsys.readouterr().out
@@ -238,7 +251,12 @@ def test_the_numbers_of_a_plan(monkeypatch, capsys):
     assert "2.000 TFLOP per video, 1.000 TFLOP per image" in said
     days = 30 * (2_500_000 * 2 + 14_000_000) / (4 * 989 * 0.4) / (24 * 3600)
     steps = 30 * 16_500_000 // 16
+    products = muon_flops(MPLUG2(tiny()), 4) / 989e12 / 0.4
     assert f"2,500,000 videos and 14,000,000 images, 30 times: {steps:,} steps, {days:.1f} days at 40% of 989" in said
+    seconds = 1e-5 * 2 + 5e8 * 3 / 4 / 450e9 / 0.8  # of 500 MB among 4 ranks
+    assert f"{'Muon':<34}{1:>11}{500:>11.1f}{1e3 * seconds:>11.1f}{1e3 * seconds:>13.1f}" in said
+    days += steps * (seconds + products) / 86400
+    assert "DDP, a step of video" in said and said.count(f"the whole run: {days:.1f} days") == 2
     main("--gpus 4 --batch-size 16 --device-tflops 100 --utilization 0.5 --images 0 --epochs 1".split())
     days = 2_500_000 * 2 / (4 * 100 * 0.5) / (24 * 3600)
     assert f"2,500,000 videos, 1 times: 156,250 steps, {days:.1f} days at 50% of 100" in capsys.readouterr().out
