@@ -91,7 +91,7 @@ PRETRAINING: dict[str, dict[str, Any]] = {
 14 M and 2.5 M of mPLUG-2."""
 
 FINE_TUNING: dict[str, dict[str, Any]] = {
-    "tiny": dict(lr=2e-3), "small": dict(lr=5e-4),
+    "tiny": dict(lr=1e-3), "small": dict(lr=5e-4),
     **dict.fromkeys(("base", "large"), dict(
         lr=2e-5, vision_lr=2e-6, min_lr=1e-6, epochs=10, frames=16, weight_decay=0.02, beta2=0.999, clip_grad=0.0,
         precision="bfloat16", optimizer="adamw", vtc_weight=1.0,

@@ -112,7 +112,7 @@ def saved(folder: Path, preset: str, frames: int, max_words: int) -> str:
 
 
 @pytest.mark.parametrize("preset, lr, epochs, optimizer", [
-    ("tiny", 2e-3, None, "muon"), ("small", 5e-4, None, "muon"),
+    ("tiny", 1e-3, None, "muon"), ("small", 5e-4, None, "muon"),
     ("base", 2e-5, 10, "adamw"), ("large", 2e-5, 10, "adamw"),
 ])
 def test_fine_tuning_inherits_frames_and_words_and_takes_settings_of_the_checkpoint_s_size(
