@@ -86,7 +86,7 @@ TASKS: dict[str, Task] = {
     "image_retrieval": _task("image", "vision text fusion contrastive matching", record="image captions",
                              batch="caption", output="ranking", metric="t2i_r1", steps=200),
     "text_classification": _task("text", "text classifier", record="text label", batch="text label", output="label",
-                                 metric="text_classification_accuracy", steps=60, number_labels=True),
+                                 metric="text_classification_accuracy", steps=100, number_labels=True),
     "text_pair_classification": _task("text", "text classifier", record="texts label", batch="text label",
                                       output="label", metric="text_pair_classification_accuracy", steps=400,
                                       number_labels=True),
