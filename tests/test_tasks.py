@@ -111,9 +111,9 @@ def test_fine_tuning_has_its_own_defaults_and_flags_take_precedence(tmp_path):
         resolved = resolve_settings({"out": str(tmp_path), **given}, {})
         return resolved.folder.name, resolved.data.max_steps, resolved.optimizer.lr
 
-    assert settings(task="grounding") == ("grounding", 300, 2e-3)
+    assert settings(task="grounding") == ("grounding", 300, 1e-3)
     assert settings(task="video_qa,grounding", lr=1.0) == ("video_qa,grounding", 400, 1.0)
-    assert settings(task="grounding", max_steps=7, name="boxes") == ("boxes", 7, 2e-3)
+    assert settings(task="grounding", max_steps=7, name="boxes") == ("boxes", 7, 1e-3)
     assert settings() == settings(task="pretrain") == ("tiny", 1500, 2.5e-3)
     assert settings(task="pretrain,video_qa")[1:] == (1500, 2.5e-3)
 
