@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mplug2.attention_maps import attention_maps
 from mplug2.checkpoint import load_model
-from mplug2.data.media import MediaError, kind_of, read_media, to_frames, to_pixels
+from mplug2.data.media import MediaError, kind_of, read_media, to_bytes, to_frames, to_pixels
 from mplug2.generation import beam_search
 from mplug2.model.local_temporal import LocalTemporal
 from mplug2.predictor import Generation, Predictor
@@ -62,7 +62,7 @@ class VisualPredictor(Predictor):
         found = []
         with torch.no_grad():
             for i, visual in enumerate(media):
-                pixels = to_pixels(visual.frames, self.model.config.image_size)
+                pixels = to_bytes(visual.frames, self.model.config.image_size)
                 found += function(self.vision_tokens(pixels[None, None]), visual.modality, [i])
         return found
 
@@ -200,6 +200,7 @@ def beam_tree(predictor: Predictor, visual: Visual, question: str = "", beams: i
         memory, mask, start, _ = predictor.decoder_inputs(vision, modality, question, Generation())
         length = predictor.preprocess.max_length or 20
         hypotheses = beam_search(model, memory, start, special, beams, 1, length, memory_mask=mask)[0]
+        hypotheses = [one for one in hypotheses if special.sep not in one[1][:-1]]  # beams that went on after their end
         tree: dict = {}
         for rank, (score, ids) in enumerate(hypotheses):
             new = torch.tensor([ids], device=predictor.device)

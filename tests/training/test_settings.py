@@ -70,9 +70,9 @@ def shown_defaults(capsys, *arguments: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("arguments, expected", [
     ("", {"--max-steps": "1500", "--lr": "0.0025", "--width": "64", "--vision-layers": "3", "--task": "pretrain"}),
-    ("--task video_qa", {"--max-steps": "100", "--lr": "0.002", "--task": "video_qa"}),
-    ("--task text_classification", {"--max-steps": "60", "--lr": "0.002"}),
-    ("--task visual_entailment,grounding", {"--max-steps": "700", "--lr": "0.002"}),
+    ("--task video_qa", {"--max-steps": "100", "--lr": "0.001", "--task": "video_qa"}),
+    ("--task text_classification", {"--max-steps": "100", "--lr": "0.001"}),
+    ("--task visual_entailment,grounding", {"--max-steps": "700", "--lr": "0.001"}),
     ("--preset large --width 2048", {"--vision-layers": "24", "--patch-size": "14", "--width": "2048"}),
     ("--preset large", {"--epochs": "30", "--max-steps": None, "--min-lr": "2e-06", "--min-lr-ratio": None}),
     ("--preset large --max-steps 9", {"--epochs": None, "--max-steps": "9", "--lr": "5e-05"}),
