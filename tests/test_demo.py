@@ -244,7 +244,7 @@ def test_what_belongs_to_an_older_video_is_not_shown(page):
     wait_for(page, "return document.querySelector('#fits').innerText.trim() === ''")
     page.locator("#question input").fill("")
     page.locator("#question input").press("Enter")
-    wait_for(page, "return document.querySelectorAll('#words [role=button]').length === 5")
+    wait_for(page, "return document.querySelectorAll('#words [role=button]').length === 8")
 
 
 @pytest.mark.browser
@@ -374,7 +374,7 @@ def test_a_folder_is_searched_and_its_files_are_deleted(page, tmp_path):
 @pytest.mark.timeout(300)
 def test_a_word_is_chosen_with_the_keyboard(page):
     page.goto(page.address)
-    wait_for(page, "return document.querySelectorAll('#words [role=button]').length === 5")
+    wait_for(page, "return document.querySelectorAll('#words [role=button]').length === 8")
     page.locator("#words [role=button]").first.focus()
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowRight")
@@ -446,7 +446,7 @@ def test_two_models_are_compared_side_by_side(open_page, page, tmp_path):
         opened.get_by_role("button", name="Compare", exact=True).click()
         wait_for(opened, "return document.querySelector('#comparison').innerText.includes('how many digits')")
         rows = [line.split("\t") for line in opened.inner_text("#comparison").splitlines() if "\t" in line]
-        assert rows[0][1:] == ["pretrained", name] and rows[1][:2] == ["caption", "a red seven moving right"]
+        assert rows[0][1:] == ["pretrained", name] and rows[1][:2] == ["caption", "a red seven that moves to the right"]
         assert ["does it move right or left", "right"] in [row[:2] for row in rows]
         assert rows[1][2] != rows[1][1] and opened.elsewhere == []
 
