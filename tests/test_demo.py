@@ -244,7 +244,7 @@ def test_what_belongs_to_an_older_video_is_not_shown(page):
     wait_for(page, "return document.querySelector('#fits').innerText.trim() === ''")
     page.locator("#question input").fill("")
     page.locator("#question input").press("Enter")
-    wait_for(page, "return document.querySelectorAll('#words [role=button]').length === 8")
+    wait_for(page, "return document.querySelectorAll('#words [role=button]').length === 9")
 
 
 @pytest.mark.browser
