@@ -158,8 +158,10 @@ class TrainingData:
                                     settings.workers, pin=cuda)
         else:
             loader = make_loader(self.dataset, self.batches, collate, settings.workers, pin=cuda)
-        batches = on_device(iter(loader), self.process.device)
-        return batches if settings.workers and not cuda else prefetch(batches)
+        if cuda:
+            return prefetch(on_device(loader, self.process.device))
+        # On a CPU, a second thread that computes would double the threads of torch, and halve the speed of a step.
+        return on_device(loader if settings.workers else prefetch(loader), self.process.device)
 
     def advance(self, batch: dict) -> None:
         """Record that a batch was trained on."""

@@ -72,7 +72,7 @@ def guard(app: Callable) -> Callable:
 
         http = scope["type"] == "http"
         if http and scope["method"] == "POST" and not 0 <= _length(scope) <= REQUEST_LIMIT:
-            answer = PlainTextResponse(f"these files have more than {REQUEST_LIMIT >> 20} MB together", 413)
+            answer = PlainTextResponse(f"at most {REQUEST_LIMIT >> 20} MB at once: upload fewer files", 413)
             return await answer(scope, receive, send_with_policy)
         await app(scope, receive, send_with_policy if http else send)
 

@@ -59,7 +59,8 @@ class Device:
 
     def __init__(self, name: str):
         self.process = distributed.DistInfo(0, 1, distributed.choose_device(name, local_rank=0))
-        self.name, self.cuda = name, name == "cuda"
+        self.name = self.process.device.type
+        self.cuda = self.name == "cuda"
 
     def clock(self) -> float:
         """Seconds, when all work so far is done."""

@@ -1,6 +1,7 @@
 """Samples: records of several files joined; texts that are checked, cleaned and drawn; files that cannot be decoded."""
 
 import json
+import threading
 import tracemalloc
 from collections import Counter, defaultdict
 
@@ -11,9 +12,10 @@ from data_helpers import dataset, write_data, write_gif, write_records
 from PIL import Image
 
 from mplug2.config import PRESETS
+from mplug2.data import loader
 from mplug2.data.batches import Collate
 from mplug2.data.build import DataSettings, build_data
-from mplug2.data.media import read_image, read_video, to_pixels
+from mplug2.data.media import normalize, read_image, read_video, to_pixels
 from mplug2.data.records import Question, RecordError
 from mplug2.data.samples import Joined, Sample, check_texts, read_samples
 from mplug2.distributed import DistInfo
@@ -66,6 +68,17 @@ def test_a_run_keeps_batch_groups_together(tmp_path):
     settings = DataSettings(data=str(tmp_path), task="video_caption", max_steps=3, batch_size=2, max_unknown=1.0)
     batches = build_data(settings, PRESETS["tiny"](), DistInfo(0, 1, torch.device("cpu")), seed=0).batches
     assert all(one % 3 == other % 3 for (_, _, one), (_, _, other) in batches)
+
+
+def test_on_a_cpu_the_thread_that_trains_normalizes_the_pixels(tmp_path, monkeypatch):
+    """The thread that prepares the next batch would start threads of torch of its own, which get in the way."""
+    threads = set()
+    monkeypatch.setattr(loader, "normalize", lambda pixels: threads.add(threading.get_ident()) or normalize(pixels))
+    settings = DataSettings(data=str(write_data(tmp_path)), task="video_caption", max_steps=3, batch_size=2,
+                            max_unknown=1.0)
+    batches = list(build_data(settings, PRESETS["tiny"](), DistInfo(0, 1, torch.device("cpu")), seed=0))
+    assert len(batches) == 3 and all(batch["pixels"].dtype == torch.float32 for batch in batches)
+    assert threads == {threading.get_ident()}
 
 
 def test_a_task_reads_its_own_files_and_batch_types_without_a_file_are_left_out(root, tmp_path):
