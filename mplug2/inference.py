@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from mplug2.checkpoint import PreprocessConfig
 from mplug2.data.media import MediaError, normalize
-from mplug2.data.media_batches import MediaReader, Medium, media_batches, read_ahead
+from mplug2.data.media_batches import MediaReader, Medium, even_parts, media_batches, read_ahead
 from mplug2.data.samples import join_text_pair
 from mplug2.data.text import Tokenizer
 from mplug2.distributed import AllRanksError, all_gather_object
@@ -116,8 +116,7 @@ class BatchRunner:
         Returns the results of `function` in the order of `texts`.
         """
         require_list(texts)
-        size = self.inference.batch_size
-        batches = [range(first, min(first + size, len(texts))) for first in range(0, len(texts), size)]
+        batches = even_parts(len(texts), self.inference.batch_size)
 
         def results() -> Iterator[tuple[range, Iterable]]:
             for indices in self._own(batches):

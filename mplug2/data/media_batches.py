@@ -1,7 +1,7 @@
 """Batches of media for inference: grouped by shape, decoded ahead of the device.
 
-A batch depends on the whole list of inputs, never on the rank or the worker that reads it. So every input is padded,
-and computed, in the same way however many processes share the work.
+A batch depends on the whole list of inputs, never on the rank, the number of ranks, or the worker that reads it. So
+every input is padded, and computed, in the same way however many processes share the work.
 
 Axes: b media, r inputs (questions, texts) about each of them, n files of a medium (1, or 2 for a pair of images).
 """
@@ -67,11 +67,19 @@ def media_batches(media: Mapping[int, Medium], size: int) -> list[MediaBatch]:
     for medium, indices in inputs.items():
         shape = (medium.modality, len(medium.paths), len(indices))
         groups.setdefault(shape, []).append((medium, tuple(indices)))
-    batches = []
-    for (_, _, r), group in groups.items():
-        b = max(1, size // r)
-        batches += [MediaBatch(*zip(*group[first: first + b])) for first in range(0, len(group), b)]
-    return batches
+    return [MediaBatch(*zip(*group[part.start: part.stop])) for (_, _, r), group in groups.items()
+            for part in even_parts(len(group), max(1, size // r))]
+
+
+def even_parts(count: int, size: int) -> list[range]:
+    """`count` items in order, in batches of at most `size`, whose sizes differ by one at most.
+
+    64 items or more are in a multiple of eight batches, so that 2, 4 or 8 ranks have about the same work.
+    """
+    parts = -(-count // size)
+    if count >= 64:
+        parts = min(count, -(-parts // 8) * 8)
+    return [range(count * part // parts, count * (part + 1) // parts) for part in range(parts)]
 
 
 class MediaReader(Dataset):

@@ -80,20 +80,22 @@ def measure_photo(path: Path, repeats: int) -> dict[str, float]:
     return {"reference_s": statistics.median(times[None]), "s": statistics.median(times[2 * SIZE])}
 
 
-def write_h264(path: Path, length: int, rate: int, keys: int | None) -> Path:
-    """`length` seconds of 320 x 240 pixels: a texture that moves, with a cut every 6 seconds.
+def write_h264(
+    path: Path, length: int, rate: int, keys: int | None, width: int = 320, height: int = 240
+) -> Path:
+    """`length` seconds of video: a texture that moves, with a cut every 6 seconds.
 
     There is a key frame at least every `keys` frames; None leaves it to x264 (250).
     """
-    rng = np.random.default_rng(0)
+    rng, block = np.random.default_rng(0), width // 40
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(rate), options={"g": str(keys)} if keys else {})
-        stream.width, stream.height, stream.pix_fmt = 320, 240, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for number in range(length * rate):
             place = number % (6 * rate)
             if place == 0:
-                texture = rng.integers(0, 256, (70, 90, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
-            frame = texture[place: place + 240, 2 * place: 2 * place + 320]
+                texture = rng.integers(0, 256, (70, 90, 3), dtype=np.uint8).repeat(block, 0).repeat(block, 1)
+            frame = texture[place: place + height, 2 * place: 2 * place + width]
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(stream.encode())
     return path

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 from predictors import make_predictor, write_media, write_records
 from processes import Processes
 
 import mplug2.inference
 from mplug2.config import PRESETS
-from mplug2.data.media_batches import Medium, media_batches
+from mplug2.data.media_batches import Medium, even_parts, media_batches
 from mplug2.data.records import read_records
 from mplug2.evaluation.chance import chance_level
 from mplug2.evaluation.data import EvalOptions, EvalSplit, find_data, read_answer_list
@@ -376,6 +378,17 @@ def test_a_medium_is_in_one_batch_with_all_its_inputs():
         assert len({len(indices) for indices in batch.indices}) == 1
         assert len(batch.media) == 1 or sum(map(len, batch.indices)) <= 4
         assert all(media[i] == medium for medium, indices in zip(batch.media, batch.indices) for i in indices)
+
+
+@given(count=st.integers(0, 300), size=st.integers(1, 70))
+def test_ranks_get_about_equally_many_items(count, size):
+    parts = even_parts(count, size)
+    assert [item for part in parts for item in part] == [*range(count)]
+    sizes = [len(part) for part in parts]
+    assert not sizes or (0 < min(sizes) and max(sizes) <= min(size, min(sizes) + 1))
+    for ranks in (2, 4, 8) if count >= 64 else ():
+        shares = [sum(sizes[rank::ranks]) for rank in range(ranks)]
+        assert max(shares) - min(shares) <= max(1, len(parts) // ranks)  # one item of each batch
 
 
 @pytest.mark.parametrize("workers", [0, 1])
