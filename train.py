@@ -42,6 +42,7 @@ from mplug2.tasks import parse_tasks
 from mplug2.tools.memory_plan import step_flops
 from mplug2.tools.plots import draw_curves
 from mplug2.tools.report import write_report
+from mplug2.training.cpu_threads import CPUThreads, matrix_rate
 from mplug2.training.fault_tolerance import GracefulStop, Watchdog, seed_generators
 from mplug2.training.logs import Log, peak_tflops
 from mplug2.training.optim import freeze, make_optimizer, set_lr
@@ -97,6 +98,7 @@ class Trainer:
                  model_class: Callable[..., MPLUG2]):
         self.process, self.folder, self.started = process, settings.folder, time.time()
         self.watchdog, self.stop, self.saving = watchdog, GracefulStop(), BackgroundSave()
+        self.threads = CPUThreads(process.device)
         seed_generators(settings.run.seed)  # the same initial weights on every rank
         checkpoint, resume = settings.checkpoint, settings.run.resume
         saved = load_training(checkpoint) if resume else None
@@ -129,6 +131,7 @@ class Trainer:
         """Take all steps that are left, then evaluate. A run that is asked to stop saves, and returns no results."""
         run, steps, stopping = self.settings.run, self.data.steps, False
         with self.stop, self.saving:
+            self.threads.choose()
             batches = iter(self.data)
             while self.state.step < steps and not stopping:
                 set_lr(self.optimizer, self.settings.optimizer, self.state.step, steps)
@@ -288,7 +291,9 @@ class Trainer:
                 draw_curves(folder / "metrics.jsonl", folder / "curves.png")
             print(format_table({split: results}))
             print(f"{folder / 'report.html'}: this run on one page")
-            print(f"{folder / 'last'}: {(time.time() - self.started) / 60:.1f} minutes in all; "
+            minutes, cpu = (time.time() - self.started) / 60, self.process.device.type == "cpu"
+            rate = f" (CPU threads: {torch.get_num_threads()}; {matrix_rate() / 1e9:.0f} GFLOP/s)" if cpu else ""
+            print(f"{folder / 'last'}: {minutes:.1f} minutes in all{rate}; "
                   f"python eval.py --checkpoint {folder / 'last'} evaluates every split")
         return results or {}
 
@@ -315,12 +320,14 @@ class Trainer:
         return batch
 
     def write_log(self) -> None:
-        """A line of metrics.jsonl: the means since the previous line."""
+        """A line of metrics.jsonl: the means since the previous line. Then the CPU threads for the next steps."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self.log.write(self.state.step, {
             "lr": max(rates), "lr_lowest": min(rates), "nonfinite_steps": self.state.nonfinite_steps,
+            "threads": torch.get_num_threads(),
             **({"temperature": self.model.temperature.item()} if "contrastive" in self.model.components else {}),
         })
+        self.threads.choose()
 
     def start_folder(self, arguments: list[str]) -> None:
         """Write settings.json, and print what is trained on what."""
