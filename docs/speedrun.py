@@ -38,7 +38,7 @@ def run(seed: int, flags: list[str]) -> dict[str, float]:
 
 
 def row(runs: list[dict[str, float]], flags: list[str], today: str) -> str:
-    """The row of the table: date, change, minutes, minutes x GFLOP/s, the metrics of GOALS, and whether all reach it."""
+    """The row of the table: date, change, minutes, minutes x GFLOP/s, metrics of GOALS, and whether all reach it."""
     mean = {name: fmean(run[name] for run in runs) for name in runs[0]}
     cost = fmean(run["minutes"] * run["gflops"] for run in runs)
     scores = " | ".join(f"{100 * mean[name]:.1f}" for name in GOALS)
