@@ -24,15 +24,17 @@ from pathlib import Path
 import tiny_data
 from mplug2 import distributed
 from mplug2.checkpoint import read_config, read_data, real_folder
+from mplug2.comma_list import comma_list
 from mplug2.data.text import clean
 from mplug2.data.text_check import describe_unknown, unknown_words
-from mplug2.evaluation import own_files, results, submissions
+from mplug2.evaluation import own_files, results
 from mplug2.evaluation.captions import check_paper_captions
 from mplug2.evaluation.chance import chance_level
 from mplug2.evaluation.data import EvalOptions, choose_splits, find_data, read_answer_list
 from mplug2.evaluation.evaluate import check_data, evaluate, evaluated_tasks
 from mplug2.evaluation.own_files import InputSettings
 from mplug2.evaluation.settings import RuntimeSettings, WritingSettings
+from mplug2.evaluation.submissions import BENCHMARKS, check_submission, write_submission
 from mplug2.flags import Parser, check_range, warning_only
 from mplug2.hub import is_address
 from mplug2.inference import Inference, Stopped
@@ -56,6 +58,8 @@ class EvalSettings:
     """Evaluate a random sample of this many records of each task, always the same one; galleries stay whole."""
     max_skipped: float = 0.02
     """Fail if more than this fraction of the records has an image or video that cannot be read."""
+    max_unknown: float = 0.2
+    """Fraction of the words of a split that may be unknown to the vocabulary ([UNK])."""
     answers: str = ""
     """Rank answers instead of writing them: a file with one answer per line, or `train` for the training answers."""
     all_captions: bool = False
@@ -76,10 +80,10 @@ class EvalSettings:
             raise ValueError(f"answers={self.answers!r}: no such file; expected one answer per line, or the word train")
         if self.paper_captions:
             check_paper_captions()
-        if self.server and self.server not in submissions.BENCHMARKS:
-            raise ValueError(f"server={self.server!r}: expected one of {', '.join(submissions.BENCHMARKS)}")
+        if self.server and self.server not in BENCHMARKS:
+            raise ValueError(f"server={self.server!r}: expected one of {', '.join(BENCHMARKS)}")
         check_range(self, "limit", 0)
-        check_range(self, "max_skipped", 0, 1)
+        check_range(self, "max_skipped max_unknown", 0, 1)
 
 
 GROUPS = {EvalSettings: "evaluation", InputSettings: "your own files", WritingSettings: "captions and answers",
@@ -154,44 +158,41 @@ def score(
     predictor: Predictor, config: EvalSettings, writing: WritingSettings, process: distributed.DistInfo, say: Callable
 ) -> dict[str, float]:
     """Evaluate the splits, print the table, and write metrics, predictions, and a report."""
-    names = config.splits.replace(" ", "").split(",")
+    names = comma_list("splits", config.splits)
+    tasks = None if config.task == "all" else comma_list("task", config.task)
     root, why = find_data(config.data, read_data(config.checkpoint), names)
     if root is None:
         distributed.run_on_main(tiny_data.ensure, process)
         root = tiny_data.ensure()
     splits, missing = choose_splits(root, names, config.limit)
     say(f"data: {root} ({why})" + (f"; it has no split {', '.join(missing)}" if missing else ""), flush=True)
-    tasks = None if config.task == "all" else config.task.replace(" ", "").split(",")
-    answer_list = read_answer_list(config.answers, root) if config.answers else None
-    options = EvalOptions(writing.generation("caption"), writing.generation("answer"), answer_list,
+    options = EvalOptions(writing.generation("caption"), writing.generation("answer"),
+                          read_answer_list(config.answers, root) if config.answers else None,
                           config.paper_captions, config.all_captions)
     folder = Path(config.out or Path(config.checkpoint) / "eval")
-    file, predictions = Path(config.json or folder / "metrics.json"), folder / "predictions.jsonl"
-    distributed.run_on_main(partial(check_data, predictor, splits, tasks), process)
-    distributed.run_on_main(partial(results.check_writable, file, predictions), process)
+    file, server = Path(config.json or folder / "metrics.json"), config.server
+    distributed.run_on_main(partial(check_data, predictor, splits, tasks, config.max_unknown), process)
+    distributed.run_on_main(partial(results.check_writable, file, folder / "predictions.jsonl"), process)
+    if server:
+        distributed.run_on_main(partial(check_submission, server, folder, splits, tasks, predictor.model), process)
     found = {data.split: evaluate(predictor, data, tasks, options) for data in splits}
-    records = sum(result.records for result in found.values())
-    skipped = sum(len(result.skipped) for result in found.values())
-    if not records:
-        raise ValueError(f"{root} has no records, in the splits {config.splits}, of a task that this checkpoint can do "
-                         f"(--task {config.task}; it was trained for {predictor.model.task})")
+    if refused := results.refusal(found, config.max_skipped):  # an earlier evaluation keeps its files
+        folder = folder / "refused"
+        file = folder / "metrics.json"
     if process.is_main:
         chance: dict[str, float] = {}
         with warning_only("the chance level"):
             chance = chance_level(splits[0], evaluated_tasks(found))
         print("\n".join(filter(None, [results.format_results(found, chance), results.describe_skipped(found)])))
-        results.write_metrics(file, found)
-        results.write_predictions(predictions, found)
-        print(f"metrics: {file}; predictions: {predictions}")
+        print(results.write_results(file, folder, found))
         with warning_only("the report"):
             predictor.inference = Inference()  # of this process alone
             print(f"on one page: {write_evaluation_report(folder, found, chance, predictor)}")
-        for split, result in found.items() if config.server else ():
-            sent = submissions.write_submission(config.server, folder, split, result.predictions)
-            print(f"for the server of {config.server}: {sent}")
-    if skipped > config.max_skipped * records:
-        raise distributed.AllRanksError(f"{skipped:,} of {records:,} records were skipped, more than max_skipped="
-                                        f"{config.max_skipped} allows; repair the files above, or raise --max-skipped")
+        for data in splits if server and not refused else ():
+            sent = write_submission(server, folder, data, found[data.split].predictions)
+            print(f"for the server of {server}: {sent}")
+    if refused:
+        raise distributed.AllRanksError(refused)
     return results.flat_metrics(found)
 
 

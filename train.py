@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mplug2 import distributed
 from mplug2.checkpoint import PreprocessConfig, checkpoint_classes, load_model
+from mplug2.comma_list import comma_list
 from mplug2.data.build import TrainingData, build_data
 from mplug2.data.records import available
 from mplug2.data.text import Tokenizer
@@ -355,7 +356,7 @@ def build_model(
         raise ValueError("a model of another class starts from scratch: leave out --init and --resume")
     if checkpoint:
         classes = None if settings.run.resume else data.classes  # other classes get a new head
-        reinit = () if settings.run.resume or not settings.run.reinit else settings.run.reinit.split(",")
+        reinit = () if settings.run.resume or not settings.run.reinit else comma_list("reinit", settings.run.reinit)
         model, _, trained = load_model(checkpoint, task, settings.model, classes, reinit)
         if model.newly_initialized and process.is_main:
             names = model.newly_initialized
@@ -366,7 +367,7 @@ def build_model(
     else:
         config = dataclasses.replace(settings.model_config(), vocab_size=len(data.tokenizer))
         model = model_class(config, task, data.classes)
-    freeze(model.train(), settings.optimizer.freeze.split(",") if settings.optimizer.freeze else [])
+    freeze(model.train(), comma_list("freeze", settings.optimizer.freeze) if settings.optimizer.freeze else [])
     if settings.parallel.activation_checkpointing:
         checkpoint_activations(model)
     if settings.parallel.compile:

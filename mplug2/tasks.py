@@ -7,6 +7,7 @@ To add a task, add a row to `TASKS`. If it needs a new head, add the head to `mo
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mplug2.comma_list import comma_list
 from mplug2.did_you_mean import did_you_mean
 
 Modality = Literal["video", "image", "text"]
@@ -133,12 +134,10 @@ BATCH_TYPES: dict[str, BatchType] = {name: kind for task in TASKS for name, kind
 
 def parse_tasks(task: str) -> list[str]:
     """The names in "video_caption,video_qa". Raises ValueError for an unknown name, or one that is given twice."""
-    names = task.split(",")
+    names = comma_list("task", task)
     for name in names:
         if name not in TASKS:
             raise ValueError(f"unknown task {name!r}{did_you_mean(name, TASKS)}; known are {', '.join(TASKS)}")
-    if len(set(names)) < len(names):
-        raise ValueError(f"{task}: a task is named twice")
     return names
 
 

@@ -65,7 +65,7 @@ STANDARD = ("dataclasses", "collections", "itertools", "typing", "functools", "m
     ("model/*.py", lambda name: within(
         name, "torch", "einops", "mplug2.config", "mplug2.tasks", "mplug2.model", *STANDARD)),
     ("config.py", lambda name: within(name, *STANDARD)),
-    ("tasks.py", lambda name: within(name, "mplug2.did_you_mean", *STANDARD)),
+    ("tasks.py", lambda name: within(name, "mplug2.comma_list", "mplug2.did_you_mean", *STANDARD)),
     ("distributed.py", lambda name: within(name, "torch", "os", "time", "datetime", *STANDARD)),
     ("data/**/*.py", lambda name: not within(name, "mplug2.model")),
     ("evaluation/**/*.py", lambda name: not within(name, "mplug2.training")),

@@ -160,7 +160,7 @@ def test_a_resumed_run_has_the_ema_teacher_and_the_queue_of_an_uninterrupted_run
 
 def test_self_critical_training_changes_only_the_modules_that_are_not_frozen(pretrained, world, tmp_path):
     run = fine_tune("video_caption", pretrained, world, tmp_path, "--self-critical", "--freeze",
-                    "vision_encoder,universal", "--max-steps", "2")
+                    "vision_encoder, universal", "--max-steps", "2")
     losses = {key for line in lines(run) for key in line if key.startswith("loss/")}
     assert losses == {"loss/reward"}
     before, after = load_file(pretrained / "model.safetensors"), load_file(run / "last" / "model.safetensors")
@@ -223,7 +223,8 @@ def test_answers_are_chosen_from_a_list(pretrained, world, tmp_path, capsys):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     ("--task video_cation", "unknown task 'video_cation' (did you mean 'video_caption'?); known are "),
-    ("--task video_qa,video_qa", "a task is named twice"),
+    ("--task video_qa,video_qa", "task='video_qa,video_qa': 'video_qa' is named twice"),
+    ("--task video_qa,", "task='video_qa,': name 2 of the list is empty; expected names with single commas between"),
     ("--task video_qa,image_qa --task-weights 1", "expected one number for each task of video_qa,image_qa"),
     ("--task video_qa --task-weights x", "task_weights='x': expected numbers"),
     ("--task video_qa --task-weights -1", "expected no negative number"),
@@ -250,6 +251,9 @@ def test_tasks_that_a_checkpoint_cannot_do_are_refused_with_advice(capsys, pretr
     message = refused(capsys, train.main, [*FAST, "--task", "video_qa", "--init", pretrained, "--data", world,
                                            "--out", tmp_path, "--freeze", "vision"], 1)
     assert "freeze='vision': the modules of a model for video_qa are vision_encoder, " in message
+    message = refused(capsys, train.main, [*FAST, "--task", "video_qa", "--init", pretrained, "--data", world,
+                                           "--out", tmp_path, "--name", "b", "--freeze", "vision_encoder,"], 1)
+    assert "freeze='vision_encoder,': name 2 of the list is empty" in message
 
 
 def test_zero_shot_classes_are_described_by_a_file_or_by_the_prompt(pretrained, world, tmp_path):

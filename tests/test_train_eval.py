@@ -540,7 +540,7 @@ def test_a_folder_without_a_checkpoint_is_not_a_run(light, tmp_path, capsys):
 def test_named_modules_start_from_scratch(run, light, tmp_path, capsys):
     arguments = [*FAST, *f"--init {run / 'last'} --task video_caption --lr 0 --max-steps 1 --data {light}".split(),
                  "--out", str(tmp_path)]
-    train.main([*arguments, "--reinit", "decoder.layers.*,vision_encoder.blocks.0.lt1"])
+    train.main([*arguments, "--reinit", "decoder.layers.*, vision_encoder.blocks.0.lt1"])
     printed = capsys.readouterr().out
     assert f"not from {run / 'last'}, so trained from scratch: vision_encoder.blocks.0.lt1.norm.weight" in printed
     before = load_file(run / "last" / "model.safetensors")
@@ -549,6 +549,8 @@ def test_named_modules_start_from_scratch(run, light, tmp_path, capsys):
     assert {".".join(name.split(".")[:2]) for name in changed} == {"decoder.layers", "vision_encoder.blocks"}
     message = refused(capsys, train.main, [*arguments, "--name", "b", "--reinit", "decodr"], 1)
     assert "reinit='decodr' matches no parameter" in message
+    message = refused(capsys, train.main, [*arguments, "--name", "b", "--reinit", "decoder,"], 1)
+    assert "reinit='decoder,': name 2 of the list is empty" in message
     assert "add --init CHECKPOINT" in refused(capsys, train.main, ["--out", tmp_path / "c", "--reinit", "decoder"], 2)
 
 
@@ -746,7 +748,8 @@ def test_words_that_the_vocabulary_lacks_are_reported(run, light, tmp_path, caps
     shutil.copy(light / record["video"], tmp_path / "a.gif")
     record |= {"video": "a.gif", "captions": ["狗 a red seven"]}
     (tmp_path / "video_caption.test.jsonl").write_text(json.dumps(record) + "\n")
-    evaluation.main(f"--checkpoint {run / 'last'} --data {tmp_path} --splits test --out {tmp_path / 'out'}".split())
+    evaluation.main(f"--checkpoint {run / 'last'} --data {tmp_path} --splits test --out {tmp_path / 'out'} "
+                    "--max-unknown 0.25".split())
     said = capsys.readouterr().err
     assert "video_caption, test: 25.0% of the words are unknown to the vocabulary, such as '狗'" in said
     asked = ["--checkpoint", str(run / "last"), "--input", str(tmp_path / "a.gif")]

@@ -79,6 +79,7 @@ class DataSettings:
 
     def __post_init__(self):
         tasks = parse_tasks(self.task)
+        object.__setattr__(self, "task", ",".join(tasks))  # without blanks: it names folders, and goes into checkpoints
         check_range(self, "max_steps batch_size accumulation_steps frames max_words shuffle_buffer", 1)
         check_range(self, "questions_per_sample video_weight image_weight text_weight workers", 0)
         check_range(self, "max_skipped max_unknown", 0, 1)
@@ -100,7 +101,8 @@ class DataSettings:
         try:
             shares = [float(number) for number in self.task_weights.split(",")]
         except ValueError as error:
-            raise ValueError(f"task_weights={self.task_weights!r}: expected numbers, separated by commas") from error
+            raise ValueError(f"task_weights={self.task_weights!r}: expected numbers with single commas between them "
+                             f"({error})") from error
         if any(share < 0 for share in shares):
             raise ValueError(f"task_weights={self.task_weights!r}: expected no negative number")
         return shares
@@ -314,6 +316,9 @@ def read_sources(text: str) -> dict[Path, float]:
                 name, weight = one, "1"
             if os.path.isdir(name):
                 break
+        if not name:
+            raise ValueError(f"data={text!r}: the name of a folder is empty; expected folders with single commas "
+                             "between them")
         sources.append((Path(name), weight))
         del parts[:count]
     try:

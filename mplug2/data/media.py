@@ -72,9 +72,10 @@ def read_media(path: Path | str, frames: int | None, rng: np.random.Generator | 
 def read_image(path: Path | str, min_side: int | None = None) -> np.ndarray:
     """Read an image, or the first frame of an animation. Returns uint8 (1, H, W, 3).
 
-    The EXIF orientation is applied, transparent parts become white, and 16 bits per color become 8. With `min_side` a
-    JPEG file may be decoded at a half, a quarter or an eighth of its size, which is faster, as long as no side falls
-    below `min_side` pixels. Raises MediaError.
+    The EXIF orientation is applied, transparent parts become white, HDR is tone-mapped, and 16 bits per color or gray
+    from 0.0 to 1.0 become 8 bits; gray of other ranges is refused. With `min_side` a JPEG file may be decoded at a
+    half, a quarter or an eighth of its size, which is faster, as long as no side falls below `min_side` pixels. Raises
+    MediaError.
     """
     if _category(path) == "video":
         raise MediaError(f"{path} is a video, where an image was expected; call it `video` in its record")

@@ -17,6 +17,10 @@ class MediaError(ValueError):
     """An image or video cannot be read. The message says which file, what is wrong with it, and what to do."""
 
 
+class UnclearImageError(ValueError):
+    """An image that decodes, but does not say how it is meant to look. The message continues "PATH ..."."""
+
+
 @contextmanager
 def decoding(path: Path | str, expected: str) -> Iterator[None]:
     """Turn whatever a decoder raises on broken bytes (OSError, SyntaxError, struct.error, ...) into a MediaError.
@@ -29,6 +33,8 @@ def decoding(path: Path | str, expected: str) -> Iterator[None]:
         raise
     except Image.DecompressionBombError as error:
         raise MediaError(f"{path} is too large: {error} Shrink it first") from error
+    except UnclearImageError as error:
+        raise MediaError(f"{path} {error}") from error
     except Exception as error:
         if isinstance(error, MemoryError) and not isinstance(error, FFmpegError):  # FFmpeg's: a length that is damaged
             raise

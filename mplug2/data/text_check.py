@@ -21,7 +21,7 @@ PROMPT_TOKENS = 8
 """At least as many as a prompt has."""
 FEW_NUMBERS = 20
 """Labels that are at most this many different whole numbers may be meant as classes."""
-ADVICE = "name a vocabulary that has them with --tokenizer, or a checkpoint that was trained with one"
+ADVICE = "train with a vocabulary that has them (train.py --tokenizer), or name a checkpoint that was trained with one"
 
 
 def check_run_texts(
@@ -44,7 +44,7 @@ def check_run_texts(
             problems += _unknown_answers(sample.source, answers, tokenizer, max_words)
         if "label" in BATCH_TYPES[stream_kind(stream)].fields:
             reports += filter(None, [describe_numbers(f"{stream}, train", (sample.label for sample in of_stream))])
-        _report(f"{stream}, train", words, tokenizer, max_unknown, problems, reports)
+        report_unknown(f"{stream}, train", words, tokenizer, max_unknown, problems, reports)
     for name, split in _evaluated(eval_root, task):
         words = Counter()
         records = read_records(eval_root, name, split)
@@ -56,7 +56,7 @@ def check_run_texts(
                 record.source, [answer for question in record.qa for answer in question.answers], tokenizer, max_words)
             problems += _label_problem(record.source, record.label, name, classes)
             words.update(word for text in record_texts(record) for word in clean(text, max_words).split())
-        _report(f"{name}, {split}", words, tokenizer, max_unknown, problems, reports)
+        report_unknown(f"{name}, {split}", words, tokenizer, max_unknown, problems, reports)
     raise_all(problems)
     return reports
 
@@ -189,14 +189,21 @@ def _label_problem(
 
 def _unknown_answers(source: str, answers: Sequence[str], tokenizer: Tokenizer, max_words: int) -> Iterator[str]:
     for answer in dict.fromkeys(answers):
-        words = clean(answer, max_words).split()
-        if words and all(map(tokenizer.is_unknown, words)):
+        if nothing_known(answer, tokenizer, max_words):
             yield (f"{source}: the answer {short(answer)} has only words that are unknown to the vocabulary; {ADVICE}")
 
 
-def _report(
+def nothing_known(text: str, tokenizer: Tokenizer, max_words: int) -> bool:
+    """Whether a text has words, and all of them are unknown to the vocabulary: then the model can never write it."""
+    words = clean(text, max_words).split()
+    return bool(words) and all(map(tokenizer.is_unknown, words))
+
+
+def report_unknown(
     name: str, words: Counter[str], tokenizer: Tokenizer, max_unknown: float, problems: list[str], reports: list[str]
 ) -> None:
+    """Add a line about the unknown ones among `words`, if there are any: to `problems` if their fraction is above
+    `max_unknown`, otherwise to `reports`."""
     unknown = Counter({word: count for word, count in words.items() if tokenizer.is_unknown(word)})
     if unknown:
         line = describe_unknown(name, unknown, words.total())

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from mplug2.data.records import Record, available, raise_all, read_records
+from mplug2.data.records import Record, available, read_records
 from mplug2.data.text import Tokenizer, clean
 from mplug2.data.text_check import (
     describe_equal,
     describe_numbers,
-    describe_unknown,
     equal_captions,
+    nothing_known,
     record_text_problems,
     record_texts,
-    unknown_words,
+    report_unknown,
 )
 from mplug2.predictor import Generation
 from mplug2.tasks import EVALUATED, TASKS
@@ -89,27 +89,32 @@ def read_answer_list(source: str, root: Path) -> tuple[str, ...]:
     return unique
 
 
-def data_notes(
-    data: EvalSplit, tasks: Sequence[str], tokenizer: Tokenizer, limit: int, max_words: int
-) -> list[str]:
-    """One line for each task with words that are unknown to the vocabulary, [UNK], for one with numbers as labels that
-    may be meant as classes, and for a gallery whose records share captions.
+def check_texts(
+    data: EvalSplit, tasks: Sequence[str], tokenizer: Tokenizer, limit: int, max_words: int, max_unknown: float
+) -> tuple[list[str], list[str]]:
+    """The problems and the notes of a split, one line each.
 
-    Raises RecordError, which lists every text without words and every text to read with more than `limit` tokens.
+    Problems: a text without words; one to read with more than `limit` tokens; a task with more than the fraction
+    `max_unknown` of words that are unknown to the vocabulary, [UNK]. Notes: a task with fewer of them; questions whose
+    answers the model cannot write; numbers as labels that may be meant as classes; a gallery whose records share
+    captions.
     """
-    notes, problems = [], []
+    problems, notes = [], []
     for task in tasks:
         records, name = data.records(task), f"{task}, {data.split}"
         for record in records:
             problems += record_text_problems(record, task, tokenizer, limit, max_words)
-        texts = [text for record in records for text in record_texts(record)]
-        if unknown := unknown_words(texts, tokenizer, max_words):
-            notes.append(describe_unknown(name, unknown, sum(len(clean(text, max_words).split()) for text in texts)))
+        words = Counter(word for record in records for text in record_texts(record)
+                        for word in clean(text, max_words).split())
+        report_unknown(name, words, tokenizer, max_unknown, problems, notes)
+        answers = [question.answers for record in records for question in record.qa if question.answers]
+        if lost := [one for one in answers if all(nothing_known(answer, tokenizer, max_words) for answer in one)]:
+            notes.append(f"{name}: {len(lost):,} of {len(answers):,} questions have only answers of unknown words, "
+                         f"such as {lost[0][0]!r}; the model can never write them")
         notes += filter(None, [describe_numbers(name, (record.label for record in records))])
         if TASKS[task].output == "ranking" and (equal := equal_captions(records)):
             notes.append(describe_equal(name, equal))
-    raise_all(problems)
-    return notes
+    return problems, notes
 
 
 def choose_splits(root: Path, names: Sequence[str], limit: int = 0) -> tuple[list[EvalSplit], list[str]]:

@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mplug2.data.media_batches import Medium
+from mplug2.data.records import raise_all
 from mplug2.did_you_mean import did_you_mean
 from mplug2.distributed import AllRanksError, all_gather_object
 from mplug2.evaluation.bootstrap import Score
-from mplug2.evaluation.data import EvalOptions, EvalSplit, data_notes
+from mplug2.evaluation.data import EvalOptions, EvalSplit, check_texts
 from mplug2.evaluation.labels import UnknownClasses, evaluate_boxes, evaluate_labels, files_of, unknown_labels
 from mplug2.evaluation.metric_names import metric_prefix
 from mplug2.evaluation.predictions import Prediction
@@ -20,7 +21,7 @@ from mplug2.evaluation.retrieval import evaluate_retrieval
 from mplug2.evaluation.writing import evaluate_answers, evaluate_captions
 from mplug2.model.mplug2 import MPLUG2
 from mplug2.predictor import Predictor
-from mplug2.tasks import EVALUATED, TASKS
+from mplug2.tasks import EVALUATED, TASKS, parse_tasks
 
 EVALUATORS = {
     "caption": evaluate_captions, "answer": evaluate_answers, "ranking": evaluate_retrieval, "label": evaluate_labels,
@@ -110,25 +111,34 @@ def evaluated_tasks(results: Mapping[str, EvalResult]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(one.task for result in results.values() for one in result.predictions))
 
 
-def check_data(predictor: Predictor, splits: Sequence[EvalSplit], tasks: Sequence[str] | None) -> None:
+def check_data(
+    predictor: Predictor, splits: Sequence[EvalSplit], tasks: Sequence[str] | None, max_unknown: float
+) -> None:
     """Print what is doubtful about the texts and labels of these splits, before anything is computed.
 
     Raises ValueError for a task that cannot be evaluated or has no records, and RecordError, which lists every text
-    that the model cannot read, with file and line.
+    that the model cannot read, with file and line, and every task with more than the fraction `max_unknown` of unknown
+    words in a split.
     """
     check_tasks(predictor.model, tasks or ())
     for task in tasks or ():
         if not any(task in data.tasks for data in splits):
             raise ValueError(f"{splits[0].root} has no records of {task} in the splits "
                              f"{', '.join(data.split for data in splits)}; leave it out of --task, or name other data")
+    chosen = {data: [task for task in data.tasks if task in (tasks or data.tasks) and supports(predictor.model, task)]
+              for data in splits}
+    if not any(chosen.values()):
+        raise ValueError(f"{splits[0].root} has no records, in the splits {', '.join(data.split for data in splits)}, "
+                         f"of a task that this checkpoint can do; it was trained for {predictor.model.task}")
     limit, max_words = predictor.model.config.max_positions, predictor.preprocess.max_words
-    for data in splits:
-        chosen = [task for task in data.tasks if task in (tasks or data.tasks) and supports(predictor.model, task)]
-        for note in data_notes(data, chosen, predictor.tokenizer, limit, max_words):
-            print(note, file=sys.stderr)
-        for task in chosen:
-            if note := unknown_labels(predictor, task, data):
-                print(note, file=sys.stderr)
+    problems, notes = [], []
+    for data, of_split in chosen.items():
+        found, doubtful = check_texts(data, of_split, predictor.tokenizer, limit, max_words, max_unknown)
+        problems += found
+        notes += [*doubtful, *filter(None, (unknown_labels(predictor, task, data) for task in of_split))]
+    for note in notes:
+        print(note, file=sys.stderr)
+    raise_all(problems)
 
 
 def check_tasks(model: MPLUG2, tasks: Sequence[str]) -> None:
@@ -146,7 +156,7 @@ def supports(model: MPLUG2, task: str) -> bool:
     """Whether the model has the modules for a task. Classes need the task's classifier, or VTC for zero-shot. Answers
     about a text alone are no part of pre-training: a model has to be trained for them."""
     needed, built = TASKS[task].components, model.components
-    if task == "text_qa" and "text_qa" not in model.task.split(","):
+    if task == "text_qa" and "text_qa" not in parse_tasks(model.task):
         return False
     if "classifier" in needed:
         return task in model.classes or ("contrastive" in built and "vision" in needed and "fusion" not in needed)

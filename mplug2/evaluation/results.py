@@ -1,6 +1,7 @@
 """The results of an evaluation as files and as text."""
 
 import json
+import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,11 +27,23 @@ def check_writable(*files: Path) -> None:
             file.parent.mkdir(parents=True, exist_ok=True)
             if file.exists():
                 file.open("a").close()
-            else:
+            if file.is_file() or not file.exists():
                 tempfile.TemporaryFile(dir=file.parent).close()
         except OSError as error:
             raise ValueError(f"{file} cannot be written ({error.strerror}): choose another place with --out or --json"
                              ) from error
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file in one step: after an error, such as a full disk, an older file is still there, and complete."""
+    if file.exists() and not file.is_file():  # /dev/stdout
+        file.write_text(text, encoding="utf-8")
+        return
+    file = Path(os.path.realpath(file))  # behind a link
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, file)
 
 
 def write_metrics(file: Path, results: Mapping[str, EvalResult]) -> None:
@@ -40,15 +53,33 @@ def write_metrics(file: Path, results: Mapping[str, EvalResult]) -> None:
         "standard_errors": flat_errors(results),
         "records": {split: {"scored": result.scored, "total": result.records} for split, result in results.items()},
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+    write_whole(file, json.dumps(contents, indent=2) + "\n")
 
 
 def write_predictions(file: Path, results: Mapping[str, EvalResult]) -> None:
     """Write one line per prediction."""
     lines = [json.dumps(prediction.line(split)) + "\n" for split, result in results.items()
              for prediction in result.predictions]
-    file.write_text("".join(lines), encoding="utf-8")
+    write_whole(file, "".join(lines))
+
+
+def write_results(file: Path, folder: Path, results: Mapping[str, EvalResult]) -> str:
+    """Write the metrics into `file` and the predictions into `folder`. Returns a line that names both."""
+    predictions = folder / "predictions.jsonl"
+    write_predictions(predictions, results)
+    write_metrics(file, results)
+    return f"metrics: {file}; predictions: {predictions}"
+
+
+def refusal(results: Mapping[str, EvalResult], max_skipped: float) -> str:
+    """An error message if no record was evaluated, or if more than the fraction `max_skipped` of them was skipped;
+    otherwise an empty string."""
+    records = sum(result.records for result in results.values())
+    if not records:
+        return "no record was evaluated, for the reasons above"
+    skipped = sum(len(result.skipped) for result in results.values())
+    return (f"{skipped:,} of {records:,} records were skipped, more than max_skipped={max_skipped} allows; repair the "
+            "files above, or raise --max-skipped") if skipped > max_skipped * records else ""
 
 
 def describe_skipped(results: Mapping[str, EvalResult]) -> str:

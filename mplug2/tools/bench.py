@@ -41,6 +41,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from mplug2.comma_list import comma_list
 from mplug2.config import PRESETS
 from mplug2.data.batches import Collate, MixedBatches, label_positions
 from mplug2.data.loader import make_loader, prefetch
@@ -317,8 +318,8 @@ def main(arguments: list[str] | None = None) -> None:
         if options.evaluation:
             found = bench_evaluation(options.evaluation)
         elif options.media:
-            found = bench_media([Path(file) for file in options.files.split(",") if file], options.repeats,
-                                in_new_process)
+            files = comma_list("files", options.files) if options.files else []
+            found = bench_media(list(map(Path, files)), options.repeats, in_new_process)
         else:
             found = bench_data(options) if options.data else bench(options)
         if options.json:

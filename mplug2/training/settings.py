@@ -307,7 +307,8 @@ def resumed_settings(given: Settings, flags: dict[str, Any], model: dict[str, An
                                 f"{', '.join(sorted(path.name for path in folder.glob('step_*')))}")
     saved, saved_model = read_settings(folder)
     before = saved.flat()
-    refused = [name for name, value in flags.items() if name not in MAY_CHANGE and value != before[name]]
+    asked = given.flat()
+    refused = [name for name in flags if name not in MAY_CHANGE and asked[name] != before[name]]
     refused += [name for name, value in model.items() if value != saved_model.get(name)]
     if refused:
         raise ValueError(f"{', '.join(refused)}: a resumed run keeps its settings ({folder / 'settings.json'}); leave "

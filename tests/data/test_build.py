@@ -88,6 +88,9 @@ def test_names_with_commas_and_equals_signs_are_found_in_a_list(tmp_path, monkey
     for text in ("a=nan,c", "a=inf,c"):
         with pytest.raises(ValueError, match="at least one weight above 0"):
             read_sources(text)
+    for text in ("a,", ",a", "a,,c", "=2"):
+        with pytest.raises(ValueError, match=f"data={text!r}: the name of a folder is empty"):
+            read_sources(text)
 
 
 def test_the_share_of_a_batch_type_is_divided_among_its_sources(root, tmp_path):
@@ -107,6 +110,7 @@ def test_tasks_share_the_steps_by_their_weights():
     settings = DataSettings(task="video_qa,pretrain,grounding", task_weights="1,2,0", video_weight=3, image_weight=1,
                             text_weight=0)
     assert settings.batch_weights() == {"video_qa": 1.0, "video": 1.5, "image": 0.5, "text": 0.0, "grounding": 0.0}
+    assert DataSettings(task="video_qa, grounding").task == "video_qa,grounding"
     assert DataSettings(task="video_qa,grounding").batch_weights() == {"video_qa": 1.0, "grounding": 1.0}
 
 

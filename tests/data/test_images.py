@@ -2,7 +2,7 @@
 
 import struct
 from pathlib import Path
-from zlib import crc32
+from zlib import compress, crc32
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from PIL import Image
 from video_files import counter, numbers_of, write_animation
 
 from mplug2.data import images
+from mplug2.data.animations import durations as durations_of
 from mplug2.data.frame_choice import choose_frames
 from mplug2.data.media import (
     ANIMATION_SUFFIXES,
@@ -102,6 +103,59 @@ def test_a_transparent_level_of_16_bit_gray(tmp_path):
         at = content.index(b"IDAT") - 4
         path.write_bytes(content[:at] + struct.pack(">I", 2) + chunk + struct.pack(">I", crc32(chunk)) + content[at:])
     assert read_image(path)[0, :, :, 0].tolist() == [[0x4D, 0x4D, 255, 255, 255]] * 3
+
+
+def tiff(path: Path, levels: np.ndarray, orientation: int = 1) -> Path:
+    """A TIFF file of gray levels of any type. Pillow reads more types than it writes."""
+    kind = {"u": 1, "i": 2, "f": 3}[levels.dtype.kind]
+    height, width = levels.shape
+    tags = {256: width, 257: height, 258: 8 * levels.itemsize, 259: 1, 262: 1, 273: 8, 274: orientation, 277: 1,
+            278: height, 279: levels.nbytes, 339: kind}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    path.write_bytes(b"II*\0" + struct.pack("<I", 8 + levels.nbytes) + levels.tobytes()
+                     + struct.pack("<H", len(tags)) + entries + bytes(4))
+    return path
+
+
+def test_gray_in_floating_point_goes_from_0_to_1(tmp_path):
+    levels = np.float32([[0, 0.2, 1], [0.4, 0.6, 0.8]])
+    assert read_image(tiff(tmp_path / "a.tif", levels))[0, :, :, 1].tolist() == [[0, 51, 255], [102, 153, 204]]
+    turned = read_image(tiff(tmp_path / "b.tif", levels, orientation=3))
+    assert turned[0, :, :, 0].tolist() == [[204, 153, 102], [255, 51, 0]]
+
+
+@pytest.mark.parametrize("levels, message", [
+    (np.float32([[0, 255]]), "floating point, from 0 to 255"), (np.float32([[-0.5, 0.5]]), "from -0.5 to 0.5"),
+    (np.float32([[np.nan, 0.5]]), "floating point, from nan"), (np.int32([[0, 255]]), "signed integers, from 0 to 255"),
+    (np.uint32([[0, 255]]), "32-bit"), (np.int16([[-9, 255]]), "signed integers, from -9 to 255"),
+])
+def test_gray_whose_white_is_not_known_is_refused(tmp_path, levels, message):
+    path = tiff(tmp_path / "a.tif", levels)
+    with pytest.raises(MediaError, match=rf"a\.tif has gray levels in .*{message}.*convert it to 8 or 16 bits"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("transfer, codes", [(16, (0.0, 0.5081, 0.5807, 0.7518)), (18, (0.0, 0.6285, 0.75, 1.0))])
+def test_hdr_images_are_tone_mapped_as_videos_are(tmp_path, transfer, codes):
+    """Black, half of reference white, reference white and 1000 cd/m2, as in test_hdr_is_tone_mapped."""
+    levels = np.rint(255 * np.repeat(np.array(codes), 16)).astype(np.uint8)
+    image = Image.fromarray(np.repeat(levels[None], 64, axis=0)).convert("RGB")
+    avif = save(tmp_path / "a.avif", image, quality=100, subsampling="4:4:4")
+    standard = read_image(avif)[0]
+    at = (content := avif.read_bytes()).index(b"colrnclx") + 8
+    avif.write_bytes(content[:at] + struct.pack(">HH", 9, transfer) + content[at + 4:])
+    png = save(tmp_path / "a.png", image)
+    chunk = b"cICP" + bytes([9, transfer, 0, 1])
+    content = png.read_bytes()
+    png.write_bytes(content[:33] + struct.pack(">I", 4) + chunk + struct.pack(">I", crc32(chunk)) + content[33:])
+    for path in (avif, png):
+        found = read_image(path)[0, 20, 8::16].astype(int)
+        assert np.abs(found - np.array([[0], [186], [240], [254]])).max() <= 4, path
+    assert np.abs(standard[20, 8::16, 0].astype(int) - levels[8::16]).max() <= 3
+    gain_map = save(tmp_path / "b.avif", image, quality=100).read_bytes()  # standard, with a second box for HDR
+    second = struct.pack(">I", 20) + b"freecolrnclx" + struct.pack(">HH", 9, transfer)
+    (tmp_path / "b.avif").write_bytes(gain_map + second)
+    assert np.array_equal(read_image(tmp_path / "b.avif"), read_image(save(tmp_path / "c.avif", image, quality=100)))
 
 
 def test_exif_orientation_is_applied(tmp_path):
@@ -205,7 +259,7 @@ def test_durations_are_those_that_pillow_finds_by_decoding(tmp_path_factory, suf
             image.seek(number)
             image.load()
             expected.append(image.info["duration"])
-    assert images._durations(FORMATS[suffix], path.read_bytes(), len(durations)) == expected
+    assert durations_of(FORMATS[suffix], path.read_bytes(), len(durations)) == expected
     chosen = choose_frames(durations, 3)
     assert np.array_equal(read_video(path, 3), frames[chosen])
 
@@ -218,14 +272,14 @@ def test_a_long_frame_of_an_animation_fills_its_share_of_time(tmp_path, suffix):
 
 def test_frames_without_a_duration_are_shown_for_100_ms_as_in_a_browser(tmp_path):
     path = write_animation(tmp_path / "a.gif", counter(6), [0, 0, 0, 0, 0, 500])
-    assert images._durations("GIF", path.read_bytes(), 6) == [100] * 5 + [500]
+    assert durations_of("GIF", path.read_bytes(), 6) == [100] * 5 + [500]
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp", ".png"])
 @pytest.mark.parametrize("cut", [1, 30, 200])
 def test_where_the_blocks_of_a_file_end_early_the_durations_are_equal(tmp_path, suffix, cut):
     content = write_animation(tmp_path / f"a{suffix}", counter(6), [100] * 5 + [9000]).read_bytes()[:-cut]
-    found = images._durations(FORMATS[suffix], content, 7)
+    found = durations_of(FORMATS[suffix], content, 7)
     assert found == [1] * 7
 
 
@@ -263,3 +317,124 @@ def test_a_webp_animation_lies_on_white_where_it_does_not_cover_its_canvas(tmp_p
         expected[number, 2: 10, 4 + 2 * number: 12 + 2 * number] = (200, 0, 0)
     assert np.array_equal(found, expected)
     assert np.array_equal(read_image(tmp_path / "a.webp")[0], expected[0])
+
+
+# ---- the canvas of an animation --------------------------------------------------------------------------------------
+
+COLORS = [(200, 0, 0), (0, 200, 0), (0, 0, 200), (9, 9, 9)]
+RED, GREEN, BLUE, DARK = range(4)
+KEEP, CLEAR, RESTORE = 1, 2, 3
+
+
+def gif(path: Path, canvas: tuple[int, int], *frames: tuple[np.ndarray, tuple[int, int], int], clear: int = -1) -> Path:
+    """A GIF of frames: indices into COLORS, left and top, and disposal. The index `clear` is transparent."""
+    content = b"GIF89a" + struct.pack("<2H3B", *canvas, 0x81, DARK, 0) + bytes(sum(COLORS, ()))
+    for indices, (left, top), disposal in frames:
+        bits = "".join(f"{code:03b}"[::-1] for index in indices.flat for code in (4, index)) + "101"  # 4: reset; 5: end
+        data = bytes(int(bits[i: i + 8][::-1], 2) for i in range(0, len(bits), 8))
+        parts = b"".join(bytes([len(data[i: i + 255])]) + data[i: i + 255] for i in range(0, len(data), 255))
+        content += b"!\xf9\x04" + struct.pack("<BHBB", disposal << 2 | (clear >= 0), 10, max(clear, 0), 0)
+        content += b"," + struct.pack("<4HB", left, top, *indices.shape[::-1], 0) + b"\2" + parts + b"\0"
+    path.write_bytes(content + b";")
+    return path
+
+
+def apng(path: Path, canvas: tuple[int, int], *frames: tuple[np.ndarray, tuple[int, int], int], default=None) -> Path:
+    """A PNG of frames in RGB or RGBA: pixels, left and top, and disposal. `default`: an image that is no frame."""
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc32(kind + data))
+
+    def packed(pixels: np.ndarray) -> bytes:
+        return compress(b"".join(b"\0" + row.tobytes() for row in pixels))
+
+    color = {3: 2, 4: 6}[frames[0][0].shape[2]]
+    content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">2I5B", *canvas, 8, color, 0, 0, 0))
+    content += chunk(b"acTL", struct.pack(">2I", len(frames), 0))
+    content += chunk(b"IDAT", packed(default)) if default is not None else b""
+    for number, (pixels, (left, top), disposal) in enumerate(frames):
+        content += chunk(b"fcTL", struct.pack(">5I2H2B", 2 * number, *pixels.shape[1::-1], left, top, 1, 10,
+                                              disposal - 1, 0))
+        data = packed(pixels)
+        content += chunk(b"IDAT", data) if number == 0 and default is None else chunk(b"fdAT", bytes(4) + data)
+    path.write_bytes(content + chunk(b"IEND", b""))
+    return path
+
+
+def flat(color: int, width: int, height: int) -> np.ndarray:
+    return np.full((height, width), color)
+
+
+def on_canvas(*patches: tuple[int, tuple[int, int], tuple[int, int]]) -> np.ndarray:
+    """A white canvas, 12 x 8, with rectangles: color, left and top, width and height."""
+    canvas = np.full((8, 12, 3), 255, np.uint8)
+    for color, (left, top), (width, height) in patches:
+        canvas[top: top + height, left: left + width] = COLORS[color]
+    return canvas
+
+
+FIRST, SECOND, THIRD = (flat(RED, 4, 4), (1, 2)), (flat(GREEN, 5, 4), (6, 1)), (flat(BLUE, 2, 2), (2, 3))
+AFTER = {
+    "keep": (KEEP, [(RED, (1, 2), (4, 4)), (GREEN, (6, 1), (5, 4))]), "clear": (CLEAR, []),
+    "restore": (RESTORE, [(RED, (1, 2), (4, 4))]),
+}
+"""What is left below the third frame, if the first one stays, or is cleared, and the second is treated as named."""
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".png"])
+@pytest.mark.parametrize("second, left", AFTER.values(), ids=AFTER)
+def test_what_no_frame_covers_is_white(tmp_path, suffix, second, left):
+    """As in browsers, whatever background color a GIF names, and without transparency in the frames."""
+    steps = [(*FIRST, CLEAR if second == CLEAR else KEEP), (*SECOND, second), (*THIRD, KEEP)]
+    if suffix == ".gif":
+        path = gif(tmp_path / "a.gif", (12, 8), *steps)
+    else:
+        steps = [(np.uint8(COLORS)[indices], place, after) for indices, place, after in steps]
+        path = apng(tmp_path / "a.png", (12, 8), *steps, default=np.full((8, 12, 3), 77, np.uint8))
+    red, green, blue = (RED, (1, 2), (4, 4)), (GREEN, (6, 1), (5, 4)), (BLUE, (2, 3), (2, 2))
+    expected = [on_canvas(red), on_canvas(*([red] if second != CLEAR else []), green), on_canvas(*left, blue)]
+    assert np.array_equal(read_video(path, None), expected)
+    assert np.array_equal(read_video(path, 2), [expected[0], expected[1]])
+    assert np.array_equal(read_image(path)[0], expected[0])
+
+
+def test_a_gif_of_one_frame_that_does_not_cover_its_canvas(tmp_path):
+    path = gif(tmp_path / "a.gif", (12, 8), (*FIRST, KEEP))
+    assert kind_of(path) == "image" and np.array_equal(read_image(path)[0], on_canvas((RED, (1, 2), (4, 4))))
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".png"])
+def test_what_a_frame_clears_is_white(tmp_path, suffix):
+    steps = [(flat(RED, 12, 8), (0, 0), CLEAR), (*SECOND, KEEP)]
+    if suffix == ".gif":
+        path = gif(tmp_path / "a.gif", (12, 8), *steps)
+    else:
+        path = apng(tmp_path / "a.png", (12, 8), *((np.uint8(COLORS)[step[0]], *step[1:]) for step in steps))
+    expected = [on_canvas((RED, (0, 0), (12, 8))), on_canvas((GREEN, (6, 1), (5, 4)))]
+    assert np.array_equal(read_video(path, None), expected)
+
+
+def test_a_transparent_pixel_shows_what_is_below_it_or_white(tmp_path):
+    """The first frame of this GIF has no transparent pixel, but it declares the index, as the others do."""
+    indices = flat(DARK, 12, 8)
+    indices[2:4, :4] = BLUE
+    steps = [(*FIRST, KEEP), (indices, (0, 0), KEEP)]
+    expected = [on_canvas((RED, (1, 2), (4, 4))), on_canvas((RED, (1, 2), (4, 4)), (BLUE, (0, 2), (4, 2)))]
+    path = gif(tmp_path / "a.gif", (12, 8), *steps, clear=DARK)
+    assert np.array_equal(read_video(path, None), expected)
+    content = path.read_bytes()
+    at = content.index(b"!\xf9\x04") + 3
+    path.write_bytes(content[:at] + bytes([content[at] & ~1]) + content[at + 1:])  # now the first one declares nothing
+    assert np.array_equal(read_video(path, None), expected)
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".png"])
+def test_the_canvas_is_that_of_pillow_where_pillow_is_right(tmp_path, suffix, monkeypatch):
+    frames = np.zeros((5, 16, 24, 4), np.uint8)
+    for number, frame in enumerate(frames):
+        frame[4: 12, 3 * number: 3 * number + 8] = (*COLORS[number % 3], 255)
+    for disposal in (0, 1, 2):
+        path = write_animation(tmp_path / f"{disposal}{suffix}", frames, disposal=disposal)
+        expected = read_video(path, None)
+        with monkeypatch.context() as patch:
+            patch.setattr(images, "is_exact", lambda *_: False)
+            assert np.array_equal(read_video(path, None), expected)

@@ -454,6 +454,19 @@ def test_transparency_is_blended_with_white(tmp_path, suffix, codec, pixel_forma
             assert np.abs(found[:, 4:28, left: left + 12].astype(int) - color).max() <= 12
 
 
+@pytest.mark.parametrize("suffix, codec, pixel_format", [
+    (".mov", "prores_ks", "yuv422p10le"), (".mov", "prores_ks", "yuv444p10le"), (".mov", "v210", "yuv422p10le"),
+    (".mp4", "libx264", "yuv422p10le"), (".mkv", "ffv1", "gbrp12le"), (".webm", "libvpx-vp9", "yuv444p"),
+    (".avi", "utvideo", "gbrp"), (".mov", "rawvideo", "yuyv422"),
+])
+def test_more_bits_and_more_colors_than_phones_write(tmp_path, suffix, codec, pixel_format):
+    colors = np.array([(0, 100, 200), (220, 40, 60), (255, 255, 255)])
+    frames = np.broadcast_to(colors.repeat(16, 0), (6, 32, 48, 3)).astype(np.uint8)
+    path = write_video(tmp_path / f"a{suffix}", frames, codec, pixel_format=pixel_format)
+    for found in (read_video(path, None), read_video(path, 2)):
+        assert np.abs(found[:, 4:28, 6::16].astype(int) - colors).max() <= 5
+
+
 @pytest.mark.parametrize("transfer, codes", [(16, (0.0, 0.5081, 0.5807, 0.7518)), (18, (0.0, 0.6285, 0.75, 1.0))])
 def test_hdr_is_tone_mapped(tmp_path, transfer, codes):
     """Four grays: black, half of reference white (PQ: 100 cd/m², HLG: 97), reference white (203) and 1000 cd/m²."""

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from processes import Processes
 from runs import refused
 
 import eval as evaluation
+from mplug2.evaluation.results import write_whole
 from mplug2.inference import BatchRunner
 from mplug2.training.fault_tolerance import Watchdog
 
@@ -78,13 +80,91 @@ def test_files_of_other_tasks_and_a_broken_training_split_do_not_cost_the_result
     assert "warning: the chance level failed" in said.err and "qa_accuracy" in said.out and "on one page" in said.out
 
 
-def test_results_are_printed_and_written_before_a_submission_that_is_refused(checkpoint, data, capsys):
-    capsys.readouterr()
+def test_a_submission_is_checked_first_and_what_is_found_later_costs_only_the_submission(
+    checkpoint, data, capsys, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "evaluate", lambda *_: pytest.fail("it computes"))
+        said = refused(capsys, evaluation.main, arguments(checkpoint, data, "--server", "nocaps"), 1)
+    assert "has no image_caption.test.jsonl; leave the split test out of --splits" in said
+    write_records(data, "image_caption.test", [
+        {"image": f"{i}.png", "captions": ["red"], "id": str(i)} for i in range(3)])
+    sent = arguments(checkpoint, data, "--server", "nocaps", "--task", "image_caption", "--min-length", "1")
+    evaluation.main(sent)
+    assert f"for the server of nocaps: {data}/out/nocaps_test.json" in capsys.readouterr().out
+    complete = (data / "out/nocaps_test.json").read_text()
+    assert len(json.loads(complete)) == 3
+    (data / "1.png").write_bytes(b"damaged")
+    said = refused(capsys, evaluation.main, [*sent, "--max-skipped", "0.5"], 1)
+    assert "1 of 3 predictions are missing, such as that of id 1" in said
+    assert json.loads((data / "out/metrics.json").read_text())["records"]["test"]["scored"] == 2
+    assert (data / "out/nocaps_test.json").read_text() == complete
+
+
+def test_an_evaluation_that_fails_leaves_the_files_of_an_earlier_one(checkpoint, data, capsys, monkeypatch):
+    of_captions = arguments(checkpoint, data, "--task", "video_caption", "--json", data / "flat.json")
+    evaluation.main(of_captions)
+    files = [data / "flat.json", data / "out/predictions.jsonl", data / "out/report.html"]
+    complete = [file.read_text() for file in files]
+    (data / "1.gif").write_bytes(b"damaged")
     with pytest.raises(SystemExit):
-        evaluation.main(arguments(checkpoint, data, "--server", "nocaps"))
+        evaluation.main(of_captions)
     said = capsys.readouterr()
-    assert "has no predictions of image_caption, which nocaps needs" in said.err
-    assert "caption_exact" in said.out and (data / "out/metrics.json").exists() and "on one page" in said.out
+    assert "1 of 3 records were skipped" in said.err and said.out.count("test: scored 2 of 3 records") == 1
+    assert f"metrics: {data}/out/refused/metrics.json" in said.out and [file.read_text() for file in files] == complete
+    assert len((data / "out/refused/predictions.jsonl").read_text().splitlines()) == 2
+    assert (data / "out/refused/report.html").exists()
+
+    def full_disk(self, text, **_):
+        self.open("w").write(text[:9])
+        raise OSError(28, "No space left on device", str(self))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full_disk)
+        with pytest.raises(SystemExit):
+            evaluation.main([*of_captions, "--max-skipped", "1"])
+    assert "No space left on device" in capsys.readouterr().err and [file.read_text() for file in files] == complete
+
+
+def test_a_file_is_written_behind_a_link_and_into_a_pipe(tmp_path):
+    (tmp_path / "link").symlink_to("target")
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor() as pool:
+        read = pool.submit((tmp_path / "pipe").read_text)
+        for name in ("link", "pipe"):
+            write_whole(tmp_path / name, "text")
+        assert read.result(timeout=10) == "text"
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text() == "text"
+    assert {path.name for path in tmp_path.iterdir()} == {"link", "target", "pipe"} and (tmp_path / "pipe").is_fifo()
+
+
+def test_unknown_words_are_refused_before_the_evaluation_or_allowed(checkpoint, data, capsys, monkeypatch):
+    """The vocabulary has no Greek letters. Both splits are checked before one is refused."""
+    asked = [{"question": "which colour is it", "answers": [answer]} for answer in ("red", "κοκκινο")]
+    for split in ("test", "val"):
+        write_records(data, f"video_qa.{split}", [{"video": "0.gif", "qa": asked}])
+    write_records(data, "video_caption.val", [{"video": "0.gif", "captions": ["ενα κοκκινο one"]}])
+    both = arguments(checkpoint, data, "--splits", "test,val")
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "evaluate", lambda *_: pytest.fail("it computes"))
+        said = refused(capsys, evaluation.main, both, 1)
+        assert "video_caption, val: 66.7% of the words are unknown to the vocabulary, such as 'ενα'" in said
+        assert "At most 20% are allowed (--max-unknown)" in said and "(train.py --tokenizer)" in said
+        said = refused(capsys, evaluation.main, [*both, "--max-unknown", "0.05"], 1)
+        assert said.count("video_qa, test: 10.0% of the words are unknown") == said.count("video_qa, val: 10.0%") == 1
+    evaluation.main([*both, "--max-unknown", "0.7"])
+    said = capsys.readouterr().err
+    assert "video_caption, val: 66.7% of the words are unknown" in said
+    assert "video_qa, test: 1 of 2 questions have only answers of unknown words, such as 'κοκκινο'" in said
+
+
+@pytest.mark.parametrize("flag", ["--task", "--splits"])
+def test_lists_of_names_are_read_in_the_same_way(checkpoint, data, capsys, flag):
+    name = {"--task": "video_qa", "--splits": "test"}[flag]
+    said = refused(capsys, evaluation.main, arguments(checkpoint, data, flag, f"{name},"), 1)
+    assert f"{flag[2:]}='{name},': name 2 of the list is empty" in said
+    said = refused(capsys, evaluation.main, arguments(checkpoint, data, flag, f"{name}, {name}"), 1)
+    assert f"'{name}' is named twice" in said
 
 
 def test_what_the_papers_pipeline_needs_is_checked_first(checkpoint, data, capsys, monkeypatch):

@@ -115,12 +115,13 @@ def test_one_of_a_pair_replaces_the_default_or_the_recipe_s_value_of_the_other(t
 
 
 def test_a_resumed_run_has_its_settings_and_the_flags_that_may_change(tmp_path):
-    flags = {"out": str(tmp_path), "task": "video_qa"}
+    flags = {"out": str(tmp_path), "task": "video_qa,image_qa"}
     started = resolve_settings({**flags, "epochs": 3.0, "seed": 5}, {})
     write_run(started.replace(max_steps=77, epochs=None))
     resumed = resolve_settings({**flags, "resume": True, "log_every": 1}, {})
     assert resumed == started.replace(max_steps=77, epochs=None, resume=True, log_every=1)
     assert resolve_settings({**flags, "resume": True, "epochs": 4.0}, {}).data.epochs == 4
+    assert resolve_settings({**flags, "resume": True, "task": "video_qa, image_qa"}, {}).data == resumed.data
     with pytest.raises(ValueError, match="seed, width: a resumed run keeps its settings"):
         resolve_settings({**flags, "resume": True, "seed": 6}, {"width": 32})
 
