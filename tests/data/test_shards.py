@@ -2,9 +2,7 @@
 
 import io
 import json
-import os
-import subprocess
-import sys
+import runpy
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -536,11 +534,11 @@ def test_a_shard_is_opened_once_for_all_windows_of_an_epoch(root, tmp_path, toke
     assert [next(later)["source"].split(" ")[0] for _ in range(17)] == sources[13:30]
 
 
-def test_the_largest_size_of_a_member_is_a_setting_of_the_environment():
-    command = [sys.executable, "-c", "from mplug2.data.shards import MAX_BYTES; print(MAX_BYTES)"]
-    sizes = [int(subprocess.run(command, env={**os.environ, **more}, check=True, capture_output=True).stdout)
-             for more in ({}, {"MPLUG2_MAX_MEMBER": "5000"})]
-    assert sizes == [2**30, 5000]
+def test_the_largest_size_of_a_member_is_a_setting_of_the_environment(monkeypatch):
+    monkeypatch.delenv("MPLUG2_MAX_MEMBER", raising=False)
+    assert runpy.run_path(shards_module.__file__)["MAX_BYTES"] == 2**30
+    monkeypatch.setenv("MPLUG2_MAX_MEMBER", "5000")
+    assert runpy.run_path(shards_module.__file__)["MAX_BYTES"] == 5000
 
 
 def test_a_single_text_is_one_answer(root, tmp_path, tokenizer):
