@@ -18,9 +18,10 @@ import mplug2.inference
 from mplug2.config import PRESETS
 from mplug2.data.media_batches import Medium, media_batches
 from mplug2.data.records import read_records
+from mplug2.distributed import AllRanksError
 from mplug2.evaluation.chance import chance_level
 from mplug2.evaluation.data import EvalOptions, EvalSplit, find_data, read_answer_list
-from mplug2.evaluation.evaluate import EvalResult, evaluate
+from mplug2.evaluation.evaluate import EVALUATORS, EvalResult, evaluate
 from mplug2.evaluation.labels import UnknownClasses
 from mplug2.evaluation.settings import WritingSettings
 from mplug2.inference import Inference, Stopped
@@ -182,6 +183,13 @@ def stopped_by_rank_one(root: Path) -> str:
 
 
 # ---- files that cannot be read ---------------------------------------------------------------------------------------
+
+
+def test_an_error_of_another_rank_is_raised_with_its_message(root, monkeypatch):
+    monkeypatch.setitem(EVALUATORS, "caption", lambda *_: ({}, []))
+    monkeypatch.setattr("mplug2.evaluation.evaluate.all_gather_object", lambda problem: [problem, "damaged there"])
+    with pytest.raises(AllRanksError, match="^damaged there$"):
+        evaluate(all_tasks_predictor(world_size=2), EvalSplit(root, "test"), ["video_caption"])
 
 
 def test_unreadable_files_are_skipped_named_and_counted(root):
