@@ -19,6 +19,7 @@ from mplug2.config import PRESETS
 from mplug2.data.media_batches import Medium, media_batches
 from mplug2.data.records import read_records
 from mplug2.distributed import AllRanksError
+from mplug2.evaluation.bootstrap import Score
 from mplug2.evaluation.chance import chance_level
 from mplug2.evaluation.data import EvalOptions, EvalSplit, find_data, read_answer_list
 from mplug2.evaluation.evaluate import EVALUATORS, EvalResult, evaluate
@@ -199,6 +200,12 @@ def test_unreadable_files_are_skipped_named_and_counted(root):
     damaged, missing = result.skipped.values()
     assert "5.gif cannot be decoded" in damaged and "6.png does not exist" in missing
     assert len([p for p in result.predictions if p.task == "video_caption"]) == 7
+
+
+def test_a_result_has_the_value_and_the_standard_error_of_each_score():
+    result = EvalResult({"qa_accuracy": Score(0.75, 0.125), "caption_cider": Score(1.5, 0.25)})
+    assert result.metrics == {"qa_accuracy": 0.75, "caption_cider": 1.5}
+    assert result.errors == {"qa_accuracy": 0.125, "caption_cider": 0.25}
 
 
 def test_a_split_of_unreadable_files_has_no_metrics(root, tmp_path):
