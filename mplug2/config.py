@@ -36,7 +36,7 @@ class ModelConfig:
     """released: one class token per frame, averaged at the end; figure: one class token for all frames of a video."""
     temporal_on_images: bool = True
     """Run the local temporal modules on images too, as released; in Figure 2 they are for videos only."""
-    width: int = 768
+    width: int = dataclasses.field(default=768, metadata={"title": "model: text, universal layers, fusion, decoder"})
     """Width of text encoder, universal layers, fusion and decoder."""
     heads: int = 12
     """Attention heads of text encoder, universal layers, fusion and decoder."""

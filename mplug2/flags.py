@@ -60,12 +60,17 @@ class Parser(argparse.ArgumentParser):
         self.required: list[str] = []
 
     def add(self, cls: type, title: str, only: Collection[str] = ()) -> None:
-        """A titled group with a flag for each field of the dataclass `cls`, or for those named in `only`."""
+        """A titled group with a flag for each field of the dataclass `cls`, or for those named in `only`.
+
+        A field with metadata={"title": ...} begins a further group, so that each group fits on a screen.
+        """
         docs, positional = field_docs(cls), ""
         group = self.add_argument_group(title)
         for field in dataclasses.fields(cls):
             if only and field.name not in only:
                 continue
+            if "title" in field.metadata:
+                group = self.add_argument_group(field.metadata["title"])
             kind, choices = value_type(field)
             doc = docs[field.name]
             if known := field.metadata.get("known"):

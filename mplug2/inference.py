@@ -146,9 +146,8 @@ class BatchRunner:
                 if batch:
                     vision = self.vision_tokens(pixels)
                     indices = [i for of_medium in batch.indices for i in of_medium]
-                    size = max(len(batch.media), limit)  # one medium may have more inputs than fit
-                    for first in range(0, len(indices), size):
-                        part = indices[first: first + size]
+                    for first in range(0, len(indices), limit):  # one medium may have more inputs than fit
+                        part = indices[first: first + limit]
                         yield part, function(vision, batch.modality, part)
                 else:
                     yield [], []

@@ -11,7 +11,7 @@ os.environ.pop("WANDB_PROJECT", None)  # no run of a test goes to the account of
 torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
 
 settings.register_profile(
-    "tests", max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+    "tests", max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("tests")
 settings.register_profile("mutation", phases=[Phase.explicit, Phase.generate])  # of mutation.py: nothing is shrunk

@@ -1,6 +1,7 @@
 """Flags from dataclasses: their help, their values, and the one line that a wrong flag gets."""
 
 import dataclasses
+import importlib
 import sys
 from dataclasses import dataclass, field
 from typing import Literal
@@ -100,6 +101,42 @@ def test_help_shows_the_examples_the_defaults_and_the_known_names(capsys):
                   "--[no-]resume"):
         assert strip(words) in strip(text), words
     assert "What it does.\n\n    an example" in text and text.startswith("usage: program [flags]\n")
+
+
+@dataclass(frozen=True)
+class Titled:
+    root: str = "here"
+    """Where."""
+    parts: int = field(default=2, metadata={"title": "division"})
+    """How many."""
+    overlap: int = 0
+    """How much."""
+
+
+def test_a_field_with_a_title_begins_another_group_of_the_help(capsys):
+    text = help_of(capsys, parser_of(Titled, Example))
+    groups = {lines[0]: "\n".join(lines[1:]) for lines in map(str.splitlines, text.split("\n\n"))}
+    assert [flag for flag in ("--root", "--parts", "--overlap") if flag in groups["Titled:"]] == ["--root"]
+    assert "--parts" in groups["division:"] and "--overlap" in groups["division:"]
+    assert "--name" in groups["Example:"] and "--root" not in groups["Example:"]
+    assert parser_of(Titled).read(["--overlap", "3"]) == {"Titled": {"overlap": 3}}
+
+
+@pytest.mark.parametrize("command", [
+    "train", "train --preset large --recipe msrvtt_caption", "eval", "mplug2.tools.memory_plan", "mplug2.tools.bench",
+    "mplug2.tools.report", "mplug2.data.__main__", "mplug2.data.__main__ pack", "mplug2.data.__main__ check",
+    "mplug2.pretrained.__main__", "mplug2.demo.__main__", "tiny_data.__main__", "tiny_data.emoji",
+])
+def test_each_group_of_the_help_fits_on_a_screen(capsys, monkeypatch, command):
+    """Of 40 lines, with 110 columns for the flags."""
+    monkeypatch.setenv("COLUMNS", "110")
+    module, *arguments = command.split()
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(module).main([*arguments, "--help"])
+    assert stopped.value.code == 0
+    groups = [group.strip("\n").splitlines() for group in capsys.readouterr().out.split("\n\n")]
+    assert len(groups) > 2
+    assert {group[0]: len(group) for group in groups if len(group) > 40} == {}
 
 
 def test_help_resolves_the_defaults_that_other_flags_decide(capsys):

@@ -50,7 +50,7 @@ def prompts(b: int, *ids: int) -> torch.Tensor:
 # ---- caches ----------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(seeds, st.integers(1, 3), st.integers(1, 3), st.lists(st.integers(1, 3), min_size=1, max_size=4), st.booleans())
 def test_steps_with_caches_have_the_logits_of_the_whole_text(seed, b, r, pieces, masked):
     """For any cut of the text into pieces. r texts share each memory, which is never copied."""
@@ -68,7 +68,7 @@ def test_steps_with_caches_have_the_logits_of_the_whole_text(seed, b, r, pieces,
     assert all(key.shape[0] == b for key, _ in state.memories)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(seeds, st.integers(2, 4), st.integers(1, 3), st.data())
 def test_a_state_keeps_the_selected_memories_and_texts(seed, b, r, data):
     decoder, (memory, mask) = make_model(seed).decoder, make_memory(seed, b)
@@ -87,7 +87,7 @@ def test_a_state_keeps_the_selected_memories_and_texts(seed, b, r, data):
 # ---- greedy ----------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(seeds, st.integers(1, 4), st.lists(st.integers(3, S - 1), max_size=3), st.integers(1, 12))
 def test_greedy_takes_the_most_likely_token_until_sep_or_the_end(seed, b, prompt, max_length):
     model, (memory, mask) = make_model(seed, end=1.0), make_memory(seed, b)
@@ -102,7 +102,7 @@ def test_greedy_takes_the_most_likely_token_until_sep_or_the_end(seed, b, prompt
         assert found[i] == expected
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(seeds, st.integers(1, 4), st.integers(1, 3))
 def test_a_memory_is_no_longer_read_when_all_of_its_texts_have_ended(seed, b, r):
     model, rows = make_model(seed, end=1.0), []
@@ -142,7 +142,7 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(seeds, st.integers(1, 4), st.sampled_from([dict(temperature=1e-4), dict(top_k=1), dict(top_p=1e-6)]))
 def test_sampling_from_only_the_most_likely_token_is_greedy(seed, b, only):
     model, (memory, mask) = make_model(seed, end=1.0), make_memory(seed, b)
@@ -168,7 +168,7 @@ def test_tokens_are_drawn_with_their_probability_among_the_allowed_ones():
         assert ((counts / n - expected).abs() <= 4 * deviation + 1e-9).all(), (arguments, counts / n, expected)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(seeds, st.integers(1, 3), st.integers(1, 3))
 def test_a_seed_fixes_the_sample_for_any_other_texts(seed, b, r):
     model, (memory, mask) = make_model(seed, end=1.0), make_memory(seed, b)
@@ -192,7 +192,7 @@ def test_sampling_refuses_invalid_settings():
 # ---- beam search -----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(seeds, st.integers(1, 4), st.integers(1, 12), st.booleans())
 def test_a_beam_of_one_is_greedy(seed, b, max_length, prompted):
     model, (memory, mask) = make_model(seed, end=1.0), make_memory(seed, b)
@@ -222,7 +222,7 @@ def test_a_beam_as_wide_as_all_texts_of_a_length_is_exhaustive_search(seed, leng
         assert [score for score, _ in possible] == pytest.approx([score for score, _ in every], abs=1e-9)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(seeds, st.integers(2, 4), st.integers(1, 4), st.integers(0, 3))
 def test_a_batch_is_its_samples_one_by_one(seed, b, beams, min_length):
     model, (memory, mask) = make_model(seed, end=1.5), make_memory(seed, b)
@@ -236,7 +236,7 @@ def test_a_batch_is_its_samples_one_by_one(seed, b, beams, min_length):
         assert [score for score, _ in together[i]] == pytest.approx([score for score, _ in alone])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(seeds, st.integers(1, 4), st.integers(0, 4))
 def test_hypotheses_are_sorted_scored_by_the_model_and_long_enough(seed, beams, min_length):
     model, (memory, _) = make_model(seed, end=2.0), make_memory(seed, 2)

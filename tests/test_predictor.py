@@ -1,5 +1,6 @@
 """Inference and evaluation: results in the order of the inputs, metrics of the predictions, helpful errors."""
 
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -126,6 +127,19 @@ def test_captions_can_be_searched_by_beams(predictor, media):
         start = predictor.tokenizer.encode([prompt])[0][:, :-1]
         best = beam_search(predictor.model, vision, start, predictor.special_tokens, beams=3, max_length=6)
         assert text == predictor.tokenizer.decode(best_texts(best, predictor.special_tokens))[0]
+
+
+@pytest.mark.parametrize("length", [2, 5])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_lengths_that_are_asked_for_hold_with_any_search_whatever_the_checkpoint_says(predictor, media, beams, length):
+    preprocess = dataclasses.replace(predictor.preprocess, max_length=3)
+    other = Predictor(predictor.model, predictor.tokenizer, preprocess, predictor.inference)
+    asked = dict(beams=beams, min_length=length, max_length=length)
+    with patch.object(other.tokenizer, "decode", wraps=other.tokenizer.decode) as decoded:
+        other.caption(media[:2], **asked)
+        other.answer(media[:2], QUESTIONS[:2], **asked)
+        other.answer(None, QUESTIONS[:2], **asked)
+    assert [len(ids) for call in decoded.call_args_list for ids in call.args[0]] == [length] * 6
 
 
 @pytest.mark.parametrize("beams", [1, 3])

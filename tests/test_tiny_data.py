@@ -129,7 +129,7 @@ def test_test_strokes_are_never_trained_on():
     assert rows["train"] | rows["val"] | rows["test"] == set(range(len(LABELS)))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(splits, kinds, seeds)
 def test_scenes_show_only_what_their_split_may(split, kind, seed):
     scene = source(split, seed).scene(kind)
@@ -183,7 +183,7 @@ def test_files_keep_combinations_apart(root):
 # --- time ------------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(kinds, seeds)
 def test_reversed_scenes_show_reversed_frames(kind, seed):
     scene = source("train", seed).scene(kind)
@@ -377,7 +377,7 @@ def motion(lit: dict[str, np.ndarray]) -> str:
 # --- retrieval and the labeled tasks ---------------------------------------------------------------------------------
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(st.sampled_from(["test", "combos"]), seeds)
 def test_galleries_have_100_meanings_and_many_twins(split, seed):
     scenes_from = source(split, seed)
@@ -519,7 +519,7 @@ def test_boxes_contain_exactly_the_digit_that_is_named(root, split):
 
 
 @pytest.mark.slow
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.integers(1, 6), seeds, st.sampled_from([1, len(PALETTE)]))
 def test_clips_decode_to_the_exact_pixels(t, seed, colors):
     frames = np.random.default_rng(seed).integers(0, colors, (t, 32, 32), dtype=np.uint8)

@@ -47,7 +47,7 @@ class DataSettings:
     """Number of training steps; the learning-rate schedule spans them."""
     epochs: float | None = None
     """In place of --max-steps: how often each caption, question or labeled sample is seen."""
-    batch_size: int = 32
+    batch_size: int = field(default=32, metadata={"title": "batches (samples, augmentation and reading)"})
     """Samples per step, over all ranks and micro-batches."""
     accumulation_steps: int = 1
     """Micro-batches per step: gradients are averaged over them. VTC and VTM compare samples within a micro-batch."""

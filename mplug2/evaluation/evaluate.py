@@ -160,4 +160,4 @@ def supports(model: MPLUG2, task: str) -> bool:
         return False
     if "classifier" in needed:
         return task in model.classes or ("contrastive" in built and "vision" in needed and "fusion" not in needed)
-    return needed - {"temporal", "matching"} <= built
+    return needed - {"temporal"} <= built

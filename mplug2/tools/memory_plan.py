@@ -375,7 +375,7 @@ def main(arguments: list[str] | None = None) -> None:
     for cls, title in GROUPS.values():
         if FLAGS_OF_TRAINING & {field.name for field in dataclasses.fields(cls)}:
             parser.add(cls, title, FLAGS_OF_TRAINING)
-    parser.add(ModelConfig, "model (sizes and variants)")
+    parser.add(ModelConfig, "model: vision encoder")
     given = parser.read(arguments, default_values)
     try:
         settings = Settings.from_flat(with_defaults(run_flags(given)), given["ModelConfig"])

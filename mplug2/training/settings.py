@@ -81,7 +81,7 @@ class RunSettings:
 
 GROUPS: dict[str, tuple[type, str]] = {
     "run": (RunSettings, "run (where to start, what to write, and when)"),
-    "data": (DataSettings, "data (tasks, sources and batches)"),
+    "data": (DataSettings, "data (tasks, sources and number of steps)"),
     "loss": (LossSettings, "losses (weights and targets)"),
     "optimizer": (OptimizerSettings, "optimizer (learning rates and updates)"),
     "parallel": (ParallelSettings, "parallelism (devices, precision and memory)"),
@@ -201,7 +201,7 @@ def settings_parser(description: str, prog: str) -> Parser:
     parser = Parser(description, prog)
     for cls, title in GROUPS.values():
         parser.add(cls, title)
-    parser.add(ModelConfig, "model (sizes and variants)")
+    parser.add(ModelConfig, "model: vision encoder")
     return parser
 
 

@@ -20,7 +20,7 @@ weights_of_kinds = st.lists(st.floats(0.01, 1), min_size=1, max_size=3).map(lamb
 # ---- the order of batch types and samples ----------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(weights_of_kinds, st.integers(1, 200))
 def test_after_every_step_each_type_has_had_its_share(weights, steps):
     """Before a choice the k types are one step behind in total, and the furthest behind by at least 1 / k. Therefore no
@@ -46,7 +46,7 @@ def batch_settings(draw: st.DrawFn) -> dict:
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(batch_settings(), st.data())
 def test_a_batch_is_a_function_of_its_step_alone(drawn, data):
     whole = list(MixedBatches(**drawn))
@@ -57,7 +57,7 @@ def test_a_batch_is_a_function_of_its_step_alone(drawn, data):
     assert whole == list(MixedBatches(**{**drawn, "steps": drawn["steps"] + 3}))[: len(whole)]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(batch_settings())
 def test_ranks_divide_the_global_batch(drawn):
     world_size = drawn.pop("world_size")
@@ -69,7 +69,7 @@ def test_ranks_divide_the_global_batch(drawn):
         assert len({kind for kind, _, _ in batch}) == 1
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(batch_settings(), st.integers(1, 3), st.data())
 def test_micro_batches_divide_the_batch_wherever_a_run_starts(drawn, accumulate, data):
     drawn["batch_size"] *= accumulate
@@ -86,7 +86,7 @@ def test_micro_batches_divide_the_batch_wherever_a_run_starts(drawn, accumulate,
     assert all(len(share) == (drawn["steps"] - start) * accumulate for share in shares)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(batch_settings())
 def test_every_sample_appears_once_per_epoch(drawn):
     keys = [key for batch in MixedBatches(**{**drawn, "world_size": 1}) for key in batch]
@@ -99,7 +99,7 @@ def test_every_sample_appears_once_per_epoch(drawn):
                 assert sorted(index for _, index in epoch) == list(range(size))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.integers(0, 2**32))
 def test_samples_of_a_group_follow_each_other_in_every_epoch(names, seed):
     size, number = len(names), {name: k for k, name in enumerate(dict.fromkeys(names))}

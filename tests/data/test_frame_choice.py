@@ -15,7 +15,7 @@ def generator(seed: int | None) -> np.random.Generator | None:
 
 
 @given(st.integers(1, 500), st.integers(1, 40), seeds)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_one_frame_of_each_equal_segment(total, frames, seed):
     numbers = segment_indices(total, frames, generator(seed))
     assert numbers.shape == (frames,)
@@ -27,7 +27,7 @@ def test_one_frame_of_each_equal_segment(total, frames, seed):
 
 
 @given(st.integers(1, 20), st.integers(1, 20))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_without_a_generator_it_is_the_middle_and_with_one_any_frame_of_the_segment(length, frames):
     """In segments of `length` frames, the middle one has as many frames before it as behind it, or one fewer."""
     starts = np.arange(frames) * length
@@ -44,14 +44,14 @@ def test_no_frames_are_refused(total, frames):
 
 
 @given(st.integers(1, 3000), st.integers(1, 40), seeds, st.floats(0.001, 1e6))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_at_a_constant_rate_the_choice_is_that_of_equal_segments(total, frames, seed, duration):
     expected = segment_indices(total, frames, generator(seed)).tolist()
     assert choose_frames([duration] * total, frames, generator(seed)) == expected
 
 
 @given(st.integers(1, 3000), st.integers(1, 40), seeds, st.sampled_from([24, 25, 29.97, 30, 59.94, 120]))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_rounded_time_stamps_change_nothing(total, frames, seed, rate):
     """WebM and MKV round the times of a constant rate to ms."""
     times = np.rint(np.arange(total + 1) * 1000 / rate)
@@ -60,7 +60,7 @@ def test_rounded_time_stamps_change_nothing(total, frames, seed, rate):
 
 
 @given(st.lists(st.integers(1, 1000), min_size=2, max_size=60), st.data(), seeds)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_at_a_variable_rate_the_chosen_frames_are_shown_in_their_segment_of_time(durations, data, seed):
     frames = data.draw(st.integers(1, len(durations) - 1))
     chosen = choose_frames(durations, frames, generator(seed))

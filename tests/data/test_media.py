@@ -172,7 +172,7 @@ def contents(tmp_path_factory) -> dict[str, bytes]:
     keep=st.floats(0.01, 1),
     changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), max_size=8),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_a_damaged_file_gives_frames_or_a_media_error_that_names_it(contents, tmp_path_factory, suffix, keep, changes):
     content = bytearray(contents[suffix])
     content = content[: int(len(content) * keep)]
@@ -193,7 +193,7 @@ def test_a_damaged_file_gives_frames_or_a_media_error_that_names_it(contents, tm
 
 
 @given(st.integers(1, 4), st.integers(1, 40), st.integers(0, 2**32))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_to_frames_is_the_inverse_of_to_pixels_to_the_level(t, size, seed):
     frames = np.random.default_rng(seed).integers(0, 256, (t, size, size, 3), dtype=np.uint8)
     frames.flags.writeable = False
@@ -219,7 +219,7 @@ def test_normalizing_on_a_cpu_is_the_arithmetic_of_float32_to_the_bit():
 
 
 @given(st.integers(0, 255), st.integers(0, 255), st.integers(0, 255))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_to_pixels_normalizes_each_color(red, green, blue):
     pixels = to_pixels(np.full((1, 2, 2, 3), (red, green, blue), np.uint8), 2)
     for channel, level in enumerate((red, green, blue)):
@@ -228,7 +228,7 @@ def test_to_pixels_normalizes_each_color(red, green, blue):
 
 
 @given(st.integers(1, 3), st.integers(4, 50), st.integers(4, 50), st.integers(4, 50), st.integers(0, 2**32))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_resizing_each_frame_by_itself_and_as_pillow_does(t, height, width, size, seed):
     frames = np.random.default_rng(seed).integers(0, 256, (t, height, width, 3), dtype=np.uint8)
     resized = to_frames(to_pixels(frames, size))

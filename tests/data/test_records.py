@@ -79,7 +79,7 @@ GOOD = {
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(task_and_lines())
 def test_what_is_written_is_what_is_read(tmp_path_factory, drawn):
     task, lines = drawn
@@ -143,7 +143,7 @@ def test_records_are_a_sequence_that_keeps_its_lines_in_the_file(tmp_path):
         records[4]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(task_and_lines())
 def test_the_quick_path_gives_what_the_full_check_gives(tmp_path_factory, drawn):
     task, lines = drawn
@@ -329,7 +329,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data(), st.sampled_from(sorted(GOOD)), json_values)
 def test_any_value_of_any_field_is_a_record_or_a_record_error(tmp_path_factory, data, task, value):
     """No other exception is raised."""
@@ -380,7 +380,7 @@ def test_a_missing_split_lists_the_existing_files(tmp_path):
     assert str(caught.value).splitlines()[1:] == ["  video_qa.train.jsonl", "  video_qa.val.jsonl"]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     st.sets(
         st.tuples(st.sampled_from(sorted(RECORD_FIELDS)), st.sampled_from(["train", "val", "testA", "combos"])),

@@ -17,7 +17,8 @@ from mplug2.data.batches import Collate
 from mplug2.data.build import DataSettings, build_data
 from mplug2.data.media import normalize, read_image, read_video, to_pixels
 from mplug2.data.records import Question, RecordError
-from mplug2.data.samples import Joined, Sample, check_texts, read_samples
+from mplug2.data.samples import Joined, Sample, check_texts, read_classes, read_samples
+from mplug2.data.transforms import Augmentation
 from mplug2.distributed import DistInfo
 from mplug2.tasks import INSTRUCTIONS
 
@@ -42,6 +43,28 @@ def test_equal_positive_ids_are_equal_numbers_in_all_files(root):
     assert ids == 2 * ids[:3] and [image.positive_id for image in samples["image"][:3]] == ids[:3]
     assert len({sample.positive_id for of_kind in samples.values() for sample in of_kind}) == 3 + 7
     assert all(0 <= sample.positive_id < 2**63 for sample in samples["text"])  # fits a tensor
+
+
+def test_a_sample_has_the_positive_id_of_its_first_record(tmp_path):
+    asked = {"question": "which digit is it", "answers": ["seven"]}
+    write_records(tmp_path, "video_caption.train", [{"video": f"{i}.gif", "captions": ["a"], "positive_id": "x"}
+                                                    for i in range(2)])
+    write_records(tmp_path, "video_qa.train", [{"video": "1.gif", "qa": [asked], "positive_id": "y"}])
+    one, other = read_samples(tmp_path, "pretrain", "train")["video"]
+    assert one.positive_id == other.positive_id and other.qa
+
+
+def test_classes_are_sorted_whatever_the_order_of_the_records():
+    samples = [Sample("a.jsonl:1", 0, label=name) for name in ("dog", "cat", "emu", "cat")]
+    assert read_classes({"image_classification": samples}) == {"image_classification": ("cat", "dog", "emu")}
+
+
+def test_a_large_photo_keeps_enough_pixels_for_the_crops_of_its_size(tmp_path):
+    """JPEG can be decoded at an eighth of its size: enough for 8 pixels, but not for a crop of a part of the area."""
+    Image.fromarray(np.zeros((160, 160, 3), np.uint8)).save(tmp_path / "a.jpg")
+    sides = [dataset({}, augmentation=augmentation).read_image(tmp_path / "a.jpg").shape[1]
+             for augmentation in (None, Augmentation())]
+    assert 2 * 8 <= sides[0] < 4 * 8 <= sides[1]
 
 
 def test_samples_of_a_batch_group_have_the_same_number(tmp_path):

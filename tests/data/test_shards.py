@@ -2,12 +2,11 @@
 
 import io
 import json
-import os
-import subprocess
-import sys
+import runpy
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -23,7 +22,15 @@ from mplug2.data.__main__ import main
 from mplug2.data.batches import Collate, MixedBatches
 from mplug2.data.media import MediaError
 from mplug2.data.samples import check_texts, read_samples
-from mplug2.data.shard_stream import Reader, ReaderState, ReadPlan, ShardRange, assign, stream_batches
+from mplug2.data.shard_stream import (
+    MixedStream,
+    Reader,
+    ReaderState,
+    ReadPlan,
+    ShardRange,
+    assign,
+    stream_batches,
+)
 from mplug2.data.shards import ShardSet, is_shards, pack, read_shards
 
 
@@ -246,6 +253,27 @@ def test_every_worker_takes_turns_in_every_stream(packed, tokenizer):
     assert len(videos) == len(set(videos)) == 6
 
 
+def test_each_worker_of_each_rank_is_a_reader_of_its_own(root, tmp_path, tokenizer):
+    pack(root, tmp_path / "out", samples_per_shard=1)
+    shards, readers = read_shards(tmp_path / "out"), []
+    for rank, worker in product(range(2), range(2)):
+        batches = MixedBatches({name: len(found) for name, found in shards.items()}, dict.fromkeys(shards, 1.0),
+                               2, 6, 0, rank=rank, world_size=2)
+        stream = MixedStream(dataset({}), shards, batches, Collate(tokenizer), ReaderState(shards, 4, 2, 0, {}), 30,
+                             worker, 2)
+        readers.append({batch["position"][1] for batch in stream})
+    assert readers == [{0}, {1}, {2}, {3}]
+
+
+def test_a_checkpoint_has_the_furthest_position_of_each_reader_on_any_rank():
+    shards = {"video": ShardSet((Path("0.tar"), Path("1.tar")), (9, 9))}
+    states = [ReaderState(shards, 2, 4, 0, {}) for _ in range(2)]
+    for state, positions in zip(states, ({0: (1, 7), 1: (1, 2)}, {0: (1, 3), 1: (2, 0)})):
+        state.at["video"] = positions
+    for order in (states, states[::-1]):
+        assert states[0].collected(order)["video"]["at"] == {0: (1, 7), 1: (2, 0)}
+
+
 # ---- damage ----------------------------------------------------------------------------------------------------------
 
 
@@ -406,6 +434,24 @@ def test_their_samples_are_counted_once_and_again_when_a_tar_is_added(web, monke
         read_shards(empty)
 
 
+def test_the_first_sample_of_a_tar_decides_its_batch_type_and_records_make_a_folder(tmp_path):
+    write_tar(tmp_path / "web" / "0.tar", {"a.png": b"", "a.txt": b"a", "b.mp4": b"", "b.txt": b"b"})
+    assert shards_module.count_samples(tmp_path / "web" / "0.tar") == ("image", 2)
+    assert is_shards(tmp_path / "web")
+    write_records(tmp_path / "web", "image_caption.train", [{"image": "a.png", "captions": ["a"]}])
+    assert not is_shards(tmp_path / "web")
+
+
+@pytest.mark.parametrize("first", range(5))
+def test_every_sample_that_was_asked_for_is_given_or_reported_once(tmp_path, first):
+    """Of a tar that should have five samples, but has three."""
+    write_tar(tmp_path / "web" / "0.tar", {f"{number}.txt": b"a" for number in range(3)})
+    found = list(shards_module.read_members(tmp_path / "web" / "0.tar", first, 5))
+    assert [number for number, _ in found] == list(range(first, 5))
+    for number, content in found:
+        assert content == ({"txt": b"a"} if number < 3 else "the shard ends before it")
+
+
 def test_hostile_samples_are_skipped_and_named(root, tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(shards_module, "MAX_BYTES", 50_000)
     bad = {"0": b"[" * 20_000, "1": b'{"caption": 7}', "2": b'{"caption": NaN}', "3": b"\xff\xfe",
@@ -432,6 +478,8 @@ def test_hostile_samples_are_skipped_and_named(root, tmp_path, tokenizer, monkey
     ({"qa": [{"question": "is it red", "answers": [None]}]}, "found None, expected a text"),
     ({"qa": [3]}, "not a sample"), ({"qa": {"question": "is it red"}}, "not a sample"),
     ({"positive_id": 10**30}, "expected an integer of 64 bits"),
+    ({"positive_id": 2**63}, "expected an integer of 64 bits"),
+    ({"positive_id": -2**63 - 1}, "expected an integer of 64 bits"),
     ({"positive_id": float("inf")}, "found inf, expected an integer"),
     ({"positive_id": float("nan")}, "not a sample"), ({"positive_id": True}, "expected an integer of 64 bits"),
     ({"positive_id": 3.7}, "found 3.7, expected an integer"), ({"qa": {}}, "found {}, expected a list"),
@@ -536,11 +584,11 @@ def test_a_shard_is_opened_once_for_all_windows_of_an_epoch(root, tmp_path, toke
     assert [next(later)["source"].split(" ")[0] for _ in range(17)] == sources[13:30]
 
 
-def test_the_largest_size_of_a_member_is_a_setting_of_the_environment():
-    command = [sys.executable, "-c", "from mplug2.data.shards import MAX_BYTES; print(MAX_BYTES)"]
-    sizes = [int(subprocess.run(command, env={**os.environ, **more}, check=True, capture_output=True).stdout)
-             for more in ({}, {"MPLUG2_MAX_MEMBER": "5000"})]
-    assert sizes == [2**30, 5000]
+def test_the_largest_size_of_a_member_is_a_setting_of_the_environment(monkeypatch):
+    monkeypatch.delenv("MPLUG2_MAX_MEMBER", raising=False)
+    assert runpy.run_path(shards_module.__file__)["MAX_BYTES"] == 2**30
+    monkeypatch.setenv("MPLUG2_MAX_MEMBER", "5000")
+    assert runpy.run_path(shards_module.__file__)["MAX_BYTES"] == 5000
 
 
 def test_a_single_text_is_one_answer(root, tmp_path, tokenizer):

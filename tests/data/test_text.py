@@ -51,7 +51,7 @@ odd_words = st.sampled_from(["Café", "it's", "[MASK]", "left-right", "日e", "a
 mixed = st.lists(words | odd_words | st.text(max_size=5), max_size=8).map(" ".join)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(text=mixed)
 def test_ids_equal_those_of_hugging_face(bert, hugging_face, text):
     expected = hugging_face(text)["input_ids"]
@@ -63,7 +63,7 @@ def test_ids_equal_those_of_hugging_face(bert, hugging_face, text):
         assert bert.encode([text], special=False)[0].tolist() == [expected[1:-1]]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(texts=st.lists(sentences, min_size=1, max_size=5), special=st.booleans())
 def test_decode_inverts_encode(bert, texts, special):
     ids, _ = bert.encode(texts, special=special)
@@ -71,7 +71,7 @@ def test_decode_inverts_encode(bert, texts, special):
     assert bert.decode(ids.tolist()) == texts
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(texts=st.lists(sentences, min_size=1, max_size=5), special=st.booleans())
 def test_padding_changes_no_ids(bert, texts, special):
     ids, mask = bert.encode(texts, special=special)
@@ -102,7 +102,7 @@ def test_decode_keeps_the_blanks_between_words(bert):
     assert bert.decode(bert.encode(["It's a?"])[0]) == ["it ' s a ?"]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(text=sentences)
 def test_a_text_that_is_too_long_is_an_error(bert, text):
     (length,) = bert.lengths([text])
@@ -158,7 +158,7 @@ alphabet_words = st.text("abcdef", min_size=1, max_size=6)
 alphabet_texts = st.lists(st.lists(alphabet_words, min_size=1, max_size=6).map(" ".join), min_size=1, max_size=8)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(texts=alphabet_texts, spare=st.integers(0, 20), random=st.randoms(use_true_random=False))
 def test_training_is_reproducible_in_any_order_and_spells_its_corpus(tmp_path_factory, texts, spare, random):
     smallest = 5 + len({c for text in texts for c in text} - {" "}) \
@@ -194,7 +194,7 @@ def test_an_empty_corpus_is_an_error():
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(texts=st.lists(sentences, min_size=1, max_size=4))
 def test_save_and_load_change_nothing(tmp_path_factory, bert, vocab_file, texts):
     folder = tmp_path_factory.mktemp("saved")
@@ -284,7 +284,7 @@ def test_decoding_inverts_encoding_of_clean_texts_in_every_script(text):
     assert tokenizer.decode(tokenizer.encode([clean(text)])[0]) == [clean(text)]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(text=st.text(), max_words=st.integers(1, 5))
 def test_clean_is_a_short_prefix_and_idempotent(text, max_words):
     cleaned = clean(text, max_words)
@@ -292,7 +292,7 @@ def test_clean_is_a_short_prefix_and_idempotent(text, max_words):
     assert normalize(text).startswith(cleaned)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(text=st.lists(words | st.sampled_from(["Café", "SEVEN", "cafe\u0301"]), min_size=1, max_size=8).map(" ".join))
 def test_clean_changes_no_ids_of_plain_words(bert, text):
     assert torch.equal(bert.encode([clean(text)])[0], bert.encode([text])[0])

@@ -20,9 +20,11 @@ import mplug2.inference
 from mplug2.config import PRESETS
 from mplug2.data.media_batches import Medium, even_parts, media_batches
 from mplug2.data.records import read_records
+from mplug2.distributed import AllRanksError
+from mplug2.evaluation.bootstrap import Score
 from mplug2.evaluation.chance import chance_level
 from mplug2.evaluation.data import EvalOptions, EvalSplit, find_data, read_answer_list
-from mplug2.evaluation.evaluate import EvalResult, evaluate
+from mplug2.evaluation.evaluate import EVALUATORS, EvalResult, evaluate
 from mplug2.evaluation.labels import UnknownClasses
 from mplug2.evaluation.settings import WritingSettings
 from mplug2.inference import Inference, Stopped
@@ -186,6 +188,13 @@ def stopped_by_rank_one(root: Path) -> str:
 # ---- files that cannot be read ---------------------------------------------------------------------------------------
 
 
+def test_an_error_of_another_rank_is_raised_with_its_message(root, monkeypatch):
+    monkeypatch.setitem(EVALUATORS, "caption", lambda *_: ({}, []))
+    monkeypatch.setattr("mplug2.evaluation.evaluate.all_gather_object", lambda problem: [problem, "damaged there"])
+    with pytest.raises(AllRanksError, match="^damaged there$"):
+        evaluate(all_tasks_predictor(world_size=2), EvalSplit(root, "test"), ["video_caption"])
+
+
 def test_unreadable_files_are_skipped_named_and_counted(root):
     result = evaluate(all_tasks_predictor(), EvalSplit(root, "test"), ["video_caption", "image_qa"])
     assert result.records == 16
@@ -193,6 +202,12 @@ def test_unreadable_files_are_skipped_named_and_counted(root):
     damaged, missing = result.skipped.values()
     assert "5.gif cannot be decoded" in damaged and "6.png does not exist" in missing
     assert len([p for p in result.predictions if p.task == "video_caption"]) == 7
+
+
+def test_a_result_has_the_value_and_the_standard_error_of_each_score():
+    result = EvalResult({"qa_accuracy": Score(0.75, 0.125), "caption_cider": Score(1.5, 0.25)})
+    assert result.metrics == {"qa_accuracy": 0.75, "caption_cider": 1.5}
+    assert result.errors == {"qa_accuracy": 0.125, "caption_cider": 0.25}
 
 
 def test_a_split_of_unreadable_files_has_no_metrics(root, tmp_path):

@@ -45,14 +45,14 @@ def as_coco(references, hypotheses):
     return dict(enumerate(references)), {index: [text] for index, text in enumerate(hypotheses)}
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(corpora())
 def test_bleu_equals_the_coco_evaluation(corpus):
     expected, _ = Bleu(4).compute_score(*as_coco(*corpus), verbose=0)
     np.testing.assert_allclose(bleu(bleu_counts(*corpus).sum(axis=0)), expected, rtol=0, atol=1e-9)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(corpora())
 def test_cider_d_equals_the_coco_evaluation(corpus):
     expected_mean, expected = Cider().compute_score(*as_coco(*corpus))
@@ -61,7 +61,7 @@ def test_cider_d_equals_the_coco_evaluation(corpus):
     assert scores.mean() == pytest.approx(expected_mean, abs=1e-9)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(corpora())
 def test_rouge_l_equals_the_coco_evaluation(corpus):
     references, hypotheses = corpus
@@ -175,7 +175,7 @@ def test_the_pipeline_of_the_papers_names_what_it_needs(monkeypatch):
         paper_captions(*CAPTIONS)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(corpora(), st.data())
 def test_cider_d_keeps_the_document_frequencies_of_its_corpus(corpus, data):
     """Any batch of samples gets the scores that these samples have in the whole corpus."""
@@ -219,7 +219,7 @@ def test_normalize(text, expected):
     assert normalize(text) == expected
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.text())
 def test_normalize_is_idempotent(text):
     assert normalize(normalize(text)) == normalize(text)
@@ -264,7 +264,7 @@ def galleries(draw):
     return similarity, positives
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(galleries(), st.randoms(use_true_random=False))
 def test_properties_of_retrieval(gallery, random):
     similarity, positives = gallery
@@ -279,7 +279,7 @@ def test_properties_of_retrieval(gallery, random):
     assert ranks(similarity + 10 * positives, positives).tolist() == [1] * len(similarity)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.integers(11, 40), st.floats(-1, 1))
 def test_a_constant_similarity_finds_nothing(size, value):
     scores = retrieval_values(np.full((size, size), value), np.eye(size, dtype=bool))
@@ -362,7 +362,7 @@ def test_top_k():
 two_classes = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=30)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(two_classes)
 def test_matthews_and_f1_by_their_definitions(pairs):
     truths, found = zip(*pairs)
@@ -382,7 +382,7 @@ def test_more_than_two_classes_are_refused():
         f1([0, 1], [0, 0.5])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.integers(-5, 5), st.integers(-5, 5)), min_size=2, max_size=20))
 def test_pearson_and_spearman_by_their_definitions(pairs):
     first, second = map(np.array, zip(*pairs))

@@ -94,7 +94,7 @@ def test_answers_learn_from_the_words_and_from_the_distribution_of_the_teacher()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(st.integers(1, 4), st.integers(0, 5), seeds)
 def test_contrastive_distillation_is_the_formula(b, queued, seed):
     model, ema_teacher = make("video_retrieval", alpha=0.3, queue=8)

@@ -40,7 +40,7 @@ model = make_model()
 # ---- contrastive -----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=6), st.floats(0.01, 0.5), seeds)
 def test_contrastive_loss_is_the_formula_with_a_target_that_positives_share(positive_id, temperature, seed):
     rng = torch.Generator().manual_seed(seed)
@@ -64,7 +64,7 @@ def test_the_contrastive_gradient_is_that_of_both_sides_and_of_the_temperature()
     assert torch.autograd.gradcheck(lambda *given: contrastive_loss(*given, positive_id), arguments)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(seeds)
 def test_the_order_of_positives_makes_no_difference(seed):
     rng = torch.Generator().manual_seed(seed)
@@ -116,7 +116,7 @@ def test_contrastive_loss_refuses_wrong_shapes():
 # ---- matching --------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=8), seeds)
 def test_a_hard_negative_is_never_a_positive(positive_id, seed):
     positive_id, rng = torch.tensor(positive_id), torch.Generator().manual_seed(seed)
@@ -205,7 +205,7 @@ def test_nan_inside_the_encoder_gives_nan_losses_and_no_error():
 # ---- masked ----------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(seeds, st.floats(0, 1))
 def test_masked_loss_counts_masked_positions_only(seed, share):
     rng = torch.Generator().manual_seed(seed)
@@ -226,7 +226,7 @@ def test_masked_loss_counts_masked_positions_only(seed, share):
 # ---- language --------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.lists(st.integers(4, 8), min_size=1, max_size=4), st.integers(1, 3), seeds)
 def test_language_loss_is_the_mean_over_the_tokens_after_the_prompt(lengths, prompt_length, seed):
     rng = torch.Generator().manual_seed(seed)
@@ -360,7 +360,7 @@ def test_a_loss_that_is_skipped_is_not_computed_and_the_others_stay(skip):
     assert len(encoded.call_args.args[0]) == texts
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.integers(1, 3), st.lists(st.tuples(st.integers(1, 3), st.integers(1, 4)), min_size=1, max_size=3), seeds)
 def test_split_padded_is_the_inverse_of_pad_and_concat(b, shapes, seed):
     texts = [noise(b * r, l, 2, seed=seed + i) for i, (r, l) in enumerate(shapes)]

@@ -86,7 +86,7 @@ def check_vision(model, clip):
     torch.testing.assert_close(model.vision_encoder(pixels[:, :, None]), expected, **CLOSE)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(st.sampled_from([64, 128, 192]), st.integers(1, 3), st.integers(1, 3), st.sampled_from([4, 8]), st.booleans(),
        st.booleans(), st.integers(0, 2**16))
 def test_images_are_encoded_as_in_clip(width, layers, side, patch, vision_only, downsampling, seed):
@@ -185,7 +185,7 @@ def text_config(width=32, heads=2, **changes):
     return tiny(**sizes | changes)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(st.sampled_from([1, 2, 4]), st.sampled_from([8, 16]), st.integers(1, 4), st.integers(1, 4), st.integers(1, 9),
        st.integers(0, 2**16))
 def test_text_is_encoded_as_in_bert(heads, head_width, layers, universal, length, seed):

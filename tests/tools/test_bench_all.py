@@ -80,6 +80,7 @@ def test_everything_is_measured_on_a_cpu(tmp_path, capsys, monkeypatch):
     assert "1_s_mp4_s" in found["decoding"]
 
 
+@pytest.mark.slow
 def test_a_step_with_its_planned_memory(monkeypatch):
     """Of the seconds of a step, one is the optimizer's; the operations are those of the planner."""
     monkeypatch.setattr(bench_all, "PRESETS", {"tiny": small})

@@ -1,5 +1,6 @@
 """The planned collectives of a step, against those of real runs of train.py on two and three processes."""
 
+import math
 from collections import Counter
 from dataclasses import asdict
 from unittest.mock import patch
@@ -20,6 +21,7 @@ from mplug2.tools.communication import (
     Recorder,
     buckets,
     format_step,
+    gather_distinct,
     muon_flops,
     rows,
     step_collectives,
@@ -119,6 +121,19 @@ def test_the_collectives_of_ddp_by_hand():
                                   ("all_reduce", 4 * len(parameters)): 1}
 
 
+def test_one_tensor_of_each_shape_is_gathered_and_stands_for_all_of_them(monkeypatch):
+    tensors, found, gathered = [torch.zeros(size) for size in (2, 3, 2, 2)], [], []
+
+    def gather(tensor):
+        gathered.append(len(tensor))
+        found.extend([Collective("", "all_gather", len(tensor))] * 2)  # as if it took two collectives
+
+    monkeypatch.setattr(communication, "full_tensor", gather)
+    gather_distinct(tensors, found)
+    assert sorted(gathered) == [2, 3]
+    assert Counter(one.size for one in found) == {2: 6, 3: 2}
+
+
 def test_a_bucket_is_full_when_it_reaches_its_limit():
     """Of parameters of 8, 4, 4, 12, 40 and 4 bytes; the last parameters are reduced first."""
     parameters = [torch.zeros(size) for size in (2, 1, 1, 3, 10, 1)]
@@ -134,6 +149,8 @@ def test_seconds_of_a_collective_by_hand(monkeypatch):
     assert Collective("", "reduce_scatter", 800).seconds(16) == 4 + 800 * 15 / 16 / 100  # outside: 800 / 2 / 8 / 10
     assert Collective("", "reduce_scatter", 800).seconds(64) == 6 + 800 * 7 / 8 / 8 / 10
     assert Collective("", "all_to_all", 800).seconds(16) == 4 + 800 * 8 / 16 / 10
+    five = Collective("", "all_gather", 800).seconds(36)  # four nodes, and half of a fifth
+    assert five == pytest.approx(math.log2(36) + 800 * 4 / 5 / 8 / 10)
     monkeypatch.setattr(communication, "EFFICIENCY", 0.5)
     assert Collective("", "all_to_all", 800).seconds(16) == 4 + 2 * 800 * 8 / 16 / 10
 
@@ -155,8 +172,8 @@ def test_what_is_exposed_by_hand(monkeypatch):
     assert exposed(100, 100, micro_batches=2) == [2, 2, 0, 2, 4, 50]
     table = rows(found, 4, 100, 100, micro_batches=2)
     assert [row.calls for row in table] == [4, 2, 2, 2, 1, 1] and [row.size for row in table] == [14, 2, 8, 5, 4, 50]
-    lines = format_step("DDP", table, passes=85.0, products=5.0, samples=200)
-    assert lines[-1].startswith("a step: 85,000 ms of passes + 5,000 ms of Muon + 10,000 ms exposed = 100,000 ms, 2 ")
+    lines = format_step("DDP", table, passes=85.0, products=5.0, samples=300)
+    assert lines[-1].startswith("a step: 85,000 ms of passes + 5,000 ms of Muon + 10,000 ms exposed = 100,000 ms, 3 ")
     assert lines[-1].endswith("10.0% communication")
     assert lines[4].split() == ["gradients", "2", "0.0", "5000.0", "2000.0"]
 

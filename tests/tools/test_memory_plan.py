@@ -175,6 +175,10 @@ def test_batches_of_text_count_with_their_share_of_the_steps(tmp_path):
     load = training_load(PlanSettings(), settings)
     assert load.shares == pytest.approx({"image": 0.75, "text": 0.25}) and list(load.shares) == ["image", "text"]
     assert load.steps == 7 and load.description == "1 samples of image and 4 samples of text"
+    (tmp_path / "image_qa.train.jsonl").write_text(
+        '{"image": "a.png", "qa": [{"question": "a", "answers": ["b"]}]}\n')
+    both = Settings.from_flat({"data": str(tmp_path), "task": "image_caption,image_qa", "task_weights": "6,2"})
+    assert training_load(PlanSettings(), both).shares == pytest.approx({"image_caption": 0.75, "image_qa": 0.25})
 
 
 # ---- by hand ---------------------------------------------------------------------------------------------------------
@@ -260,3 +264,14 @@ def test_the_numbers_of_a_plan(monkeypatch, capsys):
     main("--gpus 4 --batch-size 16 --device-tflops 100 --utilization 0.5 --images 0 --epochs 1".split())
     days = 2_500_000 * 2 / (4 * 100 * 0.5) / (24 * 3600)
     assert f"2,500,000 videos, 1 times: 156,250 steps, {days:.1f} days at 50% of 100" in capsys.readouterr().out
+    main("--gpus 4 --batch-size 16 --images 0 --epochs 1".split())
+    assert "days at 40% of 494.5 TFLOP/s" in capsys.readouterr().out  # of an H100 in float32
+
+
+def test_the_backward_pass_takes_twice_as_long_as_the_forward_pass(monkeypatch):
+    passes, given = [], []
+    monkeypatch.setattr(memory_plan, "cost", lambda *_, **__: Cost(3e12, 1, 1))
+    monkeypatch.setattr(memory_plan, "rows", lambda found, gpus, *seconds: given.append(seconds) or [])
+    monkeypatch.setattr(memory_plan, "format_step", lambda name, table, seconds, *_: passes.append(seconds) or [])
+    main("--gpus 2 --batch-size 2 --images 0 --device-tflops 2 --utilization 0.5 --accumulation-steps 1".split())
+    assert given == [pytest.approx((1.0, 2.0, 1))] * 2 and passes == [3.0] * 2

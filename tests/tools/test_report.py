@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from PIL import Image
 from predictors import make_predictor
 
 from mplug2.tools.cards import CARDS
-from mplug2.tools.report import main, write_report
+from mplug2.tools.report import header, latest, main, metric_tables, write_report
 
 EVIL = "<script src='http://a'>\"&"
 COLOR = (200, 10, 250)
@@ -43,8 +44,8 @@ def line(task: str, media: list[Path], prediction, truth: list, question: str = 
 
 def write_run(folder: Path, lines: list[dict], metrics: list[dict]) -> Path:
     folder.mkdir()
-    settings = {"train": {"task": "pretrain", "max_steps": 9}, "model": {"width": 16}, "data": {"gone": 1.0},
-                "commands": [f"torchrun train.py --name '{EVIL}'"], "parameters": 1234567}
+    settings = {"train": {"task": "pretrain", "max_steps": 9, "reinit": EVIL}, "model": {"width": 16},
+                "data": {"gone": 1.0}, "commands": [f"torchrun train.py --name '{EVIL}'"], "parameters": 1234567}
     (folder / "settings.json").write_text(json.dumps(settings))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in metrics) + '{"step": 9, "lo')
     (folder / "predictions.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines))
@@ -129,7 +130,7 @@ def test_it_loads_nothing_and_runs_nothing(run, page):
 def test_texts_of_the_data_are_escaped(run, page):
     text = (run / "report.html").read_text(encoding="utf-8")
     assert "<script" not in text
-    assert page.text.count(EVIL) >= 4  # command, caption, question of the samples and of the mistakes
+    assert page.text.count(EVIL) >= 5  # setting, command, caption, question of the samples and of the mistakes
 
 
 def test_unreadable_files_are_named_and_large_images_scaled_down(run, page):
@@ -168,20 +169,37 @@ def test_the_newer_evaluation_is_shown(media, tmp_path):
 
 
 def test_the_results_have_a_chance_level_if_the_data_are_there(tmp_path):
-    """The second folder has the records; the first has other files, such as shards."""
-    run = write_run(tmp_path / "mine", [], [{"step": 1, "test/qa_accuracy": 0.5}])
+    """The second folder has the records; the first has other files, such as shards. The split is the last one."""
+    run = write_run(tmp_path / "mine", [], [{"step": 1, "val/qa_accuracy": 0.5}, {"step": 2, "test/qa_accuracy": 0.5}])
     settings = json.loads((run / "settings.json").read_text())
     for name, there in (("shards", False), ("data", True)):
         (tmp_path / name).mkdir()
         settings["data"][str(tmp_path / name)] = 1.0
         (run / "settings.json").write_text(json.dumps(settings))
         if there:
-            asked = [{"video": "a.gif", "qa": [{"question": "who", "answers": [answer]}]} for answer in "aaab"]
-            lines = "".join(json.dumps(record) + "\n" for record in asked)
-            (tmp_path / name / "video_qa.test.jsonl").write_text(lines)
+            for split, answers in (("val", "ab"), ("test", "aaab")):
+                asked = [{"video": "a.gif", "qa": [{"question": "who", "answers": [answer]}]} for answer in answers]
+                lines = "".join(json.dumps(record) + "\n" for record in asked)
+                (tmp_path / name / f"video_qa.{split}.jsonl").write_text(lines)
         write_report(run)
         text = Page((run / "report.html").read_text(encoding="utf-8")).text
         assert ("chance" in text and "75.0 %" in text) == there
+
+
+def test_the_tiles_have_the_last_loss_and_the_usual_speed():
+    """One line in three was slow, as a validation makes it."""
+    metrics = [{"step": step, "loss": loss, "samples_per_second": rate}
+               for step, loss, rate in ((1, 3.0, 80.0), (2, 2.0, 5.0), (3, 1.5, 81.0))]
+    text = Page(header("mine", {"train": {"max_steps": 9}}, [*metrics, {"step": 4, "val/qa_order": 0.5}])).text
+    assert "1.500loss" in text and "80samples per second" in text and "4 of 9steps" in text
+
+
+def test_losses_are_no_results_and_bars_stay_in_their_cells():
+    by_split, errors = latest([{"step": 1, "loss": 3.0, "loss/vtc": 2.0, "val/qa_order": -0.25},
+                               {"step": 2, "test/qa_order": 1.5, "standard_errors": {"test/qa_order": 0.125}}])
+    assert by_split == {"val": {"qa_order": -0.25}, "test": {"qa_order": 1.5}}
+    assert errors == {"test": {"qa_order": 0.125}}
+    assert re.findall(r"width: (\S+?)%", metric_tables(by_split, errors, {})) == ["0.0", "100.0"]
 
 
 def test_samples_are_few_and_of_all_tasks(tmp_path):

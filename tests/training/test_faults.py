@@ -340,6 +340,12 @@ def test_an_error_waits_for_the_checkpoint_and_neither_hides_the_other(capsys):
         saving.start(lambda: [].pop())
         raise KeyError("other")
     assert saving.failed and "warning: pop from empty list" in capsys.readouterr().err
+    with BackgroundSave() as saving:
+        saving.start(lambda: [].pop())
+        with pytest.raises(IndexError):
+            saving.wait()
+        saving.wait()  # an error is raised once, and not repeated as a warning
+    assert not saving.failed and capsys.readouterr().err == ""
 
 
 def test_a_damaged_checkpoint_is_refused_and_the_run_continues_from_the_one_before(capsys, data, tmp_path):

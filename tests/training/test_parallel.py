@@ -5,6 +5,7 @@ Three real processes serve the whole file.
 
 import contextlib
 import io
+import math
 import os
 import shutil
 import signal
@@ -213,6 +214,41 @@ def test_gradients_are_scaled_down_to_the_limit_and_0_is_no_limit(limit, factor)
     parameter.grad = torch.tensor([3.0, 4.0])
     assert clip_grad_norm([parameter], limit).item() == 5
     assert parameter.grad.tolist() == pytest.approx([3 * factor, 4 * factor])
+
+
+class Products(torch.nn.Module):
+    """Its gradients are its input, for a vector that FSDP2 shards and for a scalar that every rank keeps."""
+
+    def __init__(self):
+        super().__init__()
+        self.vector, self.scalar = (torch.nn.Parameter(torch.ones(shape)) for shape in ((4,), ()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.vector * x).sum() + self.scalar * x
+
+
+def mean_and_clipped(rank: int) -> list[tuple[list[float], float]]:
+    """The gradients of two ranks after their mean, and after limits above and below their norm."""
+    settings = ParallelSettings(parallel="fsdp", precision="bfloat16")
+    module = wrap_model(Products(), distributed.DistInfo(rank, 2, torch.device("cpu")), settings)
+    module(torch.tensor((1.0, 2.0**-10)[rank])).backward()
+    all_reduce_replicated_grads(module)
+    found = []
+    for limit in (math.inf, 100.0, 0.0, 0.5):
+        clip_grad_norm([module.vector, module.scalar], limit)
+        found.append((module.vector.grad.full_tensor().tolist(), module.scalar.grad.item()))
+    return found
+
+
+def test_sharded_gradients_are_averaged_in_float32_and_only_scaled_down(processes):
+    """In bfloat16 the sum of 1 and 2^-10 would be 1. The norm of five equal gradients of (1 + 2^-10) / 2 is above 0.5.
+    """
+    mean = (1 + 2**-10) / 2
+    for found in processes.run(mean_and_clipped, (0,), (1,)):
+        for vector, scalar in found[:3]:
+            assert vector == [mean] * 4 and scalar == mean
+        assert found[3][0] == pytest.approx([0.5 / 5**0.5] * 4, rel=1e-5)
+        assert found[3][1] == pytest.approx(0.5 / 5**0.5, rel=1e-5)
 
 
 @pytest.mark.slow
