@@ -110,7 +110,7 @@ class Trainer:
 
         self.model = build_model(settings, self.data, process, model_class)
         self.objectives = build_objectives(self.model, settings.loss, self.data)
-        self.wrapped = wrap_model(self.objectives, process, settings.parallel)  # DDP or FSDP2
+        self.wrapped = wrap_model(self.objectives, process, settings.parallel)
         self.optimizer = make_optimizer(self.model, settings.optimizer)
         self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
@@ -300,7 +300,7 @@ class Trainer:
 
     def unsharded(self) -> MPLUG2:
         """The model in one piece. Every rank has to call it."""
-        return unsharded_copy(self.model) if self.settings.parallel.parallel == "fsdp" else self.model
+        return self.model if self.settings.parallel.parallel == "ddp" else unsharded_copy(self.model)
 
     def next_batch(self, batches: Iterator[dict]) -> dict:
         """The next micro-batch of this rank, on its device."""
