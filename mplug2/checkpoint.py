@@ -14,6 +14,7 @@ A folder without a manifest is loaded as it is. With a manifest, every file is v
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import re
@@ -261,9 +262,25 @@ def omits(model: MPLUG2, name: str) -> bool:
 # ---- manifests -------------------------------------------------------------------------------------------------------
 
 
-def write_manifest(folder: Path, step: int) -> None:
-    """Describe every file of `folder`, so that `verify` notices any change. The score follows after validation."""
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir())}
+class HashingWriter(io.BufferedWriter):
+    """A new file, whose SHA-256 is computed while it is written: large files need not be read again."""
+
+    def __init__(self, path: Path):
+        super().__init__(io.FileIO(path, "w"))
+        self.digest = hashlib.sha256()
+
+    def write(self, data: bytes | memoryview) -> int:
+        self.digest.update(data)
+        return super().write(data)
+
+
+def write_manifest(folder: Path, step: int, hashes: Mapping[str, str]) -> None:
+    """Describe every file of `folder`, so that `verify` notices any change. The score follows after validation.
+
+    `hashes` are those that are already known, by the name of the file.
+    """
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": hashes.get(path.name) or sha256(path)}
+             for path in sorted(folder.iterdir())}
     manifest = {"step": step, "score": None, "files": files}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))  # no newline at the end: any cut is noticed
 
