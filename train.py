@@ -342,15 +342,22 @@ class Trainer:
 def build_model(
     settings: Settings, data: TrainingData, process: DistInfo, model_class: Callable[..., MPLUG2]
 ) -> MPLUG2:
-    """The model in training mode: with new weights, or with those of the checkpoint that the run starts from."""
+    """The model in training mode: with new weights, or with those of the checkpoint that the run starts from.
+
+    If it will be sharded, only the main process has the weights: on the others the model is on the meta device.
+    """
     checkpoint, task = settings.checkpoint, settings.data.task
+    sharded = settings.parallel.parallel != "ddp"
     if checkpoint and model_class is not MPLUG2:
         raise ValueError("a model of another class starts from scratch: leave out --init and --resume")
     if checkpoint:
         classes = None if settings.run.resume else data.classes  # other classes get a new head
         reinit = () if settings.run.resume or not settings.run.reinit else settings.run.reinit.split(",")
-        model, _, trained = load_model(checkpoint, task, settings.model, classes, reinit)
-        if model.newly_initialized and process.is_main:
+        load, loaded = partial(load_model, checkpoint, task, settings.model, classes, reinit), []
+        if sharded:  # all ranks raise the errors of the main process
+            distributed.run_on_main(lambda: loaded.append(load()), process)
+        model, _, trained = loaded[0] if loaded else load(with_weights=not sharded)
+        if process.is_main and model.newly_initialized:
             names = model.newly_initialized
             more = f" and {len(names) - 8} more" if len(names) > 8 else ""
             print(f"not from {checkpoint}, so trained from scratch: {', '.join(names[:8])}{more}")
@@ -358,7 +365,8 @@ def build_model(
             print(f"frames: {checkpoint} was trained with {trained.frames} frames, this run has {settings.data.frames}")
     else:
         config = dataclasses.replace(settings.model_config(), vocab_size=len(data.tokenizer))
-        model = model_class(config, task, data.classes)
+        with torch.device("meta" if sharded and not process.is_main else "cpu"):
+            model = model_class(config, task, data.classes)
     freeze(model.train(), settings.optimizer.freeze.split(",") if settings.optimizer.freeze else [])
     if settings.parallel.activation_checkpointing:
         checkpoint_activations(model)

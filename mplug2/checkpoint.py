@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -159,6 +160,7 @@ def read_data(folder: Path | str) -> list[Path] | None:
 def load_model(
     folder: Path | str, task: str | None = None, changes: dict | None = None,
     classes: dict[str, tuple[str, ...]] | None = None, reinit: Sequence[str] = (),
+    with_weights: bool = True,
 ) -> tuple[MPLUG2, Tokenizer, PreprocessConfig]:
     """Load a model folder for the task it was saved with, or for another `task` whose modules it has.
 
@@ -166,11 +168,11 @@ def load_model(
     fine-tuning run that starts here. A head that the checkpoint lacks, or has for other classes, is then initialized,
     and `model.newly_initialized` names its parameters. Without `classes` every parameter must be in the checkpoint,
     except those that match `reinit`: names or patterns of parameters or modules, which are initialized in any case.
-    CheckpointError for a pattern that matches nothing.
+    CheckpointError for a pattern that matches nothing. Without `with_weights` the model is on the meta device.
     """
     folder = Path(folder)
     if (folder / "manifest.json").exists():
-        verify(folder, MODEL_FILES)
+        verify(folder, MODEL_FILES if with_weights else MODEL_FILES[1:])
     saved_task, saved_config, preprocess = read_config(folder)
     config = dataclasses.replace(saved_config, **(changes or {}))
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
@@ -178,7 +180,8 @@ def load_model(
         raise CheckpointError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, but the model has only "
                               f"{config.vocab_size} word embeddings; copy the tokenizer.json that belongs to the model")
     saved_classes = checkpoint_classes(folder)
-    model = MPLUG2(config, task or saved_task, saved_classes if classes is None else classes)
+    with nullcontext() if with_weights else torch.device("meta"):
+        model = MPLUG2(config, task or saved_task, saved_classes if classes is None else classes)
     new, may_be_new = tuple(reinit), ()
     for pattern in reinit:
         if not any(matches(name, pattern) for name in model.state_dict()):
@@ -188,6 +191,8 @@ def load_model(
     if classes is not None:
         new += tuple(f"classifier.{name}" for name, names in model.classes.items() if names != saved_classes.get(name))
         may_be_new = NEW_MODULES
+    if not with_weights:
+        return model.eval(), tokenizer, preprocess
     try:
         model.newly_initialized = load_weights(model, folder / "model.safetensors", saved_task, new, may_be_new)
     except CheckpointError as error:

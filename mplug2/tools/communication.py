@@ -27,7 +27,8 @@ from mplug2.training.parallel import (
     ParallelSettings,
     all_reduce_replicated_grads,
     clip_grad_norm,
-    wrap_model,
+    device_mesh,
+    shard_model,
 )
 
 NODE = 8
@@ -138,17 +139,18 @@ def step_collectives(
         with fake:
             objectives, batch = make()
         with patch("torch.chunk", first_chunk):
-            wrapped = wrap_model(objectives, process, parallel) if sharded else objectives
+            if sharded:
+                shard_model(objectives, device_mesh(process, parallel), parallel)
         autocast = torch.autocast("cpu", torch.bfloat16) if parallel.low_precision else nullcontext()
         with fake, recorder:
             stepper = make_optimizer(objectives.model, optimizer)
             recorder.phase = "forward"
             with autocast:
-                loss = sum(wrapped(batch).values())
+                loss = sum(objectives(batch).values())
             recorder.phase = "backward"
             loss.backward()
             recorder.phase = "gradient norm, flags"
-            all_reduce_replicated_grads(wrapped)
+            all_reduce_replicated_grads(objectives)
             clip_grad_norm([parameter for group in stepper.param_groups for parameter in group["params"]], 1.0)
         with recorder:  # the flags are real: their values are read
             any_rank(False, False)

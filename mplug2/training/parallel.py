@@ -56,12 +56,12 @@ class ParallelSettings:
         return self.precision == "bfloat16"
 
 
+@torch.no_grad()
 def wrap_model(module: nn.Module, process: DistInfo, settings: ParallelSettings) -> nn.Module:
     """`module` on the device of this rank, with gradients that are averaged over the ranks (DDP, FSDP2 or HSDP).
 
-    FSDP2 shards every transformer block separately: its parameters are gathered when it runs, in bfloat16 with
-    `--precision bfloat16`. Parameters outside of blocks stay gathered for the whole step. Build the optimizer
-    afterwards: FSDP2 replaces the parameters. ValueError if HSDP finds nodes with unequal numbers of ranks.
+    Build the optimizer afterwards: FSDP2 replaces the parameters. A sharded model gets the weights of the main process,
+    so that of any other rank may be on the meta device.
     """
     if settings.parallel == "ddp":
         module.to(process.device)
@@ -71,43 +71,42 @@ def wrap_model(module: nn.Module, process: DistInfo, settings: ParallelSettings)
         new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
         buffers = {"forward_sync_buffers" if new else "broadcast_buffers": False}
         return DistributedDataParallel(module, find_unused_parameters=True, gradient_as_bucket_view=True, **buffers)
-    if not dist.is_initialized():
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if process.device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0,
-            world_size=1,
-        )
-    sharding = {
-        "mesh": node_mesh(process) if settings.parallel == "hsdp" else init_device_mesh(
-            process.device.type, (process.world_size,)),
-        # FSDP2 cannot shard a scalar. Every rank keeps these parameters; see `all_reduce_replicated_grads`.
-        "ignored_params": {parameter for parameter in module.parameters() if parameter.dim() == 0},
-        "offload_policy": OffloadPolicy(),
-    }
-    if settings.cpu_offload:
-        sharding["offload_policy"] = CPUOffloadPolicy(pin_memory=process.device.type == "cuda")
-    if settings.low_precision:
-        sharding["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for block in module.modules():
-        if isinstance(block, Block):
-            fully_shard(block, **sharding)
-    if settings.low_precision:  # the root sees the batch, whose labels and boxes would be rounded: 1987 becomes 1984
-        sharding["mp_policy"] = dataclasses.replace(sharding["mp_policy"], cast_forward_inputs=False)
-    fully_shard(module, **sharding)
+    mesh, home = device_mesh(process, settings), "cpu" if settings.cpu_offload else process.device
+    if not process.is_main:
+        shard_model(module, mesh, settings)
+        module.to_empty(device=home)
+    for tensor in module.state_dict().values():
+        full = tensor if process.is_main else torch.empty(tensor.shape, dtype=tensor.dtype, device=process.device)
+        full = full.to(process.device).contiguous()
+        dist.broadcast(full, 0)
+        if not process.is_main:
+            tensor.copy_(shard_like(full, tensor))
+    if process.is_main:  # only now: shards replace the weights block by block
+        shard_model(module, mesh, settings)
+    for parameter in module.parameters():
+        if parameter.dim() == 0:
+            parameter.data = parameter.data.to(home)
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, buffer.to(process.device))
     # Gather everything once: gradient accumulation expects it even of blocks that a batch does not use.
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.unshard()
             part.reshard()
-    for parameter in sharding["ignored_params"]:
-        parameter.data = parameter.data.to("cpu" if settings.cpu_offload else process.device)
-    for part in module.modules():
-        for name, buffer in part.named_buffers(recurse=False):
-            setattr(part, name, buffer.to(process.device))
     return module
 
 
-def node_mesh(process: DistInfo) -> DeviceMesh:
-    """All ranks as `nodes ranks`: FSDP2 shards among the ranks of a row and replicates over the rows (HSDP)."""
+def device_mesh(process: DistInfo, settings: ParallelSettings) -> DeviceMesh:
+    """All ranks in a row, or with HSDP as `nodes ranks`: FSDP2 shards among the ranks of a row, and replicates over the
+    rows. ValueError if the nodes have unequal numbers of ranks."""
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if process.device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0,
+            world_size=1,
+        )
+    if settings.parallel == "fsdp":
+        return init_device_mesh(process.device.type, (process.world_size,))
     local = process.local_world_size or process.world_size
     if process.world_size % local:
         raise ValueError(f"parallel=hsdp: {process.world_size} processes, {local} of them on this node; start the same "
@@ -116,6 +115,30 @@ def node_mesh(process: DistInfo) -> DeviceMesh:
     columns, rows = (dist.new_subgroups_by_enumeration(groups.tolist(), timeout=NO_TIMEOUT)[0]
                      for groups in (ranks.T, ranks))
     return DeviceMesh.from_group([columns, rows], process.device.type, ranks, mesh_dim_names=("replicate", "shard"))
+
+
+def shard_model(module: nn.Module, mesh: DeviceMesh, settings: ParallelSettings) -> None:
+    """Shard the parameters of `module`, on the device of this rank; on the meta device they stay there.
+
+    FSDP2 shards every transformer block separately: its parameters are gathered when it runs, in bfloat16 with
+    `--precision bfloat16`. Parameters outside of blocks stay gathered for the whole step.
+    """
+    sharding = {
+        "mesh": mesh,
+        # FSDP2 cannot shard a scalar. Every rank keeps these parameters; see `all_reduce_replicated_grads`.
+        "ignored_params": {parameter for parameter in module.parameters() if parameter.dim() == 0},
+        "offload_policy": OffloadPolicy(),
+    }
+    if settings.cpu_offload:
+        sharding["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+    if settings.low_precision:
+        sharding["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for block in module.modules():
+        if isinstance(block, Block):
+            fully_shard(block, **sharding)
+    if settings.low_precision:  # the root sees the batch, whose labels and boxes would be rounded: 1987 becomes 1984
+        sharding["mp_policy"] = dataclasses.replace(sharding["mp_policy"], cast_forward_inputs=False)
+    fully_shard(module, **sharding)
 
 
 def unsharded_copy(model: MPLUG2) -> MPLUG2:

@@ -34,6 +34,7 @@ from mplug2.training.parallel import (
     ParallelSettings,
     all_reduce_replicated_grads,
     clip_grad_norm,
+    gathered,
     load_optimizer_state,
     no_sync,
     optimizer_state,
@@ -395,6 +396,56 @@ def copy_until(whole: Path, out: Path, step: int) -> None:
             shutil.rmtree(checkpoint)
     (out / "last").unlink()
     (out / "last").symlink_to(f"step_{step:07d}")
+
+
+def weights_at_the_start(arguments: list[str]) -> tuple[set[str], dict[str, np.ndarray]]:
+    """The devices that the model of a run is built on, and all weights and buffers before the first step."""
+    devices, found, build = set(), {}, train.build_objectives
+
+    def watched_build(model, *others) -> Objectives:
+        devices.update(parameter.device.type for parameter in model.parameters())
+        return build(model, *others)
+
+    def look(self) -> dict:
+        found.update({name: value.numpy() for name, value in gathered(self.objectives.state_dict(), keep=True).items()})
+        return {}
+
+    with patch.object(train.Trainer, "train", look), patch.object(train, "build_objectives", watched_build):
+        train.main(arguments)
+    return devices, found
+
+
+def start_refused(arguments: list[str]) -> str:
+    """What a run prints that cannot start."""
+    printed = io.StringIO()
+    with contextlib.redirect_stderr(printed), pytest.raises(SystemExit):
+        train.main(arguments)
+    return printed.getvalue()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", ["", "--cpu-offload", "--init START --reinit decoder"])
+def test_only_the_main_process_has_the_weights_of_a_sharded_model(processes, data, tmp_path, more):
+    """The others get their shards from it. They are the ones of a run of one process, to the bit, with a teacher."""
+    arguments = [*SMALL, *f"--data {data} --batch-size 12 --distill-weight 0.4 --queue-size 12 --name run".split()]
+    start = tmp_path / "start" / "run" / "last"
+    if "START" in more:
+        train.main([*arguments, *f"--max-steps 1 --out {tmp_path / 'start'}".split()])
+    more = more.replace("START", str(start)).split()
+    alone = [word for word in more if word != "--cpu-offload"]
+    devices, expected = weights_at_the_start([*arguments, *alone, "--out", str(tmp_path / "one")])
+    assert devices == {"cpu"} and len(expected) > 50
+    for way, world in (("fsdp", 3), ("hsdp", 4)):
+        given = [*arguments, *more, "--parallel", way, "--out", str(tmp_path / way)]
+        found = processes.run(weights_at_the_start, *[(given,)] * world, joined=False)
+        assert [devices for devices, _ in found] == [{"cpu"}] + [{"meta"}] * (world - 1)
+        for _, weights in found:
+            assert {name: value.tobytes() for name, value in weights.items()} == {
+                name: value.tobytes() for name, value in expected.items()}
+    if "--init" in more:
+        (start / "model.safetensors").write_bytes(b"damaged")
+        first, *others = processes.run(start_refused, *[(given,)] * 4, joined=False)
+        assert "model.safetensors has 7 bytes, but its manifest says" in first and others == [""] * 3
 
 
 @pytest.mark.slow
