@@ -113,7 +113,7 @@ class Trainer:
 
         self.model = build_model(settings, self.data, process, model_class)
         self.objectives = build_objectives(self.model, settings.loss, self.data)
-        self.wrapped = wrap_model(self.objectives, process, settings.parallel)  # DDP or FSDP2
+        self.wrapped = wrap_model(self.objectives, process, settings.parallel)
         self.optimizer = make_optimizer(self.model, settings.optimizer)
         self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
@@ -306,7 +306,7 @@ class Trainer:
 
     def unsharded(self) -> MPLUG2:
         """The model in one piece. Every rank has to call it."""
-        return unsharded_copy(self.model) if self.settings.parallel.parallel == "fsdp" else self.model
+        return self.model if self.settings.parallel.parallel == "ddp" else unsharded_copy(self.model)
 
     def next_batch(self, batches: Iterator[dict]) -> dict:
         """The next micro-batch of this rank, on its device."""
@@ -350,15 +350,22 @@ class Trainer:
 def build_model(
     settings: Settings, data: TrainingData, process: DistInfo, model_class: Callable[..., MPLUG2]
 ) -> MPLUG2:
-    """The model in training mode: with new weights, or with those of the checkpoint that the run starts from."""
+    """The model in training mode: with new weights, or with those of the checkpoint that the run starts from.
+
+    If it will be sharded, only the main process has the weights: on the others the model is on the meta device.
+    """
     checkpoint, task = settings.checkpoint, settings.data.task
+    sharded = settings.parallel.parallel != "ddp"
     if checkpoint and model_class is not MPLUG2:
         raise ValueError("a model of another class starts from scratch: leave out --init and --resume")
     if checkpoint:
         classes = None if settings.run.resume else data.classes  # other classes get a new head
         reinit = () if settings.run.resume or not settings.run.reinit else comma_list("reinit", settings.run.reinit)
-        model, _, trained = load_model(checkpoint, task, settings.model, classes, reinit)
-        if model.newly_initialized and process.is_main:
+        load, loaded = partial(load_model, checkpoint, task, settings.model, classes, reinit), []
+        if sharded:  # all ranks raise the errors of the main process
+            distributed.run_on_main(lambda: loaded.append(load()), process)
+        model, _, trained = loaded[0] if loaded else load(with_weights=not sharded)
+        if process.is_main and model.newly_initialized:
             names = model.newly_initialized
             more = f" and {len(names) - 8} more" if len(names) > 8 else ""
             print(f"not from {checkpoint}, so trained from scratch: {', '.join(names[:8])}{more}")
@@ -366,7 +373,8 @@ def build_model(
             print(f"frames: {checkpoint} was trained with {trained.frames} frames, this run has {settings.data.frames}")
     else:
         config = dataclasses.replace(settings.model_config(), vocab_size=len(data.tokenizer))
-        model = model_class(config, task, data.classes)
+        with torch.device("meta" if sharded and not process.is_main else "cpu"):
+            model = model_class(config, task, data.classes)
     freeze(model.train(), comma_list("freeze", settings.optimizer.freeze) if settings.optimizer.freeze else [])
     if settings.parallel.activation_checkpointing:
         checkpoint_activations(model)

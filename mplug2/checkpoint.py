@@ -14,11 +14,13 @@ A folder without a manifest is loaded as it is. With a manifest, every file is v
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -158,6 +160,7 @@ def read_data(folder: Path | str) -> list[Path] | None:
 def load_model(
     folder: Path | str, task: str | None = None, changes: dict | None = None,
     classes: dict[str, tuple[str, ...]] | None = None, reinit: Sequence[str] = (),
+    with_weights: bool = True,
 ) -> tuple[MPLUG2, Tokenizer, PreprocessConfig]:
     """Load a model folder for the task it was saved with, or for another `task` whose modules it has.
 
@@ -165,11 +168,11 @@ def load_model(
     fine-tuning run that starts here. A head that the checkpoint lacks, or has for other classes, is then initialized,
     and `model.newly_initialized` names its parameters. Without `classes` every parameter must be in the checkpoint,
     except those that match `reinit`: names or patterns of parameters or modules, which are initialized in any case.
-    CheckpointError for a pattern that matches nothing.
+    CheckpointError for a pattern that matches nothing. Without `with_weights` the model is on the meta device.
     """
     folder = Path(folder)
     if (folder / "manifest.json").exists():
-        verify(folder, MODEL_FILES)
+        verify(folder, MODEL_FILES if with_weights else MODEL_FILES[1:])
     saved_task, saved_config, preprocess = read_config(folder)
     config = dataclasses.replace(saved_config, **(changes or {}))
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
@@ -177,7 +180,8 @@ def load_model(
         raise CheckpointError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, but the model has only "
                               f"{config.vocab_size} word embeddings; copy the tokenizer.json that belongs to the model")
     saved_classes = checkpoint_classes(folder)
-    model = MPLUG2(config, task or saved_task, saved_classes if classes is None else classes)
+    with nullcontext() if with_weights else torch.device("meta"):
+        model = MPLUG2(config, task or saved_task, saved_classes if classes is None else classes)
     new, may_be_new = tuple(reinit), ()
     for pattern in reinit:
         if not any(matches(name, pattern) for name in model.state_dict()):
@@ -187,6 +191,8 @@ def load_model(
     if classes is not None:
         new += tuple(f"classifier.{name}" for name, names in model.classes.items() if names != saved_classes.get(name))
         may_be_new = NEW_MODULES
+    if not with_weights:
+        return model.eval(), tokenizer, preprocess
     try:
         model.newly_initialized = load_weights(model, folder / "model.safetensors", saved_task, new, may_be_new)
     except CheckpointError as error:
@@ -261,9 +267,25 @@ def omits(model: MPLUG2, name: str) -> bool:
 # ---- manifests -------------------------------------------------------------------------------------------------------
 
 
-def write_manifest(folder: Path, step: int) -> None:
-    """Describe every file of `folder`, so that `verify` notices any change. The score follows after validation."""
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(folder.iterdir())}
+class HashingWriter(io.BufferedWriter):
+    """A new file, whose SHA-256 is computed while it is written: large files need not be read again."""
+
+    def __init__(self, path: Path):
+        super().__init__(io.FileIO(path, "w"))
+        self.digest = hashlib.sha256()
+
+    def write(self, data: bytes | memoryview) -> int:
+        self.digest.update(data)
+        return super().write(data)
+
+
+def write_manifest(folder: Path, step: int, hashes: Mapping[str, str]) -> None:
+    """Describe every file of `folder`, so that `verify` notices any change. The score follows after validation.
+
+    `hashes` are those that are already known, by the name of the file.
+    """
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": hashes.get(path.name) or sha256(path)}
+             for path in sorted(folder.iterdir())}
     manifest = {"step": step, "score": None, "files": files}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))  # no newline at the end: any cut is noticed
 

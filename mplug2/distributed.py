@@ -17,13 +17,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+NO_TIMEOUT = timedelta(days=7)
+"""Process groups never time out. The watchdog of `training.fault_tolerance` finds and names a hung rank."""
+
+
 @dataclass(frozen=True)
 class DistInfo:
-    """This process's rank, the world size and the device."""
+    """This process's rank, the world size, the device and the number of ranks on each node."""
 
     rank: int
     world_size: int
     device: torch.device
+    local_world_size: int | None = None
+    """None: all ranks are on one node."""
 
     @property
     def is_main(self) -> bool:
@@ -39,12 +45,11 @@ def init_distributed(device: str = "auto") -> DistInfo:
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)))
     if world_size > 1:
         # gloo next to NCCL: flags, sample names and offloaded gradients travel on the CPU without waiting for the GPU.
-        # The group itself never times out. The watchdog of `training.fault_tolerance` finds and names a hung rank.
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", store=rendezvous_store(rank, world_size),
-            rank=rank, world_size=world_size, timeout=timedelta(days=7),
+            rank=rank, world_size=world_size, timeout=NO_TIMEOUT,
         )
-    return DistInfo(rank, world_size, chosen)
+    return DistInfo(rank, world_size, chosen, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:
@@ -95,7 +100,7 @@ def rendezvous_store(rank: int, world_size: int) -> dist.Store:
         except dist.DistError:
             time.sleep(0.1)
         else:
-            own.set_timeout(timedelta(days=7))
+            own.set_timeout(NO_TIMEOUT)
             return own
 
 
@@ -162,11 +167,11 @@ def all_gather_object(value) -> list:
     return values
 
 
-def all_to_all(vectors: list[Tensor], sizes: list[int]) -> list[Tensor]:
-    """Send one vector to each rank. Returns the vectors from all ranks, which have these sizes."""
+def all_to_all(vectors: list[Tensor], sizes: list[int], group: dist.ProcessGroup) -> list[Tensor]:
+    """Send one vector to each rank of a group. Returns the vectors from all of them, which have these sizes."""
     sent = torch.cat(vectors)
     received = sent.new_empty(sum(sizes))
-    dist.all_to_all_single(received, sent, sizes, [len(vector) for vector in vectors])
+    dist.all_to_all_single(received, sent, sizes, [len(vector) for vector in vectors], group)
     return [*received.split(sizes)]
 
 
@@ -227,6 +232,11 @@ def run_on_main(action: Callable[[], object], dist_info: DistInfo) -> None:
 def full_tensor(tensor: Tensor) -> Tensor:
     """A parameter or optimizer state in one piece, assembled from its shards. Every rank has to call it."""
     return tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
+
+
+def shard_group(tensor: Tensor) -> dist.ProcessGroup:
+    """The ranks that share a sharded tensor: all, or with HSDP those of this node."""
+    return tensor.device_mesh.get_group(tensor.device_mesh.ndim - 1)
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ def serve(rank: int, world: int, jobs: mp.Queue, results: mp.Queue) -> None:
     gc.freeze()  # what the server has imported: collections need not look at it
     while (job := jobs.get()) is not None:
         function, arguments, port, size, joined = job
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                       "LOCAL_WORLD_SIZE": str(2 if size == 4 else size)}  # four processes stand for two nodes of two
         if joined:
             init_distributed("cpu")
         try:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from mplug2 import checkpoint
 from mplug2.checkpoint import (
     CheckpointError,
     PreprocessConfig,
@@ -26,6 +27,7 @@ from mplug2.checkpoint import (
     read_data,
     real_folder,
     save_model,
+    sha256,
 )
 from mplug2.config import form_fields
 from mplug2.data.text import Tokenizer
@@ -362,6 +364,17 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):
     assert "; the previous one, step_0000001, is intact. Free some disk space" in str(refused.value)
     assert names(tmp_path) == ["last", "step_0000001"]
     assert_same_weights(load_model(tmp_path / "last")[0], make_model(seed=1))
+
+
+def test_the_state_of_a_run_is_hashed_while_it_is_written(tmp_path, monkeypatch):
+    """It is two thirds of a checkpoint, and is not read again."""
+    read = []
+    monkeypatch.setattr(checkpoint, "sha256", lambda path: read.append(path.name) or sha256(path))
+    folder = save(tmp_path, 1, make_model())
+    assert sorted(read) == ["config.json", "model.safetensors", "tokenizer.json"]
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    assert files == {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+                     for name in (*read, "training.pt")}
 
 
 def test_leftovers_of_an_earlier_attempt_do_not_get_into_a_checkpoint(tmp_path):

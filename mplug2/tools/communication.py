@@ -7,7 +7,7 @@ the rates of the links below. No run on several GPUs has confirmed them.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from unittest.mock import patch
@@ -27,7 +27,8 @@ from mplug2.training.parallel import (
     ParallelSettings,
     all_reduce_replicated_grads,
     clip_grad_norm,
-    wrap_model,
+    device_mesh,
+    shard_model,
 )
 
 NODE = 8
@@ -57,11 +58,17 @@ class Collective:
     operation: str
     size: int
     """Bytes: of the result of an all_gather, of the input of the others, on each rank."""
+    gpus: int
+    """Ranks that take part."""
+    nodes: int
+    """Nodes that these ranks are spread over."""
 
-    def seconds(self, gpus: int) -> float:
+    @property
+    def seconds(self) -> float:
         """A ring passes each rank everything that the other ranks have (all_reduce: twice). Between nodes, the adapters
         of a node share the work; in an all_to_all each GPU's own adapter carries what leaves the node."""
-        local, nodes, passes = min(gpus, NODE), math.ceil(gpus / NODE), 1 + (self.operation == "all_reduce")
+        gpus, nodes, passes = self.gpus, self.nodes, 1 + (self.operation == "all_reduce")
+        local = gpus / nodes
         if self.operation == "all_to_all":
             inside, outside = self.size * (local - 1) / gpus, self.size * (gpus - local) / gpus
         else:
@@ -82,17 +89,29 @@ class Recorder(TorchDispatchMode):
         name = function.__name__.split(".")[0]
         if name not in ("wait_tensor", "_wrap_tensor_autograd"):
             own = [tensor for tensor in tree_leaves(args) if isinstance(tensor, Tensor)][-1]  # results come first
-            size = own.numel() * own.element_size() * (world_size() if OPERATIONS[name] == "all_gather" else 1)
-            self.found.append(Collective(self.purpose(name, size), OPERATIONS[name], size))
+            ranks = ranks_of(args)
+            size = own.numel() * own.element_size() * (len(ranks) if OPERATIONS[name] == "all_gather" else 1)
+            nodes = len({rank // NODE for rank in ranks})
+            self.found.append(Collective(self.purpose(name, size, ranks), OPERATIONS[name], size, len(ranks), nodes))
         return function(*args, **(kwargs or {}))
 
-    def purpose(self, name: str, size: int) -> str:
+    def purpose(self, name: str, size: int, ranks: Sequence[int]) -> str:
         """What a collective of the passes is for; those of other phases have the name of the phase."""
         if self.phase not in ("forward", "backward"):
             return self.phase
         if name == "_allgather_base_":
             return f"parameters, {self.phase}"
+        if len(ranks) < world_size():
+            return "gradients, between nodes" if name == "allreduce_" else "gradients"
         return "gradients" if name == "_reduce_scatter_base_" else "means of losses" if size <= 8 else "VTC"
+
+
+def ranks_of(arguments: tuple) -> Sequence[int]:
+    """The ranks of the process group that a collective was called with."""
+    group = next((argument for argument in arguments if isinstance(argument, torch.ScriptObject)), None)
+    if group is None:  # `full_tensor` names its group, the first ranks of a sharded tensor, and says how many there are
+        return range(arguments[1])
+    return dist.get_process_group_ranks(dist.ProcessGroup.unbox(group))
 
 
 @contextmanager
@@ -102,7 +121,7 @@ def fake_ranks(gpus: int) -> Iterator[DistInfo]:
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
     try:
-        yield DistInfo(0, gpus, torch.device("cpu"))
+        yield DistInfo(0, gpus, torch.device("cpu"), min(NODE, gpus))
     finally:
         dist.destroy_process_group()
 
@@ -115,22 +134,23 @@ def step_collectives(
     `make` returns the objectives and a batch of one micro-batch.
     """
     fake, recorder = FakeTensorMode(allow_non_fake_inputs=True), Recorder()
-    sharded = parallel.parallel == "fsdp"
+    sharded = parallel.parallel != "ddp"
     with fake_ranks(gpus) as process:
         with fake:
             objectives, batch = make()
         with patch("torch.chunk", first_chunk):
-            wrapped = wrap_model(objectives, process, parallel) if sharded else objectives
+            if sharded:
+                shard_model(objectives, device_mesh(process, parallel), parallel)
         autocast = torch.autocast("cpu", torch.bfloat16) if parallel.low_precision else nullcontext()
         with fake, recorder:
             stepper = make_optimizer(objectives.model, optimizer)
             recorder.phase = "forward"
             with autocast:
-                loss = sum(wrapped(batch).values())
+                loss = sum(objectives(batch).values())
             recorder.phase = "backward"
             loss.backward()
             recorder.phase = "gradient norm, flags"
-            all_reduce_replicated_grads(wrapped)
+            all_reduce_replicated_grads(objectives)
             clip_grad_norm([parameter for group in stepper.param_groups for parameter in group["params"]], 1.0)
         with recorder:  # the flags are real: their values are read
             any_rank(False, False)
@@ -146,7 +166,8 @@ def step_collectives(
     found = recorder.found
     if not sharded:
         after = 1 + max(number for number, one in enumerate(found) if one.purpose in ("means of losses", "VTC"))
-        found[after:after] = buckets([parameter for parameter in objectives.parameters() if parameter.requires_grad])
+        trained = [parameter for parameter in objectives.parameters() if parameter.requires_grad]
+        found[after:after] = buckets(trained, gpus)
     return found
 
 
@@ -188,7 +209,7 @@ def gather_distinct(tensors: list[Tensor], found: list[Collective]) -> None:
         found += found[start:] * (copies - 1)
 
 
-def buckets(parameters: list[Tensor], limits: tuple[int, int] = (2**20, 25 * 2**20)) -> list[Collective]:
+def buckets(parameters: list[Tensor], gpus: int, limits: tuple[int, int] = (2**20, 25 * 2**20)) -> list[Collective]:
     """What DDP reduces: its buckets, the last parameters first, and which parameters were used on any rank.
 
     A bucket is full when it has reached the limit, which is lower for the first parameters.
@@ -198,7 +219,8 @@ def buckets(parameters: list[Tensor], limits: tuple[int, int] = (2**20, 25 * 2**
         if sizes[-1] >= limits[min(len(sizes), len(limits)) - 1]:
             sizes.append(0)
         sizes[-1] += parameter.numel() * parameter.element_size()
-    return [Collective("gradients", "all_reduce", size) for size in (*reversed(sizes), 4 * len(parameters))]
+    return [Collective("gradients", "all_reduce", size, gpus, math.ceil(gpus / NODE))
+            for size in (*reversed(sizes), 4 * len(parameters))]
 
 
 # ---- times -----------------------------------------------------------------------------------------------------------
@@ -216,7 +238,7 @@ class Row:
     """Seconds in which the device has nothing to compute."""
 
 
-def rows(found: list[Collective], gpus: int, forward: float, backward: float, micro_batches: int = 1) -> list[Row]:
+def rows(found: list[Collective], forward: float, backward: float, micro_batches: int = 1) -> list[Row]:
     """The collectives by purpose, for passes of these seconds.
 
     Parameters are gathered ahead of their block, and gradients are reduced during the backward pass. So only the first
@@ -228,20 +250,20 @@ def rows(found: list[Collective], gpus: int, forward: float, backward: float, mi
         if purpose == "Muon":  # sent in bfloat16 from a GPU, in float32 from the fake CPU
             own = [replace(one, size=one.size // 2) for one in own]
         times = micro_batches if purpose in EVERY_MICRO_BATCH else 1
-        seconds = [one.seconds(gpus) for one in own] * times
+        seconds = [one.seconds for one in own] * times
         exposed = sum(seconds)
         if purpose == "parameters, forward":
             exposed = max(seconds[0], exposed - forward)
         elif purpose == "parameters, backward":
             backward, exposed = backward - exposed, max(0.0, exposed - backward)
-        elif purpose == "gradients":
+        elif purpose in ("gradients", "gradients, between nodes"):
             exposed = max(seconds[-1], exposed - max(0.0, backward))
         table.append(Row(purpose, len(seconds), times * sum(one.size for one in own), sum(seconds), exposed))
     return table
 
 
 def muon_flops(model: nn.Module, gpus: int) -> int:
-    """FLOPs of orthogonalization on the rank that has most of it."""
+    """FLOPs of orthogonalization on the rank that has most of it, of `gpus` that divide the work."""
     shapes = tuple(tuple(module.weight.shape) for module in model.modules() if isinstance(module, nn.Linear))
     load = [0] * gpus
     for shape, owner in zip(shapes, assign_owners(shapes, gpus)):

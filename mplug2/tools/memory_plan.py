@@ -1,7 +1,8 @@
 """What a run will need, before a GPU is asked for: memory of each device, communication, steps, days.
 
 A training step is gone through on fake tensors, which have shapes but no memory, and every tensor that it makes is
-counted from its birth to its death. What FSDP2 shares out is then divided by the number of devices.
+counted from its birth to its death. What FSDP2 shares out is then divided by the number of devices, what HSDP shares
+out by that of a node.
 
     python -m mplug2.tools.memory_plan --preset large --gpus 64 --batch-size 1024 --frames 4 --precision bfloat16
     python -m mplug2.tools.memory_plan --preset base --recipe msrvtt_qa --data DIR --gpus 8
@@ -229,8 +230,8 @@ def device_memory(work: Workload, costs: Cost, gpus: int, sharded: bool) -> dict
     """Bytes on each device, at the moment of a step when most is needed.
 
     Parameters, gradients and optimizer state are float32. DDP keeps its buckets, which all gradients lie in, from the
-    first step on. FSDP2 keeps 1 / gpus of everything, and at work, in the precision of the pass: what is in no block,
-    with its gradients, and two blocks, one at work and the next one.
+    first step on. FSDP2 keeps 1 / gpus of everything (HSDP: of the gpus of a node), and at work, in the precision of the
+    pass: what is in no block, with its gradients, and two blocks, one at work and the next one.
     """
     whole, outside, block, matrices = parameter_counts(work.config)
     state = 8 * whole - 4 * matrices * (work.optimizer == "muon")
@@ -243,6 +244,12 @@ def device_memory(work: Workload, costs: Cost, gpus: int, sharded: bool) -> dict
         parts = {"parameters": 4 * whole // gpus + width * (outside + 2 * block), "optimizer": state // gpus,
                  "gradients": 4 * whole // gpus + width * (outside + block), "activations": costs.activations}
     return {**parts, "in all": sum(parts.values())}
+
+
+def ways(gpus: int) -> list[tuple[str, str, int]]:
+    """The name, the value of --parallel, and the number of devices that divide the sharded model and Muon's work."""
+    hsdp = [("HSDP", "hsdp", NODE)] if gpus > NODE and gpus % NODE == 0 else []
+    return [("DDP", "ddp", gpus), ("FSDP2", "fsdp", gpus), *hsdp]
 
 
 def workload(settings: Settings, config: ModelConfig, world_size: int) -> Workload:
@@ -311,13 +318,12 @@ def format_plan(plan: PlanSettings, settings: Settings) -> str:
                  f"{'in all':>9}"]
     load = training_load(plan, settings)
     costs = {recompute: cost(work, next(iter(load.shares)), recompute) for recompute in (False, True)}
-    for sharded in (False, True):
+    for name, way, divided in ways(plan.gpus):
         for recompute in (False, True):
-            memory = device_memory(work, costs[recompute], plan.gpus, sharded)
-            name = ("FSDP2" if sharded else "DDP") + (", activation checkpointing" if recompute else "")
+            memory = device_memory(work, costs[recompute], divided, way != "ddp")
             cells = [f"{memory[key] / 2**30:>{width}.2f}" for key, width in
                      (("parameters", 11), ("optimizer", 11), ("gradients", 11), ("activations", 13), ("in all", 9))]
-            lines.append(f"{name:<34}" + "".join(cells))
+            lines.append(f"{name + ', activation checkpointing' * recompute:<34}" + "".join(cells))
     flops = {kind: (costs[False] if number == 0 else cost(work, kind)).flops / work.b
              for number, kind in enumerate(load.shares)}
     peak = plan.device_tflops or PEAK_TFLOPS["H100"][0 if settings.parallel.low_precision else 1]
@@ -338,19 +344,20 @@ def format_plan(plan: PlanSettings, settings: Settings) -> str:
 def format_communication(
     plan: PlanSettings, settings: Settings, work: Workload, flops: dict[str, float], peak: float, load: Load
 ) -> list[str]:
-    """Tables of the collectives of a step, and of its time, by DDP and by FSDP2."""
+    """Tables of the collectives of a step, and of its time, for each way to divide the work."""
     kind, repeats, samples = next(iter(load.shares)), settings.data.accumulation_steps, settings.data.batch_size
-    rate, products, lines = peak * 1e12 * plan.utilization, 0.0, []
-    if work.optimizer == "muon":
-        with torch.device("meta"):
-            model = MPLUG2(work.config, work.task)
-        products = muon_flops(model, plan.gpus) / (PEAK_TFLOPS["H100"][0] * 1e12 * plan.utilization)
-    for name, way in (("DDP", "ddp"), ("FSDP2", "fsdp")):
+    rate, lines = peak * 1e12 * plan.utilization, []
+    with torch.device("meta"):
+        model = MPLUG2(work.config, work.task)
+    for name, way, divided in ways(plan.gpus):
+        products = 0.0
+        if work.optimizer == "muon":
+            products = muon_flops(model, divided) / (PEAK_TFLOPS["H100"][0] * 1e12 * plan.utilization)
         found = step_collectives(lambda: (work.objectives(), work.batch(kind)), plan.gpus,
                                  dataclasses.replace(settings.parallel, parallel=way), settings.optimizer)
         seconds, days = {of_kind: flops[of_kind] * work.b * repeats / rate for of_kind in flops}, 0.0
         for of_kind, passes in seconds.items():
-            table = rows(found, plan.gpus, passes / 3, 2 * passes / 3, repeats)
+            table = rows(found, passes / 3, 2 * passes / 3, repeats)
             days += load.steps * load.shares[of_kind] * (passes + products + step_exposed(table)) / 86400
             if of_kind == kind:
                 lines += format_step(f"{name}, a step of {kind}", table, passes, products, samples)

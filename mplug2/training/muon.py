@@ -13,6 +13,8 @@ elementwise, and every rank does it for its own shards:
     4. FSDP2: the owner sends each rank its shard of the step (one all-to-all); DDP: all get all steps (one all-gather)
     5. each rank applies the steps
 
+With HSDP the ranks of each node divide the work among themselves, as if the other nodes were not there.
+
 Momentum and steps are sent in the type in which they are orthogonalized: bfloat16 on a GPU, the parameter's on a CPU.
 
 Axes: n matrices of the same shape, r rows, c columns.
@@ -26,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from mplug2.distributed import all_gather_vectors, all_to_all, world_size
+from mplug2.distributed import all_gather_vectors, all_to_all, shard_group, world_size
 
 Matrices = dict[Tensor, Tensor]
 """A matrix, or this rank's shard of it, for each parameter."""
@@ -99,13 +101,16 @@ def divided_steps(ahead: Matrices) -> Matrices:
 
     With FSDP2 both are shards.
     """
-    parameters, ranks = [*ahead], world_size()
-    if not parameters or ranks == 1:
+    if not ahead or world_size() == 1:
         return orthogonalize_all(ahead)
+    parameters = [*ahead]
+    group = shard_group(parameters[0]) if isinstance(parameters[0], DTensor) else dist.group.WORLD
+    ranks = dist.get_world_size(group)
     owners = assign_owners(tuple(tuple(parameter.shape) for parameter in parameters), ranks)
     owned = [[p for p, owner in zip(parameters, owners) if owner == rank] for rank in range(ranks)]
     if isinstance(parameters[0], DTensor):
-        return send_back(orthogonalize_all(send_to_owners(ahead, owned)), owned, like=ahead[parameters[0]])
+        steps = orthogonalize_all(send_to_owners(ahead, owned, group))
+        return send_back(steps, owned, group, like=ahead[parameters[0]])
     steps = orthogonalize_all({parameter: ahead[parameter] for parameter in owned[dist.get_rank()]})
     sizes = [[parameter.numel() for parameter in of_rank] for of_rank in owned]
     vectors = all_gather_vectors(flat(steps.values(), like=ahead[parameters[0]]), [*map(sum, sizes)])
@@ -130,21 +135,21 @@ def assign_owners(shapes: tuple[tuple[int, int], ...], ranks: int) -> list[int]:
     return owners
 
 
-def send_to_owners(shards: Matrices, owned: list[list[Tensor]]) -> Matrices:
+def send_to_owners(shards: Matrices, owned: list[list[Tensor]], group: dist.ProcessGroup) -> Matrices:
     """From this rank's shards of all matrices to the whole matrices that this rank owns."""
-    mine, like = owned[dist.get_rank()], next(iter(shards.values()))
-    sizes = [[shard_size(parameter, rank) for parameter in mine] for rank in range(len(owned))]
-    vectors = all_to_all([flat((shards[p] for p in of_rank), like) for of_rank in owned], [*map(sum, sizes)])
+    mine, like = owned[dist.get_rank(group)], next(iter(shards.values()))
+    sizes = [[shard_size(parameter, rank, len(owned)) for parameter in mine] for rank in range(len(owned))]
+    vectors = all_to_all([flat((shards[p] for p in of_rank), like) for of_rank in owned], [*map(sum, sizes)], group)
     pieces = zip(*(vector.split(of_rank) for vector, of_rank in zip(vectors, sizes)))
     return {parameter: torch.cat(of_ranks).view(parameter.shape) for parameter, of_ranks in zip(mine, pieces)}
 
 
-def send_back(steps: Matrices, owned: list[list[Tensor]], like: Tensor) -> Matrices:
+def send_back(steps: Matrices, owned: list[list[Tensor]], group: dist.ProcessGroup, like: Tensor) -> Matrices:
     """The inverse of `send_to_owners`: from the whole steps on their owners to this rank's shards of all steps."""
-    rank, ranks = dist.get_rank(), len(owned)
+    rank, ranks = dist.get_rank(group), len(owned)
     sent = [flat((step[shard_rows(len(step), to, ranks)] for step in steps.values()), like) for to in range(ranks)]
-    sizes = [[shard_size(parameter, rank) for parameter in of_rank] for of_rank in owned]
-    return unflatten(all_to_all(sent, [*map(sum, sizes)]), owned, sizes)
+    sizes = [[shard_size(parameter, rank, ranks) for parameter in of_rank] for of_rank in owned]
+    return unflatten(all_to_all(sent, [*map(sum, sizes)], group), owned, sizes)
 
 
 def shard_rows(rows: int, rank: int, ranks: int) -> slice:
@@ -153,9 +158,9 @@ def shard_rows(rows: int, rank: int, ranks: int) -> slice:
     return slice(min(rank * share, rows), min((rank + 1) * share, rows))
 
 
-def shard_size(parameter: Tensor, rank: int) -> int:
+def shard_size(parameter: Tensor, rank: int, ranks: int) -> int:
     """Number of elements of a parameter that FSDP2 keeps on a rank."""
-    rows = shard_rows(len(parameter), rank, world_size())
+    rows = shard_rows(len(parameter), rank, ranks)
     return (rows.stop - rows.start) * parameter.shape[1]
 
 

@@ -3,6 +3,7 @@
     ddp     every rank has the whole model; gradients are averaged
     fsdp    every rank has a shard of each parameter, its gradient and its optimizer state; a block's parameters are
             gathered when it runs (FSDP2, `fully_shard`)
+    hsdp    the same among the ranks of a node; the nodes are replicas, whose gradients are averaged
 """
 
 import dataclasses
@@ -16,12 +17,12 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from mplug2.distributed import DistInfo, full_tensor, shard_like, world_size
+from mplug2.distributed import NO_TIMEOUT, DistInfo, full_tensor, shard_group, shard_like, world_size
 from mplug2.model.layers import BertLayer, Block
 from mplug2.model.mplug2 import MPLUG2
 
@@ -33,10 +34,11 @@ COMPILED_VERSIONS = 32
 class ParallelSettings:
     device: str = "auto"
     """cpu, cuda, cuda:1 or mps; auto: cuda if there is a GPU, otherwise cpu."""
-    parallel: Literal["ddp", "fsdp"] = "ddp"
-    """ddp: each rank has the whole model, gradients are averaged; fsdp (FSDP2): all is sharded among the ranks."""
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    """ddp: each rank has the whole model, gradients are averaged; fsdp (FSDP2): all is sharded among the ranks; hsdp:
+    all is sharded among the ranks of each node."""
     cpu_offload: bool = False
-    """With --parallel fsdp: keep parameters and optimizer state in CPU memory."""
+    """With --parallel fsdp or hsdp: keep parameters and optimizer state in CPU memory."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: forward passes under autocast."""
     activation_checkpointing: bool = False
@@ -45,7 +47,7 @@ class ParallelSettings:
     """Compile every block of the model (torch.compile); the first steps take minutes."""
 
     def __post_init__(self):
-        if self.cpu_offload and self.parallel != "fsdp":
+        if self.cpu_offload and self.parallel == "ddp":
             raise ValueError(f"cpu_offload with parallel={self.parallel}: only FSDP2 can offload; add --parallel fsdp")
 
     @property
@@ -54,12 +56,12 @@ class ParallelSettings:
         return self.precision == "bfloat16"
 
 
+@torch.no_grad()
 def wrap_model(module: nn.Module, process: DistInfo, settings: ParallelSettings) -> nn.Module:
-    """`module` on the device of this rank, with gradients that are averaged over the ranks (DDP or FSDP2).
+    """`module` on the device of this rank, with gradients that are averaged over the ranks (DDP, FSDP2 or HSDP).
 
-    FSDP2 shards every transformer block separately: its parameters are gathered when it runs, in bfloat16 with
-    `--precision bfloat16`. Parameters outside of blocks stay gathered for the whole step. Build the optimizer
-    afterwards: FSDP2 replaces the parameters.
+    Build the optimizer afterwards: FSDP2 replaces the parameters. A sharded model gets the weights of the main process,
+    so that of any other rank may be on the meta device.
     """
     if settings.parallel == "ddp":
         module.to(process.device)
@@ -69,19 +71,66 @@ def wrap_model(module: nn.Module, process: DistInfo, settings: ParallelSettings)
         new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
         buffers = {"forward_sync_buffers" if new else "broadcast_buffers": False}
         return DistributedDataParallel(module, find_unused_parameters=True, gradient_as_bucket_view=True, **buffers)
+    mesh, home = device_mesh(process, settings), "cpu" if settings.cpu_offload else process.device
+    if not process.is_main:
+        shard_model(module, mesh, settings)
+        module.to_empty(device=home)
+    for tensor in module.state_dict().values():
+        full = tensor if process.is_main else torch.empty(tensor.shape, dtype=tensor.dtype, device=process.device)
+        full = full.to(process.device).contiguous()
+        dist.broadcast(full, 0)
+        if not process.is_main:
+            tensor.copy_(shard_like(full, tensor))
+    if process.is_main:  # only now: shards replace the weights block by block
+        shard_model(module, mesh, settings)
+    for parameter in module.parameters():
+        if parameter.dim() == 0:
+            parameter.data = parameter.data.to(home)
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, buffer.to(process.device))
+    # Gather everything once: gradient accumulation expects it even of blocks that a batch does not use.
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.unshard()
+            part.reshard()
+    return module
+
+
+def device_mesh(process: DistInfo, settings: ParallelSettings) -> DeviceMesh:
+    """All ranks in a row, or with HSDP as `nodes ranks`: FSDP2 shards among the ranks of a row, and replicates over the
+    rows. ValueError if the nodes have unequal numbers of ranks."""
     if not dist.is_initialized():
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if process.device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0,
             world_size=1,
         )
+    if settings.parallel == "fsdp":
+        return init_device_mesh(process.device.type, (process.world_size,))
+    local = process.local_world_size or process.world_size
+    if process.world_size % local:
+        raise ValueError(f"parallel=hsdp: {process.world_size} processes, {local} of them on this node; start the same "
+                         "number on each node, or use --parallel fsdp")
+    ranks = torch.arange(process.world_size).view(-1, local)
+    columns, rows = (dist.new_subgroups_by_enumeration(groups.tolist(), timeout=NO_TIMEOUT)[0]
+                     for groups in (ranks.T, ranks))
+    return DeviceMesh.from_group([columns, rows], process.device.type, ranks, mesh_dim_names=("replicate", "shard"))
+
+
+def shard_model(module: nn.Module, mesh: DeviceMesh, settings: ParallelSettings) -> None:
+    """Shard the parameters of `module`, on the device of this rank; on the meta device they stay there.
+
+    FSDP2 shards every transformer block separately: its parameters are gathered when it runs, in bfloat16 with
+    `--precision bfloat16`. Parameters outside of blocks stay gathered for the whole step.
+    """
     sharding = {
-        "mesh": init_device_mesh(process.device.type, (process.world_size,)),
+        "mesh": mesh,
         # FSDP2 cannot shard a scalar. Every rank keeps these parameters; see `all_reduce_replicated_grads`.
         "ignored_params": {parameter for parameter in module.parameters() if parameter.dim() == 0},
         "offload_policy": OffloadPolicy(),
     }
     if settings.cpu_offload:
-        sharding["offload_policy"] = CPUOffloadPolicy(pin_memory=process.device.type == "cuda")
+        sharding["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     if settings.low_precision:
         sharding["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for block in module.modules():
@@ -90,17 +139,6 @@ def wrap_model(module: nn.Module, process: DistInfo, settings: ParallelSettings)
     if settings.low_precision:  # the root sees the batch, whose labels and boxes would be rounded: 1987 becomes 1984
         sharding["mp_policy"] = dataclasses.replace(sharding["mp_policy"], cast_forward_inputs=False)
     fully_shard(module, **sharding)
-    # Gather everything once: gradient accumulation expects it even of blocks that a batch does not use.
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.unshard()
-            part.reshard()
-    for parameter in sharding["ignored_params"]:
-        parameter.data = parameter.data.to("cpu" if settings.cpu_offload else process.device)
-    for part in module.modules():
-        for name, buffer in part.named_buffers(recurse=False):
-            setattr(part, name, buffer.to(process.device))
-    return module
 
 
 def unsharded_copy(model: MPLUG2) -> MPLUG2:
@@ -153,12 +191,13 @@ def all_reduce_replicated_grads(module: nn.Module) -> None:
 def clip_grad_norm(parameters: list[nn.Parameter], limit: float) -> Tensor:
     """Scale the gradients down to a total norm of at most `limit` (0: no limit). Returns the norm before."""
     limit = limit or math.inf
-    if not any(isinstance(parameter, DTensor) for parameter in parameters):
+    sharded = [parameter for parameter in parameters if isinstance(parameter, DTensor)]
+    if not sharded:
         return nn.utils.clip_grad_norm_(parameters, limit)
-    shards = [p.grad.to_local() for p in parameters if p.grad is not None and isinstance(p.grad, DTensor)]
+    shards = [parameter.grad.to_local() for parameter in sharded if parameter.grad is not None]
     replicated = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
     squares = nn.utils.get_total_norm(shards).square()
-    dist.all_reduce(squares)
+    dist.all_reduce(squares, group=shard_group(sharded[0]))
     norm = (squares + nn.utils.get_total_norm(replicated).square().to(squares)).sqrt()
     factor = (limit / (norm + 1e-6)).clamp(max=1.0)
     for gradient in shards + replicated:

@@ -19,7 +19,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from mplug2.checkpoint import CheckpointError, PreprocessConfig, real_folder, save_model, verify, write_manifest
+from mplug2.checkpoint import (
+    CheckpointError,
+    HashingWriter,
+    PreprocessConfig,
+    real_folder,
+    save_model,
+    verify,
+    write_manifest,
+)
 from mplug2.data.text import Tokenizer
 from mplug2.model.mplug2 import MPLUG2
 
@@ -37,8 +45,9 @@ def save_checkpoint(
     clean_partial(run)
     try:
         save_model(part, model, tokenizer, preprocess, data=data, weights=weights)
-        torch.save(training, part / "training.pt")
-        write_manifest(part, training["step"])
+        with HashingWriter(part / "training.pt") as file:
+            torch.save(training, file)
+        write_manifest(part, training["step"], {"training.pt": file.digest.hexdigest()})
         for path in (*part.iterdir(), part):
             _flush(path)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk

@@ -146,9 +146,9 @@ class Settings:
                                      + (f", or add --{kind}-weight 0" if one == "pretrain" else ""))
         if loss.self_critical and not captions:
             raise ValueError(f"self_critical with task={task}: this task does not generate captions")
-        if loss.self_critical and self.parallel.parallel == "fsdp":
-            raise ValueError("self_critical with parallel=fsdp: captions have another length on each rank, and FSDP2 "
-                             "would wait forever; use --parallel ddp")
+        if loss.self_critical and self.parallel.parallel != "ddp":
+            raise ValueError(f"self_critical with parallel={self.parallel.parallel}: captions have another length on "
+                             "each rank, and FSDP2 would wait forever; use --parallel ddp")
 
     @classmethod
     def from_flat(cls, values: Mapping[str, Any], model: Mapping[str, Any] | None = None) -> "Settings":

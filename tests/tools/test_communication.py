@@ -1,4 +1,4 @@
-"""The planned collectives of a step, against those of real runs of train.py on two and three processes."""
+"""The planned collectives of a step, against those of real runs of train.py on two, three and four processes."""
 
 import math
 from collections import Counter
@@ -30,26 +30,26 @@ from mplug2.tools.memory_plan import Workload
 from mplug2.training.optim import OptimizerSettings
 from mplug2.training.parallel import ParallelSettings
 
-Found = Counter[tuple[str, int]]
-"""How often each operation runs with each number of bytes."""
+Found = Counter[tuple[str, int, int]]
+"""How often each operation runs with each number of bytes, among how many ranks."""
 
 
 @pytest.fixture(scope="module")
 def processes():
-    three = Processes(3)
-    yield three
-    assert three.close() == [0, 0, 0]
+    four = Processes(4)
+    yield four
+    assert four.close() == [0, 0, 0, 0]
 
 
 class Named(Recorder):
     """Keeps the operator of torch in place of the purpose."""
 
-    def purpose(self, name: str, size: int) -> str:
+    def purpose(self, name: str, *_) -> str:
         return name
 
 
 def counted(found: list[Collective]) -> Found:
-    return Counter((one.operation, one.size) for one in found)
+    return Counter((one.operation, one.size, one.gpus) for one in found)
 
 
 def real_run(arguments: list[str]) -> tuple[dict, list[tuple[str, Found]], Found]:
@@ -88,18 +88,24 @@ def planned(config: ModelConfig, kind: str, gpus: int, way: str, b: int, **more)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world", "way"), [(2, "ddp"), (3, "fsdp")])
-def test_the_collectives_of_a_plan_are_those_of_a_real_run(processes, tmp_path, world, way):
-    """Every call and every byte: of each step, for each type of batch that the run meets, and of the checkpoint."""
+@pytest.mark.parametrize(("world", "way"), [(2, "ddp"), (3, "fsdp"), (4, "hsdp")])
+def test_the_collectives_of_a_plan_are_those_of_a_real_run(processes, tmp_path, monkeypatch, world, way):
+    """Every call and every byte: of each step, for each type of batch that the run meets, and of the checkpoint. Four
+    processes are two nodes of two."""
+    monkeypatch.setattr(communication, "NODE", 2)
     arguments = [*SMALL, "--data", str(write_data(tmp_path / "data")), "--out", str(tmp_path / "runs"),
-                 *f"--max-steps 5 --save-every 5 --parallel {way}".split()]
+                 *f"--max-steps 5 --save-every 5 --parallel {way} --batch-size {2 * world}".split()]
     sizes, steps, saved = processes.run(real_run, *[(arguments,)] * world, joined=False)[0]
     assert {"video", "image", "text"} == {kind for kind, _ in steps}
-    plans = {kind: planned(ModelConfig(**sizes), kind, world, way, 6 // world) for kind, _ in steps}
+    plans = {kind: planned(ModelConfig(**sizes), kind, world, way, 2) for kind, _ in steps}
     for kind, found in steps:
         assert found == counted([one for one in plans[kind] if one.purpose not in OUTSIDE_OF_STEPS]), kind
     assert saved == counted([one for one in plans["video"] if one.purpose == "checkpoint"])
-    assert bool(saved) == (way == "fsdp")
+    assert bool(saved) == (way != "ddp")
+    if way == "hsdp":
+        nodes = {one.purpose: (one.gpus, one.nodes) for one in plans["video"]}
+        assert nodes["gradients, between nodes"] == (2, 2) and nodes["VTC"] == (4, 2)
+        assert all(nodes[purpose] == (2, 1) for purpose in ("parameters, forward", "gradients", "Muon", "checkpoint"))
 
 
 def by_purpose(found: list[Collective]) -> dict[str, Found]:
@@ -111,14 +117,14 @@ def test_the_collectives_of_ddp_by_hand():
     """VTC gathers an integer of 8 bytes and two vectors of 5 numbers for each of 4 x 3 samples, and adds up the
     gradients of the vectors. Four losses count their samples. The flags are two integers of 4 bytes."""
     found = by_purpose(planned(small(), "video", 4, "ddp", 3))
-    assert found["VTC"] == {("all_gather", 4 * 3 * 8): 1, ("all_gather", 4 * 3 * 5 * 4): 2,
-                            ("all_reduce", 4 * 3 * 5 * 4): 2}
-    assert found["means of losses"] == {("all_reduce", 8): 4}
-    assert found["gradient norm, flags"] == {("all_reduce", 8): 1}
+    assert found["VTC"] == {("all_gather", 4 * 3 * 8, 4): 1, ("all_gather", 4 * 3 * 5 * 4, 4): 2,
+                            ("all_reduce", 4 * 3 * 5 * 4, 4): 2}
+    assert found["means of losses"] == {("all_reduce", 8, 4): 4}
+    assert found["gradient norm, flags"] == {("all_reduce", 8, 4): 1}
     assert set(found) == {"VTC", "means of losses", "gradients", "gradient norm, flags", "Muon"}
     parameters = [*Workload(small(), b=1).objectives().parameters()]
-    assert found["gradients"] == {("all_reduce", 4 * sum(p.numel() for p in parameters)): 1,
-                                  ("all_reduce", 4 * len(parameters)): 1}
+    assert found["gradients"] == {("all_reduce", 4 * sum(p.numel() for p in parameters), 4): 1,
+                                  ("all_reduce", 4 * len(parameters), 4): 1}
 
 
 def test_one_tensor_of_each_shape_is_gathered_and_stands_for_all_of_them(monkeypatch):
@@ -137,44 +143,47 @@ def test_one_tensor_of_each_shape_is_gathered_and_stands_for_all_of_them(monkeyp
 def test_a_bucket_is_full_when_it_reaches_its_limit():
     """Of parameters of 8, 4, 4, 12, 40 and 4 bytes; the last parameters are reduced first."""
     parameters = [torch.zeros(size) for size in (2, 1, 1, 3, 10, 1)]
-    assert [one.size for one in buckets(parameters, (8, 16))] == [4, 40, 20, 8, 24]
+    found = buckets(parameters, 12, (8, 16))
+    assert [one.size for one in found] == [4, 40, 20, 8, 24] and {(one.gpus, one.nodes) for one in found} == {(12, 2)}
 
 
 def test_seconds_of_a_collective_by_hand(monkeypatch):
     """Links of 100 and 10 bytes a second, all of them used, and a second for each doubling of the GPUs."""
     for name, value in (("NVLINK", 100.0), ("INFINIBAND", 10.0), ("EFFICIENCY", 1.0), ("LATENCY", 1.0)):
         monkeypatch.setattr(communication, name, value)
-    assert Collective("", "all_gather", 800).seconds(8) == 3 + 800 * 7 / 8 / 100
-    assert Collective("", "all_reduce", 800).seconds(8) == 3 + 2 * 800 * 7 / 8 / 100
-    assert Collective("", "reduce_scatter", 800).seconds(16) == 4 + 800 * 15 / 16 / 100  # outside: 800 / 2 / 8 / 10
-    assert Collective("", "reduce_scatter", 800).seconds(64) == 6 + 800 * 7 / 8 / 8 / 10
-    assert Collective("", "all_to_all", 800).seconds(16) == 4 + 800 * 8 / 16 / 10
-    five = Collective("", "all_gather", 800).seconds(36)  # four nodes, and half of a fifth
-    assert five == pytest.approx(math.log2(36) + 800 * 4 / 5 / 8 / 10)
+    assert Collective("", "all_gather", 800, 8, 1).seconds == 3 + 800 * 7 / 8 / 100
+    assert Collective("", "all_reduce", 800, 8, 1).seconds == 3 + 2 * 800 * 7 / 8 / 100
+    assert Collective("", "reduce_scatter", 800, 16, 2).seconds == 4 + 800 * 15 / 16 / 100  # outside: 800 / 2 / 8 / 10
+    assert Collective("", "reduce_scatter", 800, 64, 8).seconds == 6 + 800 * 7 / 8 / 8 / 10
+    assert Collective("", "all_reduce", 800, 8, 8).seconds == 3 + 2 * 800 * 7 / 8 / 10  # one of each node (HSDP)
+    assert Collective("", "all_to_all", 800, 16, 2).seconds == 4 + 800 * 8 / 16 / 10
+    five = Collective("", "all_gather", 800, 36, 5).seconds  # 7.2 on each node
+    assert five == pytest.approx(math.log2(36) + 800 * 4 / 5 / 7.2 / 10)
     monkeypatch.setattr(communication, "EFFICIENCY", 0.5)
-    assert Collective("", "all_to_all", 800).seconds(16) == 4 + 2 * 800 * 8 / 16 / 10
+    assert Collective("", "all_to_all", 800, 16, 2).seconds == 4 + 2 * 800 * 8 / 16 / 10
 
 
 def test_what_is_exposed_by_hand(monkeypatch):
     """A collective takes one second for each byte."""
-    monkeypatch.setattr(Collective, "seconds", lambda self, gpus: float(self.size))
+    monkeypatch.setattr(Collective, "seconds", property(lambda self: float(self.size)))
     purposes = {"parameters, forward": (2, 5), "VTC": (1,), "parameters, backward": (4,), "gradients": (3, 2),
-                "Muon": (8,), "checkpoint": (50,)}
-    found = [Collective(purpose, "all_gather", size) for purpose, sizes in purposes.items() for size in sizes]
+                "gradients, between nodes": (1, 1), "Muon": (8,), "checkpoint": (50,)}
+    found = [Collective(purpose, "all_gather", size, 4, 1) for purpose, sizes in purposes.items() for size in sizes]
 
     def exposed(forward: float, backward: float, **more) -> list[float]:
-        return [row.exposed for row in rows(found, 4, forward, backward, **more)]
+        return [row.exposed for row in rows(found, forward, backward, **more)]
 
-    assert exposed(100, 100) == [2, 1, 0, 2, 4, 50]  # the first gather, the last reduction; Muon in half precision
-    assert exposed(4, 100) == [3, 1, 0, 2, 4, 50]  # 7 seconds of gathers in a pass of 4
-    assert exposed(100, 6) == [2, 1, 0, 3, 4, 50]  # 4 of gathers and 5 of reductions in a pass of 6
-    assert exposed(100, 3) == [2, 1, 1, 5, 4, 50]  # the gathers alone are longer
-    assert exposed(100, 100, micro_batches=2) == [2, 2, 0, 2, 4, 50]
-    table = rows(found, 4, 100, 100, micro_batches=2)
-    assert [row.calls for row in table] == [4, 2, 2, 2, 1, 1] and [row.size for row in table] == [14, 2, 8, 5, 4, 50]
-    lines = format_step("DDP", table, passes=85.0, products=5.0, samples=300)
-    assert lines[-1].startswith("a step: 85,000 ms of passes + 5,000 ms of Muon + 10,000 ms exposed = 100,000 ms, 3 ")
-    assert lines[-1].endswith("10.0% communication")
+    assert exposed(100, 100) == [2, 1, 0, 2, 1, 4, 50]  # the first gather, the last reduction; Muon in half precision
+    assert exposed(4, 100) == [3, 1, 0, 2, 1, 4, 50]  # 7 seconds of gathers in a pass of 4
+    assert exposed(100, 6) == [2, 1, 0, 3, 1, 4, 50]  # 4 of gathers and 5 of reductions in a pass of 6
+    assert exposed(100, 3) == [2, 1, 1, 5, 2, 4, 50]  # the gathers alone are longer
+    assert exposed(100, 100, micro_batches=2) == [2, 2, 0, 2, 1, 4, 50]
+    table = rows(found, 100, 100, micro_batches=2)
+    assert [row.calls for row in table] == [4, 2, 2, 2, 2, 1, 1]
+    assert [row.size for row in table] == [14, 2, 8, 5, 2, 4, 50]
+    lines = format_step("DDP", table, passes=84.0, products=5.0, samples=300)
+    assert lines[-1].startswith("a step: 84,000 ms of passes + 5,000 ms of Muon + 11,000 ms exposed = 100,000 ms, 3 ")
+    assert lines[-1].endswith("11.0% communication")
     assert lines[4].split() == ["gradients", "2", "0.0", "5000.0", "2000.0"]
 
 

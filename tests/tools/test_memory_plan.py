@@ -66,7 +66,7 @@ print(memory("VmHWM") - before)
 def no_collectives(monkeypatch, request):
     """Quick tests do without the steps on fake ranks; test_communication.py has them."""
     if "slow" not in request.keywords:
-        monkeypatch.setattr(memory_plan, "step_collectives", lambda *_: [Collective("Muon", "all_gather", 10**9)])
+        monkeypatch.setattr(memory_plan, "step_collectives", lambda *_: [Collective("Muon", "all_gather", 10**9, 4, 1)])
 
 
 @pytest.mark.slow
@@ -260,7 +260,12 @@ def test_the_numbers_of_a_plan(monkeypatch, capsys):
     seconds = 1e-5 * 2 + 5e8 * 3 / 4 / 450e9 / 0.8  # of 500 MB among 4 ranks
     assert f"{'Muon':<34}{1:>11}{500:>11.1f}{1e3 * seconds:>11.1f}{1e3 * seconds:>13.1f}" in said
     days += steps * (seconds + products) / 86400
-    assert "DDP, a step of video" in said and said.count(f"the whole run: {days:.1f} days") == 2
+    assert "DDP, a step of video" in said and "HSDP" not in said and said.count(f"the whole run: {days:.1f} days") == 2
+    main("--gpus 16 --batch-size 16".split())  # two nodes
+    said = capsys.readouterr().out
+    table = {line[:34].strip(): line[34:].split() for line in said.splitlines()}
+    assert table["FSDP2"][:3] == ["0.25", "0.50", "0.25"] and table["HSDP"][:3] == ["0.50", "1.00", "0.50"]
+    assert "HSDP, a step of video" in said
     main("--gpus 4 --batch-size 16 --device-tflops 100 --utilization 0.5 --images 0 --epochs 1".split())
     days = 2_500_000 * 2 / (4 * 100 * 0.5) / (24 * 3600)
     assert f"2,500,000 videos, 1 times: 156,250 steps, {days:.1f} days at 50% of 100" in capsys.readouterr().out

@@ -26,9 +26,9 @@ from mplug2.training.parallel import ParallelSettings, wrap_model
 
 @pytest.fixture(scope="module")
 def processes():
-    three = Processes(3)
-    yield three
-    assert three.close() == [0, 0, 0]
+    four = Processes(4)
+    yield four
+    assert four.close() == [0, 0, 0, 0]
 
 
 # ---- the rule --------------------------------------------------------------------------------------------------------
@@ -98,7 +98,8 @@ def three_steps(rank: int, world: int, way: str) -> tuple[dict[str, np.ndarray],
     the collectives and FLOPs of the last step."""
     model = randomized(MPLUG2(small(), "pretrain"))
     module = Objectives(model)
-    wrap_model(module, distributed.DistInfo(rank, world, torch.device("cpu")), ParallelSettings(parallel=way))
+    process = distributed.DistInfo(rank, world, torch.device("cpu"), 2 if way == "hsdp" else None)
+    wrap_model(module, process, ParallelSettings(parallel=way))
     optimizer = make_optimizer(model, OptimizerSettings("muon", lr=0.1, vision_lr=0.05, weight_decay=0.3))
     for seed in range(3):
         rng = torch.Generator().manual_seed(seed)
@@ -129,6 +130,20 @@ def test_dividing_the_work_changes_no_step(steps, world):
             np.testing.assert_allclose(weights[name], value, rtol=1e-9, atol=1e-11, err_msg=name)
     flops = [of_rank for _, _, of_rank in found]
     assert sum(flops) == all_flops and max(flops) < 1.1 * all_flops / world
+
+
+@pytest.mark.slow
+def test_with_hsdp_each_node_does_the_work(processes):
+    """Two nodes of two: each divides all matrices, and sends nothing to the other. Both keep the same weights."""
+    expected, _, all_flops = three_steps(0, 1, "ddp")
+    found = processes.run(three_steps, *((rank, 4, "hsdp") for rank in range(4)))
+    for weights, calls, _ in found:
+        assert calls == {"alltoall_base_": 2}
+        for name, value in expected.items():
+            np.testing.assert_allclose(weights[name], value, rtol=1e-9, atol=1e-11, err_msg=name)
+            assert weights[name].tobytes() == found[0][0][name].tobytes()
+    flops = [of_rank for _, _, of_rank in found]
+    assert flops[:2] == flops[2:] and sum(flops[:2]) == all_flops and max(flops) < 1.1 * all_flops / 2
 
 
 def test_a_step_has_two_exchanges_with_fsdp2_and_one_with_ddp(steps, request):

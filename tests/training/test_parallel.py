@@ -1,6 +1,7 @@
-"""DDP and FSDP2 on two and three ranks equal one process with the whole batch, and a resumed run an uninterrupted one.
+"""DDP and FSDP2 on two and three ranks, and HSDP on two nodes of two, equal one process with the whole batch, and a
+resumed run an uninterrupted one.
 
-Three real processes serve the whole file.
+Four real processes serve the whole file.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ from helpers import randomized, small
 from processes import Processes
 from runs import SMALL, lines
 from safetensors.torch import load_file
+from torch.distributed.tensor import Replicate, Shard
 
 import mplug2
 import train
@@ -33,6 +35,7 @@ from mplug2.training.parallel import (
     ParallelSettings,
     all_reduce_replicated_grads,
     clip_grad_norm,
+    gathered,
     load_optimizer_state,
     no_sync,
     optimizer_state,
@@ -46,9 +49,9 @@ LOSSES = ("vtc", "vtm", "mlm", "caption", "answer")
 
 @pytest.fixture(scope="module")
 def processes():
-    three = Processes(3)
-    yield three
-    assert three.close() == [0, 0, 0]
+    four = Processes(4)
+    yield four
+    assert four.close() == [0, 0, 0, 0]
 
 
 @pytest.fixture(scope="module")
@@ -82,14 +85,25 @@ def gradients(parallel: torch.nn.Module, batches: list[dict], loss: str) -> tupl
     return value, found
 
 
+def info(rank: int, world: int) -> distributed.DistInfo:
+    """Four ranks are two nodes of two."""
+    return distributed.DistInfo(rank, world, torch.device("cpu"), 2 if world == 4 else None)
+
+
+def whole_batches(kind: str, world: int) -> list[dict]:
+    """Two samples for each rank, or four for one of two."""
+    batches = [make_batch(kind, max(4, 2 * world), 2, seed) for seed in (1, 2)]
+    for batch in batches:
+        batch["positive_id"] = torch.tensor([5, 6, 5, 7, 8, 8, 9, 6])[: len(batch["positive_id"])]
+    return batches
+
+
 def shared_gradients(kind: str, rank: int, world: int) -> dict:
-    """Of each loss, by DDP and by FSDP2; of two micro-batches, and by DDP also of a single batch."""
-    process, found = distributed.DistInfo(rank, world, torch.device("cpu")), {}
-    whole = [make_batch(kind, 6 if world == 3 else 4, 2, seed) for seed in (1, 2)]
-    for batch in whole:
-        batch["positive_id"] = torch.tensor([5, 6, 5, 7, 8, 8])[: len(batch["positive_id"])]
+    """Of each loss, by DDP and by FSDP2, or on four ranks by HSDP; of two micro-batches, and by DDP also of a single
+    batch."""
+    process, found, whole = info(rank, world), {}, whole_batches(kind, world)
     with patch.object(losses, "hard_negatives", fixed_negatives):
-        for way in ("ddp", "fsdp"):
+        for way in ("ddp", "fsdp") if world < 4 else ("hsdp",):
             parallel = wrap_model(Objectives(make_model()), process, ParallelSettings(parallel=way))
             for loss in LOSSES if kind != "text" else ("mlm",):
                 for count in (1, 2) if way == "ddp" else (2,):
@@ -99,15 +113,13 @@ def shared_gradients(kind: str, rank: int, world: int) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.parametrize("kind", ["video", "text"])
 def test_losses_and_gradients_of_several_processes_are_those_of_one(processes, world, kind):
     """Every objective, every parameter, in double precision; texts of unequal lengths, so that each process has another
     number of valid tokens; also without any exchange before the last of two micro-batches."""
     found = processes.run(shared_gradients, *((kind, rank, world) for rank in range(world)))
-    whole = [make_batch(kind, 6 if world == 3 else 4, 2, seed) for seed in (1, 2)]
-    for batch in whole:
-        batch["positive_id"] = torch.tensor([5, 6, 5, 7, 8, 8])[: len(batch["positive_id"])]
+    whole = whole_batches(kind, world)
     alone = Objectives(make_model())
     with patch.object(losses, "hard_negatives", fixed_negatives):
         expected = {(loss, count): gradients(alone, whole[:count], loss)
@@ -161,34 +173,51 @@ def test_the_losses_and_gradients_of_other_tasks_are_those_of_one_process(proces
                 )
 
 
-def exchanges(rank: int, way: str) -> list[bool]:
+def exchanges(rank: int, world: int, way: str) -> list[bool]:
     """After each of two micro-batches: have the processes exchanged their gradients?"""
-    process, found = distributed.DistInfo(rank, 2, torch.device("cpu")), []
-    parallel = wrap_model(Objectives(make_model()), process, ParallelSettings(parallel=way))
+    parallel, found = wrap_model(Objectives(make_model()), info(rank, world), ParallelSettings(parallel=way)), []
     for last in (False, True):
         with no_sync(parallel, last):
-            parallel(rank_share(make_batch("text", 4, 2, 1), rank, 2))["mlm"].backward()
+            parallel(rank_share(make_batch("text", 2 * world, 2, 1), rank, world))["mlm"].backward()
         there = [distributed.full_tensor(p.grad) for p in parallel.parameters() if p.dim() and p.grad is not None]
         sums = distributed.all_gather_object(float(sum(gradient.abs().sum() for gradient in there)))
-        found.append(sums[0] > 0 and sums[0] == sums[1])
+        found.append(sums[0] > 0 and len(set(sums)) == 1)
     return found
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
-def test_only_the_last_micro_batch_exchanges_gradients(processes, way):
-    assert processes.run(exchanges, (0, way), (1, way)) == [[False, True]] * 2
+@pytest.mark.parametrize(("way", "world"), [
+    ("ddp", 2), ("fsdp", 2), pytest.param("hsdp", 4, marks=pytest.mark.slow)])
+def test_only_the_last_micro_batch_exchanges_gradients(processes, way, world):
+    assert processes.run(exchanges, *((rank, world, way) for rank in range(world))) == [[False, True]] * world
+
+
+def refused_nodes(rank: int) -> str:
+    with pytest.raises(ValueError) as refused:
+        process = distributed.DistInfo(rank, 3, torch.device("cpu"), 2)
+        wrap_model(Objectives(make_model()), process, ParallelSettings(parallel="hsdp"))
+    return str(refused.value)
+
+
+def test_hsdp_needs_the_same_number_of_ranks_on_each_node(processes):
+    for said in processes.run(refused_nodes, (0,), (1,), (2,)):
+        assert said.startswith("parallel=hsdp: 3 processes, 2 of them on this node; start the same number on each")
 
 
 def clipped(rank: int, world: int, way: str, name: str) -> tuple[float, list[np.ndarray], dict, bool]:
     """Three steps with clipping; the last norm, the weights in one piece, and the optimizer's state there and back."""
-    process = distributed.DistInfo(rank, world, torch.device("cpu"))
     module = Objectives(make_model())
-    settings = ParallelSettings(parallel="ddp" if way == "ddp" else "fsdp", cpu_offload=way == "offload")
-    parallel = wrap_model(module, process, settings)
+    settings = ParallelSettings(parallel="fsdp" if way == "offload" else way, cpu_offload=way == "offload")
+    parallel = wrap_model(module, info(rank, world), settings)
+    if way == "hsdp":
+        assert {(*p.placements, p.device_mesh.shape) for p in module.parameters() if p.dim()} == {
+            (Replicate(), Shard(0), (2, 2))}
+        (mesh,) = {p.device_mesh for p in module.parameters() if p.dim()}
+        for group in mesh.get_all_groups():  # of NCCL they would end a run after 10 minutes without a collective
+            assert group._get_backend(torch.device("cpu")).options._timeout == distributed.NO_TIMEOUT
     parameters = list(module.parameters())
     optimizer = make_optimizer(module.model, OptimizerSettings(name, lr=0.01, vision_lr=0.02, weight_decay=0.1))
     for seed in range(3):
-        batch = rank_share(make_batch("image", 6, 2, seed), rank, world)
+        batch = rank_share(make_batch("image", 24, 2, seed), rank, world)
         with patch.object(losses, "hard_negatives", fixed_negatives):
             sum(parallel(batch).values()).backward()
         all_reduce_replicated_grads(parallel)
@@ -256,8 +285,9 @@ def test_sharded_gradients_are_averaged_in_float32_and_only_scaled_down(processe
 def test_clipped_updates_of_sharded_models_are_those_of_one_process(processes, name):
     expected = clipped(0, 1, "ddp", name)
     assert expected[0] > 0.5
-    for way in ("ddp", "fsdp", "offload"):
-        for norm, weights, moments, same in processes.run(clipped, *((rank, 3, way, name) for rank in range(3))):
+    for way, world in (("ddp", 3), ("fsdp", 3), ("offload", 3), ("hsdp", 4)):
+        for norm, weights, moments, same in processes.run(
+                clipped, *((rank, world, way, name) for rank in range(world))):
             assert norm == pytest.approx(expected[0], rel=1e-9) and same
             for found, value in zip(weights, expected[1], strict=True):
                 np.testing.assert_allclose(found, value, rtol=1e-6, atol=1e-6)  # Muon's steps are float32
@@ -404,16 +434,66 @@ def copy_until(whole: Path, out: Path, step: int) -> None:
     (out / "last").symlink_to(f"step_{step:07d}")
 
 
+def weights_at_the_start(arguments: list[str]) -> tuple[set[str], dict[str, np.ndarray]]:
+    """The devices that the model of a run is built on, and all weights and buffers before the first step."""
+    devices, found, build = set(), {}, train.build_objectives
+
+    def watched_build(model, *others) -> Objectives:
+        devices.update(parameter.device.type for parameter in model.parameters())
+        return build(model, *others)
+
+    def look(self) -> dict:
+        found.update({name: value.numpy() for name, value in gathered(self.objectives.state_dict(), keep=True).items()})
+        return {}
+
+    with patch.object(train.Trainer, "train", look), patch.object(train, "build_objectives", watched_build):
+        train.main(arguments)
+    return devices, found
+
+
+def start_refused(arguments: list[str]) -> str:
+    """What a run prints that cannot start."""
+    printed = io.StringIO()
+    with contextlib.redirect_stderr(printed), pytest.raises(SystemExit):
+        train.main(arguments)
+    return printed.getvalue()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("way", "world", "workers"), [("ddp", 2, 0), ("fsdp", 3, 0), ("ddp", 1, 1)])
+@pytest.mark.parametrize("more", ["", "--cpu-offload", "--init START --reinit decoder"])
+def test_only_the_main_process_has_the_weights_of_a_sharded_model(processes, data, tmp_path, more):
+    """The others get their shards from it. They are the ones of a run of one process, to the bit, with a teacher."""
+    arguments = [*SMALL, *f"--data {data} --batch-size 12 --distill-weight 0.4 --queue-size 12 --name run".split()]
+    start = tmp_path / "start" / "run" / "last"
+    if "START" in more:
+        train.main([*arguments, *f"--max-steps 1 --out {tmp_path / 'start'}".split()])
+    more = more.replace("START", str(start)).split()
+    alone = [word for word in more if word != "--cpu-offload"]
+    devices, expected = weights_at_the_start([*arguments, *alone, "--out", str(tmp_path / "one")])
+    assert devices == {"cpu"} and len(expected) > 50
+    for way, world in (("fsdp", 3), ("hsdp", 4)):
+        given = [*arguments, *more, "--parallel", way, "--out", str(tmp_path / way)]
+        found = processes.run(weights_at_the_start, *[(given,)] * world, joined=False)
+        assert [devices for devices, _ in found] == [{"cpu"}] + [{"meta"}] * (world - 1)
+        for _, weights in found:
+            assert {name: value.tobytes() for name, value in weights.items()} == {
+                name: value.tobytes() for name, value in expected.items()}
+    if "--init" in more:
+        (start / "model.safetensors").write_bytes(b"damaged")
+        first, *others = processes.run(start_refused, *[(given,)] * 4, joined=False)
+        assert "model.safetensors has 7 bytes, but its manifest says" in first and others == [""] * 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("way", "world", "workers"), [("ddp", 2, 0), ("fsdp", 3, 0), ("hsdp", 4, 0), ("ddp", 1, 1)])
 def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(processes, data, tmp_path, way, world, workers):
-    """Weights, optimizer, generators and losses, with dropout and drawn hard negatives. The sharded run has
-    micro-batches, bfloat16, activation checkpointing, an EMA teacher and a queue."""
+    """Weights, optimizer, generators and losses, with dropout and drawn hard negatives. Sharded runs have bfloat16,
+    activation checkpointing, an EMA teacher and a queue, and one of them micro-batches."""
     arguments = [*SMALL, *f"--data {data} --max-steps 5 --save-every 2 --keep-checkpoints 9 --dropout 0.2".split(),
-                 "--parallel", way,
+                 "--parallel", way, "--batch-size", "8" if world == 4 else "6",
                  *f"--accumulation-steps {2 if world == 3 else 1} --workers {workers}".split(),
-                 *f"--precision {'bfloat16' if way == 'fsdp' else 'float32'}".split()]
-    if way == "fsdp":
+                 *f"--precision {'float32' if way == 'ddp' else 'bfloat16'}".split()]
+    if way != "ddp":
         arguments += "--activation-checkpointing --distill-weight 0.4 --queue-size 12".split()
     train_together(processes, world, [*arguments, "--out", str(tmp_path / "whole")])
     whole, resumed = tmp_path / "whole" / "tiny", tmp_path / "resumed" / "tiny"
@@ -437,17 +517,16 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(processes, data,
 
 @pytest.mark.slow
 def test_a_run_continues_with_another_number_of_ranks_and_another_parallelism(processes, data, tmp_path):
-    """From two ranks with a sharded model to one rank, and to three: the gradients stay the same. The matching loss is
-    left out, because each rank draws its own negatives."""
+    """From two ranks with a sharded model to one rank, to three, and to two nodes of two: the gradients stay the same.
+    The matching loss is left out, because each rank draws its own negatives."""
     arguments = [*SMALL, *f"--data {data} --max-steps 6 --save-every 3 --keep-checkpoints 9 --vtm-weight 0".split()]
-    arguments += ["--dropout", "0", "--lr", "1e-3"]
+    arguments += "--dropout 0 --lr 1e-3 --batch-size 12".split()
     train_together(processes, 2, [*arguments, "--parallel", "fsdp", "--out", str(tmp_path / "two")])
     model = mplug2.load(tmp_path / "two" / "tiny" / "last")  # what eval.py reads
     assert model.model.task == "pretrain"
     expected = [line["grad_norm"] for line in lines(tmp_path / "two" / "tiny")]
-    for world in (1, 3):
+    for world, way in ((1, "ddp"), (3, "fsdp"), (4, "hsdp")):
         copy_until(tmp_path / "two" / "tiny", tmp_path / str(world) / "tiny", 3)
-        way = "ddp" if world == 1 else "fsdp"
         train_together(processes, world, ["--resume", "--parallel", way, "--out", str(tmp_path / str(world))])
         found = lines(tmp_path / str(world) / "tiny")
         assert [line["step"] for line in found] == [1, 2, 3, 4, 5, 6]
