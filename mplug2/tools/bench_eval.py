@@ -103,7 +103,8 @@ def bench_evaluation(count: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_data(root, count)
-        print(f"{count} videos of {SECONDS} s, {WIDTH} x {HEIGHT} pixels; {os.cpu_count()} cores, one thread per process\n")
+        print(f"{count} videos of {SECONDS} s, {WIDTH} x {HEIGHT} pixels; {os.cpu_count()} cores, one thread per "
+              "process\n")
         print(f"{'':<22}{'1 process, s':>14}{'per second':>12}{'2 processes, s':>16}{'per second':>12}{'ratio':>8}"
               f"{'peak GB':>9}")
         for task, unit in UNITS.items():

@@ -132,7 +132,7 @@ def test_one_tensor_of_each_shape_is_gathered_and_stands_for_all_of_them(monkeyp
 
     def gather(tensor):
         gathered.append(len(tensor))
-        found.extend([Collective("", "all_gather", len(tensor))] * 2)  # as if it took two collectives
+        found.extend([Collective("", "all_gather", len(tensor), 4, 1)] * 2)  # as if it took two collectives
 
     monkeypatch.setattr(communication, "full_tensor", gather)
     gather_distinct(tensors, found)
