@@ -4,8 +4,10 @@ import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -425,6 +427,14 @@ def test_retrieval_is_the_mean_over_galleries_by_cosine_then_by_the_matching_hea
     for key, values in expected.items():
         assert metrics[key] == pytest.approx(sum(values) / 2), key
     assert 0 < metrics["v2t_r1"] < 1  # some are right and some are wrong
+
+
+def test_a_negative_that_ties_with_the_best_positive_counts_before_it():
+    """Of three queries, one has a tie and one a positive that is likelier; one has no positive among its candidates."""
+    owners, ids = [SimpleNamespace(id=str(number)) for number in range(3)], np.array(["x", "y", "z"])
+    best, matched = np.array([[0, 1], [0, 1], [0, 1]]), [[0.5, 0.5], [0.25, 0.75], [0.5, 0.25]]
+    scores, first = retrieval.score("t2v", np.array([1, 2, 3]), best, matched, ids, ids, owners)
+    assert scores["t2v_r1_rerank"].value == pytest.approx(1 / 3) and first == [0, 1, 0]
 
 
 def values(scores: dict) -> dict[str, float]:
