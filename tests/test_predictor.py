@@ -429,6 +429,39 @@ def test_retrieval_is_the_mean_over_galleries_by_cosine_then_by_the_matching_hea
     assert 0 < metrics["v2t_r1"] < 1  # some are right and some are wrong
 
 
+def test_an_unreadable_file_changes_nothing_for_the_others_of_its_gallery(root, predictor, tmp_path):
+    other, found = Predictor(predictor.model, predictor.tokenizer, predictor.preprocess,
+                             Inference(3, skip_unreadable=True)), []
+    for folder, numbers in ((tmp_path / "all", (9, 0, 1, 2, 3)), (tmp_path / "readable", (0, 1, 2, 3))):
+        folder.mkdir()
+        write_records(folder, "video_retrieval.test", [
+            {"video": f"{i}.gif", "captions": [TEXTS[i % 6]], "positive_id": str(i), "id": str(i)} for i in numbers])
+        for i in range(4):
+            (folder / f"{i}.gif").symlink_to(root / f"{i}.gif")
+        scores, lines = evaluate_retrieval(other, "video_retrieval", EvalSplit(folder, "test"), EvalOptions())
+        found.append((values(scores), [(line.prediction, line.truth) for line in lines]))
+    assert found[0] == found[1] and len(found[0][1]) == 8
+
+
+def test_texts_are_matched_without_the_padding_of_their_batch(predictor):
+    """Two batches of three; of the second only one text is wanted."""
+    encoded = retrieval.encode_texts(predictor, TEXTS, {0, 1, 2, 4})
+    lengths = predictor.tokenizer.lengths(TEXTS)
+    assert {i: len(hidden) for i, hidden in encoded.items()} == {i: lengths[i] for i in (0, 1, 2, 4)}
+    assert len({lengths[i] for i in (0, 1, 2)}) > 1
+    alone, _ = predictor.encode_text([TEXTS[4]])
+    torch.testing.assert_close(encoded[4].float(), alone[0], atol=2e-3, rtol=2e-3)
+
+
+def test_galleries_are_compared_in_parts(monkeypatch):
+    unit = torch.nn.functional.normalize(torch.randn(9, 4, generator=torch.Generator().manual_seed(0)), dim=1)
+    ids = np.arange(5) % 3, np.arange(4) % 3
+    whole = retrieval.rank_all(unit[:5], unit[5:], *ids, 2)
+    monkeypatch.setattr(retrieval, "ROWS", 2)
+    for found, expected in zip(retrieval.rank_all(unit[:5], unit[5:], *ids, 2), whole, strict=True):
+        assert found.tolist() == expected.tolist()
+
+
 def test_a_negative_that_ties_with_the_best_positive_counts_before_it():
     """Of three queries, one has a tie and one a positive that is likelier; one has no positive among its candidates."""
     owners, ids = [SimpleNamespace(id=str(number)) for number in range(3)], np.array(["x", "y", "z"])
