@@ -107,7 +107,8 @@ def test_it_shows_settings_results_by_kind_predictions_and_the_command(page):
         "1,234,567", "torchrun train.py --name", "mine: pretrain", "max_steps", "6 of 9",
         "Answers by kind of question, videos", "qa_order", "75.0 %", "62.5 %", "Captions, images", "Retrieval, images",
         "Classes, labels, and boxes", "which color is it", "width16", "Attention of the words: which color is it",
-        "2.50", "4.00", "one text / another text", "validation: answers by kind of question, videos", "the box that misses",
+        "2.50", "4.00", "one text / another text", "validation: answers by kind of question, videos",
+        "the box that misses",
     ):
         assert text in page.text, text
     assert page.tags.count("svg") == 6  # losses, two kinds of metrics (never CIDEr), rate, norm, speed
