@@ -158,6 +158,24 @@ def test_a_caption_by_instruction_is_the_answer_to_the_instruction(predictor, me
     assert predictor.caption(media[:2], max_length=6, instructed=True) == answers
 
 
+def test_an_answer_from_a_list_is_the_most_likely_one(predictor, media):
+    answers = ["red", "two", "left", "no", "yes"]
+    chosen = predictor.answer(media, [QUESTIONS[0]] * len(media), answer_list=answers)
+    for path, text in zip(media, chosen, strict=True):
+        likely = predictor.likelihood([path] * len(answers), answers, [QUESTIONS[0]] * len(answers))
+        assert text == answers[int(np.argmax(likely))]
+    assert len(set(chosen)) > 1
+
+
+def test_an_explanation_is_the_mean_over_the_heads_of_the_last_cross_attention(predictor, media):
+    written, words = predictor.trace(media[0], QUESTIONS[0])
+    again, shown = predictor.explain(media[0], QUESTIONS[0])
+    assert written == again and [word.text for word in words] == [word.word for word in shown]
+    for word, one in zip(words, shown):
+        assert list(word.maps)[-1] == one.module and len(word.maps[one.module]) > 1  # heads
+        torch.testing.assert_close(one.map, sum(word.maps[one.module]) / len(word.maps[one.module]))
+
+
 def test_without_media_the_answer_is_decoded_from_the_text_alone(predictor):
     questions = ["which digit is it there is a red seven", "what colour is it", "is it a red one moving left"]
     found = predictor.answer(None, questions, max_length=6)
