@@ -4,6 +4,7 @@
     python docs/write_tables.py add default RUN RUN RUN     # record finished runs as one experiment, one for each seed
     python docs/write_tables.py add fine-tuned RUN RUN      # or each task; --commit HASH if the code changed since
     python docs/write_tables.py chance                      # the chance levels of the tiny world
+    python docs/write_tables.py plan                        # what the planner says about 8, 64 and 512 GPUs; minutes
 
 docs/tables.txt says where each number of a table comes from; a number within a sentence has this behind it, in a
 comment: 93.0<!-- {shipped caption_exact} -->. `add` takes the commands of a run from its settings.json,
@@ -12,6 +13,8 @@ model has no settings.json: its experiment keeps the commands that it has.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import re
@@ -166,6 +169,40 @@ def chance() -> dict[str, Value]:
             for name, value in chance_level(EvalSplit(tiny_data.ensure(), split)).items()}
 
 
+PLANS = [f"python -m mplug2.tools.memory_plan --preset large --gpus {gpus} --batch-size {16 * gpus} "
+         "--precision bfloat16 --optimizer muon" for gpus in (8, 64, 512)]
+
+
+def plan(commands: list[str]) -> dict[str, Value]:
+    """What the planner prints: GiB of a device with activation checkpointing, and by way and purpose the exposed
+    milliseconds of a step, such as 64/HSDP/VTC."""
+    from mplug2.tools import memory_plan
+    metrics: dict[str, Value] = {}
+    for command in commands:
+        printed, words = io.StringIO(), shlex.split(command)[3:]
+        with contextlib.redirect_stdout(printed):
+            memory_plan.main(words)
+        metrics |= read_plan(printed.getvalue(), words[words.index("--gpus") + 1])
+    return metrics
+
+
+def read_plan(text: str, gpus: str) -> dict[str, Value]:
+    """The numbers in the text of one plan."""
+    metrics, way = {}, ""
+    for line in text.splitlines():
+        cells = line.replace(",", "").split()
+        if found := re.match(r"(\w+), activation checkpointing ", line):
+            metrics[f"{gpus}/{found[1]}/GiB"] = float(cells[-1])
+        elif found := re.match(r"(\w+), a step of ", line):
+            way = f"{gpus}/{found[1]}"
+        elif found := re.match(r"a step: ([\d,]+) ms of passes \+ ([\d,]+) ms of Muon .* = ([\d,]+) ms, .*, ([\d.]+)%", line):
+            names = "passes", "products", "step", "communication"
+            metrics |= {f"{way}/{name}": float(cell.replace(",", "")) for name, cell in zip(names, found.groups())}
+        elif way and (found := re.match(r"(\S.*?\S)  +[\d,]+ +[\d.,]+ +[\d.,]+ +([\d.,]+)$", line)):
+            metrics[f"{way}/{found[1].replace(' ', '_')}"] = float(found[2].replace(",", ""))
+    return metrics
+
+
 def dump(results: dict) -> str:
     """JSON with a line for each metric."""
     text = json.dumps(results, indent=1, ensure_ascii=False)
@@ -175,13 +212,13 @@ def dump(results: dict) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", nargs="?", default="write", choices=["write", "add", "chance"])
+    parser.add_argument("action", nargs="?", default="write", choices=["write", "add", "chance", "plan"])
     parser.add_argument("name", nargs="?", help="add: the experiment, as tables.txt names it")
     parser.add_argument("runs", nargs="*", type=Path, help="add: folders of runs")
     parser.add_argument("--commit", help="the code that made the runs (default: the last commit that changed the code)")
     given = parser.parse_args(arguments)
     if (given.action == "add") != bool(given.runs):
-        parser.error("add needs the name of an experiment and the folders of its runs; write and chance take neither")
+        parser.error("add needs the name of an experiment and the folders of its runs; the others take neither")
     results, tables = json.loads(RESULTS.read_text(encoding="utf-8")), TABLES.read_text(encoding="utf-8")
     entries, done = results["experiments"], ""
     if given.runs and f"{{{given.name} " not in "".join([tables, *pages().values()]):
@@ -191,6 +228,8 @@ def main(arguments: list[str] | None = None) -> None:
             about = {"commit": given.commit or code_commit(), "machine": f"{os.cpu_count()} CPU cores"}
             if given.action == "chance":
                 entries["chance"] |= {**about, "date": str(date.today()), "metrics": chance()}
+            elif given.action == "plan":
+                entries["plan"] = {"commands": PLANS, **about, "date": str(date.today()), "metrics": plan(PLANS)}
             else:
                 entries[given.name] = experiment(given.runs, entries.get(given.name, {}), **about)
                 for name in [name for name in entries if " - " in name and given.name in name.split(" - ")]:

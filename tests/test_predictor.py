@@ -4,8 +4,10 @@ import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -154,6 +156,24 @@ def test_a_caption_by_instruction_is_the_answer_to_the_instruction(predictor, me
         assert text == predictor.tokenizer.decode(best_texts(best, predictor.special_tokens))[0]
     answers = predictor.answer(media[:2], [*INSTRUCTIONS.values()], max_length=6)
     assert predictor.caption(media[:2], max_length=6, instructed=True) == answers
+
+
+def test_an_answer_from_a_list_is_the_most_likely_one(predictor, media):
+    answers = ["red", "two", "left", "no", "yes"]
+    chosen = predictor.answer(media, [QUESTIONS[0]] * len(media), answer_list=answers)
+    for path, text in zip(media, chosen, strict=True):
+        likely = predictor.likelihood([path] * len(answers), answers, [QUESTIONS[0]] * len(answers))
+        assert text == answers[int(np.argmax(likely))]
+    assert len(set(chosen)) > 1
+
+
+def test_an_explanation_is_the_mean_over_the_heads_of_the_last_cross_attention(predictor, media):
+    written, words = predictor.trace(media[0], QUESTIONS[0])
+    again, shown = predictor.explain(media[0], QUESTIONS[0])
+    assert written == again and [word.text for word in words] == [word.word for word in shown]
+    for word, one in zip(words, shown):
+        assert list(word.maps)[-1] == one.module and len(word.maps[one.module]) > 1  # heads
+        torch.testing.assert_close(one.map, sum(word.maps[one.module]) / len(word.maps[one.module]))
 
 
 def test_without_media_the_answer_is_decoded_from_the_text_alone(predictor):
@@ -425,6 +445,47 @@ def test_retrieval_is_the_mean_over_galleries_by_cosine_then_by_the_matching_hea
     for key, values in expected.items():
         assert metrics[key] == pytest.approx(sum(values) / 2), key
     assert 0 < metrics["v2t_r1"] < 1  # some are right and some are wrong
+
+
+def test_an_unreadable_file_changes_nothing_for_the_others_of_its_gallery(root, predictor, tmp_path):
+    other, found = Predictor(predictor.model, predictor.tokenizer, predictor.preprocess,
+                             Inference(3, skip_unreadable=True)), []
+    for folder, numbers in ((tmp_path / "all", (9, 0, 1, 2, 3)), (tmp_path / "readable", (0, 1, 2, 3))):
+        folder.mkdir()
+        write_records(folder, "video_retrieval.test", [
+            {"video": f"{i}.gif", "captions": [TEXTS[i % 6]], "positive_id": str(i), "id": str(i)} for i in numbers])
+        for i in range(4):
+            (folder / f"{i}.gif").symlink_to(root / f"{i}.gif")
+        scores, lines = evaluate_retrieval(other, "video_retrieval", EvalSplit(folder, "test"), EvalOptions())
+        found.append((values(scores), [(line.prediction, line.truth) for line in lines]))
+    assert found[0] == found[1] and len(found[0][1]) == 8
+
+
+def test_texts_are_matched_without_the_padding_of_their_batch(predictor):
+    """Two batches of three; of the second only one text is wanted."""
+    encoded = retrieval.encode_texts(predictor, TEXTS, {0, 1, 2, 4})
+    lengths = predictor.tokenizer.lengths(TEXTS)
+    assert {i: len(hidden) for i, hidden in encoded.items()} == {i: lengths[i] for i in (0, 1, 2, 4)}
+    assert len({lengths[i] for i in (0, 1, 2)}) > 1
+    alone, _ = predictor.encode_text([TEXTS[4]])
+    torch.testing.assert_close(encoded[4].float(), alone[0], atol=2e-3, rtol=2e-3)
+
+
+def test_galleries_are_compared_in_parts(monkeypatch):
+    unit = torch.nn.functional.normalize(torch.randn(9, 4, generator=torch.Generator().manual_seed(0)), dim=1)
+    ids = np.arange(5) % 3, np.arange(4) % 3
+    whole = retrieval.rank_all(unit[:5], unit[5:], *ids, 2)
+    monkeypatch.setattr(retrieval, "ROWS", 2)
+    for found, expected in zip(retrieval.rank_all(unit[:5], unit[5:], *ids, 2), whole, strict=True):
+        assert found.tolist() == expected.tolist()
+
+
+def test_a_negative_that_ties_with_the_best_positive_counts_before_it():
+    """Of three queries, one has a tie and one a positive that is likelier; one has no positive among its candidates."""
+    owners, ids = [SimpleNamespace(id=str(number)) for number in range(3)], np.array(["x", "y", "z"])
+    best, matched = np.array([[0, 1], [0, 1], [0, 1]]), [[0.5, 0.5], [0.25, 0.75], [0.5, 0.25]]
+    scores, first = retrieval.score("t2v", np.array([1, 2, 3]), best, matched, ids, ids, owners)
+    assert scores["t2v_r1_rerank"].value == pytest.approx(1 / 3) and first == [0, 1, 0]
 
 
 def values(scores: dict) -> dict[str, float]:

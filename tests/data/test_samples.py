@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from data_helpers import dataset, write_data, write_gif, write_records
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from mplug2.config import PRESETS
@@ -17,7 +19,7 @@ from mplug2.data.batches import Collate
 from mplug2.data.build import DataSettings, build_data
 from mplug2.data.media import normalize, read_image, read_video, to_pixels
 from mplug2.data.records import Question, RecordError
-from mplug2.data.samples import Joined, Sample, check_texts, read_classes, read_samples
+from mplug2.data.samples import Joined, Sample, check_texts, read_classes, read_samples, text_problem
 from mplug2.data.transforms import Augmentation
 from mplug2.distributed import DistInfo
 from mplug2.tasks import INSTRUCTIONS
@@ -57,6 +59,20 @@ def test_a_sample_has_the_positive_id_of_its_first_record(tmp_path):
 def test_classes_are_sorted_whatever_the_order_of_the_records():
     samples = [Sample("a.jsonl:1", 0, label=name) for name in ("dog", "cat", "emu", "cat")]
     assert read_classes({"image_classification": samples}) == {"image_classification": ("cat", "dog", "emu")}
+
+
+def test_joined_parts_are_one_sequence():
+    joined = Joined([["a", "b"], [], ["c"]])
+    assert [joined[i] for i in range(len(joined))] == list(joined) == ["a", "b", "c"]
+    with pytest.raises(IndexError):
+        joined[3]
+
+
+@given(st.text("ab ", min_size=1, max_size=12).filter(str.strip), st.integers(1, 20), st.integers(0, 4))
+def test_a_text_is_refused_if_and_only_if_it_has_too_many_tokens(tokenizer, text, limit, prompt_length):
+    """Words of these letters are not in the vocabulary: most letters are a token."""
+    count = tokenizer.lengths([" ".join(text.split())])[0] + prompt_length
+    assert bool(list(text_problem("a", text, tokenizer, limit, 30, prompt_length))) == (count > limit)
 
 
 def test_a_large_photo_keeps_enough_pixels_for_the_crops_of_its_size(tmp_path):

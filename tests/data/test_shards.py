@@ -442,6 +442,13 @@ def test_the_first_sample_of_a_tar_decides_its_batch_type_and_records_make_a_fol
     assert not is_shards(tmp_path / "web")
 
 
+def test_captions_that_differ_in_case_and_punctuation_are_positives_and_suffixes_may_be_in_capitals():
+    (one, suffix), (other, _), (third, _) = (
+        shards_module.parse_sample(Path("a.tar"), 0, {"JPG": b"", "txt": text})
+        for text in (b"A red three!", b"a red three", b"a red one"))
+    assert suffix == "JPG" and one.positive_id == other.positive_id != third.positive_id
+
+
 @pytest.mark.parametrize("first", range(5))
 def test_every_sample_that_was_asked_for_is_given_or_reported_once(tmp_path, first):
     """Of a tar that should have five samples, but has three."""

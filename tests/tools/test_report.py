@@ -13,8 +13,10 @@ from browser import screenshot
 from PIL import Image
 from predictors import make_predictor
 
+from mplug2.evaluation.bootstrap import Score
+from mplug2.evaluation.evaluate import EvalResult
 from mplug2.tools.cards import CARDS
-from mplug2.tools.report import header, latest, main, metric_tables, write_report
+from mplug2.tools.report import header, latest, main, metric_tables, write_evaluation_report, write_report
 
 EVIL = "<script src='http://a'>\"&"
 COLOR = (200, 10, 250)
@@ -104,11 +106,13 @@ def test_it_shows_settings_results_by_kind_predictions_and_the_command(page):
     for text in (
         "1,234,567", "torchrun train.py --name", "mine: pretrain", "max_steps", "6 of 9",
         "Answers by kind of question, videos", "qa_order", "75.0 %", "62.5 %", "Captions, images", "Retrieval, images",
-        "Classes, labels, and boxes", "which color is it", "Attention of the words: which color is it", "2.50",
-        "4.00", "one text / another text", "validation: answers by kind of question, videos", "the box that misses",
+        "Classes, labels, and boxes", "which color is it", "width16", "Attention of the words: which color is it",
+        "2.50", "4.00", "one text / another text", "validation: answers by kind of question, videos",
+        "the box that misses",
     ):
         assert text in page.text, text
     assert page.tags.count("svg") == 6  # losses, two kinds of metrics (never CIDEr), rate, norm, speed
+    assert page.text.count(", logarithmic") == 2  # losses and norm
     assert "a white" not in page.text and page.text.count("25.0 %") == 1  # the newest value of each metric
 
 
@@ -151,6 +155,18 @@ def test_a_part_whose_file_is_missing_is_left_out(run, tmp_path, left_out):
     assert ("Results" in text and "Curves" in text) == ("metrics.jsonl" not in left_out)
     assert ("Samples" in text and "Hardest mistakes" in text) == ("predictions.jsonl" not in left_out)
     assert "Settings" in text and "Attention of the words" not in text
+
+
+def test_the_page_of_an_evaluation_has_the_name_of_its_checkpoint_and_its_own_predictions(tmp_path):
+    folder = tmp_path / "step_0000007" / "eval"
+    folder.mkdir(parents=True)
+    (folder / "predictions.jsonl").write_text(json.dumps(line("text_classification", [], "good", ["bad"])) + "\n")
+    result = EvalResult({"text_classification_accuracy": Score(0.25, 0.125)})
+    page = write_evaluation_report(folder, {"test": result}, {"text_classification_accuracy": 0.5}, make_predictor())
+    assert page == folder / "report.html"
+    text = Page(page.read_text(encoding="utf-8")).text
+    assert "step_0000007: pretrain" in text and "25.0 ± 12.5 %" in text and "50.0 %" in text
+    assert "1 of 1 predictions are wrong" in text
 
 
 def test_the_newer_evaluation_is_shown(media, tmp_path):
