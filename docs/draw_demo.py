@@ -13,11 +13,14 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import Error, sync_playwright
 
+from mplug2.flags import Parser
+
 HERE = Path(__file__).parent
 PORT = 7861
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    Parser(__doc__, "python docs/draw_demo.py").read(arguments)  # it has no flags: any argument is refused
     out = HERE / "demo.png"
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])

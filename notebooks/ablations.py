@@ -137,7 +137,7 @@ ARMS: dict[str, type[MPLUG2]] = {
     "full": MPLUG2, "untied": Untied, "two vision encoders": TwoVisionEncoders, "one stream": OneStream,
     "two streams": TwoStreams,
 }
-PLANNED = ("--lr 4e-3 --questions-per-sample 2 --vtc-weight 2 --answer-weight 1 --mlm-weight 1 "
+PLANNED = ("--lr 4e-3 --questions-per-sample 2 --vtc-weight 2 --caption-weight 1 --answer-weight 1 --mlm-weight 1 "
            "--video-weight 0.65 --image-weight 0.3 --text-weight 0.05")
 """The defaults of train.py at the time of the plan."""
 REGIMES = {  # flags of train.py
@@ -394,8 +394,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(table(results))
         return
     if results["world"] != VERSION:
-        raise SystemExit(f"{RESULTS}: these runs are of version {results['world']} of the tiny world, and this is "
-                         f"version {VERSION}; move the file away to start over")
+        raise SystemExit(f"{RESULTS}: these runs were made with version {results['world']} of the tiny world, and "
+                         f"this is version {VERSION}; move the file away to start over")
     missing = [(regime, arm, seed) for seed in SEEDS for regime, arm in RUNS
                if str(seed) not in results["runs"].get(f"{regime}, {arm}", {})
                and settings.regime in ("", regime)]

@@ -19,6 +19,7 @@ from mplug2.data.records import read_records
 from mplug2.data.text import Tokenizer
 from mplug2.model.mplug2 import MPLUG2
 from mplug2.predictor import Predictor
+from mplug2.training.recipes import PRETRAINING
 
 FILE, DOCS = (Path(__file__).parents[1] / name for name in ("notebooks/ablations.py", "docs/modularity.md"))
 spec = importlib.util.spec_from_file_location("ablations", FILE)
@@ -165,7 +166,7 @@ def test_the_program_makes_the_missing_runs_of_one_world(tmp_path, monkeypatch, 
     assert made[10:] == [("narrow", "one stream", 2)]
     assert "narrow, one stream, seed 2: 0.0 minutes; 0 runs are left" in capsys.readouterr().out
     file.write_text(json.dumps(results | {"world": 3}))
-    with pytest.raises(SystemExit, match="these runs are of version 3 of the tiny world, and this is version"):
+    with pytest.raises(SystemExit, match="these runs were made with version 3 of the tiny world, and this is version"):
         ablations.main(["narrow"])
     assert len(made) == 11
 
@@ -236,3 +237,8 @@ def test_an_unknown_regime_is_refused(capsys):
     with pytest.raises(SystemExit):
         ablations.main(["fwe"])
     assert "regime='fwe' (did you mean 'few'?): expected one of plenty, few, at odds, narrow" in capsys.readouterr().err
+
+
+def test_the_settings_of_the_plan_do_not_follow_the_defaults_of_today():
+    flags = {flag[2:].replace("-", "_") for flag in ablations.PLANNED.split()[::2]}
+    assert set(PRETRAINING["tiny"]) <= flags

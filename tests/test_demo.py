@@ -2,9 +2,14 @@
 
 import http.client
 import json
+import os
 import shutil
+import signal
+import socket
+import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +143,20 @@ def test_texts_beams_latents_and_boxes(predictor, visual):
         views.boxed(predictor, visual, "the red seven")
 
 
+def test_more_texts_than_are_quick_to_compare_are_refused(predictor, visual):
+    texts = [f"a red {digit}" for digit in DIGITS] * 2
+    assert len(views.fitting_texts(predictor, visual, texts)) == 20
+    with pytest.raises(ValueError, match="21 texts: at most 20 are compared at once"):
+        views.fitting_texts(predictor, visual, [*texts, "a two"])
+
+
+@pytest.mark.parametrize("port", [-1, 0, 99999999])
+def test_impossible_ports_are_refused(port, capsys):
+    with pytest.raises(SystemExit):
+        main(["--port", str(port)])
+    assert f"port={port}: expected a number from 1 to 65535" in capsys.readouterr().err
+
+
 def test_a_box_is_drawn_where_the_model_predicts_it(monkeypatch):
     model = make_predictor("grounding")
     predictor = views.VisualPredictor(model.model, model.tokenizer, model.preprocess)
@@ -210,13 +229,16 @@ def test_the_page_captions_and_answers_what_is_drawn_and_changed(page):
     page.get_by_label("as they are").check()
     wait_for(page, CAPTION + "return caption.includes('right')")
     page.locator("#temporal input").uncheck()  # now the order of the frames changes nothing but the frames
-    captions = []
+    captions, rows = [], []
     for order in ("reverse", "as they are"):
         before = page.get_attribute("#frames img", "src")
         page.get_by_label(order).check()
         wait_for(page, f"return document.querySelector('#frames img').getAttribute('src') !== {json.dumps(before)}")
         captions.append(page.input_value("#caption textarea"))
+        rows.append(page.locator("#answers tr").filter(has_text="does it move").inner_text().split("\t"))
     assert captions[0] == captions[1]
+    (_, answer, true), (_, same_answer, other) = rows  # one of the two answers is right, like a coin flip
+    assert answer == same_answer in ("left", "right") and {true, other} == {"left", "right"}
     page.locator("#temporal input").check()
     page.locator("#question input").fill("which color is it")
     page.locator("#question input").press("Enter")
@@ -363,11 +385,38 @@ def test_a_folder_is_searched_and_its_files_are_deleted(page, tmp_path):
     wait_for(page, "return /blue_seven_left.gif\\t[\\d.]+\\n\\s*red_seven_growing.gif"
                    "/.test(document.querySelector('#found').innerText)")
     assert page.inner_text("#found").count("\t") == 3 and not list(Path(UPLOADS.name).rglob("*.gif"))
+    page.fill("#query textarea", "a red seven growing")  # the same folder again, whose files are gone
+    page.get_by_role("button", name="Search", exact=True).click()
+    wait_for(page, "return /red_seven_growing.gif\\t[\\d.]+\\n\\s*blue_seven_left.gif"
+                   "/.test(document.querySelector('#found').innerText)")
     search("without", "note.txt")
     wait_for(page, "return document.body.innerText.includes('the folder has 0 images, GIFs and videos: choose one')")
-    search("bad", "broken.gif")
+    search("bad", "red_seven_growing.gif", "broken.gif")
     wait_for(page, "return document.body.innerText.includes('broken.gif cannot be decoded')")
     assert UPLOADS.name not in page.inner_text("body") and not list(Path(UPLOADS.name).rglob("*.gif"))
+
+
+@pytest.mark.browser
+@pytest.mark.timeout(300)
+def test_a_server_that_is_terminated_leaves_no_uploads_and_a_port_in_use_is_refused(page, tmp_path):
+    from processes import free_port
+
+    port = str(free_port())
+    command = [sys.executable, "-m", "mplug2.demo", "--port", port]
+    server = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"TMPDIR": str(tmp_path)})
+    try:
+        while server.poll() is None:
+            with suppress(OSError), socket.create_connection(("127.0.0.1", int(port))):
+                break
+            time.sleep(0.2)
+        (uploads,) = tmp_path.glob("mplug2_demo_*")
+        (uploads / "one.gif").write_bytes(b"an upload that nobody has read")
+        second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert second.returncode == 1 and f"cannot listen on 127.0.0.1:{port}" in second.stderr
+        assert "choose another one with --port" in second.stderr and "Traceback" not in second.stderr
+    finally:
+        server.terminate()
+    assert server.wait(60) == 128 + signal.SIGTERM and not list(tmp_path.glob("mplug2_demo_*"))
 
 
 @pytest.mark.browser

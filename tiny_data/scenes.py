@@ -130,7 +130,7 @@ class SceneSource:
         return self._shuffled(twins + alone)
 
     def clips_for_texts(self, n: int) -> list[Scene]:
-        """Clips that texts tell about, without showing them: 55% move, 5% stay, 22% are pairs (color-swapped twins),
+        """Clips that texts describe, without showing them: 55% move, 5% stay, 22% are pairs (color-swapped twins),
         18% are sequences; shuffled."""
         scenes = self._all_twins(["pair"], 11 * n // 100)
         scenes += [self.scene("sequence") for _ in range(18 * n // 100)]

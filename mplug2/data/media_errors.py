@@ -10,7 +10,7 @@ from PIL import Image
 
 HTML_STARTS = tuple(f"<{name}".encode() for name in (
     "!doctype html", "html", "head", "body", "script", "title", "meta", "div", "center", "br", "h1"))
-ADVICE = "it may be damaged, cut off, or not what its suffix says: download it again, or remove its record"
+ADVICE = "it may be damaged, cut off, or not what its suffix says: download it again, or leave it out"
 
 
 class MediaError(ValueError):
@@ -51,9 +51,9 @@ def media_error(path: Path | str, expected: str, problem: str) -> MediaError:
 def _known_problem(path: Path | str, expected: str) -> str | None:
     """What a look at the file system and at the first bytes says. None if both look normal."""
     if not os.path.exists(path):
-        return "does not exist; check the path in its record, and whether the media were copied"
+        return "does not exist; check its path, and whether the media were copied"
     if os.path.isdir(path):
-        return f"is a folder, not {expected}; check the path in its record"
+        return f"is a folder, not {expected}; check its path"
     try:
         with open(path, "rb") as file:
             start = file.read(512)
@@ -64,7 +64,7 @@ def _known_problem(path: Path | str, expected: str) -> str | None:
     if start.startswith(b"version https://git-lfs.github.com"):
         return f"is a git-lfs pointer, not {expected}; fetch the content with `git lfs pull`"
     if start.startswith(b"\x00\x05\x16\x07"):
-        return f"is a macOS metadata file (._*), not {expected}; remove it, and its record"
+        return f"is a macOS metadata file (._*), not {expected}; leave it out"
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if text.startswith(HTML_STARTS) or (text.startswith(b"<") and b"<html" in text):
         return f"is an HTML page, not {expected}; the server sent an error or a login page: download the file again"

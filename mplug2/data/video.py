@@ -97,7 +97,7 @@ def _open(path: Path | str) -> Iterator[tuple[InputContainer, VideoStream]]:
         if not streams:
             others = sorted({"a cover image" if s.type == "video" else s.type for s in container.streams})
             raise media_error(path, "a video", f"has no video stream, only {', '.join(others) or 'a header'}; "
-                              "download it again with its video, or remove its record")
+                              "download it again with its video, or leave it out")
         streams[0].codec_context.thread_count = 1
         yield container, streams[0]
 

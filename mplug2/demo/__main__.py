@@ -7,6 +7,9 @@
 Then open http://127.0.0.1:7860.
 """
 
+import signal
+import sys
+
 from mplug2.demo.settings import DemoSettings
 from mplug2.flags import one_line_errors, parse
 
@@ -20,6 +23,7 @@ def main(arguments: list[str] | None = None) -> None:
             from mplug2.demo.page import serve
         except ModuleNotFoundError as error:
             raise ValueError(f"the page needs {error.name}: pip install -e '.[demo]'") from error
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # as after Ctrl-C, uploads are deleted
         serve(settings)
 
 

@@ -17,12 +17,12 @@ os.environ.setdefault("GRADIO_TEMP_DIR", (UPLOADS := TemporaryDirectory(prefix="
 import gradio as gr  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
 from starlette.responses import PlainTextResponse  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 from mplug2.data.media import is_media  # noqa: E402
 from mplug2.data.text import clean  # noqa: E402
 from mplug2.demo import views  # noqa: E402
 from mplug2.demo.settings import ROOT, DemoSettings  # noqa: E402
-from mplug2.evaluation.own_files import find  # noqa: E402
 from mplug2.predictor import Word  # noqa: E402
 from tiny_data.world import COLOR_NAMES, DIGITS  # noqa: E402
 
@@ -34,7 +34,7 @@ DECODING = {
     "greedy, after the prompt": {}, "beam search (5)": {"beams": 5}, "greedy, without prompt": {"prompted": False},
     "by instruction": {"instructed": True},
 }
-NOTHING_WRITTEN = "this model has no decoder: it writes nothing, but the tabs that need other heads work"
+NOTHING_WRITTEN = "this model has no decoder: it writes nothing; a tab whose head it does not have says so"
 POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self' blob: data:"
 """Content-Security-Policy: the browser refuses everything that does not come from this server."""
 CSS = """
@@ -162,20 +162,30 @@ class Demo:
             rows = views.fitting_texts(self.predictor, views.reorder(visual, order), texts.splitlines())
         return _table(("text", "cosine", "matching probability"), [(a, f"{b:.2f}", f"{c:.1%}") for a, b, c in rows])
 
-    def search(self, files, text):
-        """The uploaded folder, or the examples, by their cosine with a text."""
-        examples = sorted((ROOT / "docs/examples").glob("*.gif"))
+    def read_folder(self, files) -> list[tuple[str, Tensor]]:
+        """The names and unit vectors of the images and videos of an uploaded folder, whose files are deleted."""
+        paths = [Path(file) for file in files if is_media(file)]
         try:
-            paths = [Path(file) for file in files if is_media(file)] if files else examples
             if not 1 <= len(paths) <= SEARCH_LIMIT:
                 raise ValueError(f"the folder has {len(paths)} images, GIFs and videos: choose one with 1 to "
                                  f"{SEARCH_LIMIT}")
-            with views.names_only(paths):
-                rows = find(self.predictor, paths, _with_words(text, "text"))
+            return self.embed(paths)
         finally:
-            for file in files or []:
+            for file in files:
                 Path(file).unlink(missing_ok=True)
-        return _table(("file", "cosine"), [(path.name, f"{score:.2f}") for score, path in rows])
+
+    def embed(self, paths: list[Path]) -> list[tuple[str, Tensor]]:
+        with views.names_only(paths):
+            return [(path.name, vector) for path, vector in zip(paths, self.predictor.embed_media(paths))]
+
+    def search(self, files, vectors: list[tuple[str, Tensor]], text: str) -> str:
+        """What `read_folder` has made of the uploaded files, or the examples, by their cosine with a text."""
+        if files and not vectors:
+            raise ValueError("the folder is not read yet, or has a file that cannot be read: wait, or choose another")
+        (query,) = self.predictor.embed_texts([_with_words(text, "text")])
+        vectors = vectors or self.embed(sorted((ROOT / "docs/examples").glob("*.gif")))
+        rows = sorted(((float(query @ vector), name) for name, vector in vectors), key=lambda row: (-row[0], row[1]))
+        return _table(("file", "cosine"), [(name, f"{score:.2f}") for score, name in rows])
 
     def beams(self, visual, order, temporal, question):
         with views.local_temporal_off(self.predictor, not temporal):
@@ -264,8 +274,11 @@ def _tabs(demo: Demo, visual: gr.State, order: gr.Radio, temporal: gr.Checkbox) 
     with gr.Tab("Search"):
         folder = gr.File(file_count="directory", label="A folder (empty: the six videos of docs/examples)",
                          elem_id="folder")
-        query, found = gr.Textbox("a blue seven moving left", label="Text"), gr.HTML(elem_id="found")
-        gr.Button("Search").click(run(demo.search), [folder, query], found)
+        query, found = gr.Textbox("a blue seven moving left", label="Text", elem_id="query"), gr.HTML(elem_id="found")
+        vectors = gr.State([], time_to_live=3600)
+        emptied = folder.change(lambda: ([], ""), None, [vectors, found])
+        emptied.then(lambda files: run(demo.read_folder)(files) if files else [], folder, vectors)
+        gr.Button("Search").click(run(demo.search), [folder, vectors, query], found)
     with gr.Tab("Beam search"):
         question, tree = gr.Textbox(label="Question (empty: the caption)"), gr.HTML(elem_id="tree")
         gr.Button("Search with 5 beams").click(run(demo.beams), [*now, question], tree)
@@ -349,14 +362,18 @@ def build(demo: Demo) -> gr.Blocks:
 def serve(settings: DemoSettings, block: bool = True):
     """Serve the page. Returns what Gradio's `launch` returns; with `block` it waits until the server is stopped.
 
-    Raises ValueError for a folder that is not a checkpoint, OSError for a port that is in use.
+    Raises ValueError for a folder that is not a checkpoint, OSError for an address that it cannot listen on.
     """
     page = build(Demo(settings.checkpoint, settings.compare or None))
     sans = ["system-ui", "sans-serif"]  # names of fonts that every computer has: the defaults come from the net
     theme = gr.themes.Default(font=sans, font_mono=["ui-monospace", "monospace"]).set(
         block_info_text_color="*neutral_500")  # the default is too pale to read
-    return page.launch(
-        server_name=settings.host, server_port=settings.port, max_file_size=UPLOAD_LIMIT, prevent_thread_lock=not block,
-        share=False, theme=theme, css=CSS, js=HOVER, show_error=False, quiet=not block,
-        app_kwargs={"middleware": [Middleware(guard)]},
-    )
+    try:
+        return page.launch(
+            server_name=settings.host, server_port=settings.port, max_file_size=UPLOAD_LIMIT, show_error=False,
+            prevent_thread_lock=not block, share=False, theme=theme, css=CSS, js=HOVER, quiet=not block,
+            app_kwargs={"middleware": [Middleware(guard)]},
+        )
+    except OSError as error:
+        raise OSError(f"cannot listen on {settings.host}:{settings.port}: another program may use the port; choose "
+                      "another one with --port") from error

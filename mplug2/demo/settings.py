@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from mplug2.flags import check_range
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -16,3 +18,6 @@ class DemoSettings:
     """Address to listen on; 0.0.0.0 accepts other computers."""
     port: int = 7860
     """Port to listen on."""
+
+    def __post_init__(self):
+        check_range(self, "port", 1, 65535)

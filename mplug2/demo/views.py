@@ -39,6 +39,8 @@ GENERAL_QUESTIONS = ("which digit is it", "what color is it", "does it move left
                      "how many digits are there", "which color came first")
 """Suggested for uploaded files, about which nothing is known."""
 
+MOST_TEXTS = 20
+"""Texts that are compared with a video at once."""
 SCALE = 96
 """Height of a frame on the page, in pixels."""
 
@@ -200,7 +202,7 @@ def beam_tree(predictor: Predictor, visual: Visual, question: str = "", beams: i
         memory, mask, start, _ = predictor.decoder_inputs(vision, modality, question, Generation())
         length = predictor.preprocess.max_length or 20
         hypotheses = beam_search(model, memory, start, special, beams, 1, length, memory_mask=mask)[0]
-        hypotheses = [one for one in hypotheses if special.sep not in one[1][:-1]]  # beams that went on after their end
+        hypotheses = [one for one in hypotheses if special.sep not in one[1][:-1]]  # some continue after their end
         tree: dict = {}
         for rank, (score, ids) in enumerate(hypotheses):
             new = torch.tensor([ids], device=predictor.device)
@@ -274,6 +276,8 @@ def fitting_texts(predictor: Predictor, visual: Visual, texts: Sequence[str]) ->
     """Each text with its cosine (contrastive head) and its matching probability, the largest probability first."""
     if not (texts := [text.strip() for text in texts if text.strip()]):
         raise ValueError("no text: write one or more texts, one in each line")
+    if len(texts) > MOST_TEXTS:
+        raise ValueError(f"{len(texts)} texts: at most {MOST_TEXTS} are compared at once")
     cosines = predictor.similarity([visual], texts)[0].tolist()
     (vision,) = predictor.encode_media([visual])
     matching = predictor.match_probability(vision[None], texts).tolist()

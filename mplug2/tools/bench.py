@@ -6,7 +6,7 @@
     python -m mplug2.tools.bench --data DIR                 # samples read per second, and how long training waits
     python -m mplug2.tools.bench --media                    # reading of video files, against decoding in order
     python -m mplug2.tools.bench --evaluation 200           # captions, answers, retrieval; one and two processes
-    python -m mplug2.tools.bench --device cuda --all        # everything that a GPU can tell (bench_all.py)
+    python -m mplug2.tools.bench --device cuda --all        # every measurement of one GPU (bench_all.py)
 
 Each measurement runs in its own process: a few warmup runs, then the median of the repeats. The rate of a large matrix
 product is measured alternately with them, because seconds times that rate are comparable between machines.
@@ -96,7 +96,7 @@ class BenchSettings:
     evaluation: int | None = None
     """Measure the evaluation of this number of videos instead."""
     all: bool = False
-    """Measure everything that a GPU can tell, with --device cuda in about five minutes."""
+    """Make every measurement of one device, with --device cuda in about five minutes."""
     json: str = ""
     """Save the numbers as a JSON object, with --all by default in bench.json."""
 

@@ -1,4 +1,4 @@
-"""Everything that one GPU can tell, in one run.
+"""Every measurement of one GPU, in one run.
 
     python -m mplug2.tools.bench --device cuda --all                       # presets base and large; writes bench.json
     python -m mplug2.tools.bench --all --preset tiny --batch-size 2 --frames 2 --repeats 1    # the same code on a CPU

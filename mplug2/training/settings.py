@@ -56,7 +56,7 @@ class RunSettings:
     eval_limit: int = 120
     """Records of each task in a validation; the evaluation at the end uses all."""
     best_metric: str = ""
-    """Metric by which the best checkpoint is chosen, such as t2v_r1; empty: the main metric of the task."""
+    """Metric that decides which checkpoint is the best, such as t2v_r1; empty: the main metric of the task."""
     save_every: int = 375
     """Steps between two checkpoints; there is always one at the end."""
     keep_checkpoints: int = 2

@@ -103,7 +103,7 @@ def test_what_a_file_is_in_place_of_an_image_or_a_video(tmp_path, suffix):
         (tmp_path / f"{name}{suffix}").write_bytes(content)
     (tmp_path / f"folder{suffix}").mkdir()
     for name, problem in [
-        ("missing", "does not exist; check the path in its record"),
+        ("missing", "does not exist; check its path"),
         ("empty", r"is empty \(0 bytes\); .* download it again"),
         ("zeros", r"(cannot be decoded \(.*\)|has no frame that can be decoded); it may be damaged"),
         ("folder", f"is a folder, not {expected}"),
@@ -112,7 +112,7 @@ def test_what_a_file_is_in_place_of_an_image_or_a_video(tmp_path, suffix):
         ("json", f"is a JSON document, not {expected}; .*download the file again"),
         ("pointer", f"is a git-lfs pointer, not {expected}; fetch the content with `git lfs pull`"),
         ("denied", f"is an XML document, not {expected}; .*download the file again"),
-        (r"\._mac", f"is a macOS metadata file .*, not {expected}; remove it"),
+        (r"\._mac", f"is a macOS metadata file .*, not {expected}; leave it out"),
     ]:
         path = tmp_path / f"{name}{suffix}".replace("\\", "")
         with pytest.raises(MediaError, match=f"{name}{suffix} {problem}") as caught:
