@@ -84,7 +84,7 @@ def test_a_text_starts_with_cls_and_the_words_of_the_prompt(predictor):
 def test_each_text_is_encoded_once_in_batches(predictor):
     with patch.object(predictor.model, "encode_text", wraps=predictor.model.encode_text) as encoded:
         vectors = predictor.embed_texts(TEXTS[:5])
-    assert [len(call.args[0]) for call in encoded.call_args_list] == [3, 2] and len(vectors) == 5
+    assert [len(call.args[0]) for call in encoded.call_args_list] == [2, 3] and len(vectors) == 5
 
 
 @settings(max_examples=8, deadline=None)
