@@ -347,9 +347,15 @@ def read_settings(folder: Path) -> tuple[Settings, dict[str, Any]]:
 
 def write_settings(settings: Settings, arguments: list[str], **more: Any) -> None:
     """Write settings.json of the run: all settings, the commands so far, and whatever else (`more`) describes the run.
+
+    ValueError if the folder cannot be created.
     """
     file = settings.folder / "settings.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"the folder {file.parent} cannot be created ({error.strerror}): choose another one with --out"
+                         ) from error
     commands = read_json_object(file).get("commands", []) if file.exists() else []
     contents = {
         "train": settings.flat(), **more, "launch": os.environ.get("TORCHELASTIC_RUN_ID", "none"),

@@ -238,3 +238,10 @@ def test_losses_of_weight_0_are_skipped():
     assert both.loss.skipped == {"vtm", "answer"}
     captions = Settings.from_flat({"task": "video_caption", "caption_weight": 0, "self_critical": True})
     assert captions.loss.skipped == {"caption"}
+
+
+def test_a_folder_that_cannot_be_created_is_named_with_what_to_do(tmp_path):
+    (tmp_path / "file").touch()
+    settings = train.parse_settings("", "train.py", ["--out", str(tmp_path / "file")])
+    with pytest.raises(ValueError, match="file/tiny cannot be created .*: choose another one with --out"):
+        write_settings(settings, [])
