@@ -22,12 +22,12 @@ from mplug2.data.records import held_out_media
 from mplug2.data.samples import Joined, Sample, SampleList, Samples, read_classes, read_samples, stream_kind
 from mplug2.data.shard_stream import ReaderState, stream_batches
 from mplug2.data.shards import ShardSet, is_shards, read_shards
-from mplug2.data.text import Tokenizer, clean, normalize
-from mplug2.data.text_check import TokenCounts, check_run_texts
+from mplug2.data.text import Tokenizer, clean
+from mplug2.data.text_check import check_run_texts
 from mplug2.data.transforms import Augmentation
 from mplug2.distributed import DistInfo, all_gather_object, run_on_main
 from mplug2.flags import check_range
-from mplug2.tasks import BATCH_TYPES, INSTRUCTIONS, PROMPTS, RECORD_FIELDS, TASKS, batch_types, parse_tasks
+from mplug2.tasks import BATCH_TYPES, INSTRUCTIONS, PROMPTS, TASKS, batch_types, parse_tasks
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,8 @@ class TrainingData:
     """The names of the classes of each task with labels."""
     dataset: Samples
     batches: MixedBatches
+    longest: dict[str, int]
+    """Tokens of the longest text to write, [SEP] included, by stream of `samples`."""
 
     def __post_init__(self):
         self.load_state_dict(0, {})
@@ -214,15 +216,7 @@ class TrainingData:
         """
         writes = {"prompted", "question"}
         writing = [stream for stream in self.sizes if writes & BATCH_TYPES[stream_kind(stream)].fields]
-        longest = 2 * self.settings.max_words if set(writing) & set(self.shards) else 0
-        lengths = TokenCounts(self.tokenizer)
-        for records in itertools.chain(*(self.samples[stream].files for stream in writing if stream in self.samples)):
-            asked = "qa" in RECORD_FIELDS[records.task]  # its other texts are questions
-            for _, texts, answers in records.texts():
-                for text in answers if asked else texts:
-                    words = normalize(text).split()[:self.settings.max_words]
-                    longest = max(longest, 1 + sum(map(lengths.__getitem__, words)))
-        return longest
+        return max((self.longest.get(stream, 2 * self.settings.max_words) for stream in writing), default=0)
 
     @property
     def recorded_roots(self) -> list[Path]:
@@ -274,10 +268,10 @@ def build_data(
     merged = by_batch_type(samples)
     classes = read_classes(merged) if classes is None else classes
     tokenizer = tokenizer or make_tokenizer(settings, samples, model.vocab_size)
-    for line in check_run_texts(samples, eval_root(settings, roots), settings.task, tokenizer, model.max_positions,
-                                settings.max_words, settings.max_unknown, classes):
-        if process.is_main:
-            print(line)
+    lines, longest = check_run_texts(samples, eval_root(settings, roots), settings.task, tokenizer,
+                                     model.max_positions, settings.max_words, settings.max_unknown, classes)
+    if process.is_main and lines:
+        print("\n".join(lines))
     if len(roots) > 1 and settings.task != "pretrain" and process.is_main:
         if line := held_out_media(roots, settings.task):
             print(line)
@@ -292,7 +286,7 @@ def build_data(
         process.world_size, settings.accumulation_steps,
         {stream: of_stream.groups for stream, of_stream in samples.items()},
     )
-    return TrainingData(settings, process, seed, roots, samples, shards, tokenizer, classes, dataset, batches)
+    return TrainingData(settings, process, seed, roots, samples, shards, tokenizer, classes, dataset, batches, longest)
 
 
 def eval_root(settings: DataSettings, roots: Mapping[Path, float]) -> Path | None:

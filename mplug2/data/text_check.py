@@ -11,7 +11,7 @@ from pathlib import Path
 from mplug2.data.record_fields import short
 from mplug2.data.records import Record, available, raise_all, read_records
 from mplug2.data.samples import Sample, SampleList, sample_of, stream_kind, text_problem, text_problems
-from mplug2.data.text import Tokenizer, clean, normalize
+from mplug2.data.text import Tokenizer, clean, split_words
 from mplug2.tasks import BATCH_TYPES, EVALUATED, RECORD_FIELDS, TASKS, parse_tasks
 
 EVAL_SPLITS = ("val", "test")
@@ -27,17 +27,19 @@ ADVICE = "train with a vocabulary that has them (train.py --tokenizer), or name 
 def check_run_texts(
     samples: Mapping[str, Sequence[Sample]], eval_root: Path | None, task: str, tokenizer: Tokenizer, limit: int,
     max_words: int, max_unknown: float, classes: Mapping[str, tuple[str, ...]],
-) -> list[str]:
+) -> tuple[list[str], dict[str, int]]:
     """Check the training samples, by stream, and the splits in `eval_root` that a run of `task` evaluates on.
 
     Raises RecordError, which lists every text without words or with more than `limit` tokens, every label that is not
     among `classes`, every answer of unknown words only, and every file with more than the fraction `max_unknown` of
-    unknown words. Returns lines that report fewer unknown words.
+    unknown words. Returns lines that report fewer unknown words; and for each stream the tokens of its longest text to
+    write, [SEP] included (see `_suspicious`).
     """
-    problems, reports = [], []
+    problems, reports, longest = [], [], {}
     for stream, of_stream in samples.items():
         words: Counter[str] = Counter()
-        for sample in _suspicious(of_stream, words, tokenizer, limit, max_words):
+        longest[stream] = 0
+        for sample in _suspicious(of_stream, words, longest, stream, tokenizer, limit, max_words):
             problems += text_problems(sample, stream_kind(stream), tokenizer, limit, max_words)
             problems += _label_problem(sample.source, sample.label, BATCH_TYPES[stream_kind(stream)].task, classes)
             answers = [answer for question in sample.qa for answer in question.answers]
@@ -58,7 +60,7 @@ def check_run_texts(
             words.update(word for text in record_texts(record) for word in clean(text, max_words).split())
         report_unknown(f"{name}, {split}", words, tokenizer, max_unknown, problems, reports)
     raise_all(problems)
-    return reports
+    return reports, longest
 
 
 class TokenCounts(dict[str, int]):
@@ -73,23 +75,25 @@ class TokenCounts(dict[str, int]):
 
 
 def _suspicious(
-    samples: Sequence[Sample], words: Counter[str], tokenizer: Tokenizer, limit: int, max_words: int
+    samples: Sequence[Sample], words: Counter[str], longest: dict[str, int], stream: str, tokenizer: Tokenizer,
+    limit: int, max_words: int
 ) -> Iterator[Sample]:
     """The samples that need a close look: a text that may be too long or empty, an answer of unknown words, or a label.
 
-    Counts the words of all samples on the way. Most texts are short and have words, which is quick to see.
+    On the way, counts the words of all samples, and notes the `longest` of the texts that the decoder learns to write:
+    answers, or in files without questions all texts. Most texts are short and have words, which is quick to see.
     """
     short = limit - 2 - PROMPT_TOKENS
     tokens = TokenCounts(tokenizer)
     known: set[str] = set()  # answers with a known word
 
-    def looks_fine(text: str) -> bool:
-        cleaned = normalize(text).split()[:max_words]
+    def length(text: str) -> int:
+        cleaned = split_words(text)[:max_words]
         words.update(cleaned)
-        return 0 < sum(map(tokens.__getitem__, cleaned)) <= short
+        return sum(map(tokens.__getitem__, cleaned))
 
     def is_known(answer: str) -> bool:
-        if answer not in known and not all(map(tokenizer.is_unknown, normalize(answer).split()[:max_words])):
+        if answer not in known and not all(map(tokenizer.is_unknown, split_words(answer)[:max_words])):
             known.add(answer)
         return answer in known
 
@@ -97,13 +101,15 @@ def _suspicious(
         for sample in samples:
             answers = [answer for question in sample.qa for answer in question.answers]
             texts = [*sample.captions, *sample.texts, *(question.question for question in sample.qa), *answers]
-            words.update(word for text in texts for word in normalize(text).split()[:max_words])
+            words.update(word for text in texts for word in split_words(text)[:max_words])
             yield sample
         return
     for records in samples.files:
-        labels = "label" in RECORD_FIELDS[records.task]
+        labels, asked = (name in RECORD_FIELDS[records.task] for name in ("label", "qa"))
         for index, texts, answers in records.texts():
-            fine = all([looks_fine(text) for text in texts]) and all([looks_fine(answer) for answer in answers])
+            lengths = [length(text) for text in texts + answers]
+            longest[stream] = max(longest[stream], 1 + max(lengths[len(texts) * asked:], default=-1))
+            fine = not lengths or 0 < min(lengths) <= max(lengths) <= short
             if labels or not fine or not all(map(is_known, answers)):
                 yield sample_of(records[index])
 

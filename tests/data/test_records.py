@@ -143,6 +143,13 @@ def test_records_are_a_sequence_that_keeps_its_lines_in_the_file(tmp_path):
         records[4]
 
 
+@pytest.mark.parametrize("after", [b"x", b"{}", b"\x0b", b"]"])
+def test_nothing_may_follow_the_object_of_a_line_except_blanks(tmp_path, after):
+    write(tmp_path, "text_only", b' {"text": "one"}', b'{"text": "two"} \t', b'{"text": "three"}' + after)
+    with pytest.raises(RecordError, match="jsonl:3: found .*expected one JSON object"):
+        read_records(tmp_path, "text_only", "train")
+
+
 @settings(max_examples=15, deadline=None)
 @given(task_and_lines())
 def test_the_quick_path_gives_what_the_full_check_gives(tmp_path_factory, drawn):

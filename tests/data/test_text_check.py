@@ -20,8 +20,9 @@ def write(root: Path, name: str, *records: dict) -> None:
 
 def check(root: Path, task: str, limit: int = 24, max_unknown: float = 0.2, words: str = WORDS) -> list[str]:
     samples = read_samples(root, task, "train")
-    return check_run_texts(samples, root, task, Tokenizer.train([words], 120), limit, 30, max_unknown,
-                           read_classes(samples))
+    reports, _ = check_run_texts(samples, root, task, Tokenizer.train([words], 120), limit, 30, max_unknown,
+                                 read_classes(samples))
+    return reports
 
 
 def problems(root: Path, task: str, **options) -> list[str]:
