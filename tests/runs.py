@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 from tiny_data import Sizes
 
@@ -20,6 +21,10 @@ SMALL = (
     "--contrastive-width 8 --max-positions 24 --batch-size 6 --log-every 1 --device cpu --text-weight 0.3"
 ).split()
 """The settings of an even smaller run."""
+
+KNOWN = "--shutdown-timeout" in get_args_parser()._option_string_actions
+SHUTDOWN_TIMEOUT = ("--shutdown-timeout", "150") if KNOWN else ()
+"""The flag of torchrun for ranks that need time to save; older versions do not have it."""
 
 
 def lines(run: Path) -> list[dict]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import shown_commands
+from runs import SHUTDOWN_TIMEOUT
 from shown_commands import CODE, MARKDOWN, NOTEBOOKS, PROGRAMS, REPOSITORY, Command, cells, from_markdown
 from torch.distributed.run import get_args_parser
 
@@ -129,8 +130,9 @@ def resolve(command: Command, monkeypatch, tmp_path: Path) -> None:
 
 def launched(words: list[str]) -> tuple[list[str], int]:
     """The words after torchrun's own, and the number of processes it starts."""
+    own = shlex.split(shlex.join(words[1:]).replace("--shutdown-timeout 150", " ".join(SHUTDOWN_TIMEOUT)))
     try:
-        given = get_args_parser().parse_args(words[1:])
+        given = get_args_parser().parse_args(own)
     except SystemExit as error:
         raise WrongCommand("torchrun does not take these arguments") from error
     nodes = int(given.nnodes.split(":")[-1])

@@ -133,9 +133,11 @@ def test_captions_can_be_searched_by_beams(predictor, media):
 
 @pytest.mark.parametrize("length", [2, 5])
 @pytest.mark.parametrize("beams", [1, 3])
-def test_lengths_that_are_asked_for_hold_with_any_search_whatever_the_checkpoint_says(predictor, media, beams, length):
-    preprocess = dataclasses.replace(predictor.preprocess, max_length=3)
-    other = Predictor(predictor.model, predictor.tokenizer, preprocess, predictor.inference)
+def test_lengths_that_are_asked_for_hold_with_any_search_whatever_the_checkpoint_says(media, beams, length):
+    """Even of a model that would rather end each text at once."""
+    other = make_predictor()
+    other.preprocess = dataclasses.replace(other.preprocess, max_length=3)
+    other.model.decoder.head.bias.data[other.tokenizer.sep] = 50.0
     asked = dict(beams=beams, min_length=length, max_length=length)
     with patch.object(other.tokenizer, "decode", wraps=other.tokenizer.decode) as decoded:
         other.caption(media[:2], **asked)

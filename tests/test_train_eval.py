@@ -696,7 +696,7 @@ def test_an_evaluation_has_the_options_of_its_command_and_ranks_the_answers_of_t
     evaluated, chances, checked = (spy(evaluation, name) for name in ("evaluate", "chance_level", "check_data"))
     arguments = f"--checkpoint {tmp_path / 'run/last'} --data {data} --out {out} --splits val,test --limit 2".split()
     found = evaluation.main([*arguments, *"--protocol released --all-captions --answers train".split(),
-                             "--task", "video_qa", "--json", str(tmp_path / "flat.json")])
+                             "--task", " video_qa", "--json", str(tmp_path / "flat.json")])
     splits = [EvalSplit(data, "val", 2), EvalSplit(data, "test", 2)]
     assert [split for _, split, _, _ in evaluated] == checked[0][1] == splits and chances[0][0].split == "val"
     assert evaluated[0][2:] == (["video_qa"], EvalOptions(

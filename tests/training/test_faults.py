@@ -16,7 +16,7 @@ import pytest
 import torch
 from data_helpers import write_data
 from processes import free_port
-from runs import SMALL, lines
+from runs import SHUTDOWN_TIMEOUT, SMALL, lines
 from safetensors.torch import load_file
 
 import train
@@ -182,8 +182,7 @@ def test_two_nodes_continue_from_the_last_checkpoint_after_a_rank_is_killed(data
         launch(*SMALL, *LONG, "--data", data, "--out", tmp_path, torchrun=(
             "--nnodes", 2, "--node-rank", node, "--nproc-per-node", 1, "--max-restarts", 2, "--rdzv-backend", "c10d",
             "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test", "--monitor-interval", "0.1",
-            "--shutdown-timeout", 150,
-            "--local-addr", "127.0.0.1",  # a host name may not resolve
+            *SHUTDOWN_TIMEOUT, "--local-addr", "127.0.0.1",  # a host name may not resolve
         )) for node in range(2)
     ]
     wait_for(lambda: (run / "last").exists() and len(steps(run)) >= 6, nodes[0])
