@@ -24,7 +24,7 @@ from mplug2.distributed import AllRanksError
 from mplug2.evaluation.bootstrap import Score
 from mplug2.evaluation.chance import chance_level
 from mplug2.evaluation.data import EvalOptions, EvalSplit, find_data, read_answer_list
-from mplug2.evaluation.evaluate import EVALUATORS, EvalResult, evaluate
+from mplug2.evaluation.evaluate import EVALUATORS, EvalResult, check_data, evaluate
 from mplug2.evaluation.labels import UnknownClasses
 from mplug2.evaluation.settings import WritingSettings
 from mplug2.inference import Inference, Stopped
@@ -193,6 +193,13 @@ def test_an_error_of_another_rank_is_raised_with_its_message(root, monkeypatch):
     monkeypatch.setattr("mplug2.evaluation.evaluate.all_gather_object", lambda problem: [problem, "damaged there"])
     with pytest.raises(AllRanksError, match="^damaged there$"):
         evaluate(all_tasks_predictor(world_size=2), EvalSplit(root, "test"), ["video_caption"])
+
+
+def test_a_task_needs_records_in_one_of_the_splits(root):
+    test, val = EvalSplit(root, "test"), EvalSplit(root, "val")
+    check_data(all_tasks_predictor(), [val, test], ["video_qa"])
+    with pytest.raises(ValueError, match="has no records of video_qa in the splits val; leave it out of --task"):
+        check_data(all_tasks_predictor(), [val], ["video_qa"])
 
 
 def test_unreadable_files_are_skipped_named_and_counted(root):

@@ -34,6 +34,7 @@ from mplug2.training.optim import OptimizerSettings, make_optimizer
 from mplug2.training.parallel import (
     ParallelSettings,
     all_reduce_replicated_grads,
+    checkpoint_activations,
     clip_grad_norm,
     gathered,
     load_optimizer_state,
@@ -243,6 +244,21 @@ def test_gradients_are_scaled_down_to_the_limit_and_0_is_no_limit(limit, factor)
     parameter.grad = torch.tensor([3.0, 4.0])
     assert clip_grad_norm([parameter], limit).item() == 5
     assert parameter.grad.tolist() == pytest.approx([3 * factor, 4 * factor])
+
+
+def test_activation_checkpointing_keeps_less_for_the_backward_pass():
+    model, batch, kept = make_model(), make_batch("image"), []
+    for number in range(2):
+        kept.append(0)
+
+        def keep(tensor: torch.Tensor, number: int = number) -> torch.Tensor:
+            kept[number] += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            Objectives(model.train())(batch)
+        checkpoint_activations(model)
+    assert kept[1] < 0.6 * kept[0]
 
 
 class Products(torch.nn.Module):

@@ -108,3 +108,5 @@ def test_other_records_are_refused_and_those_that_are_missing_are_named():
         check_files(saved, {"video": [("a.jsonl", 1001), ("b.jsonl", 2000)]})
     with pytest.raises(CheckpointError, match="other records: fewer files; "):
         check_files(saved, {"video": [*saved["video"], ("c.jsonl", 1)]})
+    with pytest.raises(CheckpointError, match=r"other records: a.jsonl \(1,000 bytes\), b.jsonl"):
+        make_state().load_state_dict(make_state(trained=True).state_dict() | {"files": saved})
