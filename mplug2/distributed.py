@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
 NO_TIMEOUT = timedelta(days=7)
 """Process groups never time out. The watchdog of `training.fault_tolerance` finds and names a hung rank."""
 
