@@ -195,9 +195,10 @@ def read_plan(text: str, gpus: str) -> dict[str, Value]:
             metrics[f"{gpus}/{found[1]}/GiB"] = float(cells[-1])
         elif found := re.match(r"(\w+), a step of ", line):
             way = f"{gpus}/{found[1]}"
-        elif found := re.match(r"a step: ([\d,]+) ms of passes \+ ([\d,]+) ms of Muon .* = ([\d,]+) ms, .*, ([\d.]+)%", line):
-            names = "passes", "products", "step", "communication"
-            metrics |= {f"{way}/{name}": float(cell.replace(",", "")) for name, cell in zip(names, found.groups())}
+        elif line.startswith("a step: "):
+            numbers = [float(cell) for cell in re.findall(r"[\d.]+", line.replace(",", ""))]
+            names = "passes", "products", "exposed", "step", "rate", "communication"
+            metrics |= {f"{way}/{name}": value for name, value in zip(names, numbers, strict=True)}
         elif way and (found := re.match(r"(\S.*?\S)  +[\d,]+ +[\d.,]+ +[\d.,]+ +([\d.,]+)$", line)):
             metrics[f"{way}/{found[1].replace(' ', '_')}"] = float(found[2].replace(",", ""))
     return metrics

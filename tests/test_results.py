@@ -112,13 +112,15 @@ def test_the_plans_are_read_from_what_the_planner_prints(monkeypatch):
     """Of the tiny preset: the real planner would take minutes for the large one."""
     monkeypatch.setattr(memory_plan, "cost", lambda *_, **__: memory_plan.Cost(4e12, 2**30, 2**30))
     monkeypatch.setattr(memory_plan, "step_collectives", lambda *_: [
-        Collective(purpose, "all_gather", 10**10, 16, 2) for purpose in ("gradients, between nodes", "Muon", "checkpoint")])
+        Collective(purpose, "all_gather", 10**10, 16, 2)
+        for purpose in ("gradients, between nodes", "Muon", "checkpoint")])
     found = write_tables.plan(["python -m mplug2.tools.memory_plan --gpus 16 --batch-size 16"])
     assert set(found) == {f"16/{way}/{name}" for way in ("DDP", "FSDP2", "HSDP") for name in (
-        "GiB", "passes", "products", "step", "communication", "gradients,_between_nodes", "Muon", "checkpoint")}
+        "GiB", "passes", "products", "exposed", "step", "rate", "communication", "gradients,_between_nodes", "Muon",
+        "checkpoint")}
     seconds = Collective("", "all_gather", 10**10, 16, 2).seconds
     assert found["16/HSDP/checkpoint"] == pytest.approx(1e3 * seconds, abs=0.05)
-    assert found["16/DDP/Muon"] == pytest.approx(500 * seconds, abs=0.1) and found["16/DDP/GiB"] == 1.01
+    assert found["16/DDP/Muon"] == pytest.approx(500 * seconds, abs=0.1) and found["16/DDP/GiB"] == 1.02
     assert {"64/HSDP/step", "512/FSDP2/Muon", "8/DDP/GiB"} <= set(EXPERIMENTS["plan"]["metrics"])
 
 

@@ -230,8 +230,8 @@ def device_memory(work: Workload, costs: Cost, gpus: int, sharded: bool) -> dict
     """Bytes on each device, at the moment of a step when most is needed.
 
     Parameters, gradients and optimizer state are float32. DDP keeps its buckets, which all gradients lie in, from the
-    first step on. FSDP2 keeps 1 / gpus of everything (HSDP: of those of a node), and at work, in the precision of the
-    pass: what is in no block, with its gradients, and two blocks, one at work and the next one.
+    first step on. FSDP2 keeps 1 / gpus of everything (for HSDP these are the gpus of a node), and at work, in the
+    precision of the pass: what is in no block, with its gradients, and two blocks, one at work and the next one.
     """
     whole, outside, block, matrices = parameter_counts(work.config)
     state = 8 * whole - 4 * matrices * (work.optimizer == "muon")
