@@ -16,8 +16,8 @@ from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import train
-from mplug2.training.cpu_threads import matrix_rate
+import train  # noqa: E402
+from mplug2.training.cpu_threads import matrix_rate  # noqa: E402
 
 GOALS = {"caption_exact": 0.90, "qa_binding": 0.75, "t2v_r1": 0.85}
 SEEDS = (0, 1, 2)
