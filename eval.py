@@ -34,7 +34,7 @@ from mplug2.evaluation.data import EvalOptions, choose_splits, find_data, read_a
 from mplug2.evaluation.evaluate import check_data, evaluate, evaluated_tasks
 from mplug2.evaluation.own_files import InputSettings
 from mplug2.evaluation.settings import RuntimeSettings, WritingSettings
-from mplug2.evaluation.submissions import BENCHMARKS, check_submission, write_submission
+from mplug2.evaluation.submissions import BENCHMARKS, check_submission, write_submissions
 from mplug2.flags import Parser, check_range, warning_only
 from mplug2.hub import is_address
 from mplug2.inference import Inference, Stopped
@@ -188,9 +188,8 @@ def score(
         with warning_only("the report"):
             predictor.inference = Inference()  # of this process alone
             print(f"on one page: {write_evaluation_report(folder, found, chance, predictor)}")
-        for data in splits if server and not refused else ():
-            sent = write_submission(server, folder, data, found[data.split].predictions)
-            print(f"for the server of {server}: {sent}")
+        if server and not refused:
+            write_submissions(server, folder, splits, {split: result.predictions for split, result in found.items()})
     if refused:
         raise distributed.AllRanksError(refused)
     return results.flat_metrics(found)

@@ -99,7 +99,7 @@ class Trainer:
                  model_class: Callable[..., MPLUG2]):
         self.process, self.folder, self.started = process, settings.folder, time.time()
         self.watchdog, self.stop, self.saving = watchdog, GracefulStop(), BackgroundSave()
-        self.threads = CPUThreads(process.device)
+        self.threads = CPUThreads(process.device, settings.parallel.compile)
         seed_generators(settings.run.seed)  # the same initial weights on every rank
         checkpoint, resume = settings.checkpoint, settings.run.resume
         saved = load_training(checkpoint) if resume else None

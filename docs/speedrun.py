@@ -25,10 +25,14 @@ SEEDS = (0, 1, 2)
 
 def run(seed: int, flags: list[str]) -> dict[str, float]:
     """Train with a seed. Returns the metrics of GOALS, the minutes, and the rate in GFLOP/s."""
+    if refused := {flag.partition("=")[0] for flag in flags} & {"--seed", "--name", "--out", "--task"}:
+        raise SystemExit(f"speedrun: it chooses {', '.join(sorted(refused))} itself; leave it out")
     record = Path("runs") / f"speedrun-{seed}" / "speedrun.json"
     if not record.exists():
         start = time.time()
         results = train.main([*flags, "--seed", str(seed), "--name", record.parent.name])
+        if not results:
+            raise SystemExit(f"speedrun: the run was stopped; delete {record.parent} to run it again")
         found = {"minutes": (time.time() - start) / 60, "gflops": matrix_rate() / 1e9}
         record.write_text(json.dumps({"flags": flags, **found, **{name: results[name] for name in GOALS}}))
     found = json.loads(record.read_text())

@@ -35,3 +35,18 @@ def test_a_finished_run_is_not_repeated_unless_its_flags_differ(tmp_path, monkey
     assert trained == [["--max-steps", "9", "--seed", "2", "--name", "speedrun-2"]]
     with pytest.raises(SystemExit, match="was made with the flags .*9.*delete it to run it again"):
         run(2, [])
+
+
+@pytest.mark.parametrize("flags", [["--out", "elsewhere"], ["--task=video_qa"], ["--max-steps", "9", "--seed", "4"]])
+def test_flags_that_a_speedrun_chooses_are_refused_before_it_trains(flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(speedrun, "train", None)
+    with pytest.raises(SystemExit, match="speedrun: it chooses --(out|task|seed) itself"):
+        run(0, flags)
+
+
+def test_a_run_that_was_stopped_gives_no_row(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(speedrun, "train", SimpleNamespace(main=lambda _: {}))
+    with pytest.raises(SystemExit, match="the run was stopped; delete .*speedrun-1 to run it again"):
+        run(1, [])

@@ -38,12 +38,12 @@ def patches(image_format: str | None, content: bytes) -> list[Patch]:
 
 
 def is_exact(image_format: str, mode: str, default_image: bool, size: tuple[int, int], found: Sequence[Patch]) -> bool:
-    """Whether Pillow shows these frames right. Where nothing is drawn, it makes the canvas black, or of the background
-    color, unless a GIF declares transparency or the pixels of a PNG have alpha; and it draws the first frame of a PNG
-    over the default image."""
-    cleared = any(patch.after == CLEAR for patch in found)
+    """Whether Pillow certainly shows these frames right. Where nothing is drawn, it makes the canvas black, or of the
+    background color, unless a GIF declares transparency or the pixels of a PNG have alpha; and it draws the first frame
+    of a PNG over the default image."""
     if image_format == "GIF":
-        return all(patch.transparent for patch in found) or (found[0].box == (0, 0, *size) and not cleared)
+        return len(found) == 1 and (found[0].transparent or found[0].box == (0, 0, *size))
+    cleared = any(patch.after == CLEAR for patch in found)
     return not default_image and (mode in ("RGBA", "LA") or not cleared)
 
 
@@ -109,7 +109,7 @@ def _gif_patches(data: bytes) -> Iterator[Patch]:
 
 def png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     position = 8
-    while position < len(data):
+    while position + 8 <= len(data):
         size, kind = struct.unpack_from(">I4s", data, position)
         yield kind, data[position + 8: position + 8 + size]
         position += 12 + size

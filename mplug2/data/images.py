@@ -68,10 +68,14 @@ def _read(image: Image.Image, content: bytes, numbers: Collection[int]) -> dict[
     transfer, first = _transfer(image.format, content), _first(image)
     may_differ = image.format == "GIF" or image.format == "PNG" and getattr(image, "is_animated", False)
     found = patches(image.format, content) if may_differ else []
-    if len(found) == frame_count(image) and not is_exact(image.format, image.mode, first > 0, image.size, found):
-        canvases = enumerate(islice(_compose(image.size, found), max(numbers) + 1))
-        return {number: to_rgb(canvas, transfer) for number, canvas in canvases if number in numbers}
     kept: dict[int, np.ndarray] = {}
+    if found and len(found) == frame_count(image) and not is_exact(
+            image.format, image.mode, first > 0, image.size, found):
+        for number, canvas in enumerate(islice(_compose(image.size, found), max(numbers) + 1)):
+            if number in numbers:
+                canvas.info |= {"exif": exif.tobytes()} if (exif := image.getexif()) else {}  # it may lie on its side
+                kept[number] = to_rgb(canvas, transfer)
+        return kept
     for number in sorted(set(numbers)):
         if first + number:  # PSD files know no number 0
             image.seek(first + number)

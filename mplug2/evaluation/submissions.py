@@ -9,7 +9,7 @@ A server scores complete files only, so a file is complete, or it is not written
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mplug2.data.adapters.text import GLUE
@@ -102,6 +102,24 @@ def write_submission(
         fields = {"vqav2": ("question_id", "answer"), "nocaps": ("image_id", "caption")}[benchmark]
         write_whole(file, json.dumps([dict(zip(fields, (int(name), found[name]))) for name in ids]) + "\n")
     return file
+
+
+def write_submissions(
+    benchmark: str, folder: Path, splits: Sequence[EvalSplit], predictions: Mapping[str, Sequence[Prediction]]
+) -> None:
+    """`write_submission` for each split, whose predictions are found by its name; prints the files.
+
+    Raises ValueError for the splits that are not written, after it has written the others.
+    """
+    problems = []
+    for data in splits:
+        try:
+            file = write_submission(benchmark, folder, data, predictions[data.split])
+            print(f"for the server of {benchmark}: {file}")
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 def _glue_table(name: str, pairs: Sequence[tuple[str, str]]) -> str:

@@ -19,10 +19,11 @@ REPEATS, PRODUCTS = 3, 5
 
 
 class CPUThreads:
-    """Uses as many threads as are fastest at the moment. The environment variable OMP_NUM_THREADS fixes the number."""
+    """Uses as many threads as are fastest at the moment. The environment variable OMP_NUM_THREADS fixes the number, and
+    so does compilation: torch would compile every block again for another number."""
 
-    def __init__(self, device: torch.device):
-        fixed = device.type != "cpu" or "OMP_NUM_THREADS" in os.environ
+    def __init__(self, device: torch.device, compiled: bool = False):
+        fixed = compiled or device.type != "cpu" or "OMP_NUM_THREADS" in os.environ
         most = torch.get_num_threads()
         self.choices = [most] if fixed else sorted({1, max(1, most // 2), max(1, most - 1), most}, reverse=True)
         self.small = torch.ones(1024, 64), torch.ones(64, 256)

@@ -22,7 +22,16 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from mplug2.distributed import NO_TIMEOUT, DistInfo, full_tensor, shard_group, shard_like, world_size
+from mplug2.distributed import (
+    NO_TIMEOUT,
+    AllRanksError,
+    DistInfo,
+    all_gather_object,
+    full_tensor,
+    shard_group,
+    shard_like,
+    world_size,
+)
 from mplug2.model.layers import BertLayer, Block
 from mplug2.model.mplug2 import MPLUG2
 
@@ -61,7 +70,7 @@ def wrap_model(module: nn.Module, process: DistInfo, settings: ParallelSettings)
     """`module` on the device of this rank, with gradients that are averaged over the ranks (DDP, FSDP2 or HSDP).
 
     Build the optimizer afterwards: FSDP2 replaces the parameters. A sharded model gets the weights of the main process,
-    so that of any other rank may be on the meta device.
+    so that of any other rank may be on the meta device. AllRanksError if nodes have unequal numbers of ranks (HSDP).
     """
     if settings.parallel == "ddp":
         module.to(process.device)
@@ -71,6 +80,9 @@ def wrap_model(module: nn.Module, process: DistInfo, settings: ParallelSettings)
         new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
         buffers = {"forward_sync_buffers" if new else "broadcast_buffers": False}
         return DistributedDataParallel(module, find_unused_parameters=True, gradient_as_bucket_view=True, **buffers)
+    if settings.parallel == "hsdp" and len(sizes := set(all_gather_object(process.local_world_size))) > 1:
+        raise AllRanksError(f"parallel=hsdp: the nodes have different numbers of processes, {sizes}; start the same "
+                            "number on each node, or use --parallel fsdp")
     mesh, home = device_mesh(process, settings), "cpu" if settings.cpu_offload else process.device
     if not process.is_main:
         shard_model(module, mesh, settings)
@@ -99,7 +111,7 @@ def wrap_model(module: nn.Module, process: DistInfo, settings: ParallelSettings)
 
 def device_mesh(process: DistInfo, settings: ParallelSettings) -> DeviceMesh:
     """All ranks in a row, or with HSDP as `nodes ranks`: FSDP2 shards among the ranks of a row, and replicates over the
-    rows. ValueError if the nodes have unequal numbers of ranks."""
+    rows."""
     if not dist.is_initialized():
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if process.device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0,
@@ -108,9 +120,6 @@ def device_mesh(process: DistInfo, settings: ParallelSettings) -> DeviceMesh:
     if settings.parallel == "fsdp":
         return init_device_mesh(process.device.type, (process.world_size,))
     local = process.local_world_size or process.world_size
-    if process.world_size % local:
-        raise ValueError(f"parallel=hsdp: {process.world_size} processes, {local} of them on this node; start the same "
-                         "number on each node, or use --parallel fsdp")
     ranks = torch.arange(process.world_size).view(-1, local)
     columns, rows = (dist.new_subgroups_by_enumeration(groups.tolist(), timeout=NO_TIMEOUT)[0]
                      for groups in (ranks.T, ranks))

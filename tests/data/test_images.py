@@ -434,7 +434,37 @@ def test_the_canvas_is_that_of_pillow_where_pillow_is_right(tmp_path, suffix, mo
         frame[4: 12, 3 * number: 3 * number + 8] = (*COLORS[number % 3], 255)
     for disposal in (0, 1, 2):
         path = write_animation(tmp_path / f"{disposal}{suffix}", frames, disposal=disposal)
-        expected = read_video(path, None)
-        with monkeypatch.context() as patch:
-            patch.setattr(images, "is_exact", lambda *_: False)
-            assert np.array_equal(read_video(path, None), expected)
+        found = []
+        for exact in (False, True):
+            monkeypatch.setattr(images, "is_exact", lambda *_, exact=exact: exact)
+            found.append(read_video(path, None))
+        assert np.array_equal(*found)
+
+
+def test_a_canvas_is_turned_as_the_exif_data_of_its_file_say(tmp_path):
+    path = apng(tmp_path / "a.png", (12, 8), *((np.uint8(COLORS)[step[0]], *step[1:]) for step in (
+        (*FIRST, 1), (*SECOND, 2), (*THIRD, 1))))
+    upright, content, exif = read_video(path, None), path.read_bytes(), Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees, clockwise
+    data = exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">I", len(data)) + b"eXIf" + data + struct.pack(">I", crc32(b"eXIf" + data))
+    path.write_bytes(content[:33] + chunk + content[33:])
+    assert np.array_equal(read_video(path, None), np.rot90(upright, -1, axes=(1, 2)))
+
+
+def test_what_follows_the_first_image_of_a_file_may_be_damaged(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.tif")
+    content = bytearray((tmp_path / "a.tif").read_bytes())
+    (first,) = struct.unpack_from("<I", content, 4)
+    (entries,) = struct.unpack_from("<H", content, first)
+    struct.pack_into("<I", content, first + 2 + 12 * entries, 10)  # the second page would be in the middle of nowhere
+    (tmp_path / "a.tif").write_bytes(content)
+    assert np.array_equal(read_image(tmp_path / "a.tif")[0], pixels)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    content, data = (tmp_path / "a.png").read_bytes(), bytes([9, 16, 0, 1])
+    chunk = struct.pack(">I", 4) + b"cICP" + data + struct.pack(">I", crc32(b"cICP" + data))
+    (tmp_path / "a.png").write_bytes(content[:33] + chunk + content[33:])
+    expected = read_image(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes(content[:33] + chunk + content[33:] + b"\n")
+    assert np.array_equal(read_image(tmp_path / "a.png"), expected)

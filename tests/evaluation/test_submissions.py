@@ -7,7 +7,7 @@ from predictors import make_predictor, write_records
 
 from mplug2.evaluation.data import EvalSplit
 from mplug2.evaluation.predictions import Prediction
-from mplug2.evaluation.submissions import BENCHMARKS, check_submission, write_submission
+from mplug2.evaluation.submissions import BENCHMARKS, check_submission, write_submission, write_submissions
 
 FIELDS = {
     "image_qa": {"image": "a.png", "qa": [{"question": "what", "answers": ["net"]}]},
@@ -70,6 +70,15 @@ def test_a_file_is_complete_or_the_older_one_stays(tmp_path):
     with pytest.raises(ValueError, match=r"is not written: 1 captions are empty, such as that of id 1"):
         write(tmp_path, "nocaps", "test", ("1", " "))
     assert file.read_text() == before and [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_an_incomplete_split_does_not_keep_another_one_from_being_written(tmp_path, capsys):
+    splits = [records(tmp_path, "vqav2", split, "1") for split in ("test", "test-dev")]
+    with pytest.raises(ValueError, match="vqav2_test.json is not written: 1 of 1"):
+        write_submissions("vqav2", tmp_path / "out", splits, {
+            "test": [], "test-dev": [Prediction("image_qa", (), "", "a", (), "1")]})
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["vqav2_test-dev.json"]
+    assert "for the server of vqav2: " in capsys.readouterr().out
 
 
 RTE = ("entailment", "not_entailment")

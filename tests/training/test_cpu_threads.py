@@ -39,12 +39,13 @@ def test_all_cores_all_but_one_half_and_one_are_tried(cores, tried, threads):
     assert CPUThreads(CPU).choices == tried
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_nothing_is_changed_on_a_gpu_or_where_the_number_is_fixed(device, threads, monkeypatch):
-    if device == "cpu":
+@pytest.mark.parametrize("reason", ["gpu", "environment", "compiled"])
+def test_nothing_is_changed_on_a_gpu_with_compiled_blocks_or_where_the_number_is_fixed(reason, threads, monkeypatch):
+    if reason == "environment":
         monkeypatch.setenv("OMP_NUM_THREADS", "8")
     monkeypatch.setattr(cpu_threads, "products_seconds", None)  # not called
-    assert CPUThreads(torch.device(device)).choose() == threads.number == 8
+    device = torch.device("cuda") if reason == "gpu" else CPU
+    assert CPUThreads(device, reason == "compiled").choose() == threads.number == 8
 
 
 def test_a_number_of_threads_is_judged_by_its_fastest_try(threads, monkeypatch):
