@@ -27,9 +27,9 @@ def serve(rank: int, world: int, jobs: mp.Queue, results: mp.Queue) -> None:
         function, arguments, port, size, joined = job
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                        "LOCAL_WORLD_SIZE": str(2 if size == 4 else size)}  # four processes stand for two nodes of two
-        if joined:
-            init_distributed("cpu")
         try:
+            if joined:
+                init_distributed("cpu")
             results.put(function(*arguments))
         except BaseException:  # reported to the test that sent the job
             results.put(Failed(traceback.format_exc()))
@@ -71,6 +71,7 @@ class Processes:
             raise
 
     def _run(self, function: Callable, arguments: tuple, joined: bool) -> list:
+        assert all(process.is_alive() for process in self.processes), "an earlier test has ended a process"
         port = free_port()
         for (jobs, _), own in zip(self.queues, arguments):
             jobs.put((function, own, port, len(arguments), joined))
@@ -78,7 +79,7 @@ class Processes:
         for (_, results), process in zip(self.queues[: len(arguments)], self.processes):
             while results.empty() and process.is_alive() and not any(isinstance(result, Failed) for result in found):
                 time.sleep(0.02)
-            found.append(results.get(timeout=60))
+            found.append(results.get(timeout=60 if process.is_alive() else 1))
             assert not isinstance(found[-1], Failed), found[-1]
         return found
 

@@ -142,7 +142,7 @@ def exchanges(rank: int) -> tuple:
     x = torch.tensor([1.0 + rank])
     summed = all_reduce_sum(x)
     sent = [torch.full((1 + target + 2 * rank,), 10.0 * rank + target) for target in (0, 1)]  # 1 2 from 0, 3 4 from 1
-    received = all_to_all(sent, [1 + rank, 3 + rank])
+    received = all_to_all(sent, [1 + rank, 3 + rank], dist.group.WORLD)
     gathered = all_gather_vectors(torch.full((1 + rank,), float(rank)), [1, 2])
     return (any_rank(rank == 0, rank == 1, False), ran, raised, x.item(), summed.item(),
             [part.tolist() for part in received], [part.tolist() for part in gathered])

@@ -197,9 +197,9 @@ def test_an_error_of_another_rank_is_raised_with_its_message(root, monkeypatch):
 
 def test_a_task_needs_records_in_one_of_the_splits(root):
     test, val = EvalSplit(root, "test"), EvalSplit(root, "val")
-    check_data(all_tasks_predictor(), [val, test], ["video_qa"])
+    check_data(all_tasks_predictor(), [val, test], ["video_qa"], 1.0)
     with pytest.raises(ValueError, match="has no records of video_qa in the splits val; leave it out of --task"):
-        check_data(all_tasks_predictor(), [val], ["video_qa"])
+        check_data(all_tasks_predictor(), [val], ["video_qa"], 1.0)
 
 
 def test_unreadable_files_are_skipped_named_and_counted(root):

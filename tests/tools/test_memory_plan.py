@@ -278,7 +278,7 @@ def test_the_backward_pass_takes_twice_as_long_as_the_forward_pass_and_muon_take
     passes, given = [], []
     monkeypatch.setattr(memory_plan, "muon_flops", lambda *_: 5 * 989e12 * 0.5)
     monkeypatch.setattr(memory_plan, "cost", lambda *_, **__: Cost(3e12, 1, 1))
-    monkeypatch.setattr(memory_plan, "rows", lambda found, gpus, *seconds: given.append(seconds) or [])
+    monkeypatch.setattr(memory_plan, "rows", lambda found, *seconds: given.append(seconds) or [])
     monkeypatch.setattr(memory_plan, "format_step", lambda name, table, seconds, *_: passes.append(seconds) or [])
     main("--gpus 2 --batch-size 2 --images 0 --videos 172800 --epochs 1 --device-tflops 2 --utilization 0.5".split())
     assert capsys.readouterr().out.count("the whole run: 8.0 days") == 2
