@@ -91,7 +91,9 @@ def whole_command(root: Path, world_size: int) -> float:
     command = [sys.executable, *launcher, ROOT / "eval.py", "--checkpoint", CHECKPOINT, "--data", root,
                "--out", root / "eval", "--device", "cpu"]
     start = time.perf_counter()
-    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"eval.py failed: {done.stderr}")
     return time.perf_counter() - start
 
 

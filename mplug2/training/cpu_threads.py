@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-RATE_SIZE = 2048
+RATE_SIZE = 1024
 """Rows and columns of the matrices of `matrix_rate`."""
 REPEATS, PRODUCTS = 3, 5
 """Everything is timed this often. This many products of small matrices are one timing (a few ms)."""
