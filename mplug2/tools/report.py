@@ -13,7 +13,6 @@ Content-Security-Policy forbids the browser to load or to run anything.
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
@@ -26,6 +25,7 @@ from mplug2.evaluation.chance import chance_level
 from mplug2.evaluation.data import EvalSplit
 from mplug2.evaluation.evaluate import EvalResult
 from mplug2.evaluation.metric_names import by_heading, format_value, group_by_split, is_fraction
+from mplug2.evaluation.results import write_whole
 from mplug2.flags import one_line_errors, parse
 from mplug2.predictor import Predictor, load
 from mplug2.tools.cards import mistake_cards, sample_cards
@@ -129,9 +129,7 @@ def write_page(file: Path, title: str, parts: list[str]) -> Path:
         "<meta name=viewport content='width=device-width, initial-scale=1'>"
         f"<title>{escape(title)}</title><style>{STYLE}</style>{''.join(parts)}</html>\n"
     )
-    partial = file.with_name(file.name + ".part")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, file)
+    write_whole(file, page)
     return file
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 RATE_SIZE = 1024
 """Rows and columns of the matrices of `matrix_rate`."""
-REPEATS, PRODUCTS = 3, 5
-"""Everything is timed this often. This many products of small matrices are one timing (a few ms)."""
+REPEATS, PRODUCTS = 2, 100
+"""Everything is timed this often. This many products of small matrices are one timing: 10 to 20 ms, several turns of
+the scheduler. In less time, a program on the same core may happen to be out of turn."""
 
 
 class CPUThreads:
@@ -36,23 +37,23 @@ class CPUThreads:
 
 
 def products_seconds(threads: int, a: Tensor, b: Tensor) -> float:
-    """The shortest time of a few products with this number of threads."""
+    """The longest time of these products with this number of threads: other programs do not disturb every try."""
     torch.set_num_threads(threads)
-    return shortest(lambda: [a @ b for _ in range(PRODUCTS)])
+    return max(timings(lambda: [a @ b for _ in range(PRODUCTS)]))
 
 
 def matrix_rate() -> float:
-    """FLOP/s of a product of large matrices on this CPU now, the best of three: a run's minutes times this rate can be
-    compared between machines."""
+    """FLOP/s of a product of large matrices on this CPU now: a run's minutes times this rate can be compared
+    between machines."""
     square = torch.ones(RATE_SIZE, RATE_SIZE)
-    return 2 * RATE_SIZE**3 / shortest(lambda: square @ square)
+    return 2 * RATE_SIZE**3 / min(timings(lambda: square @ square))
 
 
-def shortest(run: Callable[[], object]) -> float:
-    """Seconds of the fastest of REPEATS runs."""
+def timings(run: Callable[[], object]) -> list[float]:
+    """Seconds of each of REPEATS runs."""
     seconds = []
     for _ in range(REPEATS):
         start = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    return seconds

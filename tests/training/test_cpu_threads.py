@@ -48,16 +48,16 @@ def test_nothing_is_changed_on_a_gpu_with_compiled_blocks_or_where_the_number_is
     assert CPUThreads(device, reason == "compiled").choose() == threads.number == 8
 
 
-def test_a_number_of_threads_is_judged_by_its_fastest_try(threads, monkeypatch):
-    """One interruption by another program is not held against it."""
-    clock = iter([0, 5, 10, 12, 20, 29])
+def test_a_number_of_threads_is_judged_by_its_slowest_try(threads, monkeypatch):
+    """Another program on one of the cores does not disturb every try."""
+    clock = iter([0, 5, 10, 12])
     monkeypatch.setattr(cpu_threads, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    assert products_seconds(3, torch.ones(2, 2), torch.ones(2, 2)) == 2
+    assert products_seconds(3, torch.ones(2, 2), torch.ones(2, 2)) == 5
     assert threads.number == 3
 
 
 def test_the_rate_counts_a_multiplication_and_an_addition_for_each_product_of_numbers(monkeypatch):
-    clock = iter([0, 5, 10, 12, 20, 29])
+    clock = iter([0, 5, 10, 12])
     monkeypatch.setattr(cpu_threads, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     monkeypatch.setattr(cpu_threads, "RATE_SIZE", 10)
     assert matrix_rate() == 2 * 10 * 10 * 10 / 2
