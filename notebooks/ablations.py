@@ -1,8 +1,9 @@
-"""Does modularity help? The runs that docs/modularity.md plans: each claim is an arm and its control, with five seeds.
+"""Does modularity help? The runs that docs/modularity.md plans: each claim is an arm and its control, with five seeds,
+and in a second round with more of them.
 
     python notebooks/ablations.py                 # the runs that are missing, about 3 minutes each on one core
     python notebooks/ablations.py few             # only the runs of one regime
-    python notebooks/ablations.py --effects       # the table of effects, from the runs that exist
+    python notebooks/ablations.py --effects       # the tables of effects, from the runs that exist
 
 A run calls train.py with settings of its own and, through the hook `train.main(arguments, model_class)`, with a model
 of its own. Its results are added to notebooks/ablations.json, and runs that are in the file are skipped: the program
@@ -48,12 +49,15 @@ import train  # noqa: E402
 RESULTS = Path(__file__).with_suffix(".json")
 PRETRAINED = Path(tiny_data.__file__).parent / "pretrained"  # only its vocabulary is used: the same for all runs
 WORK = Path("runs/ablations")
-SEEDS = (0, 1, 2, 3, 4)
+SEEDS = range(5)  # of the first round
 STEPS = 500
 CAPTIONS = 4000  # that the classifier of claim 2 learns from
 FEW = 200  # videos with captions and questions, in the regime "few"
 MATTERS = 2.0  # the smallest effect that would matter, in points
-STUDENT_T = 2.776  # of five seeds, two-sided 95 %
+STUDENT_T = {  # by number of seeds, two-sided
+    95.0: {5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262},
+    97.5: {6: 3.163, 7: 2.969, 8: 2.841, 9: 2.752, 10: 2.685},
+}
 
 
 # ---- arms and controls: the models ----------------------------------------------------------------------------------
@@ -175,7 +179,20 @@ CLAIMS: dict[str, tuple[Terms, tuple[str, ...]]] = {
                     VIDEO + IMAGE),
     "4c": (minus("at odds", "two vision encoders", "full"), COLOR),
 }
-RUNS = list(dict.fromkeys(run for terms, _ in CLAIMS.values() for run in terms))
+FIRST_ROUND: dict[str, Sequence[int]] = dict.fromkeys(CLAIMS, SEEDS)
+
+CLAIMS |= {
+    "plenty": (minus("plenty", "two vision encoders", "full"), VIDEO + IMAGE),
+    "4b - plenty, images": (CLAIMS["4b - plenty"][0], IMAGE),
+    "4b - plenty, videos": (CLAIMS["4b - plenty"][0], VIDEO),
+}
+PRIMARY_AGAIN = {"1b": range(5, 13), "4b - plenty": range(5, 15)}
+SECOND_ROUND: dict[str, Sequence[int]] = PRIMARY_AGAIN | {
+    "2b": range(5, 13), "4b": range(5, 15), "plenty": range(5, 15), "4b - plenty, images": range(5, 15),
+    "4b - plenty, videos": range(5, 15)}
+FEWEST = 6  # new seeds for a verdict
+RUNS = list(dict.fromkeys((*run, seed) for round_ in (FIRST_ROUND, SECOND_ROUND) for claim, seeds in round_.items()
+                          for seed in seeds for run in CLAIMS[claim][0]))
 
 
 # ---- one run --------------------------------------------------------------------------------------------------------
@@ -326,51 +343,87 @@ def unpack(packed: str) -> np.ndarray:
 # ---- effects --------------------------------------------------------------------------------------------------------
 
 
-def effect(claim: str, results: dict, draws: int = 2000) -> dict:
-    """The effect of a claim, in points (percent): its mean over seeds, a 95 % interval from a bootstrap over seeds and
-    test media, one from Student's t over the seeds, the effect of each seed, and the mean score of each term."""
+def effect(
+    claim: str, results: dict, seeds: Sequence[int] = SEEDS, confidence: float = 95.0, draws: int = 2000
+) -> dict:
+    """The effect of a claim, in points (percent): its mean over seeds, an interval from a bootstrap over seeds and test
+    media, one from Student's t over the seeds, the effect of each seed, and the mean score of each term."""
     (terms, tasks), runs = CLAIMS[claim], results["runs"]
-    right = {term: {task: np.stack([unpack(runs[", ".join(term)][str(seed)]["right"][task]) for seed in SEEDS])
+    right = {term: {task: np.stack([unpack(runs[", ".join(term)][str(seed)]["right"][task]) for seed in seeds])
                     for task in tasks} for term in terms}
     of = {task: unpack(results["of"][task]) for task in tasks}
     signed = {task: 100 * sum(sign * right[term][task] for term, sign in terms.items()) for task in tasks}
     by_seed = np.mean([signed[task].sum(axis=1) / of[task].sum() for task in tasks], axis=0)
     rng, drawn = np.random.default_rng(0), []
     for _ in range(draws):
-        seeds, ratios = rng.integers(len(SEEDS), size=len(SEEDS)), []
+        rows, ratios = rng.integers(len(seeds), size=len(seeds)), []
         for task in tasks:
             media = rng.integers(len(of[task]), size=len(of[task]))
-            ratios.append(signed[task][seeds][:, media].sum(axis=1).mean() / of[task][media].sum())
+            ratios.append(signed[task][rows][:, media].sum(axis=1).mean() / of[task][media].sum())
         drawn.append(np.mean(ratios))
-    mean, half = by_seed.mean(), STUDENT_T * by_seed.std(ddof=1) / len(SEEDS) ** 0.5
-    scores = {", ".join(term): 100 * float(np.mean([right[term][task].sum() / len(SEEDS) / of[task].sum()
+    mean, half = by_seed.mean(), STUDENT_T[confidence][len(seeds)] * by_seed.std(ddof=1) / len(seeds) ** 0.5
+    scores = {", ".join(term): 100 * float(np.mean([right[term][task].sum() / len(seeds) / of[task].sum()
                                                     for task in tasks])) for term in terms}
-    return {"effect": mean, "bootstrap": np.percentile(drawn, [2.5, 97.5]), "student": (mean - half, mean + half),
-            "by_seed": by_seed, "scores": scores}
+    tail = (100 - confidence) / 2
+    return {"effect": mean, "bootstrap": np.percentile(drawn, [tail, 100 - tail]), "by_seed": by_seed,
+            "student": (mean - half, mean + half), "scores": scores}
 
 
-def verdict(found: dict) -> str:
-    """What an effect says, by the rule of the plan: both intervals have to agree."""
+def verdict(found: dict, second_round: bool = False) -> str:
+    """What an effect says, by the rule of the plan: both intervals have to agree. The second round also has a verdict
+    for one end."""
     low = min(found["bootstrap"][0], found["student"][0])
     high = max(found["bootstrap"][1], found["student"][1])
     if low > 0 or high < 0:
         matters = low >= MATTERS or high <= -MATTERS
         return ("above 0" if low > 0 else "below 0") + (", and it matters" if matters else ", size undecided")
-    return "no effect that matters" if -MATTERS < low and high < MATTERS else "undecided"
+    if -MATTERS < low and high < MATTERS:
+        return "no effect that matters"
+    if second_round and (high < MATTERS or low > -MATTERS):
+        return f"no {'gain' if high < MATTERS else 'loss'} that matters"
+    return "undecided"
+
+
+def complete(claim: str, results: dict, seeds: Sequence[int]) -> list[int]:
+    """The seeds for which all models of a claim are there."""
+    return [seed for seed in seeds
+            if all(str(seed) in results["runs"].get(", ".join(term), {}) for term in CLAIMS[claim][0])]
+
+
+def intervals(found: dict) -> str:
+    return " | ".join(f"{low:+.1f} to {high:+.1f}" for low, high in (found["bootstrap"], found["student"]))
 
 
 def table(results: dict) -> str:
-    """The effects of all claims, as a table in Markdown. A claim is left open until all of its runs are there."""
+    """The effects of the first round, as a table in Markdown. A claim is left open until all of its runs are there."""
     lines = ["| claim | scores | effect | 95 %, bootstrap | 95 %, Student's t | verdict |", "|" + "---|" * 6]
-    for claim, (terms, _) in CLAIMS.items():
-        missing = sum(str(seed) not in results["runs"].get(", ".join(term), {}) for term in terms for seed in SEEDS)
+    for claim, seeds in FIRST_ROUND.items():
+        missing = sum(str(seed) not in results["runs"].get(", ".join(term), {})
+                      for term in CLAIMS[claim][0] for seed in seeds)
         if missing:
             lines.append(f"| {claim} | | | | | {missing} runs are missing |")
             continue
         found = effect(claim, results)
         scores = "; ".join(f"{name} {value:.1f}" for name, value in found["scores"].items())
-        intervals = " | ".join(f"{low:+.1f} to {high:+.1f}" for low, high in (found["bootstrap"], found["student"]))
-        lines.append(f"| {claim} | {scores} | {found['effect']:+.1f} | {intervals} | {verdict(found)} |")
+        lines.append(f"| {claim} | {scores} | {found['effect']:+.1f} | {intervals(found)} | {verdict(found)} |")
+    return "\n".join(lines)
+
+
+def second_table(results: dict) -> str:
+    """The effects of the new seeds, and the mean of all seeds. A claim is left open with fewer than `FEWEST` of them.
+    """
+    lines = ["| effect | new seeds | mean | 95 %, bootstrap | 95 %, Student's t | verdict | at 97.5 % | mean of all |",
+             "|" + "---|" * 8]
+    for claim, planned in SECOND_ROUND.items():
+        seeds = complete(claim, results, planned)
+        if len(seeds) < FEWEST:
+            lines.append(f"| {claim} | {len(seeds)} | | | | at least {FEWEST} are needed | | |")
+            continue
+        found, everything = effect(claim, results, seeds), [*complete(claim, results, SEEDS), *seeds]
+        total = np.concatenate([effect(claim, results)["by_seed"], found["by_seed"]]).mean()
+        stricter = verdict(effect(claim, results, seeds, 97.5), True) if claim in PRIMARY_AGAIN else ""
+        lines.append(f"| {claim} | {len(seeds)} | {found['effect']:+.1f} | {intervals(found)} | "
+                     f"{verdict(found, True)} | {stricter} | {total:+.1f} ({len(everything)}) |")
     return "\n".join(lines)
 
 
@@ -379,7 +432,7 @@ class AblationSettings:
     regime: str = field(default="", metadata={"positional": True, "known": tuple(REGIMES)})
     """Make only the missing runs of this regime."""
     effects: bool = False
-    """Make no runs; print the table of effects, from the runs that exist."""
+    """Make no runs; print the tables of effects, from the runs that exist."""
 
     def __post_init__(self):
         if self.regime and self.regime not in REGIMES:
@@ -391,12 +444,12 @@ def main(arguments: list[str] | None = None) -> None:
     """Make the missing runs, or print the effects."""
     settings, results = parse(AblationSettings, __doc__, "python notebooks/ablations.py", arguments), read()
     if settings.effects:
-        print(table(results))
+        print(table(results), second_table(results), sep="\n\n")
         return
     if results["world"] != VERSION:
         raise SystemExit(f"{RESULTS}: these runs were made with version {results['world']} of the tiny world, and "
                          f"this is version {VERSION}; move the file away to start over")
-    missing = [(regime, arm, seed) for seed in SEEDS for regime, arm in RUNS
+    missing = [(regime, arm, seed) for regime, arm, seed in RUNS
                if str(seed) not in results["runs"].get(f"{regime}, {arm}", {})
                and settings.regime in ("", regime)]
     for done, (regime, arm, seed) in enumerate(missing):

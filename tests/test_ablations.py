@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -114,13 +115,13 @@ def test_counts_survive_packing(counts):
     assert ablations.unpack(ablations.pack(counts)).tolist() == counts
 
 
-def invented(shares: dict[tuple[str, str], float], media: int = 400) -> dict:
+def invented(shares: dict[tuple[str, str], float], seeds=ablations.SEEDS, media: int = 400) -> dict:
     """Runs whose tests are right with these probabilities, with three questions about each medium."""
     rng = np.random.default_rng(0)
     tasks = sorted({task for _, tasks in ablations.CLAIMS.values() for task in tasks})
     return {"of": {task: ablations.pack([3] * media) for task in tasks}, "runs": {", ".join(term): {str(seed): {
         "right": {task: ablations.pack(rng.binomial(3, share, media).tolist()) for task in tasks}}
-        for seed in ablations.SEEDS} for term, share in shares.items()}}
+        for seed in seeds} for term, share in shares.items()}}
 
 
 def test_an_effect_is_the_signed_sum_of_scores_and_its_intervals_cover_it():
@@ -142,6 +143,50 @@ def test_there_is_no_verdict_before_all_runs_are_there():
     assert "| 1b | | | | | 1 runs are missing |" in ablations.table(results)
     with pytest.raises(KeyError):
         ablations.effect("1b", results)
+
+
+def test_the_second_round_is_judged_by_its_own_seeds():
+    first = invented({("few", "full"): 0.2, ("few", "untied"): 0.8})
+    second = invented({("few", "full"): 0.7, ("few", "untied"): 0.4}, seeds=range(5, 10))
+    for name, runs in second["runs"].items():
+        first["runs"][name] |= runs
+    row = "| 1b | 5 | | | | at least 6 are needed | | |"
+    assert row in ablations.second_table(first)
+    third = invented({("few", "full"): 0.7, ("few", "untied"): 0.4}, seeds=range(10, 13))
+    for name, runs in third["runs"].items():
+        first["runs"][name] |= runs
+    del first["runs"]["few, full"]["11"]  # its control does not count without it
+    row, = (line for line in ablations.second_table(first).splitlines() if line.startswith("| 1b |"))
+    _, _, seeds, mean, _, _, verdict, stricter, total, _ = (cell.strip() for cell in row.split("|"))
+    assert (seeds, verdict, stricter) == ("7", "above 0, and it matters", "above 0, and it matters")
+    assert float(mean) == pytest.approx(30, abs=2)
+    assert float(total.split()[0]) == pytest.approx((7 * 30 - 5 * 60) / 12, abs=2) and "(12)" in total
+    assert "-60" in ablations.table(first)
+
+
+def test_a_stricter_interval_is_wider():
+    runs = invented({("few", "full"): 0.5, ("few", "untied"): 0.5}, seeds=range(5, 13))
+    wide, narrow = (ablations.effect("1b", runs, range(5, 13), confidence) for confidence in (97.5, 95.0))
+    for name in "bootstrap", "student":
+        assert wide[name][0] < narrow[name][0] < narrow[name][1] < wide[name][1]
+
+
+@pytest.mark.parametrize("confidence", [95.0, 97.5])
+def test_quantiles_of_student_t(confidence):
+    """Against the density, integrated by hand."""
+    for n, quantile in ablations.STUDENT_T[confidence].items():
+        x = np.linspace(-quantile, quantile, 20001)
+        density = math.gamma(n / 2) / math.gamma((n - 1) / 2) / math.sqrt((n - 1) * math.pi) * (
+            1 + x**2 / (n - 1)) ** (-n / 2)
+        assert 100 * density.mean() * 2 * quantile == pytest.approx(confidence, abs=0.02)
+
+
+@pytest.mark.parametrize(("low", "high", "expected"), [
+    (-5.0, 1.0, "no gain that matters"), (-1.0, 5.0, "no loss that matters"), (-5.0, 5.0, "undecided"),
+    (-1.5, 1.5, "no effect that matters"), (-9.0, -0.5, "below 0, size undecided"),
+])
+def test_the_second_round_has_a_verdict_for_one_end(low, high, expected):
+    assert ablations.verdict({"bootstrap": (low, high), "student": (low, high)}, second_round=True) == expected
 
 
 @pytest.mark.parametrize(("low", "high", "expected"), [
@@ -182,9 +227,8 @@ def test_the_committed_runs_belong_to_these_models():
     committed = json.loads(ablations.RESULTS.read_text())
     assert f"version {committed['world']} of the tiny world" in DOCS.read_text(encoding="utf-8")
     runs = committed.get("runs", {})
-    assert set(runs) <= {f"{regime}, {arm}" for regime, arm in ablations.RUNS}
     for name, by_seed in runs.items():
-        assert set(map(int, by_seed)) <= set(ablations.SEEDS)
+        assert {(*name.split(", "), int(seed)) for seed in by_seed} <= set(ablations.RUNS)
         regime, arm = name.split(", ")
         if regime != "narrow":
             size = sum(parameter.numel() for parameter in build(arm).parameters())
@@ -193,7 +237,7 @@ def test_the_committed_runs_belong_to_these_models():
 
 @pytest.mark.slow
 def test_the_effects_in_the_docs_are_those_of_the_committed_runs():
-    text = DOCS.read_text(encoding="utf-8").partition("## Results")[2]
+    text = DOCS.read_text(encoding="utf-8").partition("## Results\n")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| \**(\d[a-c](?: - (?:\d[a-c]|plenty))?)\b[^|]*\|(.*)\|$", text, re.MULTILINE)
     shown = {claim: [cell.strip() for cell in cells.split("|")] for claim, cells in rows}
     computed = {}
