@@ -1,7 +1,7 @@
 """The index of an MP4 file, from its boxes: when its frames are decoded, how large they are, and which are key frames.
 
-    file = box, box, ...    moov: one trak for each stream, with its index (stbl)    mdat: the packets    moof: a fragment
-    box  = size, name, content, which may be boxes again
+    file = box, box, ...                             box = size, name, content, which may be boxes again
+    moov: a trak for each stream, with its index     mdat: the packets     moof: a fragment, with an index of its own
 
 FFmpeg reads the same index, but gives it to Python as one object for each frame: 4 ms for 4 minutes of video.
 """

@@ -278,11 +278,11 @@ def test_an_index_of_a_constant_rate_is_enough(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", [
-    "h264", "h264, many B-frames", "h264, open groups, mkv", "h264, fragments", "h264, no edit list", "h264, flv", "hevc",
-    "mpeg2, B-frames"])
+    "h264", "h264, many B-frames", "h264, open groups, mkv", "h264, fragments", "h264, no edit list", "h264, flv",
+    "hevc", "mpeg2, B-frames"])
 def test_a_seek_ends_at_its_key_frame(name):
     """A seek to the time at which a key frame is decoded ends a group earlier where the index holds the times at which
-    frames are shown (MP4 with an edit list, MKV), and a seek to the time at which it is shown may end later elsewhere."""
+    frames are shown (MP4 with an edit list, MKV). Elsewhere, a seek to the time at which it is shown may end later."""
     with video._open(moving_video(name)[0]) as (container, stream):
         timeline, read = video.read_timeline(moving_video(name)[0], container, stream), []
 
