@@ -28,7 +28,7 @@ from PIL import Image
 from mplug2.data.frame_choice import choose_frames
 from mplug2.data.hdr import TRANSFERS, to_sdr
 from mplug2.data.images import on_white
-from mplug2.data.media_errors import ADVICE, MediaError, media_error
+from mplug2.data.media_errors import ADVICE, MediaError, UnclearImageError, media_error
 from mplug2.data.mp4_index import read_index
 
 SEEKABLE = ("h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video", "vp8", "vp9", "av1", "mjpeg")
@@ -43,6 +43,8 @@ RAW_FORMATS = ("h264", "hevc", "m4v", "mpegvideo", "mjpeg", "obu", "vc1")
 """Streams without a container: FFmpeg makes up the times of their frames."""
 REORDERED = 17
 """More than the number of frames that a decoder may hold back to put them into the order of presentation."""
+NO_ALPHA = ("is HEVC with an alpha layer, which this FFmpeg cannot decode; convert it, on an Apple device, to ProRes "
+            "4444, or elsewhere get its WebM (VP9): they keep the transparency")
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own decoders drop the transparency
 
 
@@ -85,7 +87,9 @@ def read_frames(path: Path | str, frames: int | None, rng: np.random.Generator |
                     return _decode_by_seeking(container, stream, timeline, numbers)
     kept, starts, promised = _decode_in_order(path, numbers)
     if not starts:
-        raise media_error(path, "a video", f"has no frame that can be decoded; {ADVICE}")
+        with _open(path) as (_, stream):
+            problem = NO_ALPHA if _has_alpha_layer(stream) else f"has no frame that can be decoded; {ADVICE}"
+        raise media_error(path, "a video", problem)
     if numbers is None or not set(numbers) <= kept.keys():  # all frames, or the file ends before the last chosen one
         _check_length(path, len(starts), promised)
         if frames is None:
@@ -204,6 +208,11 @@ def _is_shown(packet: av.Packet, codec: str) -> bool:
 
 def _has_alpha(stream: VideoStream) -> bool:
     return codec_of(stream) in ALPHA_DECODERS and stream.metadata.get("alpha_mode") == "1"
+
+
+def _has_alpha_layer(stream: VideoStream) -> bool:
+    """Whether an HEVC file says that it has a layer with the transparency: an SEI message, type 165, in its header."""
+    return codec_of(stream) == "hevc" and b"\x4e\x01\xa5" in (stream.codec_context.extradata or b"")
 
 
 # ---- decoding --------------------------------------------------------------------------------------------------------
@@ -330,17 +339,21 @@ class Converter:
     """From a decoded frame to what is meant to be seen: RGB, upright, on white, in standard dynamic range.
 
     Returns uint8 (H, W, 3). Frames of another size than (width, height) are resized to it before they are turned.
+    UnclearImageError if the file declares transparency that the frames do not have: FFmpeg would show it as black.
     """
 
     def __init__(self, stream: VideoStream, size: tuple[int, int]):
-        self.time_base, self.size = stream.time_base, size
+        self.time_base, self.size, self.needs_alpha = stream.time_base, size, _has_alpha_layer(stream)
         self.graphs: dict[tuple, av.filter.Graph] = {}
 
     def __call__(self, frame: av.VideoFrame) -> np.ndarray:
+        has_alpha = any(component.is_alpha for component in frame.format.components)
+        if self.needs_alpha and not has_alpha:
+            raise UnclearImageError(NO_ALPHA)
         transfer = TRANSFERS.get(frame.color_trc)
         if transfer:
             image = to_sdr(self.convert(frame, "rgb48le"), transfer)
-        elif any(component.is_alpha for component in frame.format.components):
+        elif has_alpha:
             image = np.asarray(on_white(Image.fromarray(self.convert(frame, "rgba"))).convert("RGB"))
         else:
             image = self.convert(frame, "rgb24")

@@ -518,6 +518,22 @@ def test_transparency_is_blended_with_white(tmp_path, suffix, codec, pixel_forma
             assert np.abs(found[:, 4:28, left: left + 12].astype(int) - color).max() <= 12
 
 
+@pytest.mark.parametrize("frames", [2, None])
+def test_an_alpha_layer_that_cannot_be_decoded_does_not_turn_black(tmp_path, monkeypatch, frames):
+    """The header of an HEVC file has a message (SEI) of the encoder; here it becomes the one about an alpha layer. FFmpeg
+    decodes the color alone, or nothing: an older one, or some files of Apple devices."""
+    path = write_video(tmp_path / "a.mp4", counter(8, 64, 96), "libx265")  # at 32 rows, x265 writes beyond its memory
+    plain, message = path.read_bytes(), b"\x4e\x01\x05"
+    assert len(read_video(path, frames)) == (frames or 8) and message in plain
+    path.write_bytes(plain.replace(message, b"\x4e\x01\xa5"))
+    with pytest.raises(MediaError, match="a.mp4 is HEVC with an alpha layer, which this FFmpeg cannot decode; convert"):
+        read_video(path, frames)
+    monkeypatch.setattr(video, "_decode_in_order", lambda *_: ({}, [], 0))
+    monkeypatch.setattr(video, "read_timeline", lambda *_: video.Timeline([]))
+    with pytest.raises(MediaError, match="a.mp4 is HEVC with an alpha layer"):
+        read_video(path, frames)
+
+
 @pytest.mark.parametrize("suffix, codec, pixel_format", [
     (".mov", "prores_ks", "yuv422p10le"), (".mov", "prores_ks", "yuv444p10le"), (".mov", "v210", "yuv422p10le"),
     (".mp4", "libx264", "yuv422p10le"), (".mkv", "ffv1", "gbrp12le"), (".webm", "libvpx-vp9", "yuv444p"),
