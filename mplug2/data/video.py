@@ -102,10 +102,11 @@ def read_frames(path: Path | str, frames: int | None, rng: np.random.Generator |
 
 @contextmanager
 def _open(path: Path | str) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container and its first video stream. Raises MediaError if there is none."""
+    """The container and its first video stream, preferably of more than one frame. MediaError if there is none."""
     # The prefix and the list of protocols keep a file name, or a play list, from being taken for an address.
     with av.open(f"file:{path}", options={"protocol_whitelist": "file"}) as container:
         streams = [stream for stream in container.streams.video if not _is_cover(stream)]
+        streams.sort(key=lambda stream: stream.frames == 1)  # a preview image may come before the video
         if not streams:
             others = sorted({"a cover image" if s.type == "video" else s.type for s in container.streams})
             raise media_error(path, "a video", f"has no video stream, only {', '.join(others) or 'a header'}; "

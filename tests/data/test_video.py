@@ -520,8 +520,8 @@ def test_transparency_is_blended_with_white(tmp_path, suffix, codec, pixel_forma
 
 @pytest.mark.parametrize("frames", [2, None])
 def test_an_alpha_layer_that_cannot_be_decoded_does_not_turn_black(tmp_path, monkeypatch, frames):
-    """The header of an HEVC file has a message (SEI) of the encoder; here it becomes the one about an alpha layer. FFmpeg
-    decodes the color alone, or nothing: an older one, or some files of Apple devices."""
+    """The header of an HEVC file has a message (SEI) of the encoder; here it becomes the one about an alpha layer.
+    FFmpeg decodes the color alone (before 8.0), or nothing (some files of Apple devices)."""
     path = write_video(tmp_path / "a.mp4", counter(8, 64, 96), "libx265")  # at 32 rows, x265 writes beyond its memory
     plain, message = path.read_bytes(), b"\x4e\x01\x05"
     assert len(read_video(path, frames)) == (frames or 8) and message in plain
@@ -573,6 +573,25 @@ def test_hdr_is_tone_mapped(tmp_path, transfer, codes):
 
 
 # ---- streams ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cover", [False, True])
+def test_a_preview_image_before_the_video_is_passed_over(tmp_path, cover):
+    """As a cover, or as a video stream of one frame."""
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        preview = container.add_stream("mjpeg", rate=1)
+        stream = container.add_stream("libx264", rate=25)
+        for each, height, width in ((preview, 16, 16), (stream, 32, 48)):
+            each.height, each.width, each.pix_fmt = height, width, "yuvj420p" if each is preview else "yuv420p"
+        if cover:
+            preview.disposition = av.stream.Disposition.attached_pic
+        for each, frames in ((preview, counter(1, 16, 16)), (stream, counter(40))):
+            for array in frames:
+                container.mux(each.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
+            container.mux(each.encode())
+    assert numbers_of(read_video(path, 4)) == [4, 14, 24, 34] and len(read_video(path, None)) == 40
+
 
 
 def write_streams(path: Path, *kinds: str) -> Path:
