@@ -593,7 +593,6 @@ def test_a_preview_image_before_the_video_is_passed_over(tmp_path, cover):
     assert numbers_of(read_video(path, 4)) == [4, 14, 24, 34] and len(read_video(path, None)) == 40
 
 
-
 def write_streams(path: Path, *kinds: str) -> Path:
     """A file of streams: "audio", "cover" (an image that belongs to the audio), "video" (a counter of 10 frames)."""
     with av.open(str(path), "w", format="matroska" if path.suffix == ".mkv" else None) as container:
