@@ -2,14 +2,16 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from av import FFmpegError
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 HTML_STARTS = tuple(f"<{name}".encode() for name in (
     "!doctype html", "html", "head", "body", "script", "title", "meta", "div", "center", "br", "h1"))
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
+EBML = b"\x1a\x45\xdf\xa3"  # how Matroska and WebM files begin
 ADVICE = "it may be damaged, cut off, or not what its suffix says: download it again, or leave it out"
 
 
@@ -40,7 +42,8 @@ def decoding(path: Path | str, expected: str) -> Iterator[None]:
             raise
         # FFmpeg's `strerror` is its message alone; str() would add an error number and the path once more.
         reason = f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"
-        raise media_error(path, expected, f"cannot be decoded ({reason}); {ADVICE}") from error
+        other = _other_kind(path) if isinstance(error, UnidentifiedImageError) else None
+        raise media_error(path, expected, other or f"cannot be decoded ({reason}); {ADVICE}") from error
 
 
 def media_error(path: Path | str, expected: str, problem: str) -> MediaError:
@@ -48,8 +51,21 @@ def media_error(path: Path | str, expected: str, problem: str) -> MediaError:
     return MediaError(f"{path} {_known_problem(path, expected) or problem}")
 
 
+def _other_kind(path: Path | str) -> str | None:
+    """What a file is that has the suffix of an image, but is none that Pillow knows."""
+    with suppress(OSError), open(path, "rb") as file:
+        start = file.read(12)
+        if start[4:8] == b"ftyp" and start[8:] in HEIC_BRANDS:
+            return "is a HEIC photo, which Pillow does not read; convert it to JPEG"
+        if start[4:8] == b"ftyp" or start[:4] == EBML:
+            return "is a video (MP4 or WebM), whatever its suffix says; rename it to .mp4 and call it `video`"
+    return None
+
+
 def _known_problem(path: Path | str, expected: str) -> str | None:
     """What a look at the file system and at the first bytes says. None if both look normal."""
+    if not os.path.exists(path) and os.path.islink(path):
+        return f"is a link to {os.readlink(path)}, which does not exist, or leads back to it; copy the file itself"
     if not os.path.exists(path):
         return "does not exist; check its path, and whether the media were copied"
     if os.path.isdir(path):

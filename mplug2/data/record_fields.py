@@ -207,6 +207,8 @@ def _label(labels: tuple[str, ...], numbers: bool, at: str, value: Any) -> str |
         if not abs(value) <= LARGEST_LABEL:  # NaN too
             _fail(at, value, f"a number between -{LARGEST_LABEL:g} and {LARGEST_LABEL:g}, or a string")
         return float(value)
+    if type(value) in (int, float):
+        _fail(at, value, f'the name of a class; write the number as a text, "{short(value)}"')
     return _string(at, value)
 
 

@@ -40,10 +40,13 @@ ASCII_LETTERS = {code: None if chr(code) == "'" else chr(code) if chr(code).isal
 
 
 def strip_marks(text: str) -> str:
-    """Remove accents and other marks, as BERT's uncased tokenizer does: a model can read and write none of them."""
+    """Remove accents, other marks, and what nobody sees (soft hyphens, zero-width blanks, marks of direction).
+
+    BERT's uncased tokenizer does so, too: a model can read and write none of them.
+    """
     if text.isascii():
         return text
-    kept = (char for char in unicodedata.normalize("NFD", text) if unicodedata.category(char) != "Mn")
+    kept = (char for char in unicodedata.normalize("NFD", text) if unicodedata.category(char) not in ("Mn", "Cf"))
     return unicodedata.normalize("NFC", "".join(kept))
 
 
@@ -51,7 +54,8 @@ def normalize(text: str) -> str:
     """Lower-case the text, remove accents and apostrophes, replace other punctuation and symbols by single blanks.
 
     Letters of scripts without blanks between words become words (`split_characters`). Accents are removed because
-    BERT's uncased tokenizer drops them too: a model could never answer "café".
+    BERT's uncased tokenizer drops them too: a model could never answer "café". So are characters that nobody sees, such
+    as soft hyphens, which web pages have inside of words.
     """
     return " ".join(split_words(text))
 
@@ -63,7 +67,7 @@ def split_words(text: str) -> list[str]:
     kept = []
     for char in unicodedata.normalize("NFD", text.lower()):
         category = unicodedata.category(char)
-        if category != "Mn" and char not in "'’":
+        if category not in ("Mn", "Cf") and char not in "'’":  # accents; soft hyphens, zero-width and direction marks
             kept.append(char if category[0] in "LMN" else " ")  # letters, their marks, numbers
     return split_characters(unicodedata.normalize("NFC", "".join(kept))).split()
 

@@ -122,12 +122,12 @@ def record_texts(record: Record) -> Iterator[str]:
 
 
 def equal_captions(records: Iterable[Record]) -> list[str]:
-    """Captions that records with different `positive_id` share, after cleaning."""
+    """Captions that records with different `positive_id` share, after cleaning. Texts without words are no captions."""
     ids: dict[str, set[str]] = {}
     for record in records:
         for caption in record.captions:
             ids.setdefault(clean(caption), set()).add(record.positive_id)
-    return [caption for caption, of_caption in ids.items() if len(of_caption) > 1]
+    return [caption for caption, of_caption in ids.items() if caption and len(of_caption) > 1]
 
 
 def describe_equal(name: str, captions: Sequence[str]) -> str:

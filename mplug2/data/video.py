@@ -11,14 +11,11 @@ give the same frames, bit by bit.
 Everything runs in one thread: the workers of a loader already run in parallel.
 """
 
-import os
-import struct
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import chain, compress, islice, pairwise, repeat
-from operator import add, sub
+from itertools import chain, islice, pairwise
 from pathlib import Path
 
 import av
@@ -31,15 +28,23 @@ from PIL import Image
 from mplug2.data.frame_choice import choose_frames
 from mplug2.data.hdr import TRANSFERS, to_sdr
 from mplug2.data.images import on_white
-from mplug2.data.media_errors import ADVICE, MediaError, media_error
+from mplug2.data.media_errors import ADVICE, MediaError, UnclearImageError, media_error
+from mplug2.data.mp4_index import read_index
 
 SEEKABLE = ("h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video", "vp8", "vp9", "av1", "mjpeg")
 """Codecs with one packet for each frame, and with key frames that need nothing before them. The tests compare them with
 decoding in order."""
 SKIPPABLE = ("h264", "mpeg4", "mpeg1video", "mpeg2video")
 """Of these, codecs that mark frames which no other frame refers to, so that the decoder may leave them out."""
+FLUSHED = ("h264", "hevc")
+"""Codecs whose decoders hold frames back, to put them into order, and give them all when no packet follows."""
+PROGRESSIVE = 1  # FFmpeg's AV_FIELD_PROGRESSIVE; 0 is unknown, and higher numbers are the orders of two fields
 RAW_FORMATS = ("h264", "hevc", "m4v", "mpegvideo", "mjpeg", "obu", "vc1")
 """Streams without a container: FFmpeg makes up the times of their frames."""
+REORDERED = 17
+"""More than the number of frames that a decoder may hold back to put them into the order of presentation."""
+NO_ALPHA = ("is HEVC with an alpha layer, which this FFmpeg cannot decode; convert it, on an Apple device, to ProRes "
+            "4444, or elsewhere get its WebM (VP9): they keep the transparency")
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own decoders drop the transparency
 
 
@@ -51,15 +56,19 @@ class Doubt(Exception):
 class Timeline:
     """What the packets say. Times are integers, in units of the stream's time base."""
 
-    starts: list[int]
-    """When each frame is shown, ascending. 0, 1, 2, ... if the packets do not say."""
-    packets: Sequence[tuple[int | None, int]] = ()
-    """Presentation time (None: one of `starts`) and size in bytes of each packet, in the order of the file."""
+    starts: Sequence[int]
+    """When each frame is shown, ascending: a range at a constant rate. 0, 1, 2, ... if the packets do not say."""
+    sizes: Sequence[int] = ()
+    """Size in bytes of each packet, in the order of the file."""
+    times: Sequence[int] = ()
+    """Presentation time of each packet; empty if it is only known to be one of `starts`."""
     keys: Sequence[tuple[int, int, int]] = ()
-    """Presentation time, time to seek to, and number in `packets` of each key frame. Empty if seeking is in doubt."""
+    """Presentation time, decoding time, and number in `sizes` of each key frame. Empty if seeking is in doubt."""
 
     def durations(self) -> np.ndarray:
         """The last frame is shown for as long as the median frame."""
+        if isinstance(self.starts, range):
+            return np.full(len(self.starts), self.starts.step)
         shown = np.diff(self.starts)
         return np.append(shown, np.median(shown) if len(shown) else 1)
 
@@ -78,7 +87,9 @@ def read_frames(path: Path | str, frames: int | None, rng: np.random.Generator |
                     return _decode_by_seeking(container, stream, timeline, numbers)
     kept, starts, promised = _decode_in_order(path, numbers)
     if not starts:
-        raise media_error(path, "a video", f"has no frame that can be decoded; {ADVICE}")
+        with _open(path) as (_, stream):
+            problem = NO_ALPHA if _has_alpha_layer(stream) else f"has no frame that can be decoded; {ADVICE}"
+        raise media_error(path, "a video", problem)
     if numbers is None or not set(numbers) <= kept.keys():  # all frames, or the file ends before the last chosen one
         _check_length(path, len(starts), promised)
         if frames is None:
@@ -91,10 +102,11 @@ def read_frames(path: Path | str, frames: int | None, rng: np.random.Generator |
 
 @contextmanager
 def _open(path: Path | str) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container and its first video stream. Raises MediaError if there is none."""
+    """The container and its first video stream, preferably of more than one frame. MediaError if there is none."""
     # The prefix and the list of protocols keep a file name, or a play list, from being taken for an address.
     with av.open(f"file:{path}", options={"protocol_whitelist": "file"}) as container:
         streams = [stream for stream in container.streams.video if not _is_cover(stream)]
+        streams.sort(key=lambda stream: stream.frames == 1)  # a preview image may come before the video
         if not streams:
             others = sorted({"a cover image" if s.type == "video" else s.type for s in container.streams})
             raise media_error(path, "a video", f"has no video stream, only {', '.join(others) or 'a header'}; "
@@ -125,52 +137,34 @@ def _check_length(path: Path | str, found: int, promised: int) -> None:
 def read_timeline(path: Path | str, container: InputContainer, stream: VideoStream) -> Timeline:
     packets = container.demux(stream)
     head = list(islice(packets, 2))
-    if "mp4" in container.format.name and len(head) == 2 and codec_of(stream) in SEEKABLE and not _is_fragmented(path):
+    if "mp4" in container.format.name and len(head) == 2 and codec_of(stream) in SEEKABLE:
         if timeline := _timeline_of_index(path, stream, *head):
             return timeline
     timeline = _timeline_of_packets(stream, chain(head, packets))
-    return Timeline(list(range(len(timeline.starts)))) if container.format.name in RAW_FORMATS else timeline
+    return Timeline(range(len(timeline.starts))) if container.format.name in RAW_FORMATS else timeline
 
 
 def _timeline_of_index(path: Path | str, stream: VideoStream, first: av.Packet, second: av.Packet) -> Timeline | None:
     """The timeline of an MP4 file of constant rate, from its index and its first two packets: the others stay unread.
 
     The index holds decoding times. At a constant rate they are the presentation times, except for a constant delay.
-    None if the rate varies or the file ends early.
+    None if the rate varies, the file ends early, or frames are cut off by edits.
     """
-    entries = [(entry.timestamp, entry.size, entry.pos, entry.is_keyframe, entry.is_discard)
-               for entry in stream.index_entries]
-    if len(entries) < 2:
+    if (index := read_index(path, stream.id)) is None:
         return None
-    times, sizes, positions, key_flags, discards = zip(*entries)  # whole columns: a video of an hour has 90,000 entries
-    steps = set(map(sub, times[1:], times))
-    if len(steps) != 1 or any(discards) or max(map(add, positions, sizes)) > os.path.getsize(path):
+    entries, total = stream.index_entries, len(index.sizes)  # FFmpeg's index: it takes edits into account
+    if total < 2 or len(entries) != total or any(
+            entries[i].is_discard for i in (0, *range(max(0, total - REORDERED), total))):
         return None
-    if None in (first.pts, second.pts) or not first.is_keyframe or first.dts != times[0]:
+    start, end = entries[0].timestamp, entries[total - 1].timestamp
+    if end - start != (total - 1) * index.step or None in (first.pts, second.pts) or first.dts != start:
         return None
-    (step,) = steps
-    if step <= 0 or second.pts <= first.pts:  # earlier frames after the first key frame cannot be decoded
+    if not first.is_keyframe or second.pts <= first.pts:  # earlier frames after the first key frame cannot be decoded
         return None
-    delay = first.pts - first.dts
-    keys = [(times[i] + delay, times[i], i) for i in compress(range(len(times)), key_flags)]
-    return Timeline([time + delay for time in times], list(zip(repeat(None), sizes)), keys)
-
-
-def _is_fragmented(path: Path | str) -> bool:
-    """Whether an MP4 file has fragments ("moof"), whose frames the index may lack: FFmpeg need not read them all."""
-    position = 0
-    with open(path, "rb") as file:
-        while len(head := file.read(16)) >= 8:
-            size, kind = struct.unpack_from(">I4s", head)
-            if kind == b"moof":
-                return True
-            if size == 1 and len(head) == 16:  # the size is a 64-bit number after the name
-                size, = struct.unpack_from(">Q", head, 8)
-            if size < 8:  # 0: up to the end of the file
-                break
-            position += size
-            file.seek(position)
-    return False
+    delay = first.pts - start
+    times = range(start, end + 1, index.step)
+    return Timeline(range(first.pts, end + delay + 1, index.step), index.sizes,
+                    keys=[(times[i] + delay, times[i], i) for i in index.keys])
 
 
 def _timeline_of_packets(stream: VideoStream, packets: Iterable[av.Packet]) -> Timeline:
@@ -183,7 +177,7 @@ def _timeline_of_packets(stream: VideoStream, packets: Iterable[av.Packet]) -> T
     shown = [pts for pts, _, _, _, _, is_shown in rows if is_shown]
     in_order = _ascends([dts for _, dts, *_ in rows if dts is not None])  # no: two recordings in one file, for example
     if None in shown or len(set(shown)) < len(shown) or not in_order:
-        return Timeline(list(range(len(shown))))
+        return Timeline(range(len(shown)))
     keys = [(pts, pts if dts is None else dts, i) for i, (pts, dts, _, is_key, _, _) in enumerate(rows) if is_key]
     key_times = [pts for pts, _, _ in keys]
     # The same delay everywhere, although the decoder reorders frames: these are times of decoding (AVI).
@@ -194,7 +188,8 @@ def _timeline_of_packets(stream: VideoStream, packets: Iterable[av.Packet]) -> T
         and bool(keys) and None not in key_times and _ascends(key_times)
         and keys[0][2] == 0 and min(shown) >= key_times[0]  # frames before the first key frame cannot be decoded
     )
-    return Timeline(sorted(shown), [(pts, size) for pts, _, size, *_ in rows], keys if certain else [])
+    times, sizes = [pts for pts, *_ in rows], [size for _, _, size, *_ in rows]
+    return Timeline(sorted(shown), sizes, times, keys if certain else [])
 
 
 def _ascends(times: list[int]) -> bool:
@@ -216,6 +211,11 @@ def _has_alpha(stream: VideoStream) -> bool:
     return codec_of(stream) in ALPHA_DECODERS and stream.metadata.get("alpha_mode") == "1"
 
 
+def _has_alpha_layer(stream: VideoStream) -> bool:
+    """Whether an HEVC file says that it has a layer with the transparency: an SEI message, type 165, in its header."""
+    return codec_of(stream) == "hevc" and b"\x4e\x01\xa5" in (stream.codec_context.extradata or b"")
+
+
 # ---- decoding --------------------------------------------------------------------------------------------------------
 
 
@@ -226,7 +226,8 @@ def _decode_by_seeking(
     context = stream.codec_context
     converter = Converter(stream, (context.width, context.height))
     kept: dict[int, np.ndarray] = {}
-    times, known = sorted({timeline.starts[number] for number in numbers}), set(timeline.starts)
+    times = sorted({timeline.starts[number] for number in numbers})
+    known = timeline.starts if isinstance(timeline.starts, range) else set(timeline.starts)
     while times:
         key = bisect_right(timeline.keys, times[0], key=lambda key: key[0]) - 1
         after = timeline.keys[key + 1][0] if key + 1 < len(timeline.keys) else times[-1] + 1
@@ -240,24 +241,33 @@ def _decode_by_seeking(
 
 
 def _decode_group(
-    container: InputContainer, stream: VideoStream, timeline: Timeline, known: set[int], key: int, times: list[int]
+    container: InputContainer, stream: VideoStream, timeline: Timeline, known: Container[int], key: int,
+    times: list[int],
 ) -> Iterator[av.VideoFrame]:
     """The frames that are shown at `times`, decoded from key frame number `key`, or one before it.
 
     Doubt if the packets are not those of the timeline, if their times are not `known`, or if a frame does not come.
     """
-    context, codec, missing = stream.codec_context, codec_of(stream), set(times)
+    context, codec, missing, unsent = stream.codec_context, codec_of(stream), set(times), set(times)
     packets, packet, position = _packets_from_key(container, stream, timeline.keys[: key + 1], times[0])
     while True:
         is_frame = packet.size and _is_shown(packet, codec)
         if packet.size:
-            pts, size = timeline.packets[position]
-            if packet.size != size or pts not in (None, packet.pts) or (is_frame and packet.pts not in known):
+            if packet.size != timeline.sizes[position] or (is_frame and packet.pts not in known) or (
+                    timeline.times and packet.pts != timeline.times[position]):
                 raise Doubt
             position += 1
-        skip = codec in SKIPPABLE and is_frame and packet.pts not in missing
-        context.skip_frame = "NONREF" if skip else "DEFAULT"
-        for frame in context.decode(packet):
+        skip = "NONREF" if codec in SKIPPABLE and is_frame and packet.pts not in missing else "DEFAULT"
+        if context.skip_frame != skip:
+            context.skip_frame = skip
+        frames = context.decode(packet)
+        unsent.discard(packet.pts)
+        flush = codec in FLUSHED and packet.size and not unsent and context.field_order <= PROGRESSIVE
+        if flush:  # the decoder has all it needs: it need not wait for packets that follow
+            frames += context.decode(None)
+        for frame in frames:
+            if flush and frame.interlaced_frame:  # the other field of its last frame may be in the next packet
+                raise Doubt
             if frame.pts in missing:
                 missing.remove(frame.pts)
                 yield frame
@@ -266,7 +276,7 @@ def _decode_group(
         if not missing:
             context.skip_frame = "DEFAULT"
             return
-        if not packet.size:  # the end of the file
+        if flush or not packet.size:  # the end of the file
             raise Doubt
         packet = next(packets)
 
@@ -278,14 +288,17 @@ def _packets_from_key(
 
     Frames that follow a key frame in the file may be shown before it, and need what comes before it (open GOP).
     """
-    for shown, target, position in keys[: -4: -1]:
-        container.seek(target, stream=stream)
-        packets = container.demux(stream)
-        for packet in packets:  # a seek may end earlier
-            if packet.is_keyframe and packet.pts is not None and packet.pts >= shown:
-                if packet.pts <= time:
-                    return packets, packet, position
-                break  # the seek ended later, or this key frame is shown later than the index let expect: try another
+    by_presentation = any(name in container.format.name for name in ("mp4", "matroska"))
+    for shown, decoded, position in keys[: -4: -1]:
+        # Where a container counts in presentation times, a seek to the decoding time ends a whole group earlier.
+        for target in dict.fromkeys((shown, decoded) if by_presentation else (decoded,)):
+            container.seek(target, stream=stream)
+            packets = container.demux(stream)
+            for packet in packets:  # a seek may end earlier
+                if packet.is_keyframe and packet.pts is not None and packet.pts >= shown:
+                    if packet.pts <= time:
+                        return packets, packet, position
+                    break  # the seek ended later, or this key frame is shown later than the index let expect
     raise Doubt
 
 
@@ -327,17 +340,21 @@ class Converter:
     """From a decoded frame to what is meant to be seen: RGB, upright, on white, in standard dynamic range.
 
     Returns uint8 (H, W, 3). Frames of another size than (width, height) are resized to it before they are turned.
+    UnclearImageError if the file declares transparency that the frames do not have: FFmpeg would show it as black.
     """
 
     def __init__(self, stream: VideoStream, size: tuple[int, int]):
-        self.time_base, self.size = stream.time_base, size
+        self.time_base, self.size, self.needs_alpha = stream.time_base, size, _has_alpha_layer(stream)
         self.graphs: dict[tuple, av.filter.Graph] = {}
 
     def __call__(self, frame: av.VideoFrame) -> np.ndarray:
+        has_alpha = any(component.is_alpha for component in frame.format.components)
+        if self.needs_alpha and not has_alpha:
+            raise UnclearImageError(NO_ALPHA)
         transfer = TRANSFERS.get(frame.color_trc)
         if transfer:
             image = to_sdr(self.convert(frame, "rgb48le"), transfer)
-        elif any(component.is_alpha for component in frame.format.components):
+        elif has_alpha:
             image = np.asarray(on_white(Image.fromarray(self.convert(frame, "rgba"))).convert("RGB"))
         else:
             image = self.convert(frame, "rgb24")
@@ -348,6 +365,7 @@ class Converter:
         key = frame.width, frame.height, frame.format.name, pixel_format
         if key not in self.graphs:
             graph = self.graphs[key] = av.filter.Graph()
+            graph.threads = 1
             scale = "threads=1" if self.size == key[:2] else f"{self.size[0]}:{self.size[1]}:threads=1"
             source = graph.add_buffer(
                 width=frame.width, height=frame.height, format=frame.format, time_base=self.time_base

@@ -277,7 +277,7 @@ def fitting_texts(predictor: Predictor, visual: Visual, texts: Sequence[str]) ->
     if not (texts := [text.strip() for text in texts if text.strip()]):
         raise ValueError("no text: write one or more texts, one in each line")
     if len(texts) > MOST_TEXTS:
-        raise ValueError(f"{len(texts)} texts: at most {MOST_TEXTS} are compared at once")
+        raise ValueError(f"{len(texts)} texts: at most {MOST_TEXTS} are compared at once; leave some out")
     cosines = predictor.similarity([visual], texts)[0].tolist()
     (vision,) = predictor.encode_media([visual])
     matching = predictor.match_probability(vision[None], texts).tolist()

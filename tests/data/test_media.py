@@ -123,6 +123,28 @@ def test_what_a_file_is_in_place_of_an_image_or_a_video(tmp_path, suffix):
                 kind_of(path)
 
 
+@pytest.mark.parametrize("suffix", [".jpg", ".gif", ".png"])
+def test_a_video_or_a_heic_photo_with_the_suffix_of_an_image(tmp_path, suffix):
+    """GIFs of many web sites are MP4 files, and phones save HEIC photos."""
+    path = tmp_path / f"a{suffix}"
+    for start, problem in [
+        (b"\0\0\0\x20ftypisom", r"is a video \(MP4 or WebM\), whatever its suffix says; rename it to .mp4"),
+        (b"\x1a\x45\xdf\xa3\x9f\x42\x86\x81\1\x42\xf7\x81", "is a video"),
+        (b"\0\0\0\x18ftypheic", "is a HEIC photo, which Pillow does not read; convert it to JPEG"),
+    ]:
+        path.write_bytes(start + bytes(200))
+        with pytest.raises(MediaError, match=f"a{suffix} {problem}"):
+            reader(suffix)(path)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".gif", ".mp4"])
+def test_a_link_that_leads_nowhere(tmp_path, suffix):
+    for name, target in (("loop", f"loop{suffix}"), ("gone", "elsewhere")):
+        (tmp_path / f"{name}{suffix}").symlink_to(target)
+        with pytest.raises(MediaError, match=f"{name}{suffix} is a link to {target}, which does not exist"):
+            reader(suffix)(tmp_path / f"{name}{suffix}")
+
+
 def test_an_html_page_in_place_of_a_video():
     with pytest.raises(MediaError, match=r"html_named\.mp4 is an HTML page, not a video"):
         read_video(CASES / "html_named.mp4", 4)

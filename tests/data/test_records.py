@@ -211,8 +211,14 @@ def test_only_labels_of_texts_may_be_numbers(tmp_path, task, allowed):
     if allowed:
         assert read_one(tmp_path, task, fields | {"label": 3}).label == 3.0
     else:
-        with pytest.raises(RecordError, match="label: found 3; expected a string"):
-            read_one(tmp_path, task, fields | {"label": 3})
+        for number in (3, 1.5, 1234567):
+            advice = f'label: found {number}; expected the name of a class; write the number as a text, "{number}"'
+            with pytest.raises(RecordError, match=advice):
+                read_one(tmp_path, task, fields | {"label": number})
+        with pytest.raises(RecordError, match="label: found 1000.*; expected the name of a class"):
+            read_one(tmp_path, task, fields | {"label": 10**400})
+        with pytest.raises(RecordError, match="label: found True; expected a string"):
+            read_one(tmp_path, task, fields | {"label": True})
 
 
 @pytest.mark.parametrize("task", sorted(GOOD))

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mplug2.data.text import SPECIAL_TOKENS, Tokenizer, clean, normalize
+from mplug2.data.text import SPECIAL_TOKENS, Tokenizer, clean, normalize, strip_marks
 
 # The order of the special tokens differs from BERT's files on purpose: ids must be looked up, never assumed.
 VOCAB = ["[UNK]", "[PAD]", "a", "the", "red", "seven", "play", "##ing", "##s", "[SEP]", "[CLS]", "[MASK]", "do", "not",
@@ -100,6 +100,20 @@ def test_decode_stops_at_the_first_sep_and_drops_special_tokens(bert):
 def test_decode_keeps_the_blanks_between_words(bert):
     """The library's own decoder would give "it ' s a?", but captions are scored on words between blanks."""
     assert bert.decode(bert.encode(["It's a?"])[0]) == ["it ' s a ?"]
+
+
+@pytest.mark.parametrize("text", [
+    "a d\u00adog", "a d\u200bog", "\ufeffa dog", "\u202ea dog\u202c", "a do\u200dg\u200e", "a dog \u2060"])
+def test_characters_that_nobody_sees_do_not_split_words(bert, hugging_face, text):
+    """Soft hyphen, zero-width blank, byte order mark, marks of direction, joiners: BERT drops them, too."""
+    assert normalize(text) == clean(text) == "a dog" and strip_marks(text).strip() == "a dog"
+    assert hugging_face.tokenize(text) == hugging_face.tokenize("a dog")
+    assert normalize("a\u00a0dog\u2028runs\u3000\tfast") == "a dog runs fast"  # blanks of other widths
+
+
+@pytest.mark.parametrize("text", ["\u200b\u200c", "\u202e\u202c", "!!! ...", "\U0001f600\u200d\u2764\ufe0f", "\u00ad"])
+def test_texts_without_words(text):
+    assert normalize(text) == clean(text) == ""
 
 
 @settings(max_examples=25, deadline=None)

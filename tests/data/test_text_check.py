@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from mplug2.data.records import RecordError
+from mplug2.data.records import Record, RecordError
 from mplug2.data.samples import read_classes, read_samples
 from mplug2.data.text import Tokenizer
-from mplug2.data.text_check import check_run_texts, describe_numbers, describe_unknown, unknown_words
+from mplug2.data.text_check import check_run_texts, describe_numbers, describe_unknown, equal_captions, unknown_words
 
 WORDS = "a red blue seven one three what digit is it yes"
 
@@ -29,6 +29,12 @@ def problems(root: Path, task: str, **options) -> list[str]:
     with pytest.raises(RecordError) as refused:
         check(root, task, **options)
     return str(refused.value).splitlines()
+
+
+def test_captions_are_equal_as_a_model_reads_them_and_none_if_they_have_no_words():
+    records = [Record(id=name, positive_id=name, source="", captions=captions) for name, captions in {
+        "a": ("A dog.", "!"), "b": ("a d\u00adog", "\u200b"), "c": ("a cat", "..."), "d": ("a cat", "a cat")}.items()]
+    assert equal_captions(records) == ["a dog", "a cat"] and equal_captions(records[:1]) == []
 
 
 def test_all_bad_texts_of_all_splits_are_listed_at_once(tmp_path):

@@ -254,17 +254,19 @@ def test_colors_are_converted_as_imageio_does(tmp_path, pixel_format):
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 def test_only_what_the_chosen_frames_need_is_decoded(tmp_path, suffix):
     """All packets are erased, except those of the first group, from which FFmpeg learns the format, and those of the
-    group of the chosen frame."""
-    path = write_video(tmp_path / f"long{suffix}", counter(300), codec_options={"g": "30", X264: "scenecut=0"})
+    group of the chosen frame, up to its own."""
+    path = write_video(tmp_path / f"long{suffix}", counter(280), codec_options={"g": "30", X264: "scenecut=0"})
     with av.open(str(path)) as container:
-        packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+        packets = [(packet.pts, packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    shown = sorted(pts for pts, _, _ in packets)
+    own = [pts for pts, _, _ in packets].index(shown[139])  # the middle one
     content = bytearray(path.read_bytes())
-    for number, (position, size) in enumerate(packets):
-        if not (number < 30 or 120 <= number < 150):  # frame 149 is the middle one
+    for number, (_, position, size) in enumerate(packets):
+        if not (number < 30 or 120 <= number <= own):
             start = content.index(bytes(content[position: position + size]), position) + 8
             content[start: position + size - 4] = bytes(max(0, position + size - 4 - start))
     path.write_bytes(content)
-    assert numbers_of(read_video(path, 1)) == [149]
+    assert numbers_of(read_video(path, 1)) == [139]
     assert len(video._decode_in_order(path, None)[1]) < 40
 
 
@@ -273,6 +275,68 @@ def test_an_index_of_a_constant_rate_is_enough(tmp_path, monkeypatch):
     path = write_video(tmp_path / "long.mp4", counter(300), codec_options={"g": "30", X264: "scenecut=0"})
     monkeypatch.setattr(video, "_timeline_of_packets", lambda *_: pytest.fail("all packets are read"))
     assert numbers_of(read_video(path, 4)) == [37, 112, 187, 262]
+
+
+@pytest.mark.parametrize("name", [
+    "h264", "h264, many B-frames", "h264, open groups, mkv", "h264, fragments", "h264, no edit list", "h264, flv",
+    "hevc", "mpeg2, B-frames"])
+def test_a_seek_ends_at_its_key_frame(name):
+    """A seek to the time at which a key frame is decoded ends a group earlier where the index holds the times at which
+    frames are shown (MP4 with an edit list, MKV). Elsewhere, a seek to the time at which it is shown may end later."""
+    with video._open(moving_video(name)[0]) as (container, stream):
+        timeline, read = video.read_timeline(moving_video(name)[0], container, stream), []
+
+        class Counting:
+            format, seek = container.format, container.seek
+
+            def demux(self, stream):
+                for packet in container.demux(stream):
+                    read.append(packet.pts)
+                    yield packet
+
+        for number, (shown, _, position) in enumerate(timeline.keys):
+            found = video._packets_from_key(Counting(), stream, timeline.keys[: number + 1], shown)
+            assert (found[1].pts, found[2]) == (shown, position)
+        assert len(read) <= len(timeline.keys) + 1  # one of "no edit list" and of fragments takes a second try
+
+
+@pytest.mark.parametrize("name", ["h264", "h264, interlaced", "hevc", "mpeg4, B-frames"])
+def test_a_decoder_is_asked_for_the_frames_that_it_holds_back(name, monkeypatch):
+    """This ends a group with the packet of its last chosen frame. Not if frames have two fields: the second may be in
+    the next packet."""
+    path, expected = moving_video(name)
+    with video._open(path) as (container, stream):
+        timeline, ends = video.read_timeline(path, container, stream), []
+
+        class Context:
+            skip_frame = "DEFAULT"
+
+            def __getattr__(self, attribute):
+                return getattr(stream.codec_context, attribute)
+
+            def decode(self, packet):
+                ends.append(packet is None)
+                return stream.codec_context.decode(packet)
+
+        class Stream:
+            codec_context = Context()
+
+        monkeypatch.setattr(video, "_packets_from_key", lambda *_: (container.demux(stream), first, 0))
+        container.seek(0, stream=stream)
+        first = next(container.demux(stream))
+        time = timeline.starts[7]
+        frame, = video._decode_group(container, Stream(), timeline, set(timeline.starts), 0, [time])
+        assert frame.pts == time
+    assert ends == [False] * (len(ends) - 1) + [name in ("h264", "hevc")]
+
+
+def test_a_frame_of_two_fields_may_end_in_the_next_packet(monkeypatch):
+    """If the header does not say that there are fields, the frame does."""
+    monkeypatch.setattr(video, "PROGRESSIVE", 9)
+    path, expected = moving_video("h264, interlaced")
+    with pytest.raises(Doubt):
+        decode_by_seeking(path, 4, None)
+    assert np.array_equal(read_video(path, 4), expected[segment_indices(90, 4)])
 
 
 # ---- how many frames -------------------------------------------------------------------------------------------------
@@ -454,6 +518,22 @@ def test_transparency_is_blended_with_white(tmp_path, suffix, codec, pixel_forma
             assert np.abs(found[:, 4:28, left: left + 12].astype(int) - color).max() <= 12
 
 
+@pytest.mark.parametrize("frames", [2, None])
+def test_an_alpha_layer_that_cannot_be_decoded_does_not_turn_black(tmp_path, monkeypatch, frames):
+    """The header of an HEVC file has a message (SEI) of the encoder; here it becomes the one about an alpha layer.
+    FFmpeg decodes the color alone (before 8.0), or nothing (some files of Apple devices)."""
+    path = write_video(tmp_path / "a.mp4", counter(8, 64, 96), "libx265")  # at 32 rows, x265 writes beyond its memory
+    plain, message = path.read_bytes(), b"\x4e\x01\x05"
+    assert len(read_video(path, frames)) == (frames or 8) and message in plain
+    path.write_bytes(plain.replace(message, b"\x4e\x01\xa5"))
+    with pytest.raises(MediaError, match="a.mp4 is HEVC with an alpha layer, which this FFmpeg cannot decode; convert"):
+        read_video(path, frames)
+    monkeypatch.setattr(video, "_decode_in_order", lambda *_: ({}, [], 0))
+    monkeypatch.setattr(video, "read_timeline", lambda *_: video.Timeline([]))
+    with pytest.raises(MediaError, match="a.mp4 is HEVC with an alpha layer"):
+        read_video(path, frames)
+
+
 @pytest.mark.parametrize("suffix, codec, pixel_format", [
     (".mov", "prores_ks", "yuv422p10le"), (".mov", "prores_ks", "yuv444p10le"), (".mov", "v210", "yuv422p10le"),
     (".mp4", "libx264", "yuv422p10le"), (".mkv", "ffv1", "gbrp12le"), (".webm", "libvpx-vp9", "yuv444p"),
@@ -493,6 +573,24 @@ def test_hdr_is_tone_mapped(tmp_path, transfer, codes):
 
 
 # ---- streams ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cover", [False, True])
+def test_a_preview_image_before_the_video_is_passed_over(tmp_path, cover):
+    """As a cover, or as a video stream of one frame."""
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        preview = container.add_stream("mjpeg", rate=1)
+        stream = container.add_stream("libx264", rate=25)
+        for each, height, width in ((preview, 16, 16), (stream, 32, 48)):
+            each.height, each.width, each.pix_fmt = height, width, "yuvj420p" if each is preview else "yuv420p"
+        if cover:
+            preview.disposition = av.stream.Disposition.attached_pic
+        for each, frames in ((preview, counter(1, 16, 16)), (stream, counter(40))):
+            for array in frames:
+                container.mux(each.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
+            container.mux(each.encode())
+    assert numbers_of(read_video(path, 4)) == [4, 14, 24, 34] and len(read_video(path, None)) == 40
 
 
 def write_streams(path: Path, *kinds: str) -> Path:
