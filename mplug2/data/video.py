@@ -11,11 +11,14 @@ give the same frames, bit by bit.
 Everything runs in one thread: the workers of a loader already run in parallel.
 """
 
+import os
+import struct
 from bisect import bisect_right
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import chain, islice, pairwise
+from itertools import chain, compress, islice, pairwise
+from operator import add
 from pathlib import Path
 
 import av
@@ -29,7 +32,6 @@ from mplug2.data.frame_choice import choose_frames
 from mplug2.data.hdr import TRANSFERS, to_sdr
 from mplug2.data.images import on_white
 from mplug2.data.media_errors import ADVICE, MediaError, UnclearImageError, media_error
-from mplug2.data.mp4_index import read_index
 
 SEEKABLE = ("h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video", "vp8", "vp9", "av1", "mjpeg")
 """Codecs with one packet for each frame, and with key frames that need nothing before them. The tests compare them with
@@ -41,8 +43,6 @@ FLUSHED = ("h264", "hevc")
 PROGRESSIVE = 1  # FFmpeg's AV_FIELD_PROGRESSIVE; 0 is unknown, and higher numbers are the orders of two fields
 RAW_FORMATS = ("h264", "hevc", "m4v", "mpegvideo", "mjpeg", "obu", "vc1")
 """Streams without a container: FFmpeg makes up the times of their frames."""
-REORDERED = 17
-"""More than the number of frames that a decoder may hold back to put them into the order of presentation."""
 NO_ALPHA = ("is HEVC with an alpha layer, which this FFmpeg cannot decode; convert it, on an Apple device, to ProRes "
             "4444, or elsewhere get its WebM (VP9): they keep the transparency")
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own decoders drop the transparency
@@ -137,7 +137,7 @@ def _check_length(path: Path | str, found: int, promised: int) -> None:
 def read_timeline(path: Path | str, container: InputContainer, stream: VideoStream) -> Timeline:
     packets = container.demux(stream)
     head = list(islice(packets, 2))
-    if "mp4" in container.format.name and len(head) == 2 and codec_of(stream) in SEEKABLE:
+    if "mp4" in container.format.name and len(head) == 2 and codec_of(stream) in SEEKABLE and not _is_fragmented(path):
         if timeline := _timeline_of_index(path, stream, *head):
             return timeline
     timeline = _timeline_of_packets(stream, chain(head, packets))
@@ -150,21 +150,40 @@ def _timeline_of_index(path: Path | str, stream: VideoStream, first: av.Packet, 
     The index holds decoding times. At a constant rate they are the presentation times, except for a constant delay.
     None if the rate varies, the file ends early, or frames are cut off by edits.
     """
-    if (index := read_index(path, stream.id)) is None:
+    entries = [(entry.timestamp, entry.size, entry.pos, entry.is_keyframe, entry.is_discard)
+               for entry in stream.index_entries]
+    if len(entries) < 2:
         return None
-    entries, total = stream.index_entries, len(index.sizes)  # FFmpeg's index: it takes edits into account
-    if total < 2 or len(entries) != total or any(
-            entries[i].is_discard for i in (0, *range(max(0, total - REORDERED), total))):
+    times, sizes, positions, key_flags, discards = zip(*entries)  # whole columns: a video of an hour has 90,000 entries
+    step = times[1] - times[0]
+    if step <= 0 or times != tuple(range(times[0], times[-1] + 1, step)):
         return None
-    start, end = entries[0].timestamp, entries[total - 1].timestamp
-    if end - start != (total - 1) * index.step or None in (first.pts, second.pts) or first.dts != start:
+    if any(discards) or max(map(add, positions, sizes)) > os.path.getsize(path):
         return None
-    if not first.is_keyframe or second.pts <= first.pts:  # earlier frames after the first key frame cannot be decoded
+    if None in (first.pts, second.pts) or not first.is_keyframe or first.dts != times[0]:
         return None
-    delay = first.pts - start
-    times = range(start, end + 1, index.step)
-    return Timeline(range(first.pts, end + delay + 1, index.step), index.sizes,
-                    keys=[(times[i] + delay, times[i], i) for i in index.keys])
+    if second.pts <= first.pts:  # earlier frames after the first key frame cannot be decoded
+        return None
+    delay = first.pts - first.dts
+    keys = [(times[i] + delay, times[i], i) for i in compress(range(len(times)), key_flags)]
+    return Timeline(range(first.pts, times[-1] + delay + 1, step), sizes, keys=keys)
+
+
+def _is_fragmented(path: Path | str) -> bool:
+    """Whether an MP4 file has fragments ("moof"), whose frames the index may lack: FFmpeg need not read them all."""
+    position = 0
+    with open(path, "rb") as file:
+        while len(head := file.read(16)) >= 8:
+            size, kind = struct.unpack_from(">I4s", head)
+            if kind == b"moof":
+                return True
+            if size == 1 and len(head) == 16:  # the size is a 64-bit number after the name
+                size, = struct.unpack_from(">Q", head, 8)
+            if size < 8:  # 0: up to the end of the file
+                break
+            position += size
+            file.seek(position)
+    return False
 
 
 def _timeline_of_packets(stream: VideoStream, packets: Iterable[av.Packet]) -> Timeline:
