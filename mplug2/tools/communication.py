@@ -153,7 +153,7 @@ def step_collectives(
             all_reduce_replicated_grads(objectives)
             clip_grad_norm([parameter for group in stepper.param_groups for parameter in group["params"]], 1.0)
         with recorder:  # the flags are real: their values are read
-            any_rank(False, False)
+            any_rank(False, False, False)
         with fake, recorder:
             recorder.phase = "Muon"
             copies = step_of_distinct(stepper)

@@ -8,8 +8,10 @@ continues.
 
 import json
 import os
+import re
 import shutil
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -65,6 +67,32 @@ def save_checkpoint(
     shutil.rmtree(old, ignore_errors=True)
     _prune(run, folder, keep)
     return folder
+
+
+class SaveSchedule:
+    """When a checkpoint is due: `every` is a number of steps, such as 500, or of minutes, such as "15min".
+
+    Minutes count from the start of the run or from its newest checkpoint. Each process has a clock of its own, so the
+    main process decides. ValueError if `every` is neither.
+    """
+
+    def __init__(self, every: int | str):
+        found = re.fullmatch(r"(\d+)|(\d+\.?\d*)min", str(every))
+        self.steps, self.minutes = (int(found[1] or 0), float(found[2] or 0)) if found else (0, 0.0)
+        if not self.steps and not self.minutes:
+            raise ValueError(f"save_every={every!r}: expected a number of steps, such as 500, or of minutes, such as "
+                             "15min")
+        self.restart()
+
+    def restart(self) -> None:
+        """A checkpoint begins."""
+        self.since = time.monotonic()
+
+    def due(self, step: int) -> bool:
+        """Whether the checkpoint of this step is to be saved."""
+        if self.minutes:
+            return time.monotonic() - self.since >= 60 * self.minutes
+        return step % self.steps == 0
 
 
 class BackgroundSave:

@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -30,6 +31,7 @@ from mplug2 import distributed
 from mplug2.model.mplug2 import MPLUG2
 from mplug2.objectives import losses
 from mplug2.objectives.objectives import Objectives
+from mplug2.training import run_checkpoint
 from mplug2.training.optim import OptimizerSettings, make_optimizer
 from mplug2.training.parallel import (
     ParallelSettings,
@@ -424,6 +426,29 @@ def test_a_run_can_save_and_stop_around_the_first_line_of_metrics(processes, dat
         assert [line["step"] for line in written] == [20] * (step >= 20) and (folder / "curves.png").exists()
         run("--name", f"stops{step}", "--resume")
         assert load_training(folder / "last")["step"] == 22 and [line["step"] for line in lines(folder)] == [20, 22]
+
+
+def train_by_the_clock(arguments: list[str], seconds: float) -> dict:
+    """Train, while each step takes `seconds` by the clock of this process."""
+    now, backward = [0.0], train.Trainer.backward
+
+    def timed_backward(self, batches):
+        now[0] += seconds
+        return backward(self, batches)
+
+    with patch.object(train.Trainer, "backward", timed_backward), patch.object(
+            run_checkpoint, "time", SimpleNamespace(monotonic=lambda: now[0])):
+        return train.main(arguments)
+
+
+@pytest.mark.parametrize("clocks", [(25, 100), (25, 0)])
+def test_the_clock_of_the_main_process_decides_when_all_ranks_save(processes, data, tmp_path, clocks):
+    """With its steps of 25 seconds a minute is over after three. By its own, rank 1 would save always or never."""
+    arguments = [*SMALL, "--data", str(data), "--out", str(tmp_path),
+                 *"--save-every 1min --keep-checkpoints 9 --max-steps 7".split()]
+    processes.run(train_by_the_clock, *[(arguments, seconds) for seconds in clocks], joined=False)
+    assert sorted(path.name for path in (tmp_path / "tiny").glob("step_*")) == [
+        "step_0000003", "step_0000006", "step_0000007"]
 
 
 def test_flags_and_errors_of_one_rank_reach_all(processes):
