@@ -62,6 +62,7 @@ from mplug2.training.run_checkpoint import (
     SaveSchedule,
     is_best,
     load_training,
+    partial_folder,
     record_score,
     save_checkpoint,
     update_symlink,
@@ -210,21 +211,26 @@ class Trainer:
         return stopping, due
 
     def save(self) -> None:
-        """Begin a checkpoint. Every rank contributes its state, the main process writes while training continues."""
+        """Begin a checkpoint. The main process, and each rank that has shards, writes it while training continues."""
         self.finish_saving()
         self.save_schedule.restart()
         weights, training = gathered(self.model.state_dict(), self.process.is_main), self.state.state_dict()
+        write_shards = self.state.write_shards()
         if self.process.is_main:
             self.saving.start(partial(
                 save_checkpoint, self.folder, self.checkpoint_name, self.model, self.data.tokenizer, self.preprocess,
-                training, self.settings.run.keep_checkpoints, self.data.recorded_roots, weights))
+                training, self.settings.run.keep_checkpoints, self.data.recorded_roots, weights,
+                write_shards))
             with warning_only("the plot of the curves"):
                 draw_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
+        elif write_shards:
+            self.saving.start(partial(write_shards, partial_folder(self.folder, self.checkpoint_name)))
 
     def finish_saving(self) -> None:
         """Wait until the newest checkpoint is written. If that failed, every rank raises AllRanksError."""
         self.watchdog.heartbeat(self.state.step, "saving", patience=10)
         distributed.run_on_main(self.saving.wait, self.process)
+        self.saving.wait()  # the shards of this rank, which are complete when the main process is done
 
     def validate(self, split: str, limit: int = 0) -> dict[str, float] | None:
         """Evaluate on a split: the tasks that are trained, or after pre-training everything that the model can do.
