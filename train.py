@@ -59,8 +59,10 @@ from mplug2.training.parallel import (
 )
 from mplug2.training.run_checkpoint import (
     BackgroundSave,
+    SaveSchedule,
     is_best,
     load_training,
+    partial_folder,
     record_score,
     save_checkpoint,
     update_symlink,
@@ -99,6 +101,7 @@ class Trainer:
                  model_class: Callable[..., MPLUG2]):
         self.process, self.folder, self.started = process, settings.folder, time.time()
         self.watchdog, self.stop, self.saving = watchdog, GracefulStop(), BackgroundSave()
+        self.save_schedule = SaveSchedule(settings.run.save_every)
         self.threads = CPUThreads(process.device, settings.parallel.compile)
         seed_generators(settings.run.seed)  # the same initial weights on every rank
         checkpoint, resume = settings.checkpoint, settings.run.resume
@@ -137,13 +140,14 @@ class Trainer:
             while self.state.step < steps and not stopping:
                 set_lr(self.optimizer, self.settings.optimizer, self.state.step, steps)
                 losses, sources, kinds = self.backward(batches)
-                stopping = self.update(losses, sources, kinds, bool(self.stop.name) or self.saving.failed)
+                signaled = bool(self.stop.name) or self.saving.failed
+                stopping, due = self.update(losses, sources, kinds, signaled)
                 self.state.step = step = self.state.step + 1
                 self.log.bar.update()
 
                 if step % run.log_every == 0 or step == steps:
                     self.write_log()
-                if saves := step % run.save_every == 0 or step == steps or stopping:
+                if saves := due or step == steps or stopping:
                     self.save()
                 if step % run.eval_every == 0 and self.data.eval_root and not stopping:
                     self.keep_best(self.validate("val", run.eval_limit) or {}, saves)
@@ -177,17 +181,19 @@ class Trainer:
             kinds.append(batch["kind"])
         return losses, sources, kinds
 
-    def update(self, losses: dict[str, Tensor], sources: list[str], kinds: list[str], signaled: bool) -> bool:
+    def update(self, losses: dict[str, Tensor], sources: list[str], kinds: list[str], signaled: bool
+               ) -> tuple[bool, bool]:
         """Update the weights, unless a loss or gradient is not finite on any rank: then every rank skips the step.
 
-        Returns whether the run stops, because any rank is `signaled`.
+        Returns whether the run stops, because any rank is `signaled`, and whether a checkpoint is due.
         """
         state = self.state
         all_reduce_replicated_grads(self.wrapped)
         norm = clip_grad_norm(self.parameters, self.settings.optimizer.clip_grad)
         # This waits for the device, once per step: the weights may change only when the answer is known.
         finite, finite_norm = torch.stack([losses["loss"], norm.to(losses["loss"])]).isfinite().tolist()
-        skip, stopping = distributed.any_rank(not (finite and finite_norm), signaled)
+        due = self.process.is_main and self.save_schedule.due(state.step + 1)  # by the clock of one process
+        skip, stopping, due = distributed.any_rank(not (finite and finite_norm), signaled, due)
         if skip:
             state.nonfinite_steps += 1
             state.nonfinite_in_a_row += 1
@@ -202,23 +208,29 @@ class Trainer:
             self.log.step(losses, norm, len(sources) * self.process.world_size, kinds)
         self.objectives.after_step(skip)
         self.optimizer.zero_grad(set_to_none=True)
-        return stopping
+        return stopping, due
 
     def save(self) -> None:
-        """Begin a checkpoint. Every rank contributes its state, the main process writes while training continues."""
+        """Begin a checkpoint. The main process, and each rank that has shards, writes it while training continues."""
         self.finish_saving()
+        self.save_schedule.restart()
         weights, training = gathered(self.model.state_dict(), self.process.is_main), self.state.state_dict()
+        write_shards = self.state.write_shards()
         if self.process.is_main:
             self.saving.start(partial(
                 save_checkpoint, self.folder, self.checkpoint_name, self.model, self.data.tokenizer, self.preprocess,
-                training, self.settings.run.keep_checkpoints, self.data.recorded_roots, weights))
+                training, self.settings.run.keep_checkpoints, self.data.recorded_roots, weights,
+                write_shards))
             with warning_only("the plot of the curves"):
                 draw_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
+        elif write_shards:
+            self.saving.start(partial(write_shards, partial_folder(self.folder, self.checkpoint_name)))
 
     def finish_saving(self) -> None:
         """Wait until the newest checkpoint is written. If that failed, every rank raises AllRanksError."""
         self.watchdog.heartbeat(self.state.step, "saving", patience=10)
         distributed.run_on_main(self.saving.wait, self.process)
+        self.saving.wait()  # the shards of this rank, which are complete when the main process is done
 
     def validate(self, split: str, limit: int = 0) -> dict[str, float] | None:
         """Evaluate on a split: the tasks that are trained, or after pre-training everything that the model can do.

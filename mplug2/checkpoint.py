@@ -4,9 +4,10 @@
     config.json          format, task, model settings, preprocessing, class names
     tokenizer.json       the vocabulary
 
-The checkpoints of a run (`training/run_checkpoint.py`) are model folders with two more files:
+The checkpoints of a run (`training/run_checkpoint.py`) are model folders with more files:
 
     training.pt          optimizer, schedule, generators: only `--resume` reads it
+    .metadata, *.distcp  of a sharded run: its optimizer and EMA teacher (training/sharded_state.py)
     manifest.json        the step, its validation score, and the size and SHA-256 of every other file
 
 A folder without a manifest is loaded as it is. With a manifest, every file is verified before it is used.
@@ -19,7 +20,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -40,6 +41,8 @@ from mplug2.tasks import COMPONENTS, NEW_HEADS
 FORMAT = 1
 MODEL_FILES = ("model.safetensors", "config.json", "tokenizer.json")
 RUN_FILES = (*MODEL_FILES, "training.pt")
+SHARDS, SHARD_INDEX = ".distcp", ".metadata"
+"""End of the names of shards, and the file that says what they hold."""
 NEW_MODULES = tuple(module for name in NEW_HEADS for module in COMPONENTS[name])
 """Modules that fine-tuning may initialize: a pre-training checkpoint does not have them."""
 LOCAL_TEMPORAL = re.compile(r"^vision_encoder\.blocks\.\d+\.lt[12]\.")
@@ -268,11 +271,24 @@ def omits(model: MPLUG2, name: str) -> bool:
 
 
 class HashingWriter(io.BufferedWriter):
-    """A new file, whose SHA-256 is computed while it is written: large files need not be read again."""
+    """A new file, whose SHA-256 is computed while it is written: large files need not be read again.
 
-    def __init__(self, path: Path):
+    `done` gets it, in hexadecimal, when the file is closed.
+    """
+
+    def __init__(self, path: Path, done: Callable[[str], object] = str):
         super().__init__(io.FileIO(path, "w"))
-        self.digest = hashlib.sha256()
+        self.digest, self.done = hashlib.sha256(), done
+
+    def fileno(self) -> int:
+        """For fsync, which would miss what is still in the buffer."""
+        self.flush()
+        return super().fileno()
+
+    def close(self) -> None:
+        if not self.closed:
+            super().close()
+            self.done(self.digest.hexdigest())
 
     def write(self, data: bytes | memoryview) -> int:
         self.digest.update(data)
@@ -304,13 +320,14 @@ def verify(folder: Path | str, names: tuple[str, ...]) -> None:
 
 
 def find_damage(folder: Path, names: tuple[str, ...]) -> str:
-    """What is wrong with these files of a checkpoint, or an empty string."""
+    """What is wrong with these files of a checkpoint, or an empty string. The shards belong to training.pt."""
     path = folder / "manifest.json"
     if not path.is_file():
         return "manifest.json is missing"
     try:
         files = json.loads(path.read_text())["files"]
-        for name in names:
+        shards = [name for name in files if name.endswith((SHARDS, SHARD_INDEX)) and "training.pt" in names]
+        for name in (*names, *shards):
             expected = files[name]
             if not (folder / name).is_file():
                 return f"{name} is missing"

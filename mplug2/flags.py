@@ -2,6 +2,7 @@
 
     max_steps: int = 100                        --max-steps 100
     epochs: float | None = None                 --epochs 2.5, no default
+    save_every: int | str = 375                 --save-every 500 or --save-every 15min
     resume: bool = False                        --resume or --no-resume
     optimizer: Literal["muon", "adamw"] = ...   --optimizer adamw
     root: str                                   ROOT: a field without a default is a positional argument; one with
@@ -29,7 +30,14 @@ from mplug2.did_you_mean import did_you_mean
 from mplug2.distributed import first_to_report
 
 T = TypeVar("T")
-METAVARS = {int: "N", float: "X", str: "TEXT"}
+
+
+def number_or_text(value: str) -> int | str:
+    """The value of a flag that is `int | str`."""
+    return int(value) if value.isdecimal() else value
+
+
+METAVARS = {int: "N", float: "X", str: "TEXT", number_or_text: "N"}
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
@@ -146,9 +154,11 @@ class Parser(argparse.ArgumentParser):
                 action.help = f"{self.docs[action.dest]}{shown}".replace("%", "%%")
 
 
-def value_type(field: dataclasses.Field) -> tuple[type, tuple[str, ...]]:
+def value_type(field: dataclasses.Field) -> tuple[Callable[[str], Any], tuple[str, ...]]:
     """The type of a flag's value, and its choices if it has a fixed set of them."""
     kind = field.type
+    if get_args(kind) == (int, str):
+        return number_or_text, ()
     if get_origin(kind) is not Literal:
         kind = next((one for one in get_args(kind) if one is not type(None)), kind)  # of `float | None`
     return (str, get_args(kind)) if get_origin(kind) is Literal else (kind, ())

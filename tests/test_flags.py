@@ -186,6 +186,19 @@ def test_flags_given_arrive_with_their_type_under_their_dataclass(given_values, 
     assert all(type(found["Example"][name]) is type(value) for name, value in given_values.items())
 
 
+@dataclass(frozen=True)
+class Saving:
+    every: int | str = 375
+    """Steps or minutes."""
+
+
+def test_a_flag_may_be_a_number_or_a_text(capsys):
+    """A number stays a number: settings.json keeps what was given."""
+    for text, value in (("500", 500), ("15min", "15min"), ("-1", "-1")):
+        assert parser_of(Saving).read([f"--every={text}"]) == {"Saving": {"every": value}}
+    assert strip("--every N Steps or minutes. (default: 375)") in strip(help_of(capsys, parser_of(Saving)))
+
+
 def test_an_unknown_flag_is_refused_with_a_guess(capsys):
     parser = parser_of(Example)
     assert refusal(capsys, parser, ["--max-step", "3"]) == "unknown argument --max-step (did you mean '--max-steps'?)"

@@ -153,16 +153,14 @@ def step_collectives(
             all_reduce_replicated_grads(objectives)
             clip_grad_norm([parameter for group in stepper.param_groups for parameter in group["params"]], 1.0)
         with recorder:  # the flags are real: their values are read
-            any_rank(False, False)
+            any_rank(False, False, False)
         with fake, recorder:
             recorder.phase = "Muon"
-            copies = step_of_distinct(stepper)
+            step_of_matrices(stepper)
             if sharded:
                 weights = [*objectives.model.state_dict().values()]
-                states = (tensor for parameter, state in stepper.state.items()
-                          for tensor in [*state.values()] * copies[parameter])
-                for recorder.phase, tensors in (("checkpoint", [*weights, *states]), ("validation", weights)):
-                    gather_distinct(tensors, recorder.found)
+                for recorder.phase in OUTSIDE_OF_STEPS:
+                    gather_distinct(weights, recorder.found)
     found = recorder.found
     if not sharded:
         after = 1 + max(number for number, one in enumerate(found) if one.purpose in ("means of losses", "VTC"))
@@ -178,26 +176,17 @@ def first_chunk(tensor: Tensor, chunks: int, dim: int = 0) -> list[Tensor]:
 
 
 def like(tensor: Tensor) -> tuple:
-    """Tensors for which this is the same are updated and gathered in the same way."""
+    """Tensors for which this is the same are gathered in the same way."""
     return tensor.shape, tensor.dtype, isinstance(tensor, DTensor)
 
 
-def step_of_distinct(stepper: torch.optim.Optimizer) -> Counter[Tensor]:
-    """Update all matrices of Muon, but of the parameters of AdamW, which sends nothing, only one of each shape.
-
-    Returns how many parameters each updated one stands for.
-    """
-    copies, firsts = Counter(), {}
+def step_of_matrices(stepper: torch.optim.Optimizer) -> None:
+    """Update the matrices of Muon. The other parameters are left out: AdamW sends nothing."""
     for group in stepper.param_groups:
-        divided = isinstance(stepper, Muon) and group["matrices"]
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                first = parameter if divided else firsts.setdefault(like(parameter), parameter)
-                copies[first] += 1
-                if first is not parameter:
-                    parameter.grad = None
+        if not (isinstance(stepper, Muon) and group["matrices"]):
+            for parameter in group["params"]:
+                parameter.grad = None
     stepper.step()
-    return copies
 
 
 def gather_distinct(tensors: list[Tensor], found: list[Collective]) -> None:

@@ -250,7 +250,7 @@ def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
 
 
 def load_optimizer_state(
-    optimizer: torch.optim.Optimizer, module: nn.Module, saved: dict[str, dict[str, Tensor]]
+    optimizer: torch.optim.Optimizer, module: nn.Module, saved: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
     """The inverse of `optimizer_state`. ValueError for the state of parameters that are not trained here."""
     names = {parameter: name for name, parameter in module.named_parameters()}

@@ -8,11 +8,14 @@ continues.
 
 import json
 import os
+import re
 import shutil
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ import torch
 from safetensors import SafetensorError
 
 from mplug2.checkpoint import (
+    SHARD_INDEX,
     CheckpointError,
     HashingWriter,
     PreprocessConfig,
@@ -30,24 +34,30 @@ from mplug2.checkpoint import (
 )
 from mplug2.data.text import Tokenizer
 from mplug2.model.mplug2 import MPLUG2
+from mplug2.training.sharded_state import WriteShards, read_shards
 
 
 def save_checkpoint(
     run: Path, name: str, model: MPLUG2, tokenizer: Tokenizer, preprocess: PreprocessConfig, training: dict[str, Any],
     keep: int, data: Sequence[Path] | None = None, weights: Mapping[str, torch.Tensor] | None = None,
+    write_shards: WriteShards | None = None,
 ) -> Path:
     """Write the checkpoint `run/name`, point `run/last` to it, and remove all except the newest `keep` and the best.
 
-    `training` is the state of the run (`TrainState.state_dict`), `data` and `weights` are those of `save_model`. Raises
-    CheckpointError if the files cannot be written, on a full disk for example; older checkpoints are not touched then.
+    `training` is the state of the run (`TrainState.state_dict`), `data` and `weights` are those of `save_model`. In a
+    sharded run every other rank calls `write_shards` at the same time, with the same folder. Raises CheckpointError if
+    the files cannot be written, on a full disk for example; older checkpoints are not touched then.
     """
-    folder, part, old = run / name, run / f".{name}.part", run / f".{name}.old"
-    clean_partial(run)
+    folder, part, old = run / name, partial_folder(run, name), run / f".{name}.old"
     try:
+        prepare = partial(clean_partial, run)
+        hashes = write_shards(part, prepare) if write_shards else prepare() or {}
+        if missing := [shard for shard in hashes if not (part / shard).exists()]:
+            raise OSError(f"{', '.join(missing)}: not in the folder; all nodes have to see the same disk")
         save_model(part, model, tokenizer, preprocess, data=data, weights=weights)
         with HashingWriter(part / "training.pt") as file:
             torch.save(training, file)
-        write_manifest(part, training["step"], {"training.pt": file.digest.hexdigest()})
+        write_manifest(part, training["step"], {**hashes, "training.pt": file.digest.hexdigest()})
         for path in (*part.iterdir(), part):
             _flush(path)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
@@ -65,6 +75,37 @@ def save_checkpoint(
     shutil.rmtree(old, ignore_errors=True)
     _prune(run, folder, keep)
     return folder
+
+
+def partial_folder(run: Path, name: str) -> Path:
+    """Where the checkpoint `run/name` is written before it gets its name."""
+    return run / f".{name}.part"
+
+
+class SaveSchedule:
+    """When a checkpoint is due: `every` is a number of steps, such as 500, or of minutes, such as "15min".
+
+    Minutes count from the start of the run or from its newest checkpoint. Each process has a clock of its own, so the
+    main process decides. ValueError if `every` is neither.
+    """
+
+    def __init__(self, every: int | str):
+        found = re.fullmatch(r"(\d+)|(\d+\.?\d*)min", str(every))
+        self.steps, self.minutes = (int(found[1] or 0), float(found[2] or 0)) if found else (0, 0.0)
+        if not self.steps and not self.minutes:
+            raise ValueError(f"save_every={every!r}: expected a number of steps, such as 500, or of minutes, such as "
+                             "15min")
+        self.restart()
+
+    def restart(self) -> None:
+        """A checkpoint begins."""
+        self.since = time.monotonic()
+
+    def due(self, step: int) -> bool:
+        """Whether the checkpoint of this step is to be saved."""
+        if self.minutes:
+            return time.monotonic() - self.since >= 60 * self.minutes
+        return step % self.steps == 0
 
 
 class BackgroundSave:
@@ -156,7 +197,8 @@ def load_training(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} has no training.pt, so it cannot be resumed; evaluate it, or start a new run "
                               "from it with --init")
     verify(folder, ("training.pt",))
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    training = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return {**training, **read_shards(folder)} if (folder / SHARD_INDEX).is_file() else training
 
 
 def _flush(path: Path) -> None:

@@ -24,7 +24,7 @@ from mplug2.tasks import TASKS, batch_types, parse_tasks
 from mplug2.training.optim import OptimizerSettings
 from mplug2.training.parallel import ParallelSettings
 from mplug2.training.recipes import FINE_TUNING, PRETRAINING, RECIPES
-from mplug2.training.run_checkpoint import clean_partial
+from mplug2.training.run_checkpoint import SaveSchedule, clean_partial
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class RunSettings:
     """Records of each task in a validation; the evaluation at the end uses all."""
     best_metric: str = ""
     """Metric that decides which checkpoint is the best, such as t2v_r1; empty: the main metric of the task."""
-    save_every: int = 375
-    """Steps between two checkpoints; there is always one at the end."""
+    save_every: int | str = 375
+    """Steps between two checkpoints, or minutes: 15min. There is always one at the end."""
     keep_checkpoints: int = 2
     """Number of newest checkpoints to keep; the one with the best validation is kept as well."""
     timeout: float = 1800.0
@@ -68,8 +68,9 @@ class RunSettings:
         if self.preset not in PRESETS:
             raise ValueError(f"preset={self.preset!r}{did_you_mean(self.preset, PRESETS)}: expected one of "
                              f"{', '.join(PRESETS)}")
-        check_range(self, "log_every eval_every save_every keep_checkpoints", 1)
+        check_range(self, "log_every eval_every keep_checkpoints", 1)
         check_range(self, "seed eval_limit", 0)
+        SaveSchedule(self.save_every)  # refuses what is neither steps nor minutes
         if not self.timeout > 0:
             raise ValueError(f"timeout={self.timeout}: expected more than 0 seconds")
         if self.resume_from and not self.resume:

@@ -1,10 +1,12 @@
 """The state of a run: all that changes while it trains, except for the weights of the model."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mplug2.checkpoint import CheckpointError
 from mplug2.data.build import TrainingData
@@ -12,6 +14,7 @@ from mplug2.distributed import DistInfo, all_gather_object, shard_like
 from mplug2.objectives.objectives import Objectives
 from mplug2.training.fault_tolerance import generator_states, set_generator_states
 from mplug2.training.parallel import gathered, load_optimizer_state, optimizer_state
+from mplug2.training.sharded_state import ShardWriter, WriteShards
 
 
 class TrainState:
@@ -19,7 +22,8 @@ class TrainState:
 
     A run that loads the state which it saved continues bit-identically. `state_dict` and `load_state_dict` are
     collective: every rank has to call them. The number of ranks may change in between; the generators are then seeded
-    again. Only the main process gets the tensors of `state_dict`, which it saves.
+    again. Only the main process gets the tensors of `state_dict`, which it saves. Of a sharded model it gets none:
+    `write_shards` saves them.
     """
 
     def __init__(
@@ -31,17 +35,31 @@ class TrainState:
         self.nonfinite_steps = 0
         """Number of steps that were skipped because a loss or gradient was not finite."""
         self.nonfinite_in_a_row = 0
+        sharded = any(isinstance(parameter, DTensor) for parameter in objectives.parameters())
+        self.shard_writer = ShardWriter() if sharded else None
 
     def state_dict(self) -> dict[str, Any]:
-        return {
+        saved = {
             "step": self.step,
             "files": self.data.files(),
-            "optimizer": optimizer_state(self.optimizer, self.objectives.model, self.process.is_main),
             "positions": self.data.state_dict(),
-            "objectives": gathered(_extra_tensors(self.objectives), self.process.is_main),
             "nonfinite_steps": self.nonfinite_steps,
             "generators": all_gather_object(generator_states(self.process.device)),
         }
+        if not self.shard_writer:
+            saved["optimizer"] = optimizer_state(self.optimizer, self.objectives.model, self.process.is_main)
+            saved["objectives"] = gathered(_extra_tensors(self.objectives), self.process.is_main)
+        return saved
+
+    def write_shards(self) -> WriteShards | None:
+        """Of a sharded model: copies the tensors of optimizer and teacher, and returns what writes them to a folder."""
+        if not self.shard_writer:
+            return None
+        tensors = {f"objectives/{name}": tensor for name, tensor in _extra_tensors(self.objectives).items()}
+        for name, parameter in self.objectives.model.named_parameters():
+            state = self.optimizer.state.get(parameter, {})
+            tensors |= {f"optimizer/{name}/{key}": tensor for key, tensor in state.items()}
+        return self.shard_writer.stage(tensors)
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         check_files(saved.get("files"), self.data.files())
@@ -69,18 +87,19 @@ def check_files(saved: dict[str, list[tuple[str, int]]] | None, own: dict[str, l
 
 
 @torch.no_grad()
-def load_extra_state(objectives: Objectives, saved: dict[str, Tensor]) -> None:
+def load_extra_state(objectives: Objectives, saved: Mapping[str, Tensor]) -> None:
     """Load what was saved of `_extra_tensors`. CheckpointError if the run was started with other settings."""
     own = _extra_tensors(objectives)
     # Runs that were saved before the teacher was renamed call it "momentum".
-    saved = {name.replace("momentum.", "ema_teacher.", 1): tensor for name, tensor in saved.items()}
-    if own.keys() != saved.keys():
-        raise CheckpointError(f"{', '.join(sorted(saved.keys() ^ own.keys()))}: in the checkpoint or in this run, but "
+    names = {name.replace("momentum.", "ema_teacher.", 1): name for name in saved}
+    if own.keys() != names.keys():
+        raise CheckpointError(f"{', '.join(sorted(names.keys() ^ own.keys()))}: in the checkpoint or in this run, but "
                               "not in both; resume with the settings that the run was started with")
     for name, tensor in own.items():
-        tensor.copy_(shard_like(saved[name], tensor))
+        tensor.copy_(shard_like(saved[names[name]], tensor))
     if objectives.ema_teacher:
-        objectives.ema_teacher.load_counters(saved, "ema_teacher.")
+        counters = {name: saved[names[name]] for name, tensor in own.items() if not tensor.dim()}
+        objectives.ema_teacher.load_counters(counters, "ema_teacher.")
 
 
 def _extra_tensors(objectives: nn.Module) -> dict[str, Tensor]:

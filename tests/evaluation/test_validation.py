@@ -7,6 +7,7 @@ import shutil
 import signal
 from contextlib import redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import eval as evaluation
 import train
 from mplug2.checkpoint import read_config, read_data
 from mplug2.inference import BatchRunner
+from mplug2.training import run_checkpoint
 from mplug2.training.fault_tolerance import Watchdog
 from mplug2.training.run_checkpoint import load_training
 from tiny_data import write
@@ -92,6 +94,24 @@ def test_the_best_step_is_saved_even_if_saving_and_evaluation_never_meet(world, 
     assert json.loads((run / "best/manifest.json").read_text())["score"] == 0.3
     assert os.readlink(run / "last") == "step_0000007"
     assert sorted(path.name for path in run.glob("step_*")) == ["step_0000004", "step_0000005", "step_0000007"]
+
+
+def test_minutes_between_checkpoints_count_from_the_newest_of_any_kind(world, tmp_path, monkeypatch):
+    """A step takes 25 seconds. The best steps, 2 and 4, begin the minute again; step 8 is the last."""
+    scores, now, backward = iter([0.1, 0.3, 0.2]), [0.0], train.Trainer.backward
+
+    def timed_backward(self, batches):
+        now[0] += 25
+        return backward(self, batches)
+
+    monkeypatch.setattr(train.Trainer, "backward", timed_backward)
+    monkeypatch.setattr(train.Trainer, "validate", lambda *_: {"qa_accuracy": next(scores, 0.0)})
+    monkeypatch.setattr(run_checkpoint, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    more = "--task video_qa --max-steps 8 --eval-every 2 --save-every 1min --keep-checkpoints 9"
+    train.main(arguments(world, tmp_path, *more.split()))
+    run = tmp_path / "run"
+    assert os.readlink(run / "best") == "step_0000004"
+    assert sorted(path.name for path in run.glob("step_*")) == [f"step_{step:07d}" for step in (2, 4, 7, 8)]
 
 
 def test_best_follows_the_metric_that_is_named(world, tmp_path, monkeypatch, capsys):

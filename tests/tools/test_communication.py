@@ -115,12 +115,12 @@ def by_purpose(found: list[Collective]) -> dict[str, Found]:
 
 def test_the_collectives_of_ddp_by_hand():
     """VTC gathers an integer of 8 bytes and two vectors of 5 numbers for each of 4 x 3 samples, and adds up the
-    gradients of the vectors. Four losses count their samples. The flags are two integers of 4 bytes."""
+    gradients of the vectors. Four losses count their samples. The flags are three integers of 4 bytes."""
     found = by_purpose(planned(small(), "video", 4, "ddp", 3))
     assert found["VTC"] == {("all_gather", 4 * 3 * 8, 4): 1, ("all_gather", 4 * 3 * 5 * 4, 4): 2,
                             ("all_reduce", 4 * 3 * 5 * 4, 4): 2}
     assert found["means of losses"] == {("all_reduce", 8, 4): 4}
-    assert found["gradient norm, flags"] == {("all_reduce", 8, 4): 1}
+    assert found["gradient norm, flags"] == {("all_reduce", 12, 4): 1}
     assert set(found) == {"VTC", "means of losses", "gradients", "gradient norm, flags", "Muon"}
     parameters = [*Workload(small(), b=1).objectives().parameters()]
     assert found["gradients"] == {("all_reduce", 4 * sum(p.numel() for p in parameters), 4): 1,

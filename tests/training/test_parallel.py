@@ -6,11 +6,17 @@ Four real processes serve the whole file.
 
 import contextlib
 import io
+import json
 import math
 import os
+import pickle
+import queue
 import shutil
 import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -27,9 +33,11 @@ from torch.distributed.tensor import Replicate, Shard
 import mplug2
 import train
 from mplug2 import distributed
+from mplug2.checkpoint import CheckpointError, write_manifest
 from mplug2.model.mplug2 import MPLUG2
 from mplug2.objectives import losses
 from mplug2.objectives.objectives import Objectives
+from mplug2.training import run_checkpoint
 from mplug2.training.optim import OptimizerSettings, make_optimizer
 from mplug2.training.parallel import (
     ParallelSettings,
@@ -44,6 +52,7 @@ from mplug2.training.parallel import (
     wrap_model,
 )
 from mplug2.training.run_checkpoint import load_training
+from mplug2.training.sharded_state import _HashingFileSystem
 
 LOSSES = ("vtc", "vtm", "mlm", "caption", "answer")
 
@@ -426,6 +435,29 @@ def test_a_run_can_save_and_stop_around_the_first_line_of_metrics(processes, dat
         assert load_training(folder / "last")["step"] == 22 and [line["step"] for line in lines(folder)] == [20, 22]
 
 
+def train_by_the_clock(arguments: list[str], seconds: float) -> dict:
+    """Train, while each step takes `seconds` by the clock of this process."""
+    now, backward = [0.0], train.Trainer.backward
+
+    def timed_backward(self, batches):
+        now[0] += seconds
+        return backward(self, batches)
+
+    with patch.object(train.Trainer, "backward", timed_backward), patch.object(
+            run_checkpoint, "time", SimpleNamespace(monotonic=lambda: now[0])):
+        return train.main(arguments)
+
+
+@pytest.mark.parametrize("clocks", [(25, 100), (25, 0)])
+def test_the_clock_of_the_main_process_decides_when_all_ranks_save(processes, data, tmp_path, clocks):
+    """With its steps of 25 seconds a minute is over after three. By its own, rank 1 would save always or never."""
+    arguments = [*SMALL, "--data", str(data), "--out", str(tmp_path),
+                 *"--save-every 1min --keep-checkpoints 9 --max-steps 7".split()]
+    processes.run(train_by_the_clock, *[(arguments, seconds) for seconds in clocks], joined=False)
+    assert sorted(path.name for path in (tmp_path / "tiny").glob("step_*")) == [
+        "step_0000003", "step_0000006", "step_0000007"]
+
+
 def test_flags_and_errors_of_one_rank_reach_all(processes):
     assert processes.run(one_sided, (0,), (1,)) == [([True, False], "disk full")] * 2
     assert distributed.any_rank(True, False) == [True, False]
@@ -518,6 +550,10 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(processes, data,
 
     expected, found = (load_file(folder / "last" / "model.safetensors") for folder in (whole, resumed))
     assert [name for name in expected if not expected[name].equal(found[name])] == []
+    shards = sorted(path.name for path in (whole / "last").iterdir() if path.suffix != ".json")
+    state = [".metadata", *(f"__{rank}_0.distcp" for rank in range(world))] if way != "ddp" else []
+    assert shards == [*state, "model.safetensors", "training.pt"]
+    assert ("optimizer" in torch.load(whole / "last" / "training.pt")) == (way == "ddp")
     expected, found = load_training(whole / "last"), load_training(resumed / "last")
     assert found["step"] == 5 and len(found["generators"]) == world
     for old, new in zip(expected["generators"], found["generators"]):
@@ -533,17 +569,108 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(processes, data,
 
 @pytest.mark.slow
 def test_a_run_continues_with_another_number_of_ranks_and_another_parallelism(processes, data, tmp_path):
-    """From two ranks with a sharded model to one rank, to three, and to two nodes of two: the gradients stay the same.
-    The matching loss is left out, because each rank draws its own negatives."""
+    """From two ranks with a sharded model to one rank, to three, and to two nodes of two; from one rank to two with a
+    sharded model. The gradients stay the same. The matching loss is left out: each rank draws its own negatives."""
     arguments = [*SMALL, *f"--data {data} --max-steps 6 --save-every 3 --keep-checkpoints 9 --vtm-weight 0".split()]
     arguments += "--dropout 0 --lr 1e-3 --batch-size 12".split()
     train_together(processes, 2, [*arguments, "--parallel", "fsdp", "--out", str(tmp_path / "two")])
     model = mplug2.load(tmp_path / "two" / "tiny" / "last")  # what eval.py reads
     assert model.model.task == "pretrain"
     expected = [line["grad_norm"] for line in lines(tmp_path / "two" / "tiny")]
-    for world, way in ((1, "ddp"), (3, "fsdp"), (4, "hsdp")):
-        copy_until(tmp_path / "two" / "tiny", tmp_path / str(world) / "tiny", 3)
+    train_together(processes, 1, [*arguments, "--out", str(tmp_path / "one")])
+    for start, world, way in (("two", 1, "ddp"), ("two", 3, "fsdp"), ("two", 4, "hsdp"), ("one", 2, "fsdp")):
+        copy_until(tmp_path / start / "tiny", tmp_path / str(world) / "tiny", 3)
         train_together(processes, world, ["--resume", "--parallel", way, "--out", str(tmp_path / str(world))])
         found = lines(tmp_path / str(world) / "tiny")
         assert [line["step"] for line in found] == [1, 2, 3, 4, 5, 6]
         np.testing.assert_allclose([line["grad_norm"] for line in found], expected, rtol=2e-3)
+
+
+def train_with_watched_shards(rank: int, arguments: list[str], watch: Callable[[int, Path], object]) -> tuple[int, str]:
+    """Train, and call `watch(rank, path)` before each file of shards. Returns the exit code and what was printed."""
+    create, printed, code = _HashingFileSystem.create_stream, io.StringIO(), 0
+
+    def watched(self, path: Path, mode: str):
+        watch(rank, path)
+        return create(self, path, mode)
+
+    with patch.object(_HashingFileSystem, "create_stream", watched), contextlib.redirect_stderr(printed):
+        try:
+            train.main(arguments)
+        except SystemExit as stopped:
+            code = stopped.code
+    return code, printed.getvalue()
+
+
+def fail_after_a_slow_save(rank: int, path: Path) -> None:
+    """Rank 1 writes the shards of step 2 when step 3 is over, and cannot write those of step 4."""
+    if rank == 1 and path.parent.name == ".step_0000002.part":
+        end = time.monotonic() + 200
+        while len(lines(path.parents[1])) < 3:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+    if rank == 1 and path.parent.name == ".step_0000004.part":
+        raise OSError("disk full")
+
+
+def kill_rank_1(rank: int, path: Path) -> None:
+    """Kill rank 1 in the middle of the save of step 4, when its file is begun."""
+    if rank == 1 and path.parent.name == ".step_0000004.part":
+        path.write_bytes(b"begun")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_shards_are_written_while_training_continues_and_a_rank_that_cannot_write_stops_all(processes, data, tmp_path):
+    """The shards of the slow save are those of its step, and the checkpoint before the broken one is intact."""
+    arguments = [*SMALL, *f"--data {data} --parallel fsdp --max-steps 6 --save-every 2 --distill-weight 0.4".split()]
+    train_together(processes, 2, [*arguments, *f"--keep-checkpoints 9 --out {tmp_path / 'whole'}".split()])
+    broken = [*arguments, "--out", str(tmp_path / "broken")]
+    (code, said), (other, silent) = processes.run(train_with_watched_shards, *[
+        (rank, broken, fail_after_a_slow_save) for rank in range(2)], joined=False)
+    assert code == other == 1 and "Error" not in silent and "warning" not in silent
+    assert "step_0000004 could not be written (rank 1: disk full); the previous one, step_0000002, is intact" in said
+    run = tmp_path / "broken" / "tiny"
+    assert sorted(path.name for path in run.iterdir() if "step" in path.name) == ["step_0000002"]
+    expected, found = (load_training(folder / "step_0000002") for folder in (tmp_path / "whole" / "tiny", run))
+    assert len(found["objectives"]) > 50
+    assert all(tensor.equal(found["objectives"][name]) for name, tensor in expected["objectives"].items())
+    assert all(tensor.equal(found["optimizer"][name][key]) for name, state in expected["optimizer"].items()
+               for key, tensor in state.items())
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_while_it_writes_its_shards_leaves_the_checkpoint_before(data, tmp_path):
+    """Then the run continues, on one process."""
+    arguments = [*SMALL, *f"--data {data} --parallel fsdp --max-steps 6 --save-every 2 --out {tmp_path}".split()]
+    two, run = Processes(2), tmp_path / "tiny"
+    with pytest.raises((AssertionError, queue.Empty)):  # the connection is closed; there is no result of rank 1
+        two.run(train_with_watched_shards, *[(rank, arguments, kill_rank_1) for rank in range(2)], joined=False)
+    assert os.readlink(run / "last") == "step_0000002" and not (run / "step_0000004").exists()
+    assert load_training(run / "last")["step"] == 2
+    train.main(["--resume", "--out", str(tmp_path)])
+    assert sorted(path.name for path in run.iterdir() if "step" in path.name) == [
+        f"step_000000{step}" for step in (4, 6)]
+
+
+def test_damaged_shards_are_named_and_an_index_that_could_run_code_is_refused(data, tmp_path, capsys):
+    run = tmp_path / "tiny"
+    train.main([*SMALL, *f"--data {data} --parallel fsdp --max-steps 2 --save-every 1 --out {tmp_path}".split()])
+    before = "continue from the one before it with --resume --resume-from step_0000001"
+    for name in (".metadata", "__0_0.distcp"):
+        path = run / "step_0000002" / name
+        content = path.read_bytes()
+        for damaged, problem in ((content[:-1], "has "), (content[:-1] + b"!", "was changed"), (None, "is missing")):
+            path.unlink() if damaged is None else path.write_bytes(damaged)
+            with pytest.raises(CheckpointError) as refused:
+                load_training(run / "last")
+            assert f"(step_0000002) is damaged: {name} {problem}" in str(refused.value) and before in str(refused.value)
+            mplug2.load(run / "last")  # the model does not need them
+        path.write_bytes(content)
+    (run / "step_0000002" / ".metadata").write_bytes(pickle.dumps(os.system))
+    manifest = json.loads((run / "step_0000002" / "manifest.json").read_text())
+    write_manifest(run / "step_0000002", manifest["step"], {})  # by someone who knows the format
+    with pytest.raises(CheckpointError, match=r"\.metadata .* names posix.system, which does not belong to an index"):
+        load_training(run / "last")
+    train.main(["--resume", "--resume-from", "step_0000001", "--out", str(tmp_path)])
+    assert load_training(run / "last")["step"] == 2

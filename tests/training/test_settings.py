@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,6 +12,8 @@ import train
 from mplug2.config import PRESETS, ModelConfig
 from mplug2.dataclass_tools import field_docs
 from mplug2.tasks import TASKS
+from mplug2.training import run_checkpoint
+from mplug2.training.run_checkpoint import SaveSchedule
 from mplug2.training.settings import (
     GROUPS,
     MAY_CHANGE,
@@ -196,6 +199,43 @@ def test_the_command_of_a_run_can_be_typed_again(monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", str(world))
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
         assert command_line([]) == expected
+
+
+# ---- steps or minutes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value, due", [
+    (3, [3, 6]), ("3", [3, 6]), ("1min", [2, 4, 6]), ("1.5min", [2, 4, 6]), ("0.25min", [1, 2, 3, 4, 5, 6]),
+    ("2min", [3, 6])])
+def test_a_checkpoint_is_due_after_steps_or_minutes(monkeypatch, value, due):
+    """A step takes 50 seconds. Minutes count from the newest checkpoint."""
+    now, found = [1000.0], []
+    monkeypatch.setattr(run_checkpoint, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    schedule = SaveSchedule(value)
+    for step in range(1, 7):
+        now[0] += 50
+        if schedule.due(step):
+            found.append(step)
+            schedule.restart()
+    assert found == due
+
+
+@pytest.mark.parametrize("value", [
+    0, -1, 1.5, "", "15m", "0min", "0.0min", "-1min", "min", "nanmin", "15 minutes", "15min "])
+def test_what_is_neither_steps_nor_minutes_is_refused(value):
+    with pytest.raises(ValueError, match=f"save_every={re.escape(repr(value))}: expected a number of steps, such as "
+                                         "500, or of minutes, such as 15min"):
+        Settings.from_flat({"save_every": value})
+
+
+def test_settings_keep_the_steps_or_minutes_that_were_given(tmp_path):
+    for given, value in (("500", 500), ("15min", "15min")):
+        settings = train.parse_settings("", "train.py", ["--out", str(tmp_path), "--save-every", given])
+        write_run(settings.replace(name=given))
+        assert json.loads((tmp_path / given / "settings.json").read_text())["train"]["save_every"] == value
+        resumed = {"out": str(tmp_path), "name": given, "resume": True}
+        assert resolve_settings(resumed, {}).run.save_every == value
+        assert resolve_settings({**resumed, "save_every": "2min"}, {}).run.save_every == "2min"
 
 
 # ---- form and losses -------------------------------------------------------------------------------------------------
