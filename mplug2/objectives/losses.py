@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from mplug2.boxes import generalized_iou
 from mplug2.distributed import all_gather_with_grad, global_mean
+from mplug2.model.attention import Memory
 from mplug2.model.mplug2 import MPLUG2, answer_memory
 from mplug2.model.shapes import check
 
@@ -94,7 +95,7 @@ def masked_loss(model: MPLUG2, hidden: Tensor, ids: Tensor, positions: Tensor) -
 
 
 def language_loss(
-    model: MPLUG2, ids: Tensor, mask: Tensor, memory: Tensor, positions: Tensor, memory_mask: Tensor | None = None,
+    model: MPLUG2, ids: Tensor, mask: Tensor, memory: Memory, positions: Tensor, memory_mask: Tensor | None = None,
     teacher_logits: Tensor | None = None, alpha: float = 0.0,
 ) -> Tensor:
     """LM: the next-token loss on ids `b l` ([CLS], tokens, [SEP], padding) at the positions `p`.
@@ -111,7 +112,7 @@ def language_loss(
 
 
 def decoder_logits(
-    model: MPLUG2, ids: Tensor, mask: Tensor, memory: Tensor, positions: Tensor, memory_mask: Tensor | None = None
+    model: MPLUG2, ids: Tensor, mask: Tensor, memory: Memory, positions: Tensor, memory_mask: Tensor | None = None
 ) -> Tensor:
     """The decoder's logits `p s` for the next tokens of ids `b l` at the positions `p`, indices into `(b (l-1))`."""
     check(mask, "b l", **check(ids, "b l"))
