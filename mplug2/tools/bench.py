@@ -16,10 +16,11 @@ in both products of attention. In training the gradients count twice as much aga
 norms, activations, softmax, embeddings, the optimizer. For N vision blocks of width d on t frames of n patches, the
 vision encoder has
 
-    t n (2 * 3 p^2 d)  +  N t ( (1+n) * 24 d^2  +  4 (1+n)^2 d  +  n * 4 d^2 )
+    t n (2 * 3 p^2 d)  +  N t ( (1+n) * 24 d^2  +  4 (1+n)^2 d  +  n * (4 d^2 + 6 d) )
 
 FLOPs. The first term is the patch embedding. The second has, for each block, the linear layers of attention and MLP,
-attention within a frame, and two local temporal modules of 2 d^2 per patch.
+attention within a frame, and two local temporal modules of 2 d^2 per patch, each with a convolution of 3 d: on a GPU,
+which has no matrix product for it, these are not counted.
 """
 
 import dataclasses
