@@ -27,6 +27,8 @@ MANY_WEIGHTS = 2**18
 """`attention` uses `DropoutAttention` from this many attention weights per head."""
 QUICK_GELU_SCALE = 1.702
 """CLIP's approximation of GELU is quick_gelu(x) = x * sigmoid(1.702 x) = silu(1.702 x) / 1.702."""
+CPU_CONVOLUTION = torch.backends.mkldnn.is_available()
+"""Whether this CPU has a fast `conv2d` for `depthwise_conv`. Asked here, because Dynamo cannot trace the question."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -138,7 +140,7 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     as under autocast: the taps are float32, and would make float32 of bfloat16 tokens.
     """
     t, kernel_size = x.shape[1], weight.shape[2]
-    if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    if x.device.type == "cpu" and x.dtype == torch.float32 and CPU_CONVOLUTION:
         image = rearrange(x, "b t n z -> b z t n")
         out = F.conv2d(image, weight[..., None], bias, padding=(kernel_size // 2, 0), groups=len(weight))
         return rearrange(out, "b z t n -> b t n z")

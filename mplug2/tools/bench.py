@@ -57,6 +57,7 @@ from mplug2.objectives.objectives import Objectives
 from mplug2.tools.bench_all import bench_all
 from mplug2.tools.bench_eval import bench_evaluation
 from mplug2.tools.bench_media import bench_media
+from mplug2.tools.memory_plan import CONVOLUTION_FLOPS
 from mplug2.training.optim import OptimizerSettings, make_optimizer
 from mplug2.training.parallel import checkpoint_activations, compile_model
 
@@ -183,7 +184,8 @@ def prepare(name: str, options: BenchSettings) -> Callable[[], object]:
 def count_flops(name: str, options: BenchSettings) -> int:
     run = prepare(name, dataclasses.replace(options, compile=False))
     # torch does not count the CPU's fused kernel. The formula has the same products.
-    with unfused_attention() if options.device == "cpu" else nullcontext(), FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False, custom_mapping=CONVOLUTION_FLOPS)
+    with unfused_attention() if options.device == "cpu" else nullcontext(), counter:
         run()
     return counter.get_total_flops()
 

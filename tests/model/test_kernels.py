@@ -2,6 +2,7 @@
 
 from unittest.mock import patch
 
+import pytest
 import torch
 from einops import rearrange
 from helpers import assert_same, conv_by_hand, noise, quick_gelu_by_hand, random_mask, randomized, seeds
@@ -123,11 +124,18 @@ def test_depthwise_conv_on_a_cpu_equals_its_form_for_other_types(b, t, n, channe
         inputs = [x.to(dtype).requires_grad_() for x in given]
         with patch.object(F, "conv2d", wraps=F.conv2d) as convolved:
             out = depthwise_conv(*inputs)
-        assert convolved.called == (dtype == torch.float32 and torch.backends.mkldnn.is_available())
+        assert convolved.called == (dtype == torch.float32 and kernels.CPU_CONVOLUTION)
         assert out.is_contiguous()
         found.append([out, *torch.autograd.grad((out * direction.to(dtype)).sum(), inputs)])
     for one, other in zip(*found):
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_depthwise_conv_compiles_as_one_graph(dtype):
+    given = [noise(2, 4, 3, 5).to(dtype), noise(5, 1, 3).float(), noise(5).float()]
+    compiled = torch.compile(depthwise_conv, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(*given), depthwise_conv(*given))
 
 
 @given(t=sizes, seed=seeds)
