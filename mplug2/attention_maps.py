@@ -21,7 +21,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from mplug2.model.attention import CrossAttention, KVCache, SelfAttention
+from mplug2.model.attention import CrossAttention, KVCache, Memory, SelfAttention
 
 
 @contextmanager
@@ -57,11 +57,11 @@ def attention_maps(
 
 @torch.no_grad()
 def attention_weights(
-    module: CrossAttention, x: Tensor, memory: Tensor | tuple[Tensor, Tensor], attention_mask: Tensor | None = None
+    module: CrossAttention, x: Tensor, memory: Memory | tuple[Tensor, Tensor], attention_mask: Tensor | None = None
 ) -> Tensor:
     """softmax(Q K^T / sqrt(e)): `(b r) c l m`, from x `(b r) l d` to the memory `b m d` (or its keys and values). The
     mask broadcasts to `b c 1 m`."""
-    key, _ = memory if isinstance(memory, tuple) else module.keys_and_values(memory)
+    key, _ = module.keys_and_values(memory) if isinstance(memory, Memory) else memory
     r = x.shape[0] // key.shape[0]
     query = rearrange(module.query(x), "b l (c e) -> b c l e", c=module.heads)
     key = repeat(key, "b ... -> (b r) ...", r=r)

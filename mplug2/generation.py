@@ -14,7 +14,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from mplug2.model.attention import JointMemory
+from mplug2.model.attention import Memory
 from mplug2.model.mplug2 import MPLUG2
 from mplug2.model.shapes import check
 
@@ -30,7 +30,7 @@ class SpecialTokens:
 
 @torch.no_grad()
 def greedy(
-    model: MPLUG2, memory: Tensor | JointMemory, prompt: Tensor, special_tokens: SpecialTokens, max_length: int = 20,
+    model: MPLUG2, memory: Memory, prompt: Tensor, special_tokens: SpecialTokens, max_length: int = 20,
     memory_mask: Tensor | None = None,
 ) -> list[list[int]]:
     """Take the most likely token at each step, until [SEP] or `max_length` tokens.
@@ -42,7 +42,7 @@ def greedy(
 
 @torch.no_grad()
 def sample(
-    model: MPLUG2, memory: Tensor | JointMemory, prompt: Tensor, special_tokens: SpecialTokens, max_length: int = 20,
+    model: MPLUG2, memory: Memory, prompt: Tensor, special_tokens: SpecialTokens, max_length: int = 20,
     temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, generator: torch.Generator | None = None,
     memory_mask: Tensor | None = None,
 ) -> list[list[int]]:
@@ -70,7 +70,7 @@ def sample(
 
 
 def _generate(
-    model: MPLUG2, memory: Tensor | JointMemory, prompt: Tensor, special_tokens: SpecialTokens, max_length: int,
+    model: MPLUG2, memory: Memory, prompt: Tensor, special_tokens: SpecialTokens, max_length: int,
     memory_mask: Tensor | None, choose: Callable[[Tensor, Tensor], Tensor],
 ) -> list[list[int]]:
     """The loop of `greedy` and `sample`. `choose(logits, rows)` returns the next tokens of the texts in these rows of
@@ -100,7 +100,7 @@ def _generate(
 
 @torch.no_grad()
 def beam_search(
-    model: MPLUG2, memory: Tensor | JointMemory, prompt: Tensor, special_tokens: SpecialTokens, beams: int = 5,
+    model: MPLUG2, memory: Memory, prompt: Tensor, special_tokens: SpecialTokens, beams: int = 5,
     min_length: int = 1, max_length: int = 20, length_penalty: float = 0.6, memory_mask: Tensor | None = None,
 ) -> list[list[tuple[float, list[int]]]]:
     """Beam search with the rules of the released code: the hypotheses of each sample as (score, ids), best first.
@@ -156,7 +156,7 @@ def best_texts(hypotheses: list[list[tuple[float, list[int]]]], special_tokens: 
 
 @torch.no_grad()
 def rank_answers(
-    model: MPLUG2, memory: Tensor | JointMemory, answers: Tensor, answers_mask: Tensor, candidates: int,
+    model: MPLUG2, memory: Memory, answers: Tensor, answers_mask: Tensor, candidates: int,
     memory_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rank a closed list of answers: indices into the list, most likely first, and probabilities, each `b r`.

@@ -24,7 +24,7 @@ from mplug2.data.text import clean
 from mplug2.generation import beam_search, best_texts, greedy, rank_answers
 from mplug2.hub import model_card, recorded
 from mplug2.inference import BatchRunner, Media, Text, repeat_to, require_list
-from mplug2.model.attention import JointMemory
+from mplug2.model.attention import Memory
 from mplug2.model.mplug2 import answer_memory
 from mplug2.tasks import INSTRUCTIONS, PROMPTS
 
@@ -140,7 +140,7 @@ class Predictor(BatchRunner):
             cleaned = [clean(text, self.preprocess.max_words) for text in answer_list]
             answers = [x.to(self.device) for x in self.tokenizer.encode(cleaned, self.model.config.max_positions)]
 
-        def write(memory: Tensor | JointMemory, memory_mask: Tensor) -> list[str]:
+        def write(memory: Memory, memory_mask: Tensor) -> list[str]:
             if answer_list is not None:
                 best = rank_answers(self.model, memory, *answers, CANDIDATES, memory_mask)[0][:, 0]
                 return [answer_list[number] for number in best.tolist()]
@@ -150,18 +150,17 @@ class Predictor(BatchRunner):
         def about_media(vision: Tensor, _, indices: list[int]) -> list[str]:
             text, mask = self.encode_text([questions[i] for i in indices])
             vision, fused = self.model.fuse(vision, text, mask)
-            return write(JointMemory(vision, fused), torch.nn.functional.pad(mask, (vision.shape[1], 0), value=True))
+            return write(*answer_memory(vision, fused, mask))
 
         return self.on_texts(questions, write) if media is None else self.on_media(media, about_media)
 
-    def _instructed(self, vision: Tensor, count: int, modality: str) -> tuple[Tensor, Tensor]:
+    def _instructed(self, vision: Tensor, count: int, modality: str) -> tuple[Memory, Tensor]:
         """The memory of the decoder, and its mask, for `count` captions that answer the instruction."""
         ids, mask = self.tokenizer.encode([INSTRUCTIONS[modality]] * count)
         return self.model.instruction_memory(vision, ids.to(self.device), mask.to(self.device))
 
     def _write(
-        self, memory: Tensor | JointMemory, prompt: Tensor, how: Generation, max_length: int,
-        memory_mask: Tensor | None = None,
+        self, memory: Memory, prompt: Tensor, how: Generation, max_length: int, memory_mask: Tensor | None = None
     ) -> list[str]:
         """Texts that continue the prompts `(b r) l`, about the memory `b m d`."""
         if how.min_length > max_length:
@@ -292,7 +291,7 @@ class Predictor(BatchRunner):
 
     def decoder_inputs(
         self, vision: Tensor, modality: str, question: str, how: Generation
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    ) -> tuple[Memory, Tensor | None, Tensor, Tensor]:
         """For one V' `1 v d`: the memory of the decoder and its mask, the first tokens of its text, and the tokens of
         the question or instruction, all `1 ...`."""
         if not question and not how.instructed:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mplug2.config import ModelConfig
-from mplug2.model.attention import SelfAttention
+from mplug2.model.attention import JointMemory, SelfAttention
 from mplug2.model.layers import BertLayer
 
 seeds = st.integers(0, 2**16)
@@ -106,6 +106,12 @@ def norm_by_hand(norm: nn.LayerNorm, x: Tensor, eps: float = 1e-12) -> Tensor:
     """LayerNorm, written out, with the epsilon that the module should have."""
     centered = x - x.mean(dim=-1, keepdim=True)
     return centered / (centered.square().mean(dim=-1, keepdim=True) + eps).sqrt() * norm.weight + norm.bias
+
+
+def joined(memory: JointMemory) -> Tensor:
+    """The sequence [V', text] of each text, `(b r) (v+l) d`, with V' once for every text about it."""
+    vision = memory.vision.repeat_interleave(len(memory.text) // len(memory.vision), dim=0)
+    return torch.cat([vision, memory.text], dim=1)
 
 
 def attention_by_hand(module: nn.Module, x: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:

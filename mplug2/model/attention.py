@@ -8,7 +8,7 @@ There are two kinds of masks, both boolean:
 Axes: b batch, l tokens, m memory tokens, r sequences that share a memory, d width, c heads, e width of a head.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from einops import rearrange, repeat
@@ -18,11 +18,11 @@ from mplug2.model.kernels import Linear, attention
 from mplug2.model.shapes import check
 
 
-@dataclass(frozen=True)
-class JointMemory:
+class JointMemory(NamedTuple):
     """The sequence [V', text] of each of r texts about an image or video: V' `b v d`, text `(b r) l d`.
 
-    Its parts are joined after they are projected, so keys and values of V' are computed once for all r texts.
+    Its parts are joined after they are projected, so keys and values of V' are computed once for all r texts. It is a
+    named tuple because FSDP2 looks for the tensors of a block's inputs in tuples.
     """
 
     vision: Tensor
@@ -34,8 +34,8 @@ class JointMemory:
         return len(self.text), self.vision.shape[1] + self.text.shape[1], self.text.shape[2]
 
 
-Memory = Tensor | JointMemory | tuple[Tensor, Tensor]
-"""What cross-attention reads: a sequence `b m d`, in one piece or in two, or its keys and values, each `b c m e`."""
+Memory = Tensor | JointMemory
+"""What cross-attention reads: a sequence `b m d`, in one piece or in two."""
 
 
 def padding_mask(mask: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class CrossAttention(nn.Module):
         self.key_value = Linear(width, 2 * width)
         self.out = Linear(width, width)
 
-    def keys_and_values(self, memory: Tensor | JointMemory) -> tuple[Tensor, Tensor]:
+    def keys_and_values(self, memory: Memory) -> tuple[Tensor, Tensor]:
         """memory `b m d` -> keys and values, each `b c m e`."""
         if isinstance(memory, JointMemory):
             parts = zip(self.keys_and_values(memory.vision), self.keys_and_values(memory.text))
@@ -121,9 +121,9 @@ class CrossAttention(nn.Module):
         key, value = rearrange(self.key_value(memory), pattern, b=sizes["b"], m=sizes["m"], two=2, c=self.heads)
         return key, value
 
-    def forward(self, x: Tensor, memory: Memory, attention_mask: Tensor | None = None) -> Tensor:
-        """x `(b r) l d`, attention_mask broadcastable to `b c 1 m` -> `(b r) l d`."""
-        key, value = memory if isinstance(memory, tuple) else self.keys_and_values(memory)
+    def forward(self, x: Tensor, memory: Memory | tuple, attention_mask: Tensor | None = None) -> Tensor:
+        """x `(b r) l d`, a memory or its keys and values, attention_mask broadcastable to `b c 1 m` -> `(b r) l d`."""
+        key, value = self.keys_and_values(memory) if isinstance(memory, Memory) else memory
         sizes = check(x, "br l d", d=self.width)
         b, l = key.shape[0], sizes["l"]
         if sizes["br"] % b:

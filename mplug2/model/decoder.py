@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mplug2.config import ModelConfig
-from mplug2.model.attention import JointMemory, KVCache, causal_mask, padding_mask
+from mplug2.model.attention import KVCache, Memory, causal_mask, padding_mask
 from mplug2.model.layers import BertLayer, LanguageModelHead, TextEmbeddings
 from mplug2.model.shapes import check
 
@@ -37,7 +37,7 @@ class DecoderState:
             self.memory_attention_mask = self.memory_attention_mask[rows]
 
 
-Source = Tensor | JointMemory | DecoderState  # a memory, or a state, which has the keys and values of its memory
+Source = Memory | DecoderState  # a state has the keys and values of its memory
 
 
 class Decoder(nn.Module):
@@ -74,7 +74,7 @@ class Decoder(nn.Module):
         """Hidden states `... d` -> logits `... s`."""
         return self.head(hidden, self.embeddings.word.weight)
 
-    def init_state(self, memory: Tensor | JointMemory, memory_mask: Tensor | None = None) -> DecoderState:
+    def init_state(self, memory: Memory, memory_mask: Tensor | None = None) -> DecoderState:
         """The state before the first `step`, for memory `b m d` with memory_mask `b m`."""
         memory_attention_mask = self._check_memory(memory, memory_mask)
         memories = [layer.cross_attention.keys_and_values(memory) for layer in self.layers]
@@ -96,7 +96,7 @@ class Decoder(nn.Module):
         check(logits, "br s", br=sizes["br"], s=self.vocab_size)
         return logits
 
-    def _check_memory(self, memory: Tensor | JointMemory, memory_mask: Tensor | None) -> Tensor | None:
+    def _check_memory(self, memory: Memory, memory_mask: Tensor | None) -> Tensor | None:
         """Check memory `b m d` and memory_mask `b m`, and return the attention mask `b 1 1 m`."""
         sizes = check(memory, "b m d", d=self.width)
         if memory_mask is None:

@@ -10,6 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from mplug2.model.attention import Memory
 from mplug2.model.decoder import Decoder
 from mplug2.model.shapes import check
 
@@ -35,16 +36,16 @@ class LocationTokens(nn.Module):
         first, last = (tokens.float() / self.last).chunk(2, dim=1)
         return torch.cat([(first + last) / 2, (last - first).clamp(min=0)], dim=1)
 
-    def logits(self, decoder: Decoder, tokens: Tensor, memory: Tensor, memory_mask: Tensor) -> Tensor:
+    def logits(self, decoder: Decoder, tokens: Tensor, memory: Memory, memory_mask: Tensor) -> Tensor:
         """At the start and after each of the locations `b l`, the logits of the next one: `b (1+l) p`. The memory is
         that of an answer, `b m d` with memory_mask `b m`."""
         words = self.location(nn.functional.pad(tokens, (1, 0), value=self.last + 1))
         mask = torch.ones(words.shape[:2], dtype=torch.bool, device=words.device)
         return decoder.hidden(words, mask, memory, memory_mask) @ self.location.weight[:-1].T
 
-    def forward(self, decoder: Decoder, memory: Tensor, memory_mask: Tensor) -> Tensor:
+    def forward(self, decoder: Decoder, memory: Memory, memory_mask: Tensor) -> Tensor:
         """The boxes `b 4` that the decoder writes, always the most likely location."""
-        tokens = torch.zeros(len(memory), 0, dtype=torch.long, device=memory.device)
+        tokens = torch.zeros(memory.shape[0], 0, dtype=torch.long, device=memory_mask.device)
         for _ in range(4):
             best = self.logits(decoder, tokens, memory, memory_mask)[:, -1:].argmax(dim=-1)
             tokens = torch.cat([tokens, best], dim=1)

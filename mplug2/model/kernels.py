@@ -4,7 +4,7 @@
     linear, Linear                         torch.nn.functional.linear, torch.nn.Linear
     attention, DropoutAttention            reference_attention
     quick_gelu_linear, quick_gelu_mlp      linear layers and `quick_gelu`
-    depthwise_conv                         torch.nn.functional.conv1d for every patch
+    depthwise_conv                         torch.nn.functional.conv1d for every patch position
 
 The tests compare each fast form with its plain form, values and gradients.
 
@@ -15,6 +15,7 @@ sequence, m tokens of the memory, d width, c heads, e width of a head.
 from itertools import product
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -26,6 +27,8 @@ MANY_WEIGHTS = 2**18
 """`attention` uses `DropoutAttention` from this many attention weights per head."""
 QUICK_GELU_SCALE = 1.702
 """CLIP's approximation of GELU is quick_gelu(x) = x * sigmoid(1.702 x) = silu(1.702 x) / 1.702."""
+CPU_CONVOLUTION = torch.backends.mkldnn.is_available()
+"""Whether this CPU has a fast `conv2d` for `depthwise_conv`. Asked here, because Dynamo cannot trace the question."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -132,10 +135,16 @@ def scaled_linear(layer: nn.Linear, x: Tensor, factor: float, bias_factor: float
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Depth-wise convolution over time, zero-padded: x `b t n z`, weight `z 1 k`, bias `z` -> `b t n z`.
 
-    It sums one shifted product per tap, in the layout of the tokens. `conv1d` would transpose them before and after.
+    `conv1d` would transpose the tokens before and after. They are an image of t x n pixels in the layout "channels
+    last", which the CPU's `conv2d` takes as it is. Elsewhere this sums one shifted product per tap, in the type of x,
+    as under autocast: the taps are float32, and would make float32 of bfloat16 tokens.
     """
     t, kernel_size = x.shape[1], weight.shape[2]
-    out, padded = bias, F.pad(x, (0, 0, 0, 0, kernel_size // 2, kernel_size // 2))
-    for tap, tap_weight in enumerate(weight[:, 0].unbind(dim=1)):
+    if x.device.type == "cpu" and x.dtype == torch.float32 and CPU_CONVOLUTION:
+        image = rearrange(x, "b t n z -> b z t n")
+        out = F.conv2d(image, weight[..., None], bias, padding=(kernel_size // 2, 0), groups=len(weight))
+        return rearrange(out, "b z t n -> b t n z")
+    out, padded = bias.to(x.dtype), F.pad(x, (0, 0, 0, 0, kernel_size // 2, kernel_size // 2))
+    for tap, tap_weight in enumerate(weight[:, 0].to(x.dtype).unbind(dim=1)):
         out = torch.addcmul(out, padded[:, tap: tap + t], tap_weight)
     return out

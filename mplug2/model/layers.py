@@ -80,7 +80,7 @@ class BertLayer(Block):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, attention_mask: Tensor | None = None, memory: Memory | None = None,
+        self, x: Tensor, attention_mask: Tensor | None = None, memory: Memory | tuple[Tensor, Tensor] | None = None,
         memory_attention_mask: Tensor | None = None, cache: KVCache | None = None,
     ) -> Tensor:
         """x `(b r) l d` -> `(b r) l d`. attention_mask broadcasts to `(b r) c l l`, memory_attention_mask to `b c 1 m`;

@@ -14,11 +14,12 @@ import dataclasses
 from collections.abc import Mapping
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 
 from mplug2.config import ModelConfig
-from mplug2.model.decoder import Decoder
+from mplug2.model.attention import JointMemory, Memory
+from mplug2.model.decoder import Decoder, Source
 from mplug2.model.fusion import Fusion
 from mplug2.model.heads import BoxHead, LocationTokens
 from mplug2.model.layers import EPS, LanguageModelHead
@@ -112,7 +113,7 @@ class MPLUG2(nn.Module):
         """V' `b v d`, text `(b r) l d`, text_mask `(b r) l` -> V', fused text `(b r) l d`; see `Fusion`."""
         return self.require("fusion")(vision, text, text_mask)
 
-    def instruction_memory(self, vision: Tensor | None, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def instruction_memory(self, vision: Tensor | None, ids: Tensor, mask: Tensor) -> tuple[Memory, Tensor]:
         """The memory with which the decoder follows instructions or questions, ids and mask `(b r) l`: that of an
         answer about V' `b v d`, or without vision the encoded text alone. In Figure 1 every generative task takes
         this path: "what does the image describe?" -> a caption, a sentence -> "positive"."""
@@ -121,7 +122,7 @@ class MPLUG2(nn.Module):
             vision, text = self.fuse(vision, text, mask)
         return answer_memory(vision, text, mask)
 
-    def decode(self, ids: Tensor, mask: Tensor, memory: Tensor, memory_mask: Tensor | None = None) -> Tensor:
+    def decode(self, ids: Tensor, mask: Tensor, memory: Source, memory_mask: Tensor | None = None) -> Tensor:
         """ids and mask `(b r) l`, memory `b m d`, memory_mask `b m` -> logits of the next tokens, `(b r) l s`."""
         return self.require("decoder")(ids, mask, memory, memory_mask)
 
@@ -163,15 +164,14 @@ class MPLUG2(nn.Module):
         return head(self.require("decoder"), *answer_memory(vision, fused, text_mask))
 
 
-def answer_memory(vision: Tensor | None, text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
+def answer_memory(vision: Tensor | None, text: Tensor, text_mask: Tensor) -> tuple[Memory, Tensor]:
     """What the decoder attends to for an answer: [V', fused text] and the joint mask, or the text alone.
 
     V' `b v d` or `(b r) v d`, fused text `(b r) l d`, text_mask `(b r) l` -> `(b r) (v+l) d`, `(b r) (v+l)`.
     """
     if vision is None:
         return text, text_mask
-    vision = repeat(vision, "b v d -> (b r) v d", r=text.shape[0] // vision.shape[0])
-    return torch.cat([vision, text], dim=1), nn.functional.pad(text_mask, (vision.shape[1], 0), value=True)
+    return JointMemory(vision, text), nn.functional.pad(text_mask, (vision.shape[1], 0), value=True)
 
 
 def init_weights(model: MPLUG2) -> None:

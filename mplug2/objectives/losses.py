@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from mplug2.boxes import generalized_iou
 from mplug2.distributed import all_gather_with_grad, global_mean
+from mplug2.model.attention import Memory
 from mplug2.model.mplug2 import MPLUG2, answer_memory
 from mplug2.model.shapes import check
 
@@ -65,22 +66,13 @@ def hard_negatives(similarity: Tensor, positive_id: Tensor) -> tuple[Tensor, Ten
 
 
 def matching_loss(
-    model: MPLUG2, vision: Tensor, text: Tensor, text_mask: Tensor, similarity: Tensor, positive_id: Tensor
+    model: MPLUG2, pair: Tensor, other_text: Tensor, other_vision: Tensor, has_text: Tensor, has_vision: Tensor
 ) -> Tensor:
-    """VTM on V' `b v d` and text `b l d`: each pair as it is, with one hard negative text, and with one hard negative
-    vision. `similarity` `b b`, vision by text, without gradients, draws the negatives."""
-    sizes = check(text, "b l d", **check(vision, "b v d"))
-    check(similarity, "b b", **sizes)
-    other_text, has_text = hard_negatives(similarity, positive_id)
-    other_vision, has_vision = hard_negatives(similarity.T, positive_id)
-    # Each vision with its own text and another one: both share its keys and values.
-    both = rearrange(torch.stack([text, text[other_text]]), "r b l d -> (b r) l d")
-    both_mask = rearrange(torch.stack([text_mask, text_mask[other_text]]), "r b l -> (b r) l")
-    fused = model.fuse(vision, both, both_mask)[1]
-    matched, unmatched = rearrange(model.itm_logits(fused), "(b r) y -> r b y", r=2, y=2)
-    other = model.itm_logits(model.fuse(vision[other_vision], text, text_mask)[1])
-    logits = torch.cat([matched, unmatched, other])
-    matches = (torch.arange(len(logits), device=text.device) < sizes["b"]).long()
+    """VTM on the fused text `b l d` of each pair as it is, with one hard negative text, and with one hard negative
+    vision. `has_text` and `has_vision`, `b`: whether there is such a negative."""
+    sizes = check(has_vision, "b", **check(has_text, "b", b=len(pair)))
+    logits = torch.cat([model.itm_logits(fused) for fused in (pair, other_text, other_vision)])
+    matches = (torch.arange(3 * sizes["b"], device=logits.device) < sizes["b"]).long()
     valid = torch.cat([torch.ones_like(has_text), has_text, has_vision])
     return global_mean(F.cross_entropy(logits, matches, reduction="none"), valid)
 
@@ -94,7 +86,7 @@ def masked_loss(model: MPLUG2, hidden: Tensor, ids: Tensor, positions: Tensor) -
 
 
 def language_loss(
-    model: MPLUG2, ids: Tensor, mask: Tensor, memory: Tensor, positions: Tensor, memory_mask: Tensor | None = None,
+    model: MPLUG2, ids: Tensor, mask: Tensor, memory: Memory, positions: Tensor, memory_mask: Tensor | None = None,
     teacher_logits: Tensor | None = None, alpha: float = 0.0,
 ) -> Tensor:
     """LM: the next-token loss on ids `b l` ([CLS], tokens, [SEP], padding) at the positions `p`.
@@ -111,7 +103,7 @@ def language_loss(
 
 
 def decoder_logits(
-    model: MPLUG2, ids: Tensor, mask: Tensor, memory: Tensor, positions: Tensor, memory_mask: Tensor | None = None
+    model: MPLUG2, ids: Tensor, mask: Tensor, memory: Memory, positions: Tensor, memory_mask: Tensor | None = None
 ) -> Tensor:
     """The decoder's logits `p s` for the next tokens of ids `b l` at the positions `p`, indices into `(b (l-1))`."""
     check(mask, "b l", **check(ids, "b l"))

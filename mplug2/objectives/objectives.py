@@ -24,6 +24,7 @@ from mplug2.objectives.losses import (
     TEMPERATURE_RANGE,
     box_losses,
     contrastive_loss,
+    hard_negatives,
     label_loss,
     language_loss,
     location_loss,
@@ -63,26 +64,34 @@ class Objectives(nn.Module):
     def forward(self, batch: dict) -> dict[str, Tensor]:
         model, losses, vision = self.model, {}, encode_visual(self.model, batch)
         text = self.encode_texts(batch)
+        mask = {name: batch[TEXTS[name][0]] for name in text}
+        reads_vision = [] if vision is None else ["question"] if self.mlm == "text" else ["masked", "question"]
         if "caption" in text:
-            losses |= self.pair_losses(batch, vision, text["caption"])
+            losses, similarity = self.contrast(batch, vision, text["caption"])
+        if matching := "caption" in text and "vtm" not in self.skip:
+            other_text, has_text = hard_negatives(similarity, batch["positive_id"])
+            other_vision, has_vision = hard_negatives(similarity.T, batch["positive_id"])
+            text["negative"], mask["negative"] = text["caption"][other_text], mask["caption"][other_text]
+            reads_vision += ["caption", "negative"]
+        to_fuse = {name: text[name] for name in reads_vision if name in text}
+        fused_vision, fused = self.fuse(vision, to_fuse, mask) if to_fuse else ({}, {})
+        if matching:
+            elsewhere = model.fuse(vision[other_vision], text["caption"], mask["caption"])[1]
+            losses["vtm"] = matching_loss(model, fused["caption"], fused["negative"], elsewhere, has_text, has_vision)
         if "prompted_ids" in batch and self.self_critical:
             losses["reward"] = self.self_critical.loss(model, vision, batch)
         elif "prompted_ids" in batch and "caption" not in self.skip:
             losses["caption"] = language_loss(
                 model, batch["prompted_ids"], batch["prompted_mask"], vision, batch["prompted_positions"]
             )
-        reads_vision = () if vision is None else ("question",) if self.mlm == "text" else ("masked", "question")
-        to_fuse = {name: text[name] for name in reads_vision if name in text}
-        fused_vision, fused = self.fuse(batch, vision, to_fuse) if to_fuse else ({}, {})
         if "masked" in text:
             hidden = [fused["masked"]] if "masked" in fused else []
             hidden += [text["masked"]] if self.mlm == "both" or not hidden else []
             masked = [masked_loss(model, x, batch["caption_ids"], batch["masked_positions"]) for x in hidden]
             losses["mlm"] = sum(masked) / len(masked)
         if "question" in text:
-            memory, memory_mask = answer_memory(
-                fused_vision.get("question"), fused.get("question", text["question"]), batch["question_mask"]
-            )
+            seen, read = fused_vision.get("question"), fused.get("question", text["question"])
+            memory, memory_mask = answer_memory(seen, read, mask["question"])
             soft_targets = self.ema_teacher.answer_logits(batch) if self.ema_teacher else ()
             losses["answer"] = language_loss(
                 model, batch["answer_ids"], batch["answer_mask"], memory, batch["answer_positions"], memory_mask,
@@ -109,23 +118,20 @@ class Objectives(nn.Module):
         elif self.ema_teacher:
             self.ema_teacher.update(self.model)
 
-    def pair_losses(self, batch: dict, vision: Tensor, text: Tensor) -> dict[str, Tensor]:
-        """VTC and VTM of V' `b v d` and the captions of the batch, `b l d`."""
-        model, positive_id, losses = self.model, batch["positive_id"], {}
-        unit_vision, unit_text = model.project_vision(vision), model.project_text(text)
+    def contrast(self, batch: dict, vision: Tensor, text: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """VTC of V' `b v d` and the captions of the batch, `b l d`, and their similarity `b b`, vision by text, without
+        gradients."""
+        model, losses = self.model, {}
+        vectors = model.project_vision(vision), model.project_text(text)
         with torch.no_grad():
             # Clamp the parameter itself, as ALBEF does: clamping a copy in the loss would stop its gradient for good.
             temperature = model.temperature.clamp_(*TEMPERATURE_RANGE)
-            similarity = scaled_similarity(unit_vision, unit_text, temperature)
+            similarity = scaled_similarity(*vectors, temperature)
         if "vtc" not in self.skip and self.ema_teacher and self.ema_teacher.has_queue:
-            losses["vtc"] = self.ema_teacher.contrastive_loss(
-                batch, unit_vision, unit_text, model.temperature, self.training
-            )
+            losses["vtc"] = self.ema_teacher.contrastive_loss(batch, *vectors, model.temperature, self.training)
         elif "vtc" not in self.skip:
-            losses["vtc"] = contrastive_loss(unit_vision, unit_text, model.temperature, positive_id)
-        if "vtm" not in self.skip:
-            losses["vtm"] = matching_loss(model, vision, text, batch["caption_mask"], similarity, positive_id)
-        return losses
+            losses["vtc"] = contrastive_loss(*vectors, model.temperature, batch["positive_id"])
+        return losses, similarity
 
     def encode_texts(self, batch: dict) -> dict[str, Tensor]:
         """The encoded texts that the losses need, `(b r) l d` by name: one large pass of the text encoder is faster
@@ -140,12 +146,14 @@ class Objectives(nn.Module):
         parts = split_padded(hidden, [len(rows) // b for rows in ids], b)
         return {name: part[:, : rows.shape[1]] for name, rows, part in zip(names, ids, parts)}
 
-    def fuse(self, batch: dict, vision: Tensor, text: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Fuse several texts with V' `b v d` in one pass. Returns the visual tokens and the fused text, by name."""
+    def fuse(
+        self, vision: Tensor, text: dict[str, Tensor], mask: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Fuse several texts with V' `b v d` in one pass: keys and values of V' are computed once. Returns the visual
+        tokens and the fused text, by name."""
         b, counts = len(vision), [len(rows) // len(vision) for rows in text.values()]
-        vision, fused = self.model.fuse(
-            vision, pad_and_concat([*text.values()], b), pad_and_concat([batch[TEXTS[name][0]] for name in text], b)
-        )
+        all_text, all_masks = (pad_and_concat([of[name] for name in text], b) for of in (text, mask))
+        vision, fused = self.model.fuse(vision, all_text, all_masks)
         # Connected-attention layers change the vision for each text. Otherwise all texts share it.
         visions = split_padded(vision, counts, b) if len(vision) > b else [vision] * len(text)
         parts = [part[:, : text[name].shape[1]] for name, part in zip(text, split_padded(fused, counts, b))]

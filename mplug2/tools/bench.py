@@ -16,10 +16,11 @@ in both products of attention. In training the gradients count twice as much aga
 norms, activations, softmax, embeddings, the optimizer. For N vision blocks of width d on t frames of n patches, the
 vision encoder has
 
-    t n (2 * 3 p^2 d)  +  N t ( (1+n) * 24 d^2  +  4 (1+n)^2 d  +  n * 4 d^2 )
+    t n (2 * 3 p^2 d)  +  N t ( (1+n) * 24 d^2  +  4 (1+n)^2 d  +  n * (4 d^2 + 6 d) )
 
 FLOPs. The first term is the patch embedding. The second has, for each block, the linear layers of attention and MLP,
-attention within a frame, and two local temporal modules of 2 d^2 per patch.
+attention within a frame, and two local temporal modules of 2 d^2 per patch, each with a convolution of 3 d: on a GPU,
+which has no matrix product for it, these are not counted.
 """
 
 import dataclasses
@@ -56,6 +57,7 @@ from mplug2.objectives.objectives import Objectives
 from mplug2.tools.bench_all import bench_all
 from mplug2.tools.bench_eval import bench_evaluation
 from mplug2.tools.bench_media import bench_media
+from mplug2.tools.memory_plan import CONVOLUTION_FLOPS
 from mplug2.training.optim import OptimizerSettings, make_optimizer
 from mplug2.training.parallel import checkpoint_activations, compile_model
 
@@ -182,7 +184,8 @@ def prepare(name: str, options: BenchSettings) -> Callable[[], object]:
 def count_flops(name: str, options: BenchSettings) -> int:
     run = prepare(name, dataclasses.replace(options, compile=False))
     # torch does not count the CPU's fused kernel. The formula has the same products.
-    with unfused_attention() if options.device == "cpu" else nullcontext(), FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False, custom_mapping=CONVOLUTION_FLOPS)
+    with unfused_attention() if options.device == "cpu" else nullcontext(), counter:
         run()
     return counter.get_total_flops()
 

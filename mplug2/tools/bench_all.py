@@ -28,8 +28,7 @@ import tiny_data
 from mplug2 import distributed
 from mplug2.config import PRESETS
 from mplug2.generation import SpecialTokens, beam_search, greedy
-from mplug2.model.attention import JointMemory
-from mplug2.model.mplug2 import MPLUG2
+from mplug2.model.mplug2 import MPLUG2, answer_memory
 from mplug2.tools.bench_media import bench_media
 from mplug2.tools.memory_plan import Cost, Workload, cost, device_memory
 from mplug2.training.logs import peak_memory_gib, peak_tflops
@@ -180,8 +179,8 @@ def writing(device: Device, preset: str, b: int, frames: int, repeats: int) -> d
 
     def answers() -> None:
         vision, fused = model.fuse(model.encode_vision(pixels), model.encode_text(ids, mask), mask)
-        memory_mask = torch.nn.functional.pad(mask, (vision.shape[1], 0), value=True)
-        greedy(model, JointMemory(vision, fused), ids[:, :1], special, ANSWER, memory_mask)
+        memory, memory_mask = answer_memory(vision, fused, mask)
+        greedy(model, memory, ids[:, :1], special, ANSWER, memory_mask)
 
     with torch.autocast(device.name, torch.bfloat16):
         return {"captions_per_second": b / device.seconds(captions, repeats),

@@ -53,7 +53,13 @@ from mplug2.training.recipes import RECIPES
 from mplug2.training.settings import GROUPS, Settings, default_values, run_flags, with_defaults
 
 aten = torch.ops.aten
+CONVOLUTION_FLOPS = {
+    aten.convolution_backward:
+        lambda grad, x, weight, *_, out_shape=None, **__: 4 * math.prod(grad) * math.prod(weight[1:]),
+}
+"""The gradients of input and weight cost as much as the convolution each; torch's own formula ignores the groups."""
 FLOPS = FlopCounterMode(display=False, custom_mapping={  # torch does not know the attention kernels of fake tensors
+    **CONVOLUTION_FLOPS,
     aten._scaled_dot_product_flash_attention_for_cpu:
         lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(q, k, v),
     aten._scaled_dot_product_flash_attention_for_cpu_backward:

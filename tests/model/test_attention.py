@@ -6,6 +6,7 @@ from helpers import (
     assert_differs,
     assert_same,
     attention_by_hand,
+    joined,
     noise,
     random_mask,
     randomized,
@@ -56,14 +57,14 @@ def test_a_memory_in_two_pieces_is_the_joined_one(b, r, l, v, m, seed):
     """The texts of one image or video share the first piece, which is projected once."""
     module, x = randomized(CrossAttention(6, 2), seed), noise(b * r, l, 6, seed=seed)
     vision, text = noise(b, v, 6, seed=seed + 1), noise(b * r, m, 6, seed=seed + 2)
-    joined, rows = torch.cat([vision.repeat_interleave(r, dim=0), text], dim=1), []
+    memory, rows = JointMemory(vision, text), []
     module.key_value.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0][..., 0].numel()))
-    memory = JointMemory(vision, text)
-    assert memory.shape == joined.shape
-    assert_same(torch.stack(module.keys_and_values(memory)), torch.stack(module.keys_and_values(joined)))
+    whole = torch.cat([vision.repeat_interleave(r, dim=0), text], dim=1)
+    assert memory.shape == whole.shape and joined(memory).equal(whole)
+    assert_same(torch.stack(module.keys_and_values(memory)), torch.stack(module.keys_and_values(whole)))
     assert rows == [b * v, b * r * m, b * r * (v + m)]
     mask = padding_mask(random_mask(b * r, v + m, seed))
-    assert_same(module(x, memory, mask), module(x, joined, mask))
+    assert_same(module(x, memory, mask), module(x, whole, mask))
 
 
 @given(b=sizes, l=sizes, seed=seeds)

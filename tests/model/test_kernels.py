@@ -1,6 +1,10 @@
 """Each fast form equals its plain form, values and gradients."""
 
+from unittest.mock import patch
+
+import pytest
 import torch
+from einops import rearrange
 from helpers import assert_same, conv_by_hand, noise, quick_gelu_by_hand, random_mask, randomized, seeds
 from hypothesis import given
 from hypothesis import strategies as st
@@ -109,3 +113,37 @@ def test_depthwise_conv_equals_torch(b, t, n, channels, seed):
         depthwise_conv, lambda *given: conv_by_hand(*given, groups=channels),
         x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(),
     )
+
+
+@given(b=sizes, t=sizes, n=sizes, channels=sizes, seed=seeds)
+def test_depthwise_conv_on_a_cpu_equals_its_form_for_other_types(b, t, n, channels, seed):
+    """The CPU's convolution in float32, the shifted products in double precision: values, gradients and layout."""
+    given = [noise(b, t, n, channels, seed=seed), noise(channels, 1, 3, seed=seed), noise(channels, seed=seed)]
+    found, direction = [], noise(b, t, n, channels, seed=seed + 1)
+    for dtype in (torch.float32, torch.float64):
+        inputs = [x.to(dtype).requires_grad_() for x in given]
+        with patch.object(F, "conv2d", wraps=F.conv2d) as convolved:
+            out = depthwise_conv(*inputs)
+        assert convolved.called == (dtype == torch.float32 and kernels.CPU_CONVOLUTION)
+        assert out.is_contiguous()
+        found.append([out, *torch.autograd.grad((out * direction.to(dtype)).sum(), inputs)])
+    for one, other in zip(*found):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_depthwise_conv_compiles_as_one_graph(dtype):
+    given = [noise(2, 4, 3, 5).to(dtype), noise(5, 1, 3).float(), noise(5).float()]
+    compiled = torch.compile(depthwise_conv, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(*given), depthwise_conv(*given))
+
+
+@given(t=sizes, seed=seeds)
+def test_depthwise_conv_keeps_bfloat16_under_autocast_like_conv1d(t, seed):
+    x, weight, bias = noise(2, t, 3, 5, seed=seed).bfloat16(), noise(5, 1, 3, seed=seed), noise(5, seed=seed)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = depthwise_conv(x, weight.float(), bias.float())
+        series = F.conv1d(rearrange(x, "b t n z -> (b n) z t"), weight.float(), bias.float(), padding=1, groups=5)
+    expected = rearrange(series, "(b n) z t -> b t n z", b=2)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=0.03, atol=0.06)  # rounded after each tap

@@ -10,6 +10,7 @@ from helpers import (
     assert_differs,
     assert_same,
     configs,
+    joined,
     noise,
     norm_by_hand,
     parameter_names,
@@ -206,10 +207,11 @@ def test_the_memory_of_an_answer_is_vision_then_fused_text(b, r, v, l, seed):
     vision, text, mask = noise(b, v, 4, seed=seed), noise(b * r, l, 4, seed=seed), random_mask(b * r, l, seed)
     memory, memory_mask = answer_memory(vision, text, mask)
     assert memory.shape == (b * r, v + l, 4) and memory_mask.shape == (b * r, v + l)
+    assert memory.vision is vision  # not repeated
     for i in range(b * r):
-        assert torch.equal(memory[i, :v], vision[i // r])
+        assert torch.equal(joined(memory)[i, :v], vision[i // r])
         assert memory_mask[i, :v].all()
-    assert torch.equal(memory[:, v:], text)
+    assert torch.equal(joined(memory)[:, v:], text)
     assert torch.equal(memory_mask[:, v:], mask)
 
 
@@ -218,9 +220,10 @@ def test_an_instruction_is_followed_with_vision_and_without(config, r, seed):
     model = randomized(MPLUG2(config, "video_qa"), seed)
     (pixels, _, _), (_, ids, mask) = batch(config, 2, seed), batch(config, 2 * r, seed)
     vision, text = model.encode_vision(pixels), model.encode_text(ids, mask)
-    for found, expected in zip(model.instruction_memory(vision, ids, mask),
-                               answer_memory(*model.fuse(vision, text, mask), mask)):
-        assert_same(found.double(), expected.double())
+    memory, memory_mask = model.instruction_memory(vision, ids, mask)
+    expected, expected_mask = answer_memory(*model.fuse(vision, text, mask), mask)
+    assert_same(joined(memory), joined(expected))
+    assert torch.equal(memory_mask, expected_mask)
     memory, memory_mask = model.instruction_memory(None, ids, mask)
     assert_same(memory, text)
     assert torch.equal(memory_mask, mask)
@@ -328,10 +331,11 @@ def test_location_tokens_are_written_by_the_decoder_one_after_the_other(config, 
     assert "decoder" in modules_of(model)
     pixels, ids, mask = batch(config, 3, seed, t=1, l=1 + l)
     vision, fused = model.fuse(model.encode_vision(pixels), model.encode_text(ids, mask), mask)
-    boxes, memory, head = model.predict_box(fused, vision, mask), answer_memory(vision, fused, mask), model.box_head
+    boxes, head = model.predict_box(fused, vision, mask), model.box_head
+    memory, memory_mask = answer_memory(vision, fused, mask)
     written = []
     for number in range(3):  # each image alone, with the embeddings by hand
-        own, tokens = tuple(part[number: number + 1] for part in memory), []
+        own, tokens = (joined(memory)[number][None], memory_mask[number][None]), []
         for _ in range(4):
             words = head.location.weight[[config.image_size + 1, *tokens]][None]
             hidden = model.decoder.hidden(words, torch.ones(1, words.shape[1], dtype=torch.bool), *own)

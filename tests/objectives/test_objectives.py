@@ -149,12 +149,32 @@ def test_negatives_without_a_chance_are_drawn_alike():
     assert chosen.bincount(minlength=4)[0] == 0 and chosen.bincount(minlength=4)[1:].min() > 70
 
 
+def vtm(vision: torch.Tensor, text: torch.Tensor, mask: torch.Tensor, similarity: torch.Tensor,
+        positive_id: torch.Tensor) -> torch.Tensor:
+    """VTM of `Objectives` for V' `b v d`, encoded captions `b l d` and their similarity."""
+    with (patch("mplug2.objectives.objectives.encode_visual", return_value=vision),
+          patch("mplug2.objectives.objectives.scaled_similarity", return_value=similarity),
+          patch.object(Objectives, "encode_texts", return_value={"caption": text})):
+        objectives = Objectives(model, skip=frozenset({"vtc"}))
+        return objectives({"caption_mask": mask, "positive_id": positive_id})["vtm"]
+
+
+def test_matching_loss_is_the_cross_entropy_of_a_match_and_of_negatives_that_exist():
+    fused = [noise(3, 4, 16, seed=seed) for seed in range(3)]
+    has_text, has_vision = torch.tensor([True, False, True]), torch.tensor([False, True, False])
+    probabilities = [model.itm_logits(one).softmax(dim=1) for one in fused]
+    losses = [*probabilities[0][:, 1], *probabilities[1][[0, 2], 0], probabilities[2][1, 0]]
+    torch.testing.assert_close(matching_loss(model, *fused, has_text, has_vision), -torch.stack(losses).log().mean())
+    with pytest.raises(ValueError, match=r"expected shape \(b\) with b=3, found \(2,\)"):
+        matching_loss(model, *fused, has_text, has_vision[1:])
+
+
 def test_the_matching_gradient_reaches_each_pair_and_its_negatives():
     vision, text = (noise(2, size, 16, seed=size).requires_grad_() for size in (3, 4))
     mask, positive_id = torch.ones(2, 4, dtype=torch.bool), torch.arange(2)
 
     def loss(vision, text):
-        return matching_loss(model, vision, text, mask, similarity_for([1, 0]), positive_id)
+        return vtm(vision, text, mask, similarity_for([1, 0]), positive_id)
 
     assert torch.autograd.gradcheck(loss, (vision, text), fast_mode=True)
 
@@ -179,16 +199,16 @@ def test_matching_loss_is_over_each_pair_and_its_two_hard_negatives(positive_id)
     # Rows draw texts and columns draw visions: one similarity matrix cannot select all of these.
     drawn = [hard_negatives(similarity_for(wanted), torch.tensor(positive_id))
              for wanted in (wanted_text, wanted_vision)]
-    with patch("mplug2.objectives.losses.hard_negatives", side_effect=drawn):
-        found = matching_loss(model, vision, text, mask, torch.zeros(3, 3).double(), torch.tensor(positive_id))
+    with patch("mplug2.objectives.objectives.hard_negatives", side_effect=drawn):
+        found = vtm(vision, text, mask, torch.zeros(3, 3).double(), torch.tensor(positive_id))
     torch.testing.assert_close(found, torch.stack(losses).mean())
 
 
 def test_rows_of_the_similarity_draw_texts_and_columns_draw_visions():
     similarity, positive_id = noise(4, 4), torch.arange(4)
     vision, text, mask = noise(4, 5, 16), noise(4, 3, 16), torch.ones(4, 3) > 0
-    with patch("mplug2.objectives.losses.hard_negatives", wraps=hard_negatives) as drawn:
-        matching_loss(model, vision, text, mask, similarity, positive_id)
+    with patch("mplug2.objectives.objectives.hard_negatives", wraps=hard_negatives) as drawn:
+        vtm(vision, text, mask, similarity, positive_id)
     by_text, by_vision = (call.args[0] for call in drawn.call_args_list)
     assert by_text.equal(similarity) and by_vision.equal(similarity.T)
 
@@ -405,11 +425,24 @@ def test_captions_masked_words_and_answers_are_read_from_their_memory(stride):
     torch.testing.assert_close(losses["answer"], total / count)
 
 
+def test_keys_and_values_of_vision_are_computed_once_for_all_texts_about_it():
+    """Per layer. Fusion reads V' a second time for the captions with another vision, and the decoder for captions."""
+    batch, rows = make_batch("video", b=2, r=3), {}
+    b, v, l = 2, model.encode_vision(batch["pixels"]).shape[1], batch["question_ids"].shape[1]
+    with ExitStack() as stack:
+        for stage in (model.fusion, model.decoder):
+            handle = stage.layers[-1].cross_attention.key_value.register_forward_pre_hook(
+                lambda _, inputs, stage=stage: rows.setdefault(stage, []).append(inputs[0][..., 0].numel()))
+            stack.callback(handle.remove)
+        Objectives(model)(batch)
+    assert rows == {model.fusion: [b * v, b * v], model.decoder: [b * v, b * v, b * 3 * l]}
+
+
 def test_hard_negatives_come_from_the_contrastive_similarity_without_gradients():
     batch = make_batch("image", b=4)
-    with patch("mplug2.objectives.objectives.matching_loss", wraps=matching_loss) as matched:
+    with patch("mplug2.objectives.objectives.hard_negatives", wraps=hard_negatives) as drawn:
         Objectives(model)(batch)
-    similarity = matched.call_args.args[4]
+    similarity = drawn.call_args_list[0].args[0]
     vision = model.project_vision(model.encode_vision(batch["pixels"]))
     text = model.project_text(model.encode_text(batch["caption_ids"], batch["caption_mask"]))
     torch.testing.assert_close(similarity, (vision @ text.T / model.temperature).detach())

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from mplug2.data.batches import label_positions
 from mplug2.generation import SpecialTokens, beam_search, rank_answers
+from mplug2.model.attention import JointMemory
 from mplug2.model.mplug2 import answer_memory
 from mplug2.objectives.losses import language_loss
 from mplug2.pretrained import from_released, to_released
@@ -116,8 +117,8 @@ def computed(variant):
 def answer_losses(model, given, memory, memory_mask):
     """Logits, and the loss of each answer summed over its tokens. A question has `in.qa_k` answers."""
     ids, mask = given["in.answer_ids"], given["in.answer_mask"].bool()
-    asked = torch.repeat_interleave(torch.arange(len(memory)), given["in.qa_k"])
-    logits = model.decode(ids, mask, memory[asked], memory_mask[asked])
+    asked = torch.repeat_interleave(torch.arange(memory.shape[0]), given["in.qa_k"])
+    logits = model.decode(ids, mask, JointMemory(memory.vision[asked], memory.text[asked]), memory_mask[asked])
     losses = F.cross_entropy(rearrange(logits[:, :-1], "a l s -> a s l"), ids[:, 1:], reduction="none")
     return logits, (losses * mask[:, 1:]).sum(dim=1)
 
@@ -151,7 +152,7 @@ def test_beam_search_agrees(variant, case, beams):
     if case == "qa":
         mask = given["in.question_mask"].bool()
         memory, memory_mask = answer_memory(found["fusion.image"], found["fusion.text"], mask)
-    start = torch.full((len(memory), 1), SPECIAL.cls)
+    start = torch.full((memory.shape[0], 1), SPECIAL.cls)
     hypotheses = beam_search(model, memory, start, SPECIAL, *count, memory_mask=memory_mask)
     expected = results["beam"][beams][case]
     for sample, ids, scores in zip(hypotheses, expected["ids"], expected["scores"], strict=True):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import released_model
 import torch
+from helpers import joined
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -79,7 +80,7 @@ def test_any_size_agrees(dims, seed, frames, length):
     with torch.no_grad():
         vision, text = model.encode_vision(pixels), model.encode_text(ids, mask)
         memory, memory_mask = answer_memory(*model.fuse(vision, text, mask), mask)
-        found = vision, text, memory, model.decode(ids, mask, memory, memory_mask)
+        found = vision, text, joined(memory), model.decode(ids, mask, memory, memory_mask)
         expected_vision, expected_text = released.vision(pixels), released.text(ids, mask)
         expected_memory = torch.cat(released.fuse(expected_vision, expected_text, mask), dim=1)
         logits = released.decode(ids, mask.float(), expected_memory, memory_mask)

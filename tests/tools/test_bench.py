@@ -115,7 +115,7 @@ def options(*more: str) -> list[str]:
 def encoder_flops(config, frames: int) -> int:
     """The formula in the docstring of bench.py."""
     d, n, p = config.vision_width, config.patches, config.patch_size
-    block = (1 + n) * 24 * d**2 + 4 * (1 + n) ** 2 * d + n * 4 * d**2
+    block = (1 + n) * 24 * d**2 + 4 * (1 + n) ** 2 * d + n * (4 * d**2 + 6 * d)
     return frames * n * 2 * 3 * p**2 * d + config.vision_layers * frames * block
 
 

@@ -21,6 +21,7 @@ from mplug2.model.mplug2 import MPLUG2
 from mplug2.tools import memory_plan
 from mplug2.tools.communication import Collective, muon_flops
 from mplug2.tools.memory_plan import (
+    CONVOLUTION_FLOPS,
     Cost,
     PlanSettings,
     Workload,
@@ -42,12 +43,15 @@ SHALLOW = "--vision-layers 1 --text-layers 2 --universal-layers 1 --fusion-layer
 MEASURE = """
 import sys, torch
 from mplug2.config import ModelConfig
+from mplug2.model.kernels import depthwise_conv
 from mplug2.tools.memory_plan import Workload
 from mplug2.training.parallel import checkpoint_activations
 torch.set_num_threads(1)
 def memory(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
 work, checkpointing = Workload(ModelConfig(**eval(sys.argv[1])), b=24, questions=1), eval(sys.argv[2])
+tokens, taps, bias = torch.ones(1, 2, 2, 8), torch.ones(8, 1, 3), torch.ones(8)
+depthwise_conv(tokens.requires_grad_(), taps.requires_grad_(), bias.requires_grad_()).sum().backward()
 (torch.ones(8, 8, requires_grad=True) @ torch.ones(8, 8)).sum().backward()  # what the first step loads
 before = memory("VmRSS")
 objectives, batch = work.objectives(), work.batch("video")
@@ -91,7 +95,8 @@ def test_operations_are_those_of_a_real_step_and_checkpointing_gives_memory_for_
     """All matrix products; torch's counter does not know the CPU's attention, so it is told to use another."""
     work = Workload(tiny(), b=2)
     counted = cost(work, "image")
-    with FlopCounterMode(display=False) as real, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    real = FlopCounterMode(display=False, custom_mapping=CONVOLUTION_FLOPS)
+    with real, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         sum(work.objectives()(work.batch("image")).values()).backward()
     assert counted.flops == pytest.approx(real.get_total_flops(), rel=0.03)
     again = cost(work, "image", checkpointing=True)

@@ -35,7 +35,7 @@ import train
 from mplug2 import distributed
 from mplug2.checkpoint import CheckpointError, write_manifest
 from mplug2.model.mplug2 import MPLUG2
-from mplug2.objectives import losses
+from mplug2.objectives import objectives
 from mplug2.objectives.objectives import Objectives
 from mplug2.training import run_checkpoint
 from mplug2.training.optim import OptimizerSettings, make_optimizer
@@ -112,7 +112,7 @@ def shared_gradients(kind: str, rank: int, world: int) -> dict:
     """Of each loss, by DDP and by FSDP2, or on four ranks by HSDP; of two micro-batches, and by DDP also of a single
     batch."""
     process, found, whole = info(rank, world), {}, whole_batches(kind, world)
-    with patch.object(losses, "hard_negatives", fixed_negatives):
+    with patch.object(objectives, "hard_negatives", fixed_negatives):
         for way in ("ddp", "fsdp") if world < 4 else ("hsdp",):
             parallel = wrap_model(Objectives(make_model()), process, ParallelSettings(parallel=way))
             for loss in LOSSES if kind != "text" else ("mlm",):
@@ -131,7 +131,7 @@ def test_losses_and_gradients_of_several_processes_are_those_of_one(processes, w
     found = processes.run(shared_gradients, *((kind, rank, world) for rank in range(world)))
     whole = whole_batches(kind, world)
     alone = Objectives(make_model())
-    with patch.object(losses, "hard_negatives", fixed_negatives):
+    with patch.object(objectives, "hard_negatives", fixed_negatives):
         expected = {(loss, count): gradients(alone, whole[:count], loss)
                     for loss in (LOSSES if kind != "text" else ("mlm",)) for count in (1, 2)}
     for rank in range(world):
@@ -161,7 +161,7 @@ def task_gradients(b: int, rank: int, world: int) -> dict:
             model = randomized(MPLUG2(small(), task, {} if name == "number" else {task: ("a", "b", "c")}))
             settings = ParallelSettings(parallel="fsdp" if way == "fsdp" else "ddp")
             parallel = wrap_model(Objectives(model), process, settings)
-            with patch.object(losses, "hard_negatives", fixed_negatives):
+            with patch.object(objectives, "hard_negatives", fixed_negatives):
                 for loss in heads:
                     found[name, loss, way] = gradients(parallel, [batch], loss)
     return found
@@ -228,7 +228,7 @@ def clipped(rank: int, world: int, way: str, name: str) -> tuple[float, list[np.
     optimizer = make_optimizer(module.model, OptimizerSettings(name, lr=0.01, vision_lr=0.02, weight_decay=0.1))
     for seed in range(3):
         batch = rank_share(make_batch("image", 24, 2, seed), rank, world)
-        with patch.object(losses, "hard_negatives", fixed_negatives):
+        with patch.object(objectives, "hard_negatives", fixed_negatives):
             sum(parallel(batch).values()).backward()
         all_reduce_replicated_grads(parallel)
         norm = clip_grad_norm(parameters, 0.5)
