@@ -6,6 +6,7 @@ from data_helpers import write_data, write_records
 from PIL import Image
 
 from mplug2.data.__main__ import main
+from mplug2.data.check_folder import video_header
 from mplug2.data.text import Tokenizer
 
 
@@ -47,6 +48,12 @@ def test_everything_that_is_wrong_is_listed_at_once(tmp_path, capsys):
     assert "3 invalid lines, 2 missing and 1 unreadable media files" in said
 
 
+def test_the_rate_of_an_animation_that_only_pillow_reads_comes_from_its_milliseconds(tmp_path):
+    first, second = (Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
+    first.save(tmp_path / "a.webp", save_all=True, append_images=[second], duration=250)
+    assert video_header(tmp_path / "a.webp") == (4.0, 0)
+
+
 def test_labels_duplicates_and_leaks_are_counted(tmp_path, capsys):
     for number in range(4):
         Image.fromarray(np.full((6 + number, 8, 3), 50 * number, np.uint8)).save(tmp_path / f"{number}.png")
@@ -58,6 +65,7 @@ def test_labels_duplicates_and_leaks_are_counted(tmp_path, capsys):
         {"image": f"{number}.png", "captions": [f"A man, talking{'' if number < 2 else number}"]}
         for number in range(4)])
     said = run(capsys, tmp_path)
+    assert "  1 records occur more than once\n" in said
     assert "labels: cat 3, dog 1\n" in said and "8 x 6 to 8 x 8 pixels" in said
     assert "files named by several splits of a task: 1\n" in said
     assert "2.png: image_classification, train and val" in said
