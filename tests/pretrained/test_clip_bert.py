@@ -156,6 +156,7 @@ def test_an_unsupported_clip_is_refused_by_name():
     for source, given_settings, message in (
         (state, vision(hidden_act="gelu"), "hidden_act='gelu' is not supported: .* hidden_act='quick_gelu'"),
         (state, vision(num_attention_heads=2), "num_attention_heads=2 is not supported: .*=1"),
+        (state, found | {"vision_config": {}}, "num_attention_heads=12 is not supported"),  # the default is left out
         (state, vision(layer_norm_eps=1e-6), "layer_norm_eps=1e-06"),
         (state, found | {"model_type": "siglip"}, "model_type='siglip': expected clip"),
         (state, None, "the activation of these weights is unknown"),
