@@ -196,6 +196,27 @@ def test_wandb_is_asked_for_by_its_environment_variable(tmp_path, monkeypatch, c
     assert lines(tmp_path) == [{"step": 1}]
 
 
+def test_only_a_resumed_run_continues_its_wandb_run_and_lines_have_their_step(tmp_path, monkeypatch):
+    """With a stand-in for the package, whose runs are called new1, new2, ..."""
+    asked, logged, ids = [], [], iter(("new1", "new2", "new3"))
+
+    def init(**settings):
+        asked.append(settings["id"])
+        run = types.SimpleNamespace(id=settings["id"] or next(ids), log=logged.append, finish=lambda: None)
+        run.define_metric = lambda *given, **more: logged.append((given, more))
+        return run
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    monkeypatch.setenv("WANDB_PROJECT", "tiny")
+    (tmp_path / "settings.json").write_text("{}")
+    for first in (0, 2, 0):
+        log = Log(tmp_path, ALONE, first, 9)
+        log.line({"step": first + 1, "loss": 3.0})
+        log.close()
+    assert asked == [None, "new1", None] and (tmp_path / "wandb_id").read_text() == "new2\n"
+    assert logged[:2] == [(("*",), {"step_metric": "step"}), {"step": 1, "loss": 3.0}]
+
+
 @pytest.mark.slow
 def test_a_resumed_run_continues_its_wandb_run_offline(tmp_path, monkeypatch):
     """With the real package: two folders of the same run, which `wandb sync` uploads as one."""
