@@ -192,6 +192,8 @@ def test_an_unknown_flag_is_refused_with_a_guess(capsys):
     parser = parser_of(Example)
     assert refusal(capsys, parser, ["--max-step", "3"]) == "unknown argument --max-step (did you mean '--max-steps'?)"
     assert refusal(capsys, parser, ["--max_steps=3"]) == "unknown argument --max_steps=3 (did you mean '--max-steps'?)"
+    text = f"--max_steps={'9' * 40}"  # the value does not count for the guess
+    assert refusal(capsys, parser, [text]) == f"unknown argument {text} (did you mean '--max-steps'?)"
     assert refusal(capsys, parser, ["--zzzzzzzz"]) == "unknown argument --zzzzzzzz"
     assert refusal(capsys, parser, ["--max-steps", "3", "stray"]) == "unknown argument stray: expected a flag before it"
     assert refusal(capsys, parser, ["max-steps", "3"]) == "unknown argument max-steps (did you mean '--max-steps'?)"

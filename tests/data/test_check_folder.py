@@ -1,12 +1,14 @@
 """The check of a folder of one's own: everything that is wrong, at once, and what training should know."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from data_helpers import write_data, write_records
 from PIL import Image
 
 from mplug2.data.__main__ import main
-from mplug2.data.check_folder import video_header
+from mplug2.data.check_folder import describe_labels, video_header
 from mplug2.data.text import Tokenizer
 
 
@@ -52,6 +54,12 @@ def test_the_rate_of_an_animation_that_only_pillow_reads_comes_from_its_millisec
     first, second = (Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
     first.save(tmp_path / "a.webp", save_all=True, append_images=[second], duration=250)
     assert video_header(tmp_path / "a.webp") == (4.0, 0)
+
+
+@pytest.mark.parametrize("count, rest", [(8, ""), (9, ", and 1 more, at least 1 each")])
+def test_up_to_eight_labels_are_listed(count, rest, capsys):
+    describe_labels([SimpleNamespace(label=f"{number}") for number in range(count)])
+    assert capsys.readouterr().out == "  labels: " + ", ".join(f"{number} 1" for number in range(8)) + rest + "\n"
 
 
 def test_labels_duplicates_and_leaks_are_counted(tmp_path, capsys):

@@ -9,6 +9,7 @@ import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock, patch
 
 import numpy as np
@@ -40,7 +41,7 @@ def test_the_next_batch_is_computed_while_one_is_in_use():
         yield {"number": 2}
 
     ahead = prefetch(batches())
-    assert next(ahead) == {"number": 1} and second.wait(timeout=60)
+    assert next(ahead) == {"number": 1} and second.wait(timeout=20)
     assert list(ahead) == [{"number": 2}]
 
 
@@ -50,6 +51,16 @@ def test_workers_ignore_the_signals_that_reach_the_whole_process_group(monkeypat
     monkeypatch.setattr(loader.signal, "signal", lambda *given: ignored.append(given))
     loader.start_worker(0)
     assert ignored == [(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+def test_workers_that_are_left_are_killed_at_the_end_and_other_processes_are_not(monkeypatch):
+    killed = []
+    children = [SimpleNamespace(daemon=daemon, kill=lambda daemon=daemon: killed.append(daemon))
+                for daemon in (True, False)]
+    monkeypatch.setattr(loader.multiprocessing, "active_children", lambda: children)
+    monkeypatch.setattr(loader.signal, "signal", lambda *_: None)
+    loader.end_workers()
+    assert killed == [True]
 
 
 def test_a_loader_does_not_touch_the_global_random_state(root, tokenizer):

@@ -280,6 +280,7 @@ def test_an_unsupported_bert_is_refused_by_name():
         (state, found | {"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key'"),
         (state, found | {"tie_word_embeddings": False}, "tie_word_embeddings=False"),
         (state, found | {"num_attention_heads": 4}, "num_attention_heads=4, but the model has heads=2"),
+        (state, found | {"num_attention_heads": 1}, "num_attention_heads=1, but the model has heads=2"),
         (state, found | {"num_hidden_layers": 3}, "num_hidden_layers=3, but the model has text_layers=4"),
         (state | {"bert.extra": torch.ones(1)}, found, "neither used nor known to be unused: extra"),
         ({name: entry for name, entry in state.items() if "layer.1." not in name}, found, "16 entries are missing"),

@@ -43,6 +43,13 @@ def test_a_line_has_the_means_since_the_previous_one(tmp_path, monkeypatch):
     assert second["loss"] == 5.0 and second["samples_per_second"] == 8 / 10 and "loss/vtc" not in second
 
 
+def test_values_of_a_step_keep_no_graph(tmp_path):
+    log = Log(tmp_path, ALONE, 0, 9)
+    log.step({"loss": torch.ones((), requires_grad=True) * 2}, torch.ones((), requires_grad=True) * 3, 8, [])
+    assert len(log.values) == 2 and not any(value.requires_grad for values in log.values.values() for value in values)
+    log.close()
+
+
 def test_a_resumed_run_removes_the_lines_of_steps_that_it_repeats(tmp_path):
     text = "".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3, 4))
     (tmp_path / "metrics.jsonl").write_text(text + '{"step": 5, "lo')  # killed while it wrote
