@@ -17,7 +17,7 @@ def test_the_weights_are_those_with_which_the_module_mixes_its_values(b, r, l, m
     x, memory = noise(b * r, l, 12, seed=seed), noise(b, m, 12, seed=seed + 1)
     mask = random_mask(b, m, seed)[:, None, None, :]
     weights = attention_weights(module, x, memory, mask)
-    assert weights.shape == (b * r, 3, l, m)
+    assert weights.shape == (b * r, 3, l, m) and not weights.requires_grad
     assert_same(weights.sum(-1), torch.ones(b * r, 3, l).double())
     values = module.key_value(memory).chunk(2, dim=-1)[1].repeat_interleave(r, dim=0)
     heads = [weights[:, c] @ values[..., 4 * c: 4 * c + 4] for c in range(3)]

@@ -35,6 +35,13 @@ def test_iou_and_giou_are_counts_of_cells_and_symmetric(one, other):
     assert generalized_iou(other_boxes, boxes)[1].item() == pytest.approx(giou.item())
 
 
+def test_small_boxes_overlap_like_large_ones():
+    one, other = torch.tensor([[0.5, 0.5, 0.4, 0.2]]), torch.tensor([[0.6, 0.5, 0.4, 0.2]])
+    for scale in (1.0, 0.05, 1e-3):
+        iou, giou = generalized_iou(one * scale, other * scale)
+        assert iou.item() == pytest.approx(0.6, rel=1e-4) and giou.item() == pytest.approx(0.6, rel=1e-4)
+
+
 def test_refuses_wrong_shapes():
     with pytest.raises(ValueError, match=r"expected shape \(b 4\), found \(2, 3\)"):
         generalized_iou(torch.zeros(2, 3), torch.zeros(2, 3))

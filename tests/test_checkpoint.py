@@ -265,6 +265,24 @@ def test_truncated_weights_are_reported(saved, kept):
         load_model(saved)
 
 
+def test_a_damaged_checkpoint_names_the_newest_older_one_that_is_intact(tmp_path):
+    for step in range(1, 6):
+        folder = tmp_path / f"step_{step:07d}"
+        folder.mkdir()
+        for name in checkpoint.RUN_FILES:
+            (folder / name).write_text(f"{name} {step}")
+        checkpoint.write_manifest(folder, step, {})
+    checkpoint.verify(folder, checkpoint.RUN_FILES)
+    for step in (3, 4):
+        (tmp_path / f"step_{step:07d}" / "training.pt").write_text("training.pt x")
+    for step in (3, 4):
+        with pytest.raises(CheckpointError, match="training.pt was changed after.*--resume-from step_0000002$"):
+            checkpoint.verify(tmp_path / f"step_{step:07d}", checkpoint.RUN_FILES)
+    (tmp_path / "step_0000001" / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="config.json is missing; this run has no older checkpoint"):
+        checkpoint.verify(tmp_path / "step_0000001", checkpoint.RUN_FILES)
+
+
 def test_missing_files_are_named(saved, tmp_path):
     with pytest.raises(CheckpointError, match="nowhere is not a checkpoint: there is no such folder; expected a"):
         load_model(tmp_path / "nowhere")

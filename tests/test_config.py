@@ -103,6 +103,11 @@ def test_published_sizes(preset, sizes):
     assert {name: getattr(config, name) for name in as_released} == as_released
 
 
+def test_the_tiny_preset_has_no_dropout_and_the_others_that_of_bert():
+    assert {name: preset().dropout for name, preset in PRESETS.items()} == {
+        "tiny": 0.0, "small": 0.1, "base": 0.1, "large": 0.1}
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_takes_changes_and_checks_them(preset):
     changed = dataclasses.replace(PRESETS[preset](), latents=7)

@@ -125,6 +125,29 @@ def test_images_videos_and_records_are_written(packages, tmp_path, capsys):
         assert sorted(order) == [0, 1, 2, 3] and order not in ([0, 1, 2, 3], [3, 2, 1, 0])
 
 
+def test_frames_are_evenly_spaced_and_on_white_and_are_stored_without_loss(tmp_path):
+    buffer = io.BytesIO()
+    images = [Image.new("RGBA", (64, 64), (5 * number, 0, 0)) for number in range(40)]
+    for image in images:
+        image.paste((0, 0, 0, 0), (0, 0, 32, 64))  # the left half is transparent
+    images[0].save(buffer, "WEBP", save_all=True, append_images=images[1:], lossless=True)
+    frames = emoji.read_frames(buffer.getvalue(), "1F600")
+    assert frames[:, 32, 48, 0].tolist() == [5 * (number * 40 // 16) for number in range(16)]
+    assert (frames[:, :, :24] == 255).all()
+    noise = np.random.default_rng(0).integers(0, 256, frames.shape).astype(np.uint8)
+    emoji.save_clip(noise, tmp_path / "a.webp")
+    found = read_video(tmp_path / "a.webp", 16).astype(int)
+    assert np.abs(found - noise)[:, -1, -1].max() <= 1  # the corner tells equal frames apart
+    found[:, -1, -1] = noise[:, -1, -1]
+    assert (found == noise).all()
+
+
+def test_shuffled_quarters_have_every_order_except_the_original_and_its_reverse():
+    frames = np.arange(16)[:, None, None, None] * np.ones((1, 1, 1, 1), int)
+    orders = {tuple(emoji.shuffled(frames, f"{code:X}")[::4, 0, 0, 0] // 4) for code in range(0x1F300, 0x1F400)}
+    assert len(orders) == 24 - 2 and not orders & {(0, 1, 2, 3), (3, 2, 1, 0)}
+
+
 def test_a_package_that_is_damaged_missing_or_wrong_is_named(packages, tmp_path, capsys):
     def error() -> str:
         with pytest.raises(SystemExit):

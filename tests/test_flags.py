@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eval import GROUPS as EVALUATION
+from mplug2.comma_list import comma_list
 from mplug2.config import ModelConfig
 from mplug2.dataclass_tools import field_docs
 from mplug2.did_you_mean import did_you_mean
@@ -118,6 +119,7 @@ def test_a_field_with_a_title_begins_another_group_of_the_help(capsys):
     groups = {lines[0]: "\n".join(lines[1:]) for lines in map(str.splitlines, text.split("\n\n"))}
     assert [flag for flag in ("--root", "--parts", "--overlap") if flag in groups["Titled:"]] == ["--root"]
     assert "--parts" in groups["division:"] and "--overlap" in groups["division:"]
+    assert strip("How much. (default: 0)") in strip(groups["division:"])
     assert "--name" in groups["Example:"] and "--root" not in groups["Example:"]
     assert parser_of(Titled).read(["--overlap", "3"]) == {"Titled": {"overlap": 3}}
 
@@ -203,6 +205,8 @@ def test_an_unknown_flag_is_refused_with_a_guess(capsys):
     parser = parser_of(Example)
     assert refusal(capsys, parser, ["--max-step", "3"]) == "unknown argument --max-step (did you mean '--max-steps'?)"
     assert refusal(capsys, parser, ["--max_steps=3"]) == "unknown argument --max_steps=3 (did you mean '--max-steps'?)"
+    text = f"--max_steps={'9' * 40}"  # the value does not count for the guess
+    assert refusal(capsys, parser, [text]) == f"unknown argument {text} (did you mean '--max-steps'?)"
     assert refusal(capsys, parser, ["--zzzzzzzz"]) == "unknown argument --zzzzzzzz"
     assert refusal(capsys, parser, ["--max-steps", "3", "stray"]) == "unknown argument stray: expected a flag before it"
     assert refusal(capsys, parser, ["max-steps", "3"]) == "unknown argument max-steps (did you mean '--max-steps'?)"
@@ -268,6 +272,14 @@ def test_an_error_of_the_user_s_is_one_line(capsys, error):
     assert capsys.readouterr().err == f"program: {error}\n"
     with pytest.raises(TypeError), one_line_errors("program"):
         raise TypeError("a bug keeps its traceback")
+
+
+def test_a_list_of_names_is_read_without_blanks_and_its_mistakes_are_counted_from_one():
+    assert comma_list("task", " a, b ,c") == ["a", "b", "c"]
+    with pytest.raises(ValueError, match="^task='a,,b': name 2 of the list is empty"):
+        comma_list("task", "a,,b")
+    with pytest.raises(ValueError, match="^task='a, b,a': 'a' is named twice$"):
+        comma_list("task", "a, b,a")
 
 
 def test_a_misspelled_name_gets_a_hint_if_one_is_close():

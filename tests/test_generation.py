@@ -168,6 +168,15 @@ def test_tokens_are_drawn_with_their_probability_among_the_allowed_ones():
         assert ((counts / n - expected).abs() <= 4 * deviation + 1e-9).all(), (arguments, counts / n, expected)
 
 
+def test_no_token_is_drawn_after_those_whose_probabilities_sum_to_exactly_top_p():
+    model, (memory, _) = make_model(0), make_memory(0, 1)
+    model.decoder.embeddings.word.weight.data.zero_()
+    model.decoder.head.bias.data[:] = torch.tensor([float("-inf")] * 3 + [0.0] * 4)  # four tokens, 1/4 each
+    for top_p, allowed in ((0.25, {3}), (0.5, {3, 4}), (0.75, {3, 4, 5}), (1.0, {3, 4, 5, 6})):
+        drawn = sample(model, memory, prompts(200), SPECIAL, 1, top_p=top_p, generator=generator(0))
+        assert {text[0] for text in drawn} == allowed
+
+
 @settings(max_examples=8, deadline=None)
 @given(seeds, st.integers(1, 3), st.integers(1, 3))
 def test_a_seed_fixes_the_sample_for_any_other_texts(seed, b, r):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from PIL import Image
 from predictors import make_predictor, write_media, write_records
 
@@ -532,10 +533,24 @@ def test_a_model_is_evaluated_on_the_tasks_that_it_has_modules_and_records_for(r
 # ---- curves and exported models --------------------------------------------------------------------------------------
 
 
-def test_curves_are_drawn(tmp_path):
-    lines = [{"step": i, "loss/vtc": 3.0 - i, "loss": 4.0 - i} for i in range(3)] + [{"step": 2, "val/qa_order": 0.5}]
+def test_curves_are_drawn(tmp_path, monkeypatch):
+    """Of the metrics the strictest ones, over steps; those of images are dashed, in the color of those of videos."""
+    lines = [{"step": i, "loss/vtc": 3.0 - i, "loss": 4.0 - i} for i in range(3)]
+    lines += [{"step": 2, "val/qa_order": 0.5}, {"step": 5, "val/t2i_r1": 0.25, "val/t2i_r10": 0.75, "val/t2v_r1": 0.5}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    drawn, save = {}, Figure.savefig
+
+    def noted(figure, *given, **more):
+        drawn.update((line.get_label(), line) for axes in figure.axes for line in axes.lines)
+        save(figure, *given, **more)
+
+    monkeypatch.setattr(Figure, "savefig", noted)
     draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    points = {name: list(zip(*line.get_data())) for name, line in drawn.items()}
+    assert points == {"vtc": [(0, 3.0), (1, 2.0), (2, 1.0)], "qa_order": [(2, 0.5)], "t2i_r1": [(5, 0.25)],
+                      "t2v_r1": [(5, 0.5)]}
+    assert drawn["t2i_r1"].get_linestyle() == "--" and drawn["t2v_r1"].get_linestyle() == "-"
+    assert drawn["t2i_r1"].get_color() == drawn["t2v_r1"].get_color() != drawn["qa_order"].get_color()
     with Image.open(tmp_path / "curves.png") as image:
         image.load()
         assert image.format == "PNG" and min(image.size) > 200
@@ -605,7 +620,8 @@ def test_chance_is_the_level_of_a_baseline_that_ignores_its_input(tmp_path):
     write("image_qa", {"qa": [{"question": "a", "answers": ["Red", "blue"], "kind": "k"},
                               {"question": "b", "answers": ["blue!"], "kind": "k"},
                               {"question": "c", "answers": ["one"]}, {"question": "d", "answers": ["two"]}]})
-    write("image_caption", {"captions": ["a", "b"]}, {"captions": ["B!"]}, {"captions": ["c"]}, {"captions": ["d"]})
+    write("image_caption", {"captions": ["a", "b"]}, {"captions": ["B!"]}, {"captions": ["c"]}, {"captions": ["d"]},
+          {"captions": ["e", "f"]})
     write("image_retrieval", *({"captions": ["a"], "positive_id": positive_id, "gallery": gallery}
                                for gallery, positive_id in ("1x", "1x", "1y", "1z", "2x", "2y")))
     write("grounding", *({"text": "a", "box": [0.25, 0.5, 0.5, 1.0]} for _ in range(2)),
@@ -614,7 +630,7 @@ def test_chance_is_the_level_of_a_baseline_that_ignores_its_input(tmp_path):
     expected = {
         "text_classification_accuracy": 2 / 3, "image_classification_accuracy": 3 / 5,
         "image_classification_zero_shot": 3 / 5, "image_qa_k": 1.0, "image_qa_accuracy": 3 / 4,
-        "image_caption_exact": 2 / 4,
+        "image_caption_exact": 2 / 5,
         "t2i_r1": (2 * 2 / 4 + 2 * 1 / 4 + 2 * 1 / 2) / 6, "t2i_r5": 1.0,
         "grounding_accuracy": 1.0, "grounding_iou": 1.0,
     }

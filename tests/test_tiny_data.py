@@ -18,7 +18,7 @@ from PIL import Image
 
 from mplug2.tasks import RECORD_FIELDS
 from tiny_data import Sizes, ensure, tasks, write, writer
-from tiny_data.render import LEVELS, PALETTE, load_digits, render
+from tiny_data.render import LEVELS, PALETTE, load_digits, render, vary
 from tiny_data.scenes import SPLITS, STROKES, SceneSource
 from tiny_data.world import (
     AXES,
@@ -181,6 +181,19 @@ def test_files_keep_combinations_apart(root):
 
 
 # --- time ------------------------------------------------------------------------------------------------------------
+
+
+def test_two_digits_stand_in_any_two_cells_of_the_grid():
+    drawn_at = {tuple((thing.y, thing.x) for thing in one.things)
+                for one in (source("train", seed).scene("pair") for seed in range(400))}
+    neighbors = {pair for pair in drawn_at if sum(abs(a - b) for a, b in zip(*pair)) == 8}
+    assert len(neighbors) > 20 and all(one != other for one, other in drawn_at)
+
+
+def test_the_digits_of_a_sequence_are_never_seen_together():
+    frames = drawn(source("train").scene("sequence"))
+    colors = [{int(color) for color in (frame[frame > 0] - 1) // LEVELS} for frame in frames]
+    assert [len(of_frame) for of_frame in colors] == [1, 1, 1, 1] and colors[0] == colors[1] != colors[2] == colors[3]
 
 
 @settings(max_examples=40, deadline=None)
@@ -537,6 +550,23 @@ def test_clips_have_four_frames_at_four_per_second_and_repeat_forever(root):
             assert (file.n_frames, file.info["duration"], file.info["loop"], file.size) == (4, 250, 0, (32, 32))
 
 
+def test_another_hand_turns_slants_scales_and_moves_a_digit_a_little():
+    """Judged by a bar: its tilt is at most 10 degrees and a slant of 0.1, its center moves by half a pixel at most."""
+    bar = np.zeros((1000, 8, 8))
+    bar[:, 2:6, 3:5] = 1
+    ink = vary(bar, np.random.default_rng(0))
+    assert ink.min() >= 0 and 0.99 < ink.max() <= 1 + 1e-9
+    axis, total = np.arange(8) - 3.5, ink.sum(axis=(1, 2))
+    y, x = ((ink * side).sum(axis=(1, 2)) / total for side in (axis[:, None], axis))
+    for center in (y, x):
+        assert abs(center.mean()) < 0.05 and 0.5 < np.abs(center).max() < 0.65
+    down, right = axis[:, None] - y[:, None, None], axis - x[:, None, None]
+    variance, other, both = ((ink * product).sum(axis=(1, 2)) for product in (down**2, right**2, down * right))
+    tilt = np.degrees(np.arctan2(2 * both, variance - other)) / 2
+    assert abs(tilt.mean()) < 1 and 11 < np.abs(tilt).max() < 18
+    assert 0.75 < total.min() / 8 < 0.9 < 1.1 < total.max() / 8 < 1.3
+
+
 def test_the_palette_has_distinct_colors():
     assert len(np.unique(PALETTE, axis=0)) == len(PALETTE) == 1 + LEVELS * len(COLOR_NAMES)
 
@@ -550,6 +580,13 @@ def test_the_files_are_those_of_the_task_table_with_their_fields(root):
         for record in records(root, *name.split(".")):
             assert set(RECORD_FIELDS[name.split(".")[0]]) <= set(record), name
             media.update(record.get("images", [record.get("image", record.get("video"))]))
+    for split in SPLITS:
+        clips, images, texts, labelled = SMALL.for_split(split)
+        count = {task: len(list(records(root, task, split))) for task in ("video_caption", "image_qa", "text_qa")}
+        assert count == {"video_caption": clips, "image_qa": images, "text_qa": labelled}
+        assert split == "combos" or len(list(records(root, "text_only", split))) == texts
+    assert (SMALL.for_split("train"), SMALL.for_split("val")) == ((42, 24, 20, 20), (16, 16, 16, 16))
+    assert SMALL.for_split("test") == SMALL.for_split("combos") == (56, 36, 16, 40)
     assert media - {None} == {path.relative_to(root).as_posix() for path in root.glob("media/*/*")}
 
 
@@ -620,7 +657,10 @@ def test_ensure_refuses_a_folder_of_another_world(root, tmp_path):
     assert ensure(root, seed=3) == root
     with pytest.raises(ValueError, match=r"about.json: seed is 3, expected 0; remove the folder"):
         ensure(root)
-    (tmp_path / "other").touch()
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "about.json").write_text(json.dumps({"name": "tiny", "version": 5, "seed": 0}))
+    with pytest.raises(ValueError, match=r"about.json: version is 5, expected 6; remove the folder"):
+        ensure(tmp_path / "old")
     with pytest.raises(FileExistsError, match="not an empty folder"):
         ensure(tmp_path)
 

@@ -45,6 +45,7 @@ def check_folder(root: Path, decode: int = 32, tokenizer: Path | None = None) ->
             missing |= absent
             unreadable |= set(describe_media([path for path in media if path not in absent], media, decode))
             problems += describe_texts(f"{task}.{split}", records, vocabulary)
+            describe_copies(records)
             describe_labels(records)
     print_report("missing", sorted(map(str, missing)))
     print_report("unreadable", sorted(unreadable))
@@ -94,6 +95,7 @@ def video_header(path: Path) -> tuple[float, int]:
             return float(stream.average_rate or 0), rotation
     except (av.FFmpegError, IndexError):  # an animation that Pillow reads and FFmpeg does not
         with Image.open(path) as image:
+            image.load()  # a WebP has no duration before
             return 1000 / image.info["duration"] if image.info.get("duration") else 0.0, 0
 
 
@@ -110,12 +112,16 @@ def describe_texts(name: str, records: Sequence[Record], tokenizer: Tokenizer | 
         print("  " + describe_unknown("unknown words", unknown, sum(words.values())))
     if equal := equal_captions(records):
         print("  " + describe_equal("equal captions", equal))
+    return [f"{source}: the text {short(text)} has no words; remove it"
+            for text, source in texts.items() if not words[text]]
+
+
+def describe_copies(records: Sequence[Record]) -> None:
+    """Print how many records occur more than once, with or without texts."""
     if copies := [key for key, count in Counter(
             (record.video or record.image or record.images, record.captions, record.qa, record.text, record.texts,
              record.label, record.box) for record in records).items() if count > 1]:
         print(f"  {len(copies):,} records occur more than once")
-    return [f"{source}: the text {short(text)} has no words; remove it"
-            for text, source in texts.items() if not words[text]]
 
 
 def describe_labels(records: Sequence[Record]) -> None:

@@ -2,13 +2,14 @@
 
 import json
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 import torch
 from data_helpers import SUBJECTS, assert_equal_batches, make_tokenizer, write_data, write_records
 
 import mplug2
-from mplug2.data.build import DataSettings, TrainingData, build_data, read_sources
+from mplug2.data.build import DataSettings, TrainingData, build_data, read_sources, texts_per_epoch
 from mplug2.data.records import RecordError, held_out_media
 from mplug2.data.shards import pack
 from mplug2.distributed import DistInfo
@@ -118,6 +119,8 @@ def test_an_epoch_sees_each_caption_or_question_once(root, tmp_path):
     """Six videos with two captions and three questions (two per step), five images with one caption, seven texts."""
     assert build(root, epochs=3.0).steps == 3 * (6 * 2 + 5 + 7) / 4
     assert build(root, epochs=3.0, questions_per_sample=1).steps == -(-3 * (6 * 3 + 5 + 7) // 4)
+    sample = SimpleNamespace(captions=("a",), qa=("asked",) * 5)  # two of five questions are asked at a time
+    assert texts_per_epoch(DataSettings(questions_per_sample=2), {"video": [sample, sample]}, {}) == 6
     assert build(root, epochs=0.01).steps == 1 and build(root, max_steps=9).steps == 9
     assert build(root).steps_per_epoch == -(-(6 + 5 + 7) // 4)
     pack(root, tmp_path / "shards")
@@ -214,6 +217,13 @@ def test_references_are_the_captions_of_samples_in_captioning_batches(root):
     assert len(references) >= 11 and ["a red three moving left", "a red three going left"] in references
     assert build(root, task="video_caption", tokenizer=make_tokenizer()).references()[1] == [
         "a blue seven moving left", "a blue seven going left"]
+
+
+def test_texts_of_shards_that_are_not_read_have_two_tokens_per_word():
+    data = SimpleNamespace(sizes={"video": 9, "image@1": 9}, settings=DataSettings(max_words=20))
+    for longest, expected in (({"image@1": 7}, 40), ({"image@1": 99}, 99), ({"video": 5, "image@1": 7}, 7)):
+        data.longest = longest
+        assert TrainingData.longest_text(data) == expected
 
 
 def test_the_longest_text_is_that_of_the_captions_and_answers_but_not_of_the_questions(tmp_path):

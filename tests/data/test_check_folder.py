@@ -1,11 +1,14 @@
 """The check of a folder of one's own: everything that is wrong, at once, and what training should know."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from data_helpers import write_data, write_records
 from PIL import Image
 
 from mplug2.data.__main__ import main
+from mplug2.data.check_folder import describe_labels, video_header
 from mplug2.data.text import Tokenizer
 
 
@@ -47,6 +50,18 @@ def test_everything_that_is_wrong_is_listed_at_once(tmp_path, capsys):
     assert "3 invalid lines, 2 missing and 1 unreadable media files" in said
 
 
+def test_the_rate_of_an_animation_that_only_pillow_reads_comes_from_its_milliseconds(tmp_path):
+    first, second = (Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
+    first.save(tmp_path / "a.webp", save_all=True, append_images=[second], duration=250)
+    assert video_header(tmp_path / "a.webp") == (4.0, 0)
+
+
+@pytest.mark.parametrize("count, rest", [(8, ""), (9, ", and 1 more, at least 1 each")])
+def test_up_to_eight_labels_are_listed(count, rest, capsys):
+    describe_labels([SimpleNamespace(label=f"{number}") for number in range(count)])
+    assert capsys.readouterr().out == "  labels: " + ", ".join(f"{number} 1" for number in range(8)) + rest + "\n"
+
+
 def test_labels_duplicates_and_leaks_are_counted(tmp_path, capsys):
     for number in range(4):
         Image.fromarray(np.full((6 + number, 8, 3), 50 * number, np.uint8)).save(tmp_path / f"{number}.png")
@@ -58,6 +73,7 @@ def test_labels_duplicates_and_leaks_are_counted(tmp_path, capsys):
         {"image": f"{number}.png", "captions": [f"A man, talking{'' if number < 2 else number}"]}
         for number in range(4)])
     said = run(capsys, tmp_path)
+    assert "  1 records occur more than once\n" in said
     assert "labels: cat 3, dog 1\n" in said and "8 x 6 to 8 x 8 pixels" in said
     assert "files named by several splits of a task: 1\n" in said
     assert "2.png: image_classification, train and val" in said

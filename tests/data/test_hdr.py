@@ -40,6 +40,12 @@ def test_grays_stay_gray_and_rise_from_black_to_white(transfer):
     assert np.all(np.diff(grays[:, 0]) >= 0) and grays[0, 0] == 0 and grays[-1, 0] >= 253
 
 
+def test_levels_are_rounded_not_cut_off():
+    lights = np.linspace(20, 140, 200)
+    errors = convert("pq", *map(pq_code, lights))[:, 0] - srgb(lights / 203)
+    assert abs(errors.mean()) < 0.1 and np.abs(errors).max() < 0.6
+
+
 def test_highlights_keep_some_detail():
     levels = convert("pq", *map(pq_code, (203, 300, 500, 1000)))[:, 0]
     assert np.all(np.diff(levels) >= 1)

@@ -1,12 +1,15 @@
 """The loader: batches do not depend on workers, prefetching, or the random state of the run; faults end it cleanly."""
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock, patch
 
 import numpy as np
@@ -16,6 +19,7 @@ from data_helpers import VIDEOS, assert_equal_batches, batches_of, write_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mplug2.data import loader
 from mplug2.data.loader import default_workers, on_device, prefetch
 from mplug2.data.media import MediaError, to_bytes, to_pixels
 
@@ -26,6 +30,37 @@ def test_batches_are_the_same_with_any_number_of_workers_and_from_any_step(root,
     assert_equal_batches(batches_of(root, tokenizer, workers=0, start=4), expected[4:])
     other = batches_of(root, tokenizer, workers=0, seed=1)
     assert any(one["source"] != two["source"] for one, two in zip(expected, other))
+
+
+def test_the_next_batch_is_computed_while_one_is_in_use():
+    second = threading.Event()
+
+    def batches():
+        yield {"number": 1}
+        second.set()
+        yield {"number": 2}
+
+    ahead = prefetch(batches())
+    assert next(ahead) == {"number": 1} and second.wait(timeout=20)
+    assert list(ahead) == [{"number": 2}]
+
+
+def test_workers_ignore_the_signals_that_reach_the_whole_process_group(monkeypatch):
+    ignored = []
+    monkeypatch.setattr(loader.gc, "freeze", lambda: None)
+    monkeypatch.setattr(loader.signal, "signal", lambda *given: ignored.append(given))
+    loader.start_worker(0)
+    assert ignored == [(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+def test_workers_that_are_left_are_killed_at_the_end_and_other_processes_are_not(monkeypatch):
+    killed = []
+    children = [SimpleNamespace(daemon=daemon, kill=lambda daemon=daemon: killed.append(daemon))
+                for daemon in (True, False)]
+    monkeypatch.setattr(loader.multiprocessing, "active_children", lambda: children)
+    monkeypatch.setattr(loader.signal, "signal", lambda *_: None)
+    loader.end_workers()
+    assert killed == [True]
 
 
 def test_a_loader_does_not_touch_the_global_random_state(root, tokenizer):

@@ -168,8 +168,8 @@ def test_unusual_paths_get_the_full_check(value):
 
 
 def test_duplicate_ids_are_listed_together_with_other_bad_lines(tmp_path):
-    write(tmp_path, "text_only", {"text": "a", "id": "x"}, b"{", {"text": "b", "id": "x"})
-    with pytest.raises(RecordError, match=r"jsonl:2: found .*\n.*jsonl:3: id: found 'x'"):
+    write(tmp_path, "text_only", {"text": "a", "id": "x"}, b"{", {"text": "b", "id": "x"}, b"[")
+    with pytest.raises(RecordError, match=r"jsonl:2: found .*\n.*jsonl:3: id: found 'x'.*\n.*jsonl:4: found"):
         read_records(tmp_path, "text_only", "train")
 
 
@@ -191,6 +191,8 @@ def test_fields_that_are_not_given_have_defaults_and_every_field_has_one_type(tm
         captioned = read_one(tmp_path, "video_retrieval", {"id": "own", "video": "1.gif", "captions": [caption]})
         assert (captioned.positive_id, captioned.gallery) == ("own", "all")
     assert read_one(tmp_path, "text_only", {"text": "a"}).positive_id == "text_only.train.jsonl:1"
+    for text in "a", "a\nb":
+        assert read_one(tmp_path, "text_only", {"text": text, "id": "own", "positive_id": "p"}).positive_id == "p"
     box = read_one(tmp_path, "grounding", GOOD["grounding"] | {"box": [0.4, 0.5, 0.25, 1]}).box
     assert box == (0.4, 0.5, 0.25, 1) and all(type(number) is float for number in box)
     pair = read_one(tmp_path, "image_pair_reasoning", GOOD["image_pair_reasoning"])
@@ -237,6 +239,13 @@ def test_an_unlabelled_line_may_leave_out_the_truth_and_nothing_else(tmp_path, t
     if labelled != GOOD[task]:
         with pytest.raises(RecordError, match="is missing|requires|answers"):
             read_one(tmp_path, task, labelled)
+
+
+def test_the_first_unlabelled_record_is_known_by_its_index_not_by_its_line(tmp_path):
+    unlabelled = {"text": "a", "unlabelled": True}
+    write(tmp_path, "text_classification", {"text": "a", "label": "x"}, b"", unlabelled, unlabelled)
+    records = read_records(tmp_path, "text_classification", "train")
+    assert records.unlabelled == 1 and [record.unlabelled for record in records] == [False, True, True]
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -297,6 +306,7 @@ BAD = [  # task, changes to the good line (None removes a field), parts of the m
     ("text_pair_classification", {"label": float("nan")}, ["label: found nan; expected a number between"]),
     ("text_pair_classification", {"label": 10**400}, ["label: found 1000", "; expected a number between -3.4e+38"]),
     ("text_pair_classification", {"label": 1e39}, ["label: found 1e+39; expected a number between"]),
+    ("text_pair_classification", {"label": -1e39}, ["label: found -1e+39; expected a number between"]),
     ("visual_entailment", {"label": "maybe"}, ["label: found 'maybe'; expected one of entailment, neutral"]),
     ("image_pair_reasoning", {"label": True}, ["label: found True; expected one of true, false"]),
     ("image_pair_reasoning", {"images": ["a.png", "/b.png"]}, ["images[1]: found '/b.png'; expected the path of"]),

@@ -290,6 +290,7 @@ def test_letters_of_scripts_without_blanks_are_words():
     assert clean("ねこがいる", max_words=2) == "ね こ"
     assert clean("개가 달린다", max_words=1) == "개가"  # Korean has blanks between words
     assert normalize("Ünïted 𠀀a") == "united 𠀀 a"
+    assert normalize("किताब!") == "किताब"  # vowel signs are marks, but not accents
 
 
 @pytest.mark.parametrize("text", ["개가 풀밭에서 달린다", "犬が走っている", "一只狗", "สุนัขวิ่ง", "éa"])

@@ -68,6 +68,16 @@ def test_captions_that_are_only_compared_may_be_long_but_questions_may_not(tmp_p
     assert "has 22 tokens" in problems(tmp_path, "video_qa", limit=10)[0]
 
 
+@pytest.mark.parametrize("words", [6, 7, 8, 9, 10])
+def test_a_text_may_have_as_many_tokens_as_the_model_has_positions(tmp_path, words):
+    """With [CLS] and [SEP]. Prompts are counted too."""
+    write(tmp_path, "video_retrieval.train", {"video": "a.gif", "captions": ["red " * words]})
+    if words + 2 <= 10:
+        assert check(tmp_path, "video_retrieval", limit=10) == []
+    else:
+        assert f"has {words + 2} tokens" in problems(tmp_path, "video_retrieval", limit=10)[0]
+
+
 def test_labels_of_all_splits_are_those_of_the_training_data(tmp_path):
     write(tmp_path, "text_classification.train", {"text": "a red", "label": "x"}, {"text": "a blue", "label": "y"})
     write(tmp_path, "text_classification.val", {"text": "a", "label": "z"}, {"text": "a", "unlabelled": True},
@@ -85,6 +95,8 @@ def test_unknown_words_are_reported_with_examples_and_refused_above_a_fraction(t
     refused, = problems(tmp_path, "video_caption")
     assert refused.startswith(report) and "At most 20% are allowed (--max-unknown)" in refused
     assert "--tokenizer" in refused
+    write(tmp_path, "video_caption.train", {"video": "a.gif", "captions": ["red jump"]})
+    assert "50.0% of the words" in check(tmp_path, "video_caption", max_unknown=0.5)[0]  # as many as allowed
     write(tmp_path, "video_caption.train", {"video": "a.gif", "captions": ["a red seven"]})
     write(tmp_path, "video_caption.test", {"video": "a.gif", "captions": ["jumping quickly red"]})
     assert problems(tmp_path, "video_caption")[0].startswith("video_caption, test: 66.7%")

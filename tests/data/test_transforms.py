@@ -105,6 +105,14 @@ def test_flips_are_a_setting(flip, expected, monkeypatch):
     assert {int(one[0, 0, 0, 0] == 0) for one in made} == expected
 
 
+@pytest.mark.parametrize("style, least", [("finetune", 0.5), ("pretrain", 0.2)])
+def test_crops_of_images_have_at_least_the_area_of_their_style(style, least, monkeypatch):
+    asked = []
+    monkeypatch.setattr("mplug2.data.transforms.crop_box", lambda h, w, area, rng: asked.append(area) or (0, 0, w, h))
+    augment(noise(1, 8, 8), 8, "image", Augmentation(style), np.random.default_rng(0))
+    assert asked == [least]
+
+
 def test_pretraining_videos_are_flipped_by_an_operation(monkeypatch):
     """Two of ten operations are drawn, so 18 % of the videos are flipped (two flips cancel), not half of them."""
     monkeypatch.setattr("mplug2.data.transforms.GEOMETRIC", ())

@@ -8,15 +8,19 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from predictors import make_predictor, write_media, write_records
 from processes import Processes
 from runs import refused
 
 import eval as evaluation
+from mplug2.evaluation import own_files
 from mplug2.evaluation.results import write_whole
-from mplug2.inference import BatchRunner
+from mplug2.inference import BatchRunner, Inference
+from mplug2.predictor import Generation
 from mplug2.training.fault_tolerance import Watchdog
 
 LABELS = {"video_classification": ("no", "yes"), "text_pair_classification": ()}
@@ -243,7 +247,7 @@ def test_labels_that_no_prediction_can_match_are_reported_before_the_evaluation(
     evaluation.main(arguments(checkpoint, data, "--task", "image_classification"))
     assert "1 labels are not among the 1 classes that are predicted, such as 'seven'" in capsys.readouterr().err
     monkeypatch.setattr(evaluation, "evaluate", lambda *_: pytest.fail("it computes"))
-    write_records(data, "text_pair_classification.test", [{"texts": ["red", "blue"], "label": "yes"}])
+    write_records(data, "text_pair_classification.test", [{"texts": ["red", "blue"], "label": "yes"}] * 2)
     said = refused(capsys, evaluation.main, arguments(checkpoint, data, "--task", "text_pair_classification"), 1)
     assert "text_pair_classification.test.jsonl:1: found the label 'yes', but this model predicts numbers" in said
 
@@ -263,6 +267,38 @@ def test_a_search_names_the_files_that_it_could_not_read(checkpoint, data, capsy
     evaluation.main(["--checkpoint", str(checkpoint), "--input", str(data), "--find", "a red one", "--device", "cpu"])
     *found, skipped = capsys.readouterr().out.splitlines()
     assert len(found) == 5 and skipped.startswith(f"skipped: {data / '1.gif'} cannot be decoded")
+
+
+def test_another_rank_gets_the_files_that_are_left_from_the_main_one_and_writes_nothing(tmp_path, monkeypatch):
+    seen, said, files = [], [], [Path("0.png"), Path("1.png")]
+    monkeypatch.setattr(own_files, "run_on_main", lambda *_: None)
+    monkeypatch.setattr(own_files, "all_gather_object", lambda todo: [files[1:], todo])
+    predictor = SimpleNamespace(inference=Inference(rank=1, world_size=2), device="cpu", is_main=False, unreadable={},
+                                caption=lambda chunk, **_: seen.append(chunk) or ["a"] * len(chunk))
+    own_files.write(predictor, files, "", Generation(), tmp_path / "found.jsonl", "model", said.append)
+    assert seen == [files[1:]] and list(tmp_path.iterdir()) == []
+    assert said == [f"{tmp_path}/found.jsonl: 2 of 2 files, 1 of them in earlier calls"]
+
+
+def test_empty_captions_are_written_and_a_first_line_that_was_cut_off_is_removed(tmp_path):
+    out, files, said = tmp_path / "found.jsonl", [Path("0.png"), Path("1.png"), Path("2.png")], []
+    predictor = SimpleNamespace(inference=Inference(), device="cpu", is_main=True, unreadable={},
+                                caption=lambda chunk, **_: ["", "a", None][: len(chunk)])
+    out.write_text('{"file": "0')
+    own_files.write(predictor, files, "", Generation(), out, "model", said.append)
+    assert [line["caption"] for line in own_files.read_results(out)] == ["", "a"]
+    assert said == [f"{out}: 2 of 3 files"]
+    out.write_text('{"file": "0')
+    assert own_files.read_results(out) == [] and out.read_text() == ""
+
+
+def test_a_search_prints_the_ten_best_files():
+    files = [Path(f"{i}.png") for i in range(12)]
+    predictor = SimpleNamespace(embed_texts=lambda _: torch.ones(1, 1), unreadable={},
+                                embed_media=lambda _: torch.arange(12.0)[:, None])
+    lines: list[str] = []
+    own_files.print_best(predictor, files, "a text", lines.append)
+    assert [line.split()[1] for line in lines] == [f"{i}.png" for i in range(11, 1, -1)]
 
 
 @pytest.mark.parametrize("contents", ["# notes\n", '{"a": 1}', '{"a": 1}\n', '{"file": "a"}\n', "[1]\n", "7\n", "text"])

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from predictors import make_predictor, write_media, write_records
 from processes import Processes
 
 import mplug2.inference
 from mplug2.config import PRESETS
-from mplug2.data.media_batches import Medium, even_parts, media_batches
+from mplug2.data import media_batches as media_batches_module
+from mplug2.data.media_batches import MediaReader, Medium, even_parts, media_batches, read_ahead
 from mplug2.data.records import read_records
 from mplug2.distributed import AllRanksError
 from mplug2.evaluation.bootstrap import Score
@@ -26,6 +27,7 @@ from mplug2.evaluation.chance import chance_level
 from mplug2.evaluation.data import EvalOptions, EvalSplit, find_data, read_answer_list
 from mplug2.evaluation.evaluate import EVALUATORS, EvalResult, check_data, evaluate
 from mplug2.evaluation.labels import UnknownClasses
+from mplug2.evaluation.results import format_results, refusal
 from mplug2.evaluation.settings import WritingSettings
 from mplug2.inference import Inference, Stopped
 from mplug2.predictor import Generation
@@ -195,6 +197,20 @@ def test_an_error_of_another_rank_is_raised_with_its_message(root, monkeypatch):
         evaluate(all_tasks_predictor(world_size=2), EvalSplit(root, "test"), ["video_caption"])
 
 
+def test_a_stop_and_the_unreadable_files_of_another_rank_count_on_this_one(root, monkeypatch):
+    medium = Medium((Path("a.gif"),), "video")
+    for stopped in (False, True):
+        monkeypatch.setattr(mplug2.inference, "all_gather_object",
+                            lambda share, stopped=stopped: [share, ({7: "theirs"}, {medium: "gone"}, "", stopped)])
+        predictor = all_tasks_predictor(world_size=2)
+        results = iter([([0], ["mine"])])
+        if stopped:
+            with pytest.raises(Stopped) as raised:
+                predictor.collect(results, 1)
+        found = raised.value.found if stopped else predictor.collect(results, 1)
+        assert found == {0: "mine", 7: "theirs"} and predictor.unreadable == {medium: "gone"}
+
+
 def test_a_task_needs_records_in_one_of_the_splits(root):
     test, val = EvalSplit(root, "test"), EvalSplit(root, "val")
     check_data(all_tasks_predictor(), [val, test], ["video_qa"], 1.0)
@@ -215,6 +231,18 @@ def test_a_result_has_the_value_and_the_standard_error_of_each_score():
     result = EvalResult({"qa_accuracy": Score(0.75, 0.125), "caption_cider": Score(1.5, 0.25)})
     assert result.metrics == {"qa_accuracy": 0.75, "caption_cider": 1.5}
     assert result.errors == {"qa_accuracy": 0.125, "caption_cider": 0.25}
+
+
+def test_the_chance_level_is_shown_for_the_metrics_of_the_result_only():
+    text = format_results({"test": EvalResult({"qa_accuracy": Score(0.5, 0.1)})}, {"qa_accuracy": 0.25, "t2v_r1": 0.01})
+    assert "qa_accuracy" in text and "25.0" in text and "t2v_r1" not in text
+
+
+def test_as_many_skipped_records_as_allowed_are_allowed():
+    result = EvalResult(records=4, skipped={"a:1": "gone"})
+    assert refusal({"test": result}, 0.25) == ""
+    assert "1 of 4 records were skipped, more than max_skipped=0.24" in refusal({"test": result}, 0.24)
+    assert "no record was evaluated" in refusal({"test": EvalResult()}, 1.0)
 
 
 def test_a_split_of_unreadable_files_has_no_metrics(root, tmp_path):
@@ -288,6 +316,9 @@ def test_the_released_protocol_and_flags_that_win_over_it():
     assert WritingSettings(protocol="figure", beams=3).generation("answer") == Generation(3)
     with pytest.raises(ValueError, match="protocol=figure: its captions answer an instruction"):
         WritingSettings(protocol="figure", prompted=False)
+    assert WritingSettings(min_length=3, max_length=3).generation("answer") == Generation(min_length=3, max_length=3)
+    none = WritingSettings(protocol="released", min_length=0, prompted=True)
+    assert none.generation("caption") == Generation(5, 0, 20, True)
     with pytest.raises(ValueError, match="min_length=9 with max_length=3"):
         WritingSettings(min_length=9, max_length=3)
     with pytest.raises(ValueError, match="beams=0"):
@@ -302,6 +333,9 @@ def test_a_prompt_that_the_model_writes_itself_is_cut_off(root, monkeypatch):
     assert {line.prediction for line in lines} == {"a red one"}
     lines = evaluate(predictor, EvalSplit(root, "test"), ["video_caption"]).predictions
     assert {line.prediction for line in lines} == {"so a video of a red one"}
+    monkeypatch.setattr(predictor, "caption", lambda media, **_: ["a red one"] * len(media))  # it wrote no prompt
+    lines = evaluate(predictor, EvalSplit(root, "test"), ["video_caption"], options).predictions
+    assert {line.prediction for line in lines} == {"a red one"}
 
 
 def test_the_length_of_a_text_is_that_of_the_checkpoint_unless_told(root):
@@ -337,6 +371,7 @@ def test_classes_without_a_head_come_from_the_training_split(root, tmp_path):
     """Never from the evaluated records: with two records of one class every model would be right."""
     predictor = all_tasks_predictor()
     lines = evaluate(predictor, EvalSplit(root, "test"), ["image_classification"]).predictions
+    assert all(line.confidence is None for line in lines)  # a cosine is no probability
     for file in ("0.png", "3.png"):
         shutil.copy(root / file, tmp_path)
     write_records(tmp_path, "image_classification.test", [{"image": f"{i}.png", "label": "red"} for i in (0, 3)])
@@ -355,14 +390,14 @@ def test_classes_without_a_head_come_from_the_training_split(root, tmp_path):
 
 
 def test_a_baseline_that_reads_the_question_knows_the_training_answers(tmp_path):
-    asked = [("is it red", "yes", "a"), ("is it red", "yes", "a"), ("is it red", "no", "a"), ("how many", "two", "b")]
+    asked = [("is it red", "yes", "a")] * 2 + [("is it big", "no", "a")] * 3 + [("how many", "two", "b")]
     write_records(tmp_path, "video_qa.train", [
         {"video": "0.gif", "qa": [{"question": q, "answers": [a], "kind": k}]} for q, a, k in asked])
     write_records(tmp_path, "video_qa.test", [{"video": "0.gif", "qa": [
         {"question": "Is it red?", "answers": ["Yes"], "kind": "a"},       # the answer to the same question
-        {"question": "is it blue", "answers": ["yes"], "kind": "a"},       # to the same kind
+        {"question": "is it blue", "answers": ["no"], "kind": "a"},        # to the same kind
         {"question": "how many", "answers": ["three"], "kind": "b"},       # wrong
-        {"question": "who", "answers": ["yes"]},                           # the most common answer
+        {"question": "who", "answers": ["no"]},                            # the most common answer
     ]}])
     assert chance_level(EvalSplit(tmp_path, "test")) == {"qa_accuracy": 0.75, "qa_a": 1.0, "qa_b": 0.0}
 
@@ -400,9 +435,13 @@ def test_a_medium_is_in_one_batch_with_all_its_inputs():
         assert len({len(indices) for indices in batch.indices}) == 1
         assert len(batch.media) == 1 or sum(map(len, batch.indices)) <= 4
         assert all(media[i] == medium for medium, indices in zip(batch.media, batch.indices) for i in indices)
+    thrice = dict(enumerate([*media[:1] * 3, *media[1:2] * 3, *media[3:4] * 3]))  # two videos and an image
+    assert sorted(len(batch.media) for batch in media_batches(thrice, 5)) == [1, 1, 1]
+    assert sorted(len(batch.media) for batch in media_batches(thrice, 6)) == [1, 2]
 
 
 @given(count=st.integers(0, 300), size=st.integers(1, 70))
+@example(count=64, size=64)
 def test_ranks_get_about_equally_many_items(count, size):
     parts = even_parts(count, size)
     assert [item for part in parts for item in part] == [*range(count)]
@@ -411,6 +450,13 @@ def test_ranks_get_about_equally_many_items(count, size):
     for ranks in (2, 4, 8) if count >= 64 else ():
         shares = [sum(sizes[rank::ranks]) for rank in range(ranks)]
         assert max(shares) - min(shares) <= max(1, len(parts) // ranks)  # one item of each batch
+
+
+def test_workers_that_decode_draw_from_no_global_generator(monkeypatch):
+    given = {}
+    monkeypatch.setattr(media_batches_module, "DataLoader", lambda *_, **settings: given.update(settings) or ())
+    read_ahead(MediaReader([], 1, 8), workers=1)
+    assert isinstance(given["generator"], torch.Generator) and given["generator"] is not torch.default_generator
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -19,14 +19,14 @@ from pycocoevalcap.rouge.rouge import Rouge
 from mplug2.data.records import Question, Record
 from mplug2.data.text import Tokenizer, clean, normalize
 from mplug2.evaluation.captions import CiderD, bleu, bleu_counts, cider_d, paper_captions, rouge_l
-from mplug2.evaluation.chance import chance_of_boxes
+from mplug2.evaluation.chance import chance_of_boxes, most_common_answers
 from mplug2.evaluation.data import EvalOptions
-from mplug2.evaluation.labels import evaluate_boxes
+from mplug2.evaluation.labels import evaluate_boxes, evaluate_labels, two_class_metrics
 from mplug2.evaluation.metric_names import format_table, heading, is_fraction, main_score, mean_score, metric_prefix
-from mplug2.evaluation.predictions import is_right
+from mplug2.evaluation.predictions import Prediction, is_right
 from mplug2.evaluation.ranking import box_iou, f1, in_top_k, matthews, pearson, ranks, retrieval, spearman
 from mplug2.evaluation.vqa import exact_match, vqa_accuracy, vqa_normalize
-from mplug2.evaluation.writing import evaluate_answers
+from mplug2.evaluation.writing import evaluate_answers, evaluate_captions
 from mplug2.tasks import EVALUATED, TASKS
 
 captions = st.lists(st.sampled_from(["a", "red", "blue", "seven", "moves"]), max_size=9).map(" ".join)
@@ -127,6 +127,32 @@ def test_answers_with_capitals_can_be_right_for_all_annotators():
     assert scores["vqa_accuracy"].value == 1
 
 
+def test_captions_are_scored_by_their_metrics_and_the_papers_pipeline_gets_them_raw(monkeypatch):
+    references, texts = [["A red seven, moving."], ["a blue one moves up", "up!"]], ["a red seven up", "a blue one"]
+    records = [Record(f"{n}", f"{n}", "", image=Path(f"{n}.png"), captions=tuple(own))
+               for n, own in enumerate(references)]
+    data = SimpleNamespace(records=lambda _: records)
+    predictor = SimpleNamespace(caption=lambda *_, **__: texts, is_main=True)
+    monkeypatch.setattr("mplug2.evaluation.writing.paper_captions", lambda given, _: {"bleu1": given == references})
+    scores, _ = evaluate_captions(predictor, "image_caption", data, EvalOptions(paper_captions=True))
+    cleaned = [list(map(normalize, own)) for own in references]
+    assert scores["caption_bleu4"].value == pytest.approx(bleu(bleu_counts(cleaned, texts).sum(axis=0))[3])
+    assert scores["caption_cider"].value == pytest.approx(cider_d(cleaned, texts).mean())
+    assert scores["caption_paper_bleu1"].value == 1
+
+
+def test_questions_about_one_image_are_one_record_of_the_standard_error():
+    """All answers about the first image are right, all about the second are wrong: two observations, not 100."""
+    records = [SimpleNamespace(id=name, video=None, image=Path(f"{name}.png"), images=(),
+                               qa=(Question("where is it", (name,) * votes, "place"),) * 50)
+               for name, votes in (("left", 10), ("right", 1))]
+    predictor = SimpleNamespace(answer=lambda *_, **__: ["left"] * 100, is_main=True)
+    scores, _ = evaluate_answers(predictor, "image_qa", SimpleNamespace(records=lambda _: records), EvalOptions())
+    assert "vqa_accuracy" not in scores  # only some of the questions have ten answers
+    for name in ("qa_accuracy", "qa_place"):
+        assert scores[name].value == 0.5 and scores[name].error == pytest.approx(0.5**1.5, rel=0.1)
+
+
 PERFECT = {"Chinese": ["一只狗在草地上奔跑", "两只猫在睡觉"], "Japanese": ["犬が走っている。", "猫がねている。"],
            "Korean": ["개가 풀밭에서 달린다", "고양이 두 마리가 자고 있다"],
            "Thai": ["สุนัขวิ่งบนหญ้า", "แมวสองตัวกำลังนอนหลับ"],
@@ -209,6 +235,7 @@ def test_lists_that_do_not_fit_are_refused(metric):
 @pytest.mark.parametrize("text, expected", [
     ("  The RED,\tseven! ", "the red seven"),
     ("it's the dogs’ ball", "its the dogs ball"),
+    ("it’s", "its"),
     ("left-to-right (slowly)", "left to right slowly"),
     ("snake_case", "snake case"),
     ("Café cafe\u0301 naïve", "cafe cafe naive"),
@@ -375,6 +402,15 @@ def test_matthews_and_f1_by_their_definitions(pairs):
     assert f1(truths, found).value == pytest.approx(expected, abs=1e-12)
 
 
+def test_the_f1_of_two_classes_is_that_of_the_class_without_not_in_any_order():
+    """Three of four predictions say "x", and two of them are right."""
+    truths, found = ["x", "x", "not_x", "not_x"], ["x", "x", "x", "not_x"]
+    for classes in (("x", "not_x"), ("not_x", "x")):
+        assert two_class_metrics(truths, found, classes)["f1"].value == pytest.approx(0.8)
+    assert set(two_class_metrics(["a"], ["b"], ["a", "b"])) == {"matthews"}
+    assert two_class_metrics(["a"], ["b"], ["a", "b", "c"]) == {}
+
+
 def test_more_than_two_classes_are_refused():
     with pytest.raises(ValueError, match=r"found the truths \[0, 1, 2\]: expected two classes"):
         matthews([0, 1, 2], [0, 1, 1])
@@ -430,6 +466,32 @@ def test_a_box_that_overlaps_by_exactly_one_half_is_right_wherever_it_is_counted
     assert evaluate_boxes(predictor, "grounding", data, None)[0]["accuracy"].value == 0.5
     wide = [SimpleNamespace(box=(0.5, 0.5, width, 0.5)) for width in (0.5, 1.5)]  # the mean is 1 wide
     assert chance_of_boxes("grounding", wide, None)["accuracy"] == 1
+    wide = [SimpleNamespace(box=(0.5, 0.5, width, 0.5)) for width in (0.2, 0.2, 0.8)]  # the mean is 0.4 wide
+    assert chance_of_boxes("grounding", wide, None)["iou"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("count, label, scored", [(5, "a", False), (6, "a", True), (6, "another", False)])
+def test_more_than_five_known_classes_have_a_top_5_accuracy(tmp_path, count, label, scored):
+    classes = tuple("abcdef"[:count])
+    outputs = [torch.arange(count, 0, -1), torch.arange(count)]  # "a" is the first of them, and the last
+    predictor = SimpleNamespace(is_main=True, read=lambda *_: outputs,
+                                model=SimpleNamespace(classes={"text_classification": classes}))
+    records = [Record(f"{n}", f"{n}", f"a:{n}", text="it", label=one) for n, one in enumerate(("a", label))]
+    data = SimpleNamespace(records=lambda task: records)
+    scores, predictions = evaluate_labels(predictor, "text_classification", data, None)
+    assert scores["accuracy"].value == 0.5 and [one.prediction for one in predictions] == ["a", classes[-1]]
+    assert scores["top5"].value == 0.5 if scored else "top5" not in scores
+
+
+def test_a_line_of_predictions_keeps_four_digits_of_boxes_and_any_confidence():
+    line = Prediction("grounding", (), "it", (0.123449, 0.5, 0.25, 1.0), (), "1").line("test")
+    assert line["prediction"] == [0.1234, 0.5, 0.25, 1.0] and "confidence" not in line
+    assert Prediction("text_classification", (), "it", "a", (), "1", 0.0).line("test")["confidence"] == 0.0
+
+
+def test_the_first_of_equally_common_answers_is_that_of_the_alphabet():
+    questions = [Question("who", (answer,)) for answer in ("red", "green", "blue", "green", "blue")]
+    assert most_common_answers(questions, lambda _: "all") == {"all": "blue"}
 
 
 def test_fractions_are_all_metrics_except_cider_and_ranks():

@@ -48,6 +48,7 @@ def test_vqav2_and_nocaps(tmp_path):
     ("glue_qqp", "test", "not_equivalent", "QQP.tsv", "0"),
     ("glue_stsb", "test", "5.25", "STS-B.tsv", "5.000"),
     ("glue_mnli", "test", "neutral", "MNLI-m.tsv", "neutral"),
+    ("glue_mnli", "test_matched", "neutral", "MNLI-m.tsv", "neutral"),
     ("glue_mnli", "test_mismatched", "neutral", "MNLI-mm.tsv", "neutral"),
     ("glue_qnli", "test", "not_entailment", "QNLI.tsv", "not_entailment"),
     ("glue_rte", "test", "entailment", "RTE.tsv", "entailment"),

@@ -18,7 +18,7 @@ from helpers import (
     small,
     to_keys,
 )
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mplug2.model.fusion import Fusion
@@ -79,6 +79,7 @@ def test_padding_has_no_influence(config, v, l, seed):
 
 
 @given(config=configs(), r=st.integers(1, 3), v=sizes, l=sizes, seed=seeds)
+@example(config=small(fusion_stride=1), r=2, v=3, l=4, seed=0)  # a connected layer, which copies the videos
 def test_sharing_a_video_equals_one_copy_per_text(config, r, v, l, seed):
     module, vision = randomized(Fusion(config), seed), noise(2, v, config.width, seed=seed)
     _, text, mask = inputs(config, 2 * r, v, l, seed)

@@ -320,6 +320,8 @@ def test_location_tokens_are_the_pixel_borders_of_a_box(corners):
     box = torch.tensor([[(left + right) / 16, (top + bottom) / 16, (right - left) / 8, (bottom - top) / 8]])
     assert head.tokens(box).tolist() == [[left, top, right, bottom]]
     assert_same(head.boxes(head.tokens(box)), box)
+    for outward in (-0.4, 0.4):  # of a pixel, on each side: the nearest borders stay the same
+        assert torch.equal(head.tokens(box + torch.tensor([0, 0, outward, outward]) / 4), head.tokens(box))
     assert head.boxes(torch.tensor([[5, 6, 3, 2]])).tolist() == [[4 / 8, 4 / 8, 0, 0]]  # nothing
     assert head.tokens(torch.tensor([[1.0, 1.0, 0.5, 0.5]])).tolist() == [[6, 6, 8, 8]]  # a box that reaches outside
 

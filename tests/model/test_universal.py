@@ -160,6 +160,24 @@ def test_dropout_ends_the_vision_path_in_training():
     assert (module.eval().vision(tokens) != 0).all()
 
 
+@pytest.mark.parametrize("readout", ["released", "figure"])
+def test_gradients_reach_vision_and_latents_along_every_path(readout):
+    """Against finite differences: a path that is cut somewhere gives another derivative, though not zero."""
+    module = randomized(UniversalLayers(small(universal_readout=readout), for_vision=True, for_text=False))
+    tokens, step = noise(1, 3, 16), noise(1, 3, 16, seed=1)
+    for start, change in ((tokens, step), (module.latents.data, noise(*module.latents.shape, seed=2))):
+        values = []
+        for shift in (1e-5, -1e-5):
+            start += shift * change
+            values.append(module.vision(tokens).square().sum().item())
+            start -= shift * change
+        module.zero_grad()
+        watched = tokens.clone().requires_grad_()
+        module.vision(watched).square().sum().backward()
+        gradient = watched.grad if start is tokens else module.latents.grad
+        assert (gradient * change).sum().item() == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-5)
+
+
 def test_refuses_wrong_shapes():
     module = UniversalLayers(small(), for_vision=True, for_text=True)
     with pytest.raises(ValueError, match=re.escape("(b v d) with d=16, found (2, 5, 15)")):

@@ -156,6 +156,7 @@ def test_an_unsupported_clip_is_refused_by_name():
     for source, given_settings, message in (
         (state, vision(hidden_act="gelu"), "hidden_act='gelu' is not supported: .* hidden_act='quick_gelu'"),
         (state, vision(num_attention_heads=2), "num_attention_heads=2 is not supported: .*=1"),
+        (state, found | {"vision_config": {}}, "num_attention_heads=12 is not supported"),  # the default is left out
         (state, vision(layer_norm_eps=1e-6), "layer_norm_eps=1e-06"),
         (state, found | {"model_type": "siglip"}, "model_type='siglip': expected clip"),
         (state, None, "the activation of these weights is unknown"),
@@ -279,6 +280,7 @@ def test_an_unsupported_bert_is_refused_by_name():
         (state, found | {"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key'"),
         (state, found | {"tie_word_embeddings": False}, "tie_word_embeddings=False"),
         (state, found | {"num_attention_heads": 4}, "num_attention_heads=4, but the model has heads=2"),
+        (state, found | {"num_attention_heads": 1}, "num_attention_heads=1, but the model has heads=2"),
         (state, found | {"num_hidden_layers": 3}, "num_hidden_layers=3, but the model has text_layers=4"),
         (state | {"bert.extra": torch.ones(1)}, found, "neither used nor known to be unused: extra"),
         ({name: entry for name, entry in state.items() if "layer.1." not in name}, found, "16 entries are missing"),

@@ -15,6 +15,7 @@ from mplug2.checkpoint import load_model
 from mplug2.data.text import SPECIAL_TOKENS
 from mplug2.pretrained import from_released, open_weights
 from mplug2.pretrained.__main__ import main
+from mplug2.pretrained.files import open_settings, weights_file
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "released"
 STATE = torch.load(GOLDEN / "weights.pt", weights_only=True)
@@ -96,6 +97,15 @@ def test_other_files_are_refused_by_name(tmp_path, released):
         open_weights(tmp_path / "none.pth")
     with pytest.raises(FileNotFoundError, match="one of model.safetensors"):
         open_weights(tmp_path)
+
+
+def test_of_several_files_in_a_folder_safetensors_and_the_settings_of_open_clip_are_read(tmp_path):
+    for name in ("model.safetensors", "pytorch_model.bin", "open_clip_config.json", "config.json"):
+        (tmp_path / name).write_text(json.dumps({"name": name}))
+    assert weights_file(tmp_path).name == "model.safetensors"
+    assert open_settings(tmp_path) == open_settings(tmp_path / "x.bin") == {"name": "open_clip_config.json"}
+    (tmp_path / "model.safetensors").unlink()
+    assert weights_file(tmp_path).name == "pytorch_model.bin"
 
 
 def arguments(released, tmp_path, *more, **changes):

@@ -261,6 +261,36 @@ def test_evaluation_is_measured_on_one_and_on_two_processes(tmp_path, capsys):
     assert "2 videos of 30 s" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("platform, unit", [("linux", 1024), ("darwin", 1)])
+def test_the_peak_of_an_evaluation_is_in_bytes(platform, unit, monkeypatch, tmp_path):
+    process = SimpleNamespace(device=torch.device("cpu"), is_main=True)
+    monkeypatch.setattr(bench_eval, "distributed", SimpleNamespace(
+        init_distributed=lambda _: process, all_gather_object=lambda one: [one], shutdown=lambda: None))
+    monkeypatch.setattr(bench_eval, "load", lambda *_: SimpleNamespace())
+    monkeypatch.setattr(bench_eval, "evaluate", lambda *_: None)
+    monkeypatch.setattr(bench_eval.os, "environ", {})
+    monkeypatch.setattr(bench_eval.sys, "platform", platform)
+    usage = SimpleNamespace(ru_maxrss=5 * 2**30 // unit)
+    monkeypatch.setattr(bench_eval.resource, "getrusage", lambda who: usage)
+    found = []
+    bench_eval.measure(0, tmp_path, "video_qa", 1, 0, SimpleNamespace(put=found.append))
+    assert found[0][1] == 5 * 2**30
+
+
+def test_the_table_of_evaluation_by_hand(monkeypatch, capsys):
+    """One process takes 10 s, two take 5 s. A gallery of 3 videos has fewer candidates than are re-ranked."""
+    monkeypatch.setattr(bench_eval, "write_data", lambda *_: None)
+    monkeypatch.setattr(bench_eval, "on_processes", lambda root, task, processes: (10.0 / processes, 3e9))
+    monkeypatch.setattr(bench_eval, "whole_command", lambda root, processes: 12.0 / processes)
+    found = bench_eval.bench_evaluation(3)
+    rows = [" ".join(row.split()) for row in capsys.readouterr().out.splitlines()]
+    for task, unit, count in (("caption", "captions", 3), ("qa", "answers", 12), ("retrieval", "pairs", 18)):
+        assert f"{task}, {unit} 10.0 {count / 10:.1f} 5.0 {count / 5:.1f} 2.00 3.00" in rows
+        assert found[f"video_{task}_{unit}_per_second"] == count / 10
+        assert found[f"video_{task}_{unit}_per_second_2_processes"] == count / 5
+    assert "eval.py, all of it 12.0 6.0 2.00" in rows
+
+
 def test_the_measured_evaluation_reads_videos_of_a_real_size(tmp_path, monkeypatch):
     assert bench_eval.SECONDS == 30
     monkeypatch.setattr(bench_eval, "SECONDS", 1)

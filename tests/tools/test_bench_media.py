@@ -1,6 +1,7 @@
 """The benchmark of media: both readers give the same frames, and the numbers are saved."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,6 +33,31 @@ def test_files_that_it_writes_are_read_alike(capsys):
         assert found[f"{name}_ratio"] == pytest.approx(found[f"{name}_reference_s"] / found[f"{name}_s"])
     assert printed.count("bit-identical") == 5 and "other frames" not in printed
     assert found["photo_12_megapixels_ratio"] > 2
+
+
+def test_both_readers_read_the_same_frames_in_turns_and_are_measured_by_cpu_time(tmp_path, monkeypatch):
+    """The reference takes 4 s and ours 1 s, and both get generators with the same seeds."""
+    now, drawn = [0.0], {"reference": [], "ours": []}
+
+    def reader(name, seconds):
+        def read(path, frames, rng=None):
+            if rng is not None:
+                drawn[name].append(rng.integers(10**9))
+                now[0] += seconds
+            return np.zeros(1)
+        return read
+
+    monkeypatch.setattr(bench_media, "read_in_order", reader("reference", 4))
+    monkeypatch.setattr(bench_media, "read_video", reader("ours", 1))
+    monkeypatch.setattr(bench_media, "time", SimpleNamespace(process_time=lambda: now[0]))
+    assert bench_media.measure_video(tmp_path, 4, 3) == {"reference_s": 4, "s": 1, "same": True}
+    assert drawn["reference"] == drawn["ours"] and len(set(drawn["ours"])) == 3
+
+
+def test_a_row_of_the_table_by_hand(tmp_path, capsys):
+    found = bench_media.bench_media([tmp_path / "a.mp4"], 1, lambda *_: {"reference_s": 0.5, "s": 0.25, "same": False})
+    assert found["a.mp4_ratio"] == 2 and found["a.mp4_reference_s"] == 0.5 and found["a.mp4_s"] == 0.25
+    assert "a.mp4 500.0 250.0 2.0 other frames or pixels" in " ".join(capsys.readouterr().out.split())
 
 
 def test_files_that_are_given(tmp_path, capsys, monkeypatch):

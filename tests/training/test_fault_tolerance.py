@@ -1,8 +1,11 @@
 """Signals, the state of the random generators, and the ranks that the watchdog names."""
 
+import json
 import os
 import random
 import signal
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from mplug2.distributed import DistInfo
+from mplug2.training import fault_tolerance
 from mplug2.training.fault_tolerance import GracefulStop, Watchdog, generator_states, set_generator_states
 
 CPU = torch.device("cpu")
@@ -53,6 +57,47 @@ def test_generators_continue_from_their_saved_states(tmp_path):
     expected = [draw() for _ in range(3)]
     set_generator_states(torch.load(tmp_path / "states.pt", weights_only=True), CPU)
     assert [draw() for _ in range(3)] == expected
+
+
+@pytest.mark.parametrize("activities, verdict", [
+    (("in a step", "waiting for data", "in a step"), "rank 1 of 3 blocks the others"),
+    (("in a step", "in a step", "in a step"), "all ranks are equally far"),
+])
+def test_a_rank_that_waits_for_data_is_behind_one_that_computes(activities, verdict, monkeypatch):
+    """The store is a dictionary here, and the other ranks publish a heartbeat while this one sleeps."""
+    dog, entries = Watchdog(DistInfo(0, 1, CPU), timeout=9), {}
+
+    def publish(count: int) -> None:
+        entries.update({str(rank): json.dumps([count, 7, activities[rank]]) for rank in (1, 2)})
+
+    publish(1)
+    dog.process, dog.store = DistInfo(0, 3, CPU), SimpleNamespace(get=entries.__getitem__, set=entries.__setitem__)
+    dog.heartbeat(7, activities[0])
+    dog._publish()
+    monkeypatch.setattr(fault_tolerance, "time", SimpleNamespace(sleep=lambda _: publish(2), monotonic=time.monotonic))
+    assert dog._report().splitlines()[0] == verdict
+
+
+def test_workers_that_hang_do_not_outlive_the_process(monkeypatch, capsys):
+    ends, killed = [], []
+    monkeypatch.setattr(os, "_exit", ends.append)
+    monkeypatch.setattr(fault_tolerance.multiprocessing, "active_children",
+                        lambda: [SimpleNamespace(kill=lambda: killed.append(len(ends)))])
+    monkeypatch.setattr(fault_tolerance.faulthandler, "dump_traceback", lambda file: None)
+    Watchdog(DistInfo(0, 1, CPU), timeout=9)._end("a report")
+    with GracefulStop() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        stop.pressed -= 2
+        os.kill(os.getpid(), signal.SIGINT)
+    assert ends == [70, 130] and killed == [0, 1]  # before each end
+    assert "train.py: no progress for 10 x 9 s (--timeout): a report" in capsys.readouterr().err
+
+
+def test_an_evaluation_counts_its_batches_and_has_patience():
+    dog = Watchdog(DistInfo(0, 1, CPU), timeout=9)
+    for done in (1, 2):
+        dog.batch_done()
+        assert dog.latest[1:3] == (done, "evaluating") and dog.patience == 10
 
 
 @pytest.mark.slow

@@ -43,6 +43,13 @@ def test_a_line_has_the_means_since_the_previous_one(tmp_path, monkeypatch):
     assert second["loss"] == 5.0 and second["samples_per_second"] == 8 / 10 and "loss/vtc" not in second
 
 
+def test_values_of_a_step_keep_no_graph(tmp_path):
+    log = Log(tmp_path, ALONE, 0, 9)
+    log.step({"loss": torch.ones((), requires_grad=True) * 2}, torch.ones((), requires_grad=True) * 3, 8, [])
+    assert len(log.values) == 2 and not any(value.requires_grad for values in log.values.values() for value in values)
+    log.close()
+
+
 def test_a_resumed_run_removes_the_lines_of_steps_that_it_repeats(tmp_path):
     text = "".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3, 4))
     (tmp_path / "metrics.jsonl").write_text(text + '{"step": 5, "lo')  # killed while it wrote
@@ -194,6 +201,27 @@ def test_wandb_is_asked_for_by_its_environment_variable(tmp_path, monkeypatch, c
     log.line({"step": 1})
     assert "WANDB_PROJECT is set, but wandb is not installed: pip install -e '.[wandb]'" in capsys.readouterr().err
     assert lines(tmp_path) == [{"step": 1}]
+
+
+def test_only_a_resumed_run_continues_its_wandb_run_and_lines_have_their_step(tmp_path, monkeypatch):
+    """With a stand-in for the package, whose runs are called new1, new2, ..."""
+    asked, logged, ids = [], [], iter(("new1", "new2", "new3"))
+
+    def init(**settings):
+        asked.append(settings["id"])
+        run = types.SimpleNamespace(id=settings["id"] or next(ids), log=logged.append, finish=lambda: None)
+        run.define_metric = lambda *given, **more: logged.append((given, more))
+        return run
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    monkeypatch.setenv("WANDB_PROJECT", "tiny")
+    (tmp_path / "settings.json").write_text("{}")
+    for first in (0, 2, 0):
+        log = Log(tmp_path, ALONE, first, 9)
+        log.line({"step": first + 1, "loss": 3.0})
+        log.close()
+    assert asked == [None, "new1", None] and (tmp_path / "wandb_id").read_text() == "new2\n"
+    assert logged[:2] == [(("*",), {"step_metric": "step"}), {"step": 1, "loss": 3.0}]
 
 
 @pytest.mark.slow

@@ -82,6 +82,8 @@ def test_released_settings_that_differ_between_tasks():
         "warmup_steps": 200, "batch_size": 32, "distill_weight": None}
     assert all(RECIPES[f"{name}_retrieval"].settings["batch_size"] == 1024 for name in ("coco", "flickr30k"))
     assert RECIPES["didemo"].settings["max_words"] == 256
+    mirrored = {name for name, recipe in RECIPES.items() if recipe.settings.get("hflip")}
+    assert mirrored > {"kinetics400", "imagenet"} and not mirrored & {"ssv2", "nlvr2"}  # these tell left from right
     assert all("zero-shot" in RECIPES[name].source for name in ("msrvtt_retrieval", "didemo", "lsmdc"))
 
 
