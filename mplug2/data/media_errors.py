@@ -11,6 +11,7 @@ from PIL import Image, UnidentifiedImageError
 HTML_STARTS = tuple(f"<{name}".encode() for name in (
     "!doctype html", "html", "head", "body", "script", "title", "meta", "div", "center", "br", "h1"))
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
+MP4_BRANDS = (b"isom", b"iso2", b"iso4", b"iso5", b"iso6", b"mp41", b"mp42", b"avc1", b"M4V ", b"qt  ")
 EBML = b"\x1a\x45\xdf\xa3"  # how Matroska and WebM files begin
 ADVICE = "it may be damaged, cut off, or not what its suffix says: download it again, or leave it out"
 
@@ -57,7 +58,7 @@ def _other_kind(path: Path | str) -> str | None:
         start = file.read(12)
         if start[4:8] == b"ftyp" and start[8:] in HEIC_BRANDS:
             return "is a HEIC photo, which Pillow does not read; convert it to JPEG"
-        if start[4:8] == b"ftyp" or start[:4] == EBML:
+        if start[4:8] == b"ftyp" and start[8:] in MP4_BRANDS or start[:4] == EBML:
             return "is a video (MP4 or WebM), whatever its suffix says; rename it to .mp4 and call it `video`"
     return None
 

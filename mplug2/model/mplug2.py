@@ -165,7 +165,7 @@ class MPLUG2(nn.Module):
 
 
 def answer_memory(vision: Tensor | None, text: Tensor, text_mask: Tensor) -> tuple[Memory, Tensor]:
-    """What the decoder attends to for an answer: [V', fused text] and the joint mask, or the text alone.
+    """What the decoder attends to for an answer: [V', fused text], as a JointMemory, and the joint mask; or the text.
 
     V' `b v d` or `(b r) v d`, fused text `(b r) l d`, text_mask `(b r) l` -> `(b r) (v+l) d`, `(b r) (v+l)`.
     """

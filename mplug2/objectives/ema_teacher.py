@@ -77,10 +77,16 @@ class EMATeacher(nn.Module):
         self.pending.clear()
 
     @torch.no_grad()
-    def answer_logits(self, batch: dict) -> tuple[Tensor, float]:
-        """The teacher's logits `p s` at the positions of the batch's answers, and the weight of these soft targets."""
+    def encode_vision(self, batch: dict) -> Tensor | None:
+        """The teacher's V' `b v d`, which both losses read; None if neither needs it."""
+        needed = "pixels" in batch and ("question_ids" in batch or self.has_queue)
+        return self.teacher.encode_vision(batch["pixels"]) if needed else None
+
+    @torch.no_grad()
+    def answer_logits(self, batch: dict, vision: Tensor | None) -> tuple[Tensor, float]:
+        """The teacher's logits `p s` at the positions of the batch's answers, and the weight of these soft targets.
+        `vision` is the teacher's V'."""
         teacher = self.teacher
-        vision = teacher.encode_vision(batch["pixels"]) if "pixels" in batch else None
         memory, memory_mask = teacher.instruction_memory(vision, batch["question_ids"], batch["question_mask"])
         logits = decoder_logits(
             teacher, batch["answer_ids"], batch["answer_mask"], memory, batch["answer_positions"], memory_mask
@@ -88,14 +94,14 @@ class EMATeacher(nn.Module):
         return logits, self.alpha
 
     def contrastive_loss(
-        self, batch: dict, vision: Tensor, text: Tensor, temperature: Tensor, enqueue: bool
+        self, batch: dict, own: Tensor, vision: Tensor, text: Tensor, temperature: Tensor, enqueue: bool
     ) -> Tensor:
-        """VTC with soft targets of the model's unit vectors `b e`; `enqueue`: the next
-        `update` adds the teacher's to the queue. A step that is skipped has to clear `pending`."""
+        """VTC with soft targets of the model's unit vectors `b e`; `own` is the teacher's V'. `enqueue`: the next
+        `update` adds the teacher's vectors to the queue. A step that is skipped has to clear `pending`."""
         teacher, positive_id = self.teacher, batch["positive_id"]
         with torch.no_grad():
             vectors = (
-                teacher.project_vision(teacher.encode_vision(batch["pixels"])),
+                teacher.project_vision(own),
                 teacher.project_text(teacher.encode_text(batch["caption_ids"], batch["caption_mask"])),
             )
         loss = distilled_contrastive_loss(vision, text, temperature, positive_id, *vectors, self)

@@ -63,11 +63,12 @@ class Objectives(nn.Module):
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
         model, losses, vision = self.model, {}, encode_visual(self.model, batch)
-        text = self.encode_texts(batch)
+        text, teacher = self.encode_texts(batch), self.ema_teacher
+        teacher_vision = teacher.encode_vision(batch) if teacher else None
         mask = {name: batch[TEXTS[name][0]] for name in text}
         reads_vision = [] if vision is None else ["question"] if self.mlm == "text" else ["masked", "question"]
         if "caption" in text:
-            losses, similarity = self.contrast(batch, vision, text["caption"])
+            losses, similarity = self.contrast(batch, vision, text["caption"], teacher_vision)
         if matching := "caption" in text and "vtm" not in self.skip:
             other_text, has_text = hard_negatives(similarity, batch["positive_id"])
             other_vision, has_vision = hard_negatives(similarity.T, batch["positive_id"])
@@ -81,9 +82,8 @@ class Objectives(nn.Module):
         if "prompted_ids" in batch and self.self_critical:
             losses["reward"] = self.self_critical.loss(model, vision, batch)
         elif "prompted_ids" in batch and "caption" not in self.skip:
-            losses["caption"] = language_loss(
-                model, batch["prompted_ids"], batch["prompted_mask"], vision, batch["prompted_positions"]
-            )
+            ids, prompted_mask, positions = (batch[f"prompted_{name}"] for name in ("ids", "mask", "positions"))
+            losses["caption"] = language_loss(model, ids, prompted_mask, vision, positions)
         if "masked" in text:
             hidden = [fused["masked"]] if "masked" in fused else []
             hidden += [text["masked"]] if self.mlm == "both" or not hidden else []
@@ -92,7 +92,7 @@ class Objectives(nn.Module):
         if "question" in text:
             seen, read = fused_vision.get("question"), fused.get("question", text["question"])
             memory, memory_mask = answer_memory(seen, read, mask["question"])
-            soft_targets = self.ema_teacher.answer_logits(batch) if self.ema_teacher else ()
+            soft_targets = teacher.answer_logits(batch, teacher_vision) if teacher else ()
             losses["answer"] = language_loss(
                 model, batch["answer_ids"], batch["answer_mask"], memory, batch["answer_positions"], memory_mask,
                 *soft_targets,
@@ -118,17 +118,17 @@ class Objectives(nn.Module):
         elif self.ema_teacher:
             self.ema_teacher.update(self.model)
 
-    def contrast(self, batch: dict, vision: Tensor, text: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """VTC of V' `b v d` and the captions of the batch, `b l d`, and their similarity `b b`, vision by text, without
-        gradients."""
-        model, losses = self.model, {}
+    def contrast(self, batch: dict, vision: Tensor, text: Tensor, teacher_vision: Tensor | None) -> tuple[dict, Tensor]:
+        """VTC, by name, of V' `b v d` and the captions of the batch, `b l d`, and their similarity `b b`, vision by
+        text, without gradients."""
+        model, losses, teacher = self.model, {}, self.ema_teacher
         vectors = model.project_vision(vision), model.project_text(text)
         with torch.no_grad():
             # Clamp the parameter itself, as ALBEF does: clamping a copy in the loss would stop its gradient for good.
             temperature = model.temperature.clamp_(*TEMPERATURE_RANGE)
             similarity = scaled_similarity(*vectors, temperature)
-        if "vtc" not in self.skip and self.ema_teacher and self.ema_teacher.has_queue:
-            losses["vtc"] = self.ema_teacher.contrastive_loss(batch, *vectors, model.temperature, self.training)
+        if "vtc" not in self.skip and teacher and teacher.has_queue:
+            losses["vtc"] = teacher.contrastive_loss(batch, teacher_vision, *vectors, model.temperature, self.training)
         elif "vtc" not in self.skip:
             losses["vtc"] = contrastive_loss(*vectors, model.temperature, batch["positive_id"])
         return losses, similarity

@@ -177,6 +177,16 @@ def test_training_fills_the_queue_with_the_teachers_vectors_and_evaluation_does_
     torch.testing.assert_close(ema_teacher.queue()[0], expected)
 
 
+@pytest.mark.parametrize("queue, kind, passes", [(6, "image", 1), (0, "image", 1), (6, "text", 0)])
+def test_the_teacher_encodes_an_image_once_in_a_step(queue, kind, passes):
+    """Although VTC and answers both read it."""
+    model, ema_teacher = make("pretrain", queue=queue, alpha=0.4)
+    seen = []
+    ema_teacher.teacher.vision_encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    Objectives(model, ema_teacher).train()(make_batch(kind))
+    assert len(seen) == passes
+
+
 def test_no_step_reads_a_value_from_the_device(monkeypatch):
     """A process that reads one waits for its GPU."""
     model, ema_teacher = make("pretrain", queue=6, alpha=0.4)
@@ -190,8 +200,9 @@ def test_no_step_reads_a_value_from_the_device(monkeypatch):
         for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__"):
             patch.setattr(torch.Tensor, name, read)
         for _ in range(3):
-            ema_teacher.contrastive_loss(batch, vision, text, model.temperature, enqueue=True)
-            ema_teacher.answer_logits(batch)
+            own = ema_teacher.encode_vision(batch)
+            ema_teacher.contrastive_loss(batch, own, vision, text, model.temperature, enqueue=True)
+            ema_teacher.answer_logits(batch, own)
             objectives.after_step(skipped=False)
     assert (ema_teacher.steps, ema_teacher.queued) == (3, 9)
 

@@ -82,7 +82,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, int]]] = {
     # expressions; splits of UNC and UMD, as in the tables of papers that use github.com/lichengunc/refer
     "refcoco": ("records", {"train": 120624, "val": 10834, "testA": 5657, "testB": 5095}),
     "refcoco+": ("records", {"train": 120191, "val": 10758, "testA": 5726, "testB": 4889}),
-    "refcocog": ("records", {"val": 4896, "test": 9602}),
+    "refcocog": ("records", {"train": 80512, "val": 4896, "test": 9602}),
     # ILSVRC 2012, huggingface.co/datasets/mlx-vision/imagenet-1k
     "imagenet": ("media", {"train": 1281167, "val": 50000}),
     # tensorflow.org/datasets/catalog/glue
