@@ -182,13 +182,13 @@ CLAIMS: dict[str, tuple[Terms, tuple[str, ...]]] = {
 FIRST_ROUND: dict[str, Sequence[int]] = dict.fromkeys(CLAIMS, SEEDS)
 
 CLAIMS |= {
-    "plenty": (minus("plenty", "two vision encoders", "full"), VIDEO + IMAGE),
+    "4b in plenty": (minus("plenty", "two vision encoders", "full"), VIDEO + IMAGE),
     "4b - plenty, images": (CLAIMS["4b - plenty"][0], IMAGE),
     "4b - plenty, videos": (CLAIMS["4b - plenty"][0], VIDEO),
 }
 PRIMARY_AGAIN = {"1b": range(5, 13), "4b - plenty": range(5, 15)}
 SECOND_ROUND: dict[str, Sequence[int]] = PRIMARY_AGAIN | {
-    "2b": range(5, 13), "4b": range(5, 15), "plenty": range(5, 15), "4b - plenty, images": range(5, 15),
+    "2b": range(5, 13), "4b": range(5, 15), "4b in plenty": range(5, 15), "4b - plenty, images": range(5, 15),
     "4b - plenty, videos": range(5, 15)}
 FEWEST = 6  # new seeds for a verdict
 RUNS = list(dict.fromkeys((*run, seed) for round_ in (FIRST_ROUND, SECOND_ROUND) for claim, seeds in round_.items()
