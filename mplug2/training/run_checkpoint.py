@@ -87,8 +87,8 @@ def partial_folder(run: Path, name: str) -> Path:
 class SaveSchedule:
     """When a checkpoint is due: `every` is a number of steps, such as 500, or of minutes, such as "15min".
 
-    Minutes count from the start of the program or from its newest checkpoint. Each process has a clock of its own, so the
-    main process decides. ValueError if `every` is neither.
+    Minutes count from the start of the program or from its newest checkpoint. Each process has a clock of its own, so
+    the main process decides. ValueError if `every` is neither.
     """
 
     def __init__(self, every: int | str):
