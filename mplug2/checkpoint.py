@@ -290,6 +290,11 @@ class HashingWriter(io.BufferedWriter):
             super().close()
             self.done(self.digest.hexdigest())
 
+    def __exit__(self, kind: type | None, error: BaseException | None, *_: object) -> None:
+        super().__exit__()
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+            raise error.__context__ from None  # torch.save replaces the error of a full disk by "unexpected pos"
+
     def write(self, data: bytes | memoryview) -> int:
         self.digest.update(data)
         return super().write(data)

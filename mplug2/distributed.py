@@ -239,7 +239,8 @@ def shard_group(tensor: Tensor) -> dist.ProcessGroup:
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `full_tensor`: shard a `tensor` that every rank has as `like` is sharded."""
+    """The inverse of `full_tensor`: shard a `tensor` that every rank has as `like` is sharded. One that is sharded like
+    that already stays as it is."""
     if hasattr(like, "full_tensor") and tensor.shape == like.shape:
         from torch.distributed.tensor import distribute_tensor  # takes a second, so only where tensors are sharded
         tensor = tensor.to(like.device, like.dtype)

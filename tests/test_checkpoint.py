@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from mplug2 import checkpoint
 from mplug2.checkpoint import (
     CheckpointError,
+    HashingWriter,
     PreprocessConfig,
     load_model,
     read_config,
@@ -370,6 +371,29 @@ def test_the_checkpoint_just_written_is_kept_even_if_others_have_later_steps(tmp
         save(tmp_path, step, make_model(seed=step), keep)
     assert names(tmp_path) == ["last", "step_0000021"]
     assert load_training(tmp_path / "last") == {"step": 21}
+
+
+@pytest.mark.parametrize("error", [RuntimeError("connection closed by peer"), MemoryError()])
+def test_advice_about_the_disk_is_given_only_if_the_disk_is_the_problem(tmp_path, monkeypatch, error):
+    save(tmp_path, 1, make_model(seed=1))
+    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(CheckpointError) as refused:
+        save(tmp_path, 2, make_model(seed=2))
+    cause = str(error) or "MemoryError"
+    assert str(refused.value).endswith(
+        f"step_0000002 could not be written ({cause}); the previous one, step_0000001, is intact")
+    assert names(tmp_path) == ["last", "step_0000001"]
+
+
+def test_the_error_of_a_full_disk_is_not_replaced_by_that_of_torch(tmp_path):
+    class FullDisk(HashingWriter):
+        def write(self, data: bytes) -> int:
+            if self.tell() + len(data) > 1000:
+                raise OSError("no space left on device")
+            return super().write(data)
+
+    with pytest.raises(OSError, match="no space left"), FullDisk(tmp_path / "file") as file:
+        torch.save(torch.zeros(1000), file)
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):

@@ -223,19 +223,13 @@ def split_param_groups(optimizer: torch.optim.Optimizer) -> None:
             optimizer.add_param_group({**group, "params": replicated})
 
 
-def optimizer_state(
-    optimizer: torch.optim.Optimizer, module: nn.Module, keep: bool = True
-) -> dict[str, dict[str, Tensor]]:
-    """The optimizer's state by parameter name, unsharded: it is the same for any number of ranks.
+def optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """Copies of the optimizer's state on the CPU, by parameter name: the same for any number of ranks.
 
-    Every rank has to call it. One that does not `keep` the state returns empty dictionaries: it holds one tensor at a
-    time, where all of AdamW's would be twice the size of the model in every process.
+    Not for sharded models, whose state would not fit into one process: `TrainState.write_shards` saves that.
     """
-    collected: dict[str, dict[str, Tensor]] = {}
-    for name, parameter in module.named_parameters():
-        if parameter in optimizer.state:
-            collected[name] = gathered(optimizer.state[parameter], keep)
-    return collected
+    return {name: {key: value.to("cpu", copy=True) for key, value in optimizer.state[parameter].items()}
+            for name, parameter in module.named_parameters() if parameter in optimizer.state}
 
 
 def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
@@ -252,7 +246,10 @@ def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, module: nn.Module, saved: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
-    """The inverse of `optimizer_state`. ValueError for the state of parameters that are not trained here."""
+    """Load what `optimizer_state` or `read_shards` returned: tensors in one piece, or sharded like the parameters here.
+
+    ValueError for the state of parameters that are not trained here.
+    """
     names = {parameter: name for name, parameter in module.named_parameters()}
     ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if unknown := sorted(set(saved) - {names[parameter] for parameter in ordered}):

@@ -34,7 +34,7 @@ from mplug2.checkpoint import (
 )
 from mplug2.data.text import Tokenizer
 from mplug2.model.mplug2 import MPLUG2
-from mplug2.training.sharded_state import WriteShards, read_shards
+from mplug2.training.sharded_state import ShardReader, WriteShards
 
 
 def save_checkpoint(
@@ -60,13 +60,15 @@ def save_checkpoint(
         write_manifest(part, training["step"], {**hashes, "training.pt": file.digest.hexdigest()})
         for path in (*part.iterdir(), part):
             _flush(path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
+    except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
         last = real_folder(run / "last")
         name = last.resolve().name
         previous = f"the previous one, {name}, is intact" if last.exists() else "there is no previous one"
-        raise CheckpointError(f"{folder} could not be written ({error}); {previous}. Free some disk space, then "
-                              "continue with --resume") from error
+        disk = isinstance(error, (OSError, SafetensorError))  # safetensors has an error of its own for a full disk
+        advice = ". Free some disk space, then continue with --resume" if disk else ""
+        cause = str(error) or type(error).__name__
+        raise CheckpointError(f"{folder} could not be written ({cause}); {previous}{advice}") from error
     if folder.exists():
         os.rename(folder, old)
     os.rename(part, folder)
@@ -85,8 +87,8 @@ def partial_folder(run: Path, name: str) -> Path:
 class SaveSchedule:
     """When a checkpoint is due: `every` is a number of steps, such as 500, or of minutes, such as "15min".
 
-    Minutes count from the start of the run or from its newest checkpoint. Each process has a clock of its own, so the
-    main process decides. ValueError if `every` is neither.
+    Minutes count from the start of the program or from its newest checkpoint. Each process has a clock of its own, so
+    the main process decides. ValueError if `every` is neither.
     """
 
     def __init__(self, every: int | str):
@@ -191,14 +193,17 @@ def clean_partial(run: Path) -> None:
 
 
 def load_training(folder: Path) -> dict[str, Any]:
-    """The state of the run that `save_checkpoint` saved. CheckpointError if the folder has none or is damaged."""
+    """The state of the run that `save_checkpoint` saved. CheckpointError if the folder has none or is damaged.
+
+    The tensors of a sharded run are not read yet: `shards` is what `read_shards` reads them from.
+    """
     path = folder / "training.pt"
     if not path.is_file():
         raise CheckpointError(f"{folder} has no training.pt, so it cannot be resumed; evaluate it, or start a new run "
                               "from it with --init")
     verify(folder, ("training.pt",))
     training = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return {**training, **read_shards(folder)} if (folder / SHARD_INDEX).is_file() else training
+    return {**training, "shards": ShardReader(folder)} if (folder / SHARD_INDEX).is_file() else training
 
 
 def _flush(path: Path) -> None:

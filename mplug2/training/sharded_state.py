@@ -9,6 +9,7 @@ Any number of ranks can read them, however they share the model.
 import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,8 @@ class ShardWriter:
     def write(self, staged: dict[str, Tensor], folder: Path, prepare: Callable[[], object] = str) -> dict[str, str]:
         """Write the shards of all ranks, flushed to disk, to a folder that all ranks see. A thread may call it.
 
-        The main process calls `prepare` first. It gets the SHA-256 of each file, or an OSError if any rank failed; the
-        other ranks get an empty dictionary.
+        The main process calls `prepare` first. It gets the SHA-256 of each file; the other ranks get an empty
+        dictionary. If a rank failed, the main process raises its OSError, or a RuntimeError for any other error.
         """
         is_main, writer = dist.get_rank(self.group) == 0, _HashingWriter(folder, prepare)
         try:
@@ -55,7 +56,7 @@ class ShardWriter:
             if not is_main:
                 return {}
             rank, (cause, _) = next(iter(error.failures.items()))
-            raise OSError(f"rank {rank}: {cause}") from error
+            raise (OSError if isinstance(cause, OSError) else RuntimeError)(f"rank {rank}: {cause}") from error
         found = [None] * dist.get_world_size(self.group) if is_main else None
         dist.gather_object(writer.fs.hashes, found, group=self.group)
         return {name: digest for hashes in found or () for name, digest in hashes.items()}
@@ -95,53 +96,62 @@ class _HashingFileSystem(FileSystem):
         return HashingWriter(path, lambda digest: self.hashes.update({path.name.removesuffix(".tmp"): digest}))
 
 
-def read_shards(folder: Path) -> dict[str, Any]:
-    """The tensors that `TrainState.write_shards` has written, like those of `TrainState.state_dict`, each read when it
-    is needed. CheckpointError if they cannot be read."""
-    reader, groups = _Reader(folder), {}
-    for key, tensor in reader.read_metadata().state_dict_metadata.items():
-        group, _, name = key.rpartition("/")
-        groups.setdefault(group, {})[name] = tensor
-    found = {group: SavedTensors(reader, f"{group}/", tensors) for group, tensors in groups.items()}
-    return {"objectives": found.pop("objectives", {}),
-            "optimizer": {group.removeprefix("optimizer/"): tensors for group, tensors in found.items()}}
+class ShardReader(dcp.FileSystemReader):
+    """The shards in a folder. It reads their index, once, and raises CheckpointError for one that could run code."""
 
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self.fs = _NamingFileSystem()
+        with open(folder / SHARD_INDEX, "rb") as file:
+            _Unpickler(file).load()
+        self.metadata = super().read_metadata()
 
-class SavedTensors(Mapping[str, Tensor]):
-    """Tensors in the shards of a checkpoint, by name. One that is looked up is read, in one piece, to the CPU."""
-
-    def __init__(self, reader: "_Reader", prefix: str, tensors: dict[str, Any]):
-        self.reader, self.prefix, self.tensors = reader, prefix, tensors
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor = torch.empty(self.tensors[name].size, dtype=self.tensors[name].properties.dtype)
-        try:
-            with warnings.catch_warnings():  # it warns that it is not collective
-                warnings.simplefilter("ignore")
-                dcp.load({self.prefix + name: tensor}, storage_reader=self.reader, no_dist=True)
-        except CheckpointException as error:
-            raise CheckpointError(f"{self.reader.path}: {self.prefix}{name} cannot be read from its shards ({error}); "
-                                  "use an older checkpoint with --resume-from") from error
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-    def __len__(self) -> int:
-        return len(self.tensors)
-
-
-class _Reader(dcp.FileSystemReader):
-    """It reads the index once, and refuses one that could run code."""
-
-    metadata: Metadata | None = None
-
-    def read_metadata(self, *others: Any, **named: Any) -> Metadata:
-        if not self.metadata:
-            with open(Path(self.path) / SHARD_INDEX, "rb") as file:
-                _Unpickler(file).load()
-            self.metadata = super().read_metadata(*others, **named)
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         return self.metadata
+
+
+class _NamingFileSystem(FileSystem):
+    """Errors name the file that was read."""
+
+    @contextmanager
+    def create_stream(self, path: Path, mode: str) -> Iterator[Any]:
+        try:
+            with super().create_stream(path, mode) as stream:
+                yield stream
+        except Exception as error:
+            raise OSError(f"{path.name}: {error}") from error
+
+
+def read_shards(shards: ShardReader, templates: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The tensors that `TrainState.write_shards` has written, like those of `TrainState.state_dict`.
+
+    `templates` are this run's tensors: `objectives/NAME`, and for the optimizer's state `optimizer/PARAMETER`. A saved
+    tensor gets the device and the sharding of its template if the shapes are equal, so this rank reads its own shards
+    only. Any other is read in one piece, to the CPU. Each file is opened once. CheckpointError if one cannot be read.
+    """
+    tensors = {}
+    for key, saved in shards.metadata.state_dict_metadata.items():
+        like = templates.get(key, templates.get(key.rpartition("/")[0]))
+        fits = like is not None and like.shape == saved.size and like.dim() > 0  # counters stay on the CPU
+        tensors[key] = (torch.empty_like(like, dtype=saved.properties.dtype, requires_grad=False) if fits else
+                        torch.empty(saved.size, dtype=saved.properties.dtype))
+    try:
+        with warnings.catch_warnings():  # it warns that it is not collective
+            warnings.simplefilter("ignore")
+            dcp.load(tensors, storage_reader=shards, no_dist=True)
+    except CheckpointException as error:  # it is not an Exception
+        cause, _ = next(iter(error.failures.values()))
+        raise CheckpointError(f"the shards in {shards.path} cannot be read ({cause}); use an older checkpoint with "
+                              "--resume-from") from error
+    found: dict[str, Any] = {"objectives": {}, "optimizer": {}}
+    for key, tensor in tensors.items():
+        kind, name = key.split("/", 1)
+        if kind == "objectives":
+            found[kind][name] = tensor
+        else:
+            parameter, _, name = name.rpartition("/")
+            found[kind].setdefault(parameter, {})[name] = tensor
+    return found
 
 
 class _Unpickler(pickle.Unpickler):

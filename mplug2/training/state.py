@@ -14,7 +14,7 @@ from mplug2.distributed import DistInfo, all_gather_object, shard_like
 from mplug2.objectives.objectives import Objectives
 from mplug2.training.fault_tolerance import generator_states, set_generator_states
 from mplug2.training.parallel import gathered, load_optimizer_state, optimizer_state
-from mplug2.training.sharded_state import ShardWriter, WriteShards
+from mplug2.training.sharded_state import ShardWriter, WriteShards, read_shards
 
 
 class TrainState:
@@ -47,7 +47,7 @@ class TrainState:
             "generators": all_gather_object(generator_states(self.process.device)),
         }
         if not self.shard_writer:
-            saved["optimizer"] = optimizer_state(self.optimizer, self.objectives.model, self.process.is_main)
+            saved["optimizer"] = optimizer_state(self.optimizer, self.objectives.model) if self.process.is_main else {}
             saved["objectives"] = gathered(_extra_tensors(self.objectives), self.process.is_main)
         return saved
 
@@ -63,6 +63,11 @@ class TrainState:
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         check_files(saved.get("files"), self.data.files())
+        if "shards" in saved:
+            parameters = self.objectives.model.named_parameters()
+            templates = {f"optimizer/{name}": parameter for name, parameter in parameters}
+            templates |= {f"objectives/{name}": tensor for name, tensor in _extra_tensors(self.objectives).items()}
+            saved = {**saved, **read_shards(saved["shards"], templates)}
         self.step, self.nonfinite_steps = saved["step"], saved["nonfinite_steps"]
         load_optimizer_state(self.optimizer, self.objectives.model, saved["optimizer"])
         load_extra_state(self.objectives, saved["objectives"])

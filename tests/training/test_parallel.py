@@ -28,7 +28,8 @@ from helpers import randomized, small
 from processes import Processes
 from runs import SMALL, lines
 from safetensors.torch import load_file
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import mplug2
 import train
@@ -36,6 +37,7 @@ from mplug2 import distributed
 from mplug2.checkpoint import CheckpointError, write_manifest
 from mplug2.model.mplug2 import MPLUG2
 from mplug2.objectives import objectives
+from mplug2.objectives.ema_teacher import EMATeacher
 from mplug2.objectives.objectives import Objectives
 from mplug2.training import run_checkpoint
 from mplug2.training.optim import OptimizerSettings, make_optimizer
@@ -47,12 +49,12 @@ from mplug2.training.parallel import (
     gathered,
     load_optimizer_state,
     no_sync,
-    optimizer_state,
     unsharded_copy,
     wrap_model,
 )
 from mplug2.training.run_checkpoint import load_training
-from mplug2.training.sharded_state import _HashingFileSystem
+from mplug2.training.sharded_state import ShardReader, _HashingFileSystem, read_shards
+from mplug2.training.state import TrainState
 
 LOSSES = ("vtc", "vtm", "mlm", "caption", "answer")
 
@@ -213,6 +215,12 @@ def test_hsdp_needs_the_same_number_of_ranks_on_each_node(processes):
         assert said.startswith("parallel=hsdp: the nodes have different numbers of processes, {1, 2}; start the same")
 
 
+def whole_state(optimizer: torch.optim.Optimizer, module: torch.nn.Module) -> dict[str, dict[str, torch.Tensor]]:
+    """The optimizer's state by parameter name, in one piece. Every rank has to call it."""
+    return {name: gathered(optimizer.state[parameter], keep=True)
+            for name, parameter in module.named_parameters() if parameter in optimizer.state}
+
+
 def clipped(rank: int, world: int, way: str, name: str) -> tuple[float, list[np.ndarray], dict, bool]:
     """Three steps with clipping; the last norm, the weights in one piece, and the optimizer's state there and back."""
     module = Objectives(make_model())
@@ -234,11 +242,10 @@ def clipped(rank: int, world: int, way: str, name: str) -> tuple[float, list[np.
         norm = clip_grad_norm(parameters, 0.5)
         optimizer.step()
         optimizer.zero_grad()
-    state = optimizer_state(optimizer, module)
-    assert not any(optimizer_state(optimizer, module, keep=False).values())
+    state = whole_state(optimizer, module)
     optimizer.state.clear()
     load_optimizer_state(optimizer, module, state)
-    again = optimizer_state(optimizer, module)
+    again = whole_state(optimizer, module)
     same = all(again[name][key].equal(value) for name in state for key, value in state[name].items())
     weights = [distributed.full_tensor(parameter).numpy() for parameter in parameters]
     one = unsharded_copy(module.model)
@@ -466,6 +473,12 @@ def test_flags_and_errors_of_one_rank_reach_all(processes):
 # ---- resume ----------------------------------------------------------------------------------------------------------
 
 
+def load_whole(folder: Path) -> dict:
+    """The state of a run with all its tensors in one piece, sharded or not."""
+    saved = load_training(folder)
+    return {**saved, **read_shards(saved["shards"], {})} if "shards" in saved else saved
+
+
 def train_together(processes: Processes, world: int, arguments: list[str]) -> None:
     """train.py on `world` ranks; a single rank is this process, which can have workers."""
     found = processes.run(train.main, *[(arguments,)] * world, joined=False) if world > 1 else [train.main(arguments)]
@@ -554,7 +567,7 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(processes, data,
     state = [".metadata", *(f"__{rank}_0.distcp" for rank in range(world))] if way != "ddp" else []
     assert shards == [*state, "model.safetensors", "training.pt"]
     assert ("optimizer" in torch.load(whole / "last" / "training.pt")) == (way == "ddp")
-    expected, found = load_training(whole / "last"), load_training(resumed / "last")
+    expected, found = load_whole(whole / "last"), load_whole(resumed / "last")
     assert found["step"] == 5 and len(found["generators"]) == world
     for old, new in zip(expected["generators"], found["generators"]):
         assert old["torch"].equal(new["torch"]) and old["python"] == new["python"]
@@ -584,6 +597,76 @@ def test_a_run_continues_with_another_number_of_ranks_and_another_parallelism(pr
         found = lines(tmp_path / str(world) / "tiny")
         assert [line["step"] for line in found] == [1, 2, 3, 4, 5, 6]
         np.testing.assert_allclose([line["grad_norm"] for line in found], expected, rtol=2e-3)
+
+
+def local_bytes(state: TrainState) -> dict[str, bytes]:
+    """What this rank has of the optimizer's state and of the EMA teacher."""
+    tensors = {f"objectives/{name}": tensor for name, tensor in state.objectives.state_dict().items()}
+    for name, parameter in state.objectives.model.named_parameters():
+        tensors |= {f"optimizer/{name}/{key}": value for key, value in state.optimizer.state[parameter].items()}
+    return {name: getattr(tensor, "_local_tensor", tensor).numpy().tobytes() for name, tensor in tensors.items()}
+
+
+def shards_there_and_back(rank: int, world: int, way: str, folder: Path) -> tuple[list[str], set[str]]:
+    """Write a state after one step and load it into another one. Returns the files that were opened, and those from
+    which sharded tensors were read."""
+    def make_state() -> TrainState:
+        model = make_model()
+        model.load_state_dict({name: torch.randn_like(tensor) for name, tensor in model.state_dict().items()})
+        module = Objectives(model, EMATeacher(model))
+        wrap_model(module, info(rank, world), ParallelSettings(
+            parallel="fsdp" if way == "offload" else way, cpu_offload=way == "offload"))
+        data = SimpleNamespace(seed=5, files=dict, state_dict=dict, load_state_dict=lambda *_: None)
+        return TrainState(module, make_optimizer(model, OptimizerSettings("adamw")), data, info(rank, world))
+
+    torch.manual_seed(1)
+    old = make_state()
+    for parameter in old.objectives.model.parameters():
+        parameter.grad = torch.full_like(parameter, 0.5)
+    old.optimizer.step()
+    old.write_shards()(folder)
+    saved = {**old.state_dict(), "shards": ShardReader(folder)}
+    new, opened, sources = make_state(), [], set()
+    create, read = FileSystem.create_stream, ShardReader.read_data
+    templates = dict(new.objectives.model.named_parameters())
+
+    def watched_open(self, path: Path, mode: str):
+        opened.append(path.name)
+        return create(self, path, mode)
+
+    def watched_read(self, plan, planner):
+        sharded = [item.storage_index for item in plan.items if isinstance(planner.state_dict[item.dest_index.fqn],
+                                                                           DTensor)]
+        assert len(sharded) > 2 * len(templates) - 10
+        sources.update(self.storage_data[index].relative_path for index in sharded)
+        return read(self, plan, planner)
+
+    with patch.object(FileSystem, "create_stream", watched_open), patch.object(ShardReader, "read_data", watched_read):
+        new.load_state_dict(saved)
+    found, expected = local_bytes(new), local_bytes(old)
+    differ = {name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)}
+    assert {name for name in differ if not name.startswith("objectives/model.")} == set()  # weights are not in shards
+    assert all(distributed.shard_like(parameter, parameter) is parameter for parameter in templates.values())
+
+    whole, expected = read_shards(saved["shards"], {}), whole_state(old.optimizer, old.objectives.model)
+    assert whole["optimizer"].keys() == expected.keys()
+    assert all(value.equal(whole["optimizer"][name][key]) for name in expected for key, value in expected[name].items())
+    part = torch.optim.AdamW(list(templates.values())[1:])
+    with pytest.raises(ValueError, match=f"^{next(iter(templates))}: the checkpoint has optimizer state for these"):
+        load_optimizer_state(part, new.objectives.model, whole["optimizer"])
+    return opened, sources
+
+
+@pytest.mark.parametrize(("way", "world"), [
+    ("fsdp", 2), pytest.param("offload", 2, marks=pytest.mark.slow), pytest.param("hsdp", 4, marks=pytest.mark.slow)])
+def test_each_rank_opens_a_file_of_shards_once_and_reads_only_its_own_shards(processes, tmp_path, way, world):
+    """More than 900 tensors. Counters, which every rank has, may be in any file."""
+    given = [(rank, world, way, tmp_path / "shards") for rank in range(world)]
+    files = [f"__{rank}_0.distcp" for rank in range(world)]
+    for rank, (opened, sources) in enumerate(processes.run(shards_there_and_back, *given)):
+        assert sorted(opened) == sorted(set(opened)) and set(opened) <= set(files), rank
+        # With HSDP two ranks have each shard, and either may have written it.
+        assert sources <= ({files[rank], files[(rank + 2) % 4]} if way == "hsdp" else {files[rank]}), rank
 
 
 def train_with_watched_shards(rank: int, arguments: list[str], watch: Callable[[int, Path], object]) -> tuple[int, str]:
@@ -632,7 +715,7 @@ def test_shards_are_written_while_training_continues_and_a_rank_that_cannot_writ
     assert "step_0000004 could not be written (rank 1: disk full); the previous one, step_0000002, is intact" in said
     run = tmp_path / "broken" / "tiny"
     assert sorted(path.name for path in run.iterdir() if "step" in path.name) == ["step_0000002"]
-    expected, found = (load_training(folder / "step_0000002") for folder in (tmp_path / "whole" / "tiny", run))
+    expected, found = (load_whole(folder / "step_0000002") for folder in (tmp_path / "whole" / "tiny", run))
     assert len(found["objectives"]) > 50
     assert all(tensor.equal(found["objectives"][name]) for name, tensor in expected["objectives"].items())
     assert all(tensor.equal(found["optimizer"][name][key]) for name, state in expected["optimizer"].items()
@@ -667,8 +750,13 @@ def test_damaged_shards_are_named_and_an_index_that_could_run_code_is_refused(da
             assert f"(step_0000002) is damaged: {name} {problem}" in str(refused.value) and before in str(refused.value)
             mplug2.load(run / "last")  # the model does not need them
         path.write_bytes(content)
-    (run / "step_0000002" / ".metadata").write_bytes(pickle.dumps(os.system))
+    path.write_bytes(content[: len(content) // 2])
     manifest = json.loads((run / "step_0000002" / "manifest.json").read_text())
+    write_manifest(run / "step_0000002", manifest["step"], {})  # as if it had been damaged before it was written
+    saved = load_training(run / "last")
+    with pytest.raises(CheckpointError, match=r"(?s)cannot be read \(__0_0.distcp: .*use an older checkpoint with"):
+        read_shards(saved["shards"], {})
+    (run / "step_0000002" / ".metadata").write_bytes(pickle.dumps(os.system))
     write_manifest(run / "step_0000002", manifest["step"], {})  # by someone who knows the format
     with pytest.raises(CheckpointError, match=r"\.metadata .* names posix.system, which does not belong to an index"):
         load_training(run / "last")
