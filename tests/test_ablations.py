@@ -249,6 +249,11 @@ def test_the_effects_in_the_docs_are_those_of_the_committed_runs():
 
 
 @pytest.mark.slow
+def test_the_effects_of_the_second_round_are_in_the_docs():
+    assert ablations.second_table(json.loads(ablations.RESULTS.read_text())) in DOCS.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
 def test_a_run_is_recorded_with_its_bits(tmp_path, monkeypatch):
     monkeypatch.setattr(ablations, "WORK", tmp_path)
     found = ablations.run("few", "untied", seed=3, steps=2)
