@@ -26,12 +26,10 @@ import numpy as np
 from av.container import InputContainer
 from av.stream import Disposition
 from av.video.stream import VideoStream
-from PIL import Image
 
+from mplug2.data.decoded_frame import NO_ALPHA, Converter, codec_of, has_alpha_layer
 from mplug2.data.frame_choice import choose_frames
-from mplug2.data.hdr import TRANSFERS, to_sdr
-from mplug2.data.images import on_white
-from mplug2.data.media_errors import ADVICE, MediaError, UnclearImageError, media_error
+from mplug2.data.media_errors import ADVICE, MediaError, media_error
 
 SEEKABLE = ("h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video", "vp8", "vp9", "av1", "mjpeg")
 """Codecs with one packet for each frame, and with key frames that need nothing before them. The tests compare them with
@@ -43,8 +41,6 @@ FLUSHED = ("h264", "hevc")
 PROGRESSIVE = 1  # FFmpeg's AV_FIELD_PROGRESSIVE; 0 is unknown, and higher numbers are the orders of two fields
 RAW_FORMATS = ("h264", "hevc", "m4v", "mpegvideo", "mjpeg", "obu", "vc1")
 """Streams without a container: FFmpeg makes up the times of their frames."""
-NO_ALPHA = ("is HEVC with an alpha layer, which this FFmpeg cannot decode; convert it, on an Apple device, to ProRes "
-            "4444, or elsewhere get its WebM (VP9): they keep the transparency")
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own decoders drop the transparency
 
 
@@ -88,7 +84,7 @@ def read_frames(path: Path | str, frames: int | None, rng: np.random.Generator |
     kept, starts, promised = _decode_in_order(path, numbers)
     if not starts:
         with _open(path) as (_, stream):
-            problem = NO_ALPHA if _has_alpha_layer(stream) else f"has no frame that can be decoded; {ADVICE}"
+            problem = NO_ALPHA if has_alpha_layer(stream) else f"has no frame that can be decoded; {ADVICE}"
         raise media_error(path, "a video", problem)
     if numbers is None or not set(numbers) <= kept.keys():  # all frames, or the file ends before the last chosen one
         _check_length(path, len(starts), promised)
@@ -215,11 +211,6 @@ def _ascends(times: list[int]) -> bool:
     return all(earlier < later for earlier, later in pairwise(times))
 
 
-def codec_of(stream: VideoStream) -> str:
-    """Name of the codec, whichever decoder is in use: "av1", not "libdav1d"."""
-    return stream.codec_context.codec.canonical_name
-
-
 def _is_shown(packet: av.Packet, codec: str) -> bool:
     """Whether the packet becomes a frame. MP4 edits hide frames; VP8 has hidden reference frames (bit 4 of byte 0)."""
     hidden = codec == "vp8" and not memoryview(packet)[0] & 0x10
@@ -228,11 +219,6 @@ def _is_shown(packet: av.Packet, codec: str) -> bool:
 
 def _has_alpha(stream: VideoStream) -> bool:
     return codec_of(stream) in ALPHA_DECODERS and stream.metadata.get("alpha_mode") == "1"
-
-
-def _has_alpha_layer(stream: VideoStream) -> bool:
-    """Whether an HEVC file says that it has a layer with the transparency: an SEI message, type 165, in its header."""
-    return codec_of(stream) == "hevc" and b"\x4e\x01\xa5" in (stream.codec_context.extradata or b"")
 
 
 # ---- decoding --------------------------------------------------------------------------------------------------------
@@ -350,57 +336,3 @@ def _decode_in_order(
     if None in starts or any(later <= earlier for earlier, later in pairwise(starts)):
         starts = list(range(len(starts)))
     return kept, starts, promised
-
-
-# ---- from a decoded frame to RGB -------------------------------------------------------------------------------------
-
-
-class Converter:
-    """From a decoded frame to what is meant to be seen: RGB, upright, on white, in standard dynamic range.
-
-    Returns uint8 (H, W, 3). Frames of another size than (width, height) are resized to it before they are turned.
-    UnclearImageError if the file declares transparency that the frames do not have: FFmpeg would show it as black.
-    """
-
-    def __init__(self, stream: VideoStream, size: tuple[int, int]):
-        self.time_base, self.size, self.needs_alpha = stream.time_base, size, _has_alpha_layer(stream)
-        self.graphs: dict[tuple, av.filter.Graph] = {}
-
-    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
-        has_alpha = any(component.is_alpha for component in frame.format.components)
-        if self.needs_alpha and not has_alpha:
-            raise UnclearImageError(NO_ALPHA)
-        transfer = TRANSFERS.get(frame.color_trc)
-        if transfer:
-            image = to_sdr(self.convert(frame, "rgb48le"), transfer)
-        elif has_alpha:
-            image = np.asarray(on_white(Image.fromarray(self.convert(frame, "rgba"))).convert("RGB"))
-        else:
-            image = self.convert(frame, "rgb24")
-        matrix = frame.side_data.get("DISPLAYMATRIX")
-        return upright(image, np.frombuffer(bytes(matrix), np.int32)) if matrix is not None else image
-
-    def convert(self, frame: av.VideoFrame, pixel_format: str) -> np.ndarray:
-        key = frame.width, frame.height, frame.format.name, pixel_format
-        if key not in self.graphs:
-            graph = self.graphs[key] = av.filter.Graph()
-            graph.threads = 1
-            scale = "threads=1" if self.size == key[:2] else f"{self.size[0]}:{self.size[1]}:threads=1"
-            source = graph.add_buffer(
-                width=frame.width, height=frame.height, format=frame.format, time_base=self.time_base
-            )
-            sink = graph.add("buffersink")
-            graph.link_nodes(source, graph.add("scale", scale), graph.add("format", pixel_format), sink).configure()
-        self.graphs[key].push(frame)
-        return self.graphs[key].pull().to_ndarray()
-
-
-def upright(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """Apply a display matrix, nine numbers (a, b, u, c, d, v, x, y, w), to (H, W, 3): quarter turns and mirrorings.
-
-    The pixel at column p and row q is shown at column a p + c q + x and row b p + d q + y.
-    """
-    a, b, c, d = matrix[[0, 1, 3, 4]].astype(np.int64)
-    if abs(b) + abs(c) > abs(a) + abs(d):
-        image, a, d = image.swapaxes(0, 1), c, b
-    return image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]

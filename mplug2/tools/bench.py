@@ -57,7 +57,7 @@ from mplug2.objectives.objectives import Objectives
 from mplug2.tools.bench_all import bench_all
 from mplug2.tools.bench_eval import bench_evaluation
 from mplug2.tools.bench_media import bench_media
-from mplug2.tools.memory_plan import CONVOLUTION_FLOPS
+from mplug2.tools.pass_cost import CONVOLUTION_FLOPS
 from mplug2.training.optim import OptimizerSettings, make_optimizer
 from mplug2.training.parallel import checkpoint_activations, compile_model
 

@@ -30,7 +30,8 @@ from mplug2.config import PRESETS
 from mplug2.generation import SpecialTokens, beam_search, greedy
 from mplug2.model.mplug2 import MPLUG2, answer_memory
 from mplug2.tools.bench_media import bench_media
-from mplug2.tools.memory_plan import Cost, Workload, cost, device_memory
+from mplug2.tools.memory_plan import device_memory
+from mplug2.tools.pass_cost import Cost, Workload, cost
 from mplug2.training.logs import peak_memory_gib, peak_tflops
 from mplug2.training.optim import OptimizerSettings, make_optimizer
 from mplug2.training.parallel import ParallelSettings, checkpoint_activations, compile_model, wrap_model

@@ -135,6 +135,9 @@ def test_a_video_or_a_heic_photo_with_the_suffix_of_an_image(tmp_path, suffix):
         path.write_bytes(start + bytes(200))
         with pytest.raises(MediaError, match=f"a{suffix} {problem}"):
             reader(suffix)(path)
+    path.write_bytes(b"\0\0\0\x18ftypcrx " + bytes(200))  # a raw photo: to rename it to .mp4 would not help
+    with pytest.raises(MediaError, match=f"a{suffix} (?!is a video).*damaged"):
+        reader(suffix)(path)
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".gif", ".mp4"])

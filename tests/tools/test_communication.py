@@ -26,7 +26,7 @@ from mplug2.tools.communication import (
     rows,
     step_collectives,
 )
-from mplug2.tools.memory_plan import Workload
+from mplug2.tools.pass_cost import Workload
 from mplug2.training.optim import OptimizerSettings
 from mplug2.training.parallel import ParallelSettings
 

@@ -20,18 +20,8 @@ from mplug2.model.layers import Block
 from mplug2.model.mplug2 import MPLUG2
 from mplug2.tools import memory_plan
 from mplug2.tools.communication import Collective, muon_flops
-from mplug2.tools.memory_plan import (
-    CONVOLUTION_FLOPS,
-    Cost,
-    PlanSettings,
-    Workload,
-    _Counter,
-    cost,
-    device_memory,
-    main,
-    parameter_counts,
-    training_load,
-)
+from mplug2.tools.memory_plan import PlanSettings, device_memory, main, parameter_counts, training_load
+from mplug2.tools.pass_cost import CONVOLUTION_FLOPS, Cost, Workload, _Counter, cost
 from mplug2.training.settings import Settings, with_defaults
 
 SIZES = dict(
@@ -44,7 +34,7 @@ MEASURE = """
 import sys, torch
 from mplug2.config import ModelConfig
 from mplug2.model.kernels import depthwise_conv
-from mplug2.tools.memory_plan import Workload
+from mplug2.tools.pass_cost import Workload
 from mplug2.training.parallel import checkpoint_activations
 torch.set_num_threads(1)
 def memory(key):
